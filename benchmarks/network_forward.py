@@ -1,0 +1,90 @@
+"""One forward pass of the paper's network over the paper's patch, in bfloat16, beside its convolutions alone.
+
+    python benchmarks/network_forward.py [--threads 2] [--repeats 3] [--profile]
+
+The peer is every convolution of the network called on its own, one after the other, on ready-made input of the same shape
+and layout: what is above it is normalization, activation, interpolation, sums, the Transformer and memory traffic.
+Weights are random: neither time nor memory depends on them. Needs about 7 GB.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import time
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh activations cost fewer page faults
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tsfm import TSFM
+
+
+def count() -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Floating-point operations of one pass (2 per multiply-add) and the input shape of each convolution, by meta device."""
+    shapes = {}
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network = TSFM().eval()
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Conv3d):
+                module.register_forward_pre_hook(lambda _, inputs, name=name: shapes.update({name: tuple(inputs[0].shape)}))
+        network(torch.empty(1, 1, *network.description["network"]["img_size"]))
+    return counter.get_total_flops(), shapes
+
+
+def seconds(function, repeats: int) -> float:
+    """Median time of a call after one that warms up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def convolutions(network: nn.Module, shapes: dict, repeats: int) -> float:
+    """Sum over the network's convolutions of the time that each takes on its own."""
+    total = 0.0
+    for name, shape in shapes.items():
+        x = torch.randn(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last_3d)
+        total += seconds(lambda x=x, name=name: network.get_submodule(name)(x), repeats)
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="print the operators that take the time")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)
+    flops, shapes = count()
+
+    torch.set_default_dtype(torch.bfloat16)  # 3.2 GB of weights, never 6.4
+    network = TSFM().eval().to(memory_format=torch.channels_last_3d)
+    size = network.description["network"]["img_size"]
+    image = torch.randn(1, 1, *size)
+    whole = seconds(lambda: network(image), arguments.repeats)
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    alone = convolutions(network, shapes, 1)
+
+    print(f"machine: {platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
+    print(f"network: {sum(p.numel() for p in network.parameters()) / 1e9:.3f} B parameters, patch {tuple(size)}, bfloat16")
+    print(f"one pass: {flops / 2e12:.2f} TMAC, median of {arguments.repeats} after a warm-up")
+    print(f"{'':28}{'seconds':>9}{'TFLOP/s':>9}")
+    print(f"{'TSFM, whole pass':28}{whole:9.1f}{flops / whole / 1e12:9.2f}")
+    print(f"{'its convolutions alone':28}{alone:9.1f}{flops / alone / 1e12:9.2f}")
+    print(f"peak memory of the passes: {peak_gb:.1f} GB (weights {sum(p.numel() for p in network.parameters()) * 2e-9:.1f} GB)")
+    if arguments.profile:
+        with torch.profiler.profile(record_shapes=True) as profile:
+            network(image)
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40))
+
+
+if __name__ == "__main__":
+    main()

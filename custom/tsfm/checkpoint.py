@@ -1,0 +1,239 @@
+"""Weight files: what they hold, what travels with them, and how they are read without executing anything.
+
+A network's description (its constructor arguments, targets, label table, preparation, patch) is part of its state dict
+as ``_extra_state``, a uint8 tensor of JSON. So one plain ``model.pt`` or ``model.safetensors`` is enough to rebuild the
+network, prepare an image for it and name its outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._version import __version__
+from .labels import LabelTable
+from .network import TSFM
+
+EXTRA_STATE = "_extra_state"
+NESTED_KEYS = ("model", "state_dict", "network", "network_weights")
+PREFIXES = ("module.", "_orig_mod.", "network.")
+
+
+class CheckpointError(ValueError):
+    """A weight file that is missing, unsafe, or does not hold what is needed."""
+
+
+def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and description of a weight file; the tensors of ``.pt`` files are mapped, not copied.
+
+    Reads a plain state dict, a training checkpoint (``{"model": ...}``), ``{"state_dict": ...}``-style files and
+    safetensors; prefixes of wrappers (``module.``) are dropped. The description is empty where the file has none.
+
+    Raises:
+        CheckpointError: no such file, not a weight file, or a pickle that holds more than tensors and plain values.
+    """
+    state = _load_file(os.fspath(path))
+    for key in NESTED_KEYS:
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    for prefix in PREFIXES:
+        if state and all(str(key).startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    extra = tensors.pop(EXTRA_STATE, None)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors (keys: {list(state)[:8]}); expected a state dict")
+    return tensors, decode_description(extra)
+
+
+def read_description(path: str | os.PathLike) -> dict[str, Any]:
+    """What travels with the weights in `path`.
+
+    Raises:
+        CheckpointError: as `read_state`, and for a file without a description (not written by these bundles).
+    """
+    description = read_state(path)[1]
+    if "network" not in description:
+        raise CheckpointError(
+            f"{path}: the weights carry no description of their network, so nothing can be built from them alone. "
+            "Use a model.pt that tsfm's bundles wrote, or load_pretrained() into a network that you declare."
+        )
+    return description
+
+
+def encode_description(description: Mapping[str, Any]) -> torch.Tensor:
+    """JSON as a uint8 tensor, so that every weight format can hold it."""
+    return torch.frombuffer(bytearray(json.dumps(description, sort_keys=True).encode()), dtype=torch.uint8)
+
+
+def decode_description(extra: torch.Tensor | None) -> dict[str, Any]:
+    """Inverse of `encode_description`; empty where there is none."""
+    return {} if extra is None else json.loads(bytes(extra.cpu().tolist()))
+
+
+def describe_network(
+    network: TSFM,
+    table: LabelTable,
+    preparation: Any,
+    patch_size: Sequence[int],
+    items: Sequence[Mapping[str, Any]] = (),
+    device: str | torch.device = "cpu",
+    param_dtype: str = "float32",
+) -> TSFM:
+    """Give `network` the description that travels with its weights, and move it to `device`.
+
+    `items` are the training items: their modalities and data sets are written down. `param_dtype` ``bfloat16`` halves
+    the memory of weights, gradients and momentum, at the price of updates below 1/256 of a weight being lost.
+
+    Raises:
+        CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation.
+    """
+    arguments = network.description["network"]
+    if arguments["out_channels"] != len(table.names):
+        raise CheckpointError(
+            f"the network has {arguments['out_channels']} outputs, the label table {len(table.names)} targets"
+        )
+    if arguments["in_channels"] != preparation.in_channels:
+        raise CheckpointError(
+            f"the network takes {arguments['in_channels']} channels, the preparation makes {preparation.in_channels}"
+        )
+    declared = table.to_dict()
+    network.description.update(
+        format=1,
+        version=__version__,
+        targets=declared["targets"],
+        dataset_labels=declared["datasets"],
+        preparation=preparation.to_dict(),
+        patch_size=[int(size) for size in patch_size],
+        modalities=sorted({item.get("modality", preparation.default_modality) for item in items}),
+        trained_on=sorted({item.get("dataset", table.bare_dataset) for item in items}),
+    )
+    return network.to(device, getattr(torch, param_dtype))
+
+
+def table_of(description: Mapping[str, Any]) -> LabelTable:
+    """The label table that travels with the weights."""
+    return LabelTable(description["targets"], description["dataset_labels"])
+
+
+def build_network(description: Mapping[str, Any], **overrides: Any) -> TSFM:
+    """The network that `description` names, without its weights; `overrides` change constructor arguments (dropout)."""
+    network = TSFM(**{**description["network"], **overrides})
+    network.description = {**description, "network": network.description["network"]}
+    return network
+
+
+class WeightLoader:
+    """Handler: loads a weight file strictly when the engine starts; nothing is ever loaded in part.
+
+    Args:
+        path: weight file (any format that `read_state` takes).
+        network: the network to fill.
+
+    Raises:
+        CheckpointError: tensors that are missing, superfluous or of another shape, with their names.
+    """
+
+    def __init__(self, path: str | os.PathLike, network: nn.Module) -> None:
+        self.path, self.network = path, network
+
+    def attach(self, engine: Any) -> None:
+        """Load when `engine` starts."""
+        from ignite.engine import Events
+
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Any = None) -> None:
+        """Load now."""
+        load_weights(self.network, self.path)
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
+    """Fill `network` with the weights in `path`; every tensor has to fit, or nothing is changed.
+
+    Raises:
+        CheckpointError: what is missing, superfluous or of another shape.
+    """
+    tensors, _ = read_state(path)
+    own = {key: value for key, value in network.state_dict().items() if key != EXTRA_STATE}
+    problems = [f"missing {key}" for key in own if key not in tensors]
+    problems += [f"unexpected {key}" for key in tensors if key not in own]
+    problems += [
+        f"{key}: file {tuple(tensors[key].shape)}, network {tuple(own[key].shape)}"
+        for key in own
+        if key in tensors and tensors[key].shape != own[key].shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:12])
+        raise CheckpointError(
+            f"{path} does not fit the network ({len(problems)} tensors differ); nothing was loaded:\n  {shown}\n"
+            "Build the network from the file itself (tsfm.checkpoint.build_network), or adapt with load_pretrained()."
+        )
+    network.load_state_dict(tensors, strict=False)
+
+
+def save_weights(network: nn.Module, path: str | os.PathLike) -> None:
+    """Write a plain state dict, description included, to a ``.pt`` or ``.safetensors`` file, atomically."""
+    path = os.fspath(path)
+    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    atomic_write(path, lambda temporary: _write_state(state, temporary, path.endswith(".safetensors")))
+
+
+def atomic_write(path: str, write: Any) -> None:
+    """Call ``write(temporary)`` and move the result to `path`; on any failure nothing is left and `path` is as before."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".partial", dir=folder)
+    os.close(handle)
+    try:
+        write(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def _write_state(state: dict[str, torch.Tensor], path: str, safetensors: bool) -> None:
+    if safetensors:
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+
+
+def _load_file(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"weight file {os.path.abspath(path)} does not exist")
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or a pickle with code in it instead of tensors and plain values only "
+            f"({reason}). Ask its author for a state dict or safetensors."
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable PyTorch weight file: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    return dict(state)

@@ -1,0 +1,274 @@
+"""The label table: which target each raw id of each data set stands for (paper section 2.1, "label remapping table").
+
+Every (data set, raw id) pair, the data set's background included, owns one small integer, its *code*. A voxel's code
+therefore says which data set it came from and what that data set annotated there; `LabelTable.targets[code]` is a row
+over all targets with 1 (is), 0 (is not) or -1 (this data set does not annotate it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+RELATIONS = ("part_of", "inside")
+LABEL_MAP = "label_map"
+TARGET_FIELDS = {*RELATIONS, "lesion", "tolerance_mm", "_desc_"}
+
+
+class LabelError(ValueError):
+    """A label table that contradicts itself, or a label map that holds an id the table does not list."""
+
+
+class LabelTable:
+    """Targets, their tree, and each data set's raw ids.
+
+    Args:
+        targets: name -> ``{}``, ``{"part_of": parent}`` or ``{"inside": parent}``, optionally with ``"lesion"`` and
+            ``"tolerance_mm"``. The declared order is the order of the network's outputs; in a label map target ``i``
+            has the value ``i + 1``. A parent's parts make it up together; what is inside lies in it.
+        datasets: one mapping per data set: ``name``, ``labels`` (raw id, or structure name, -> target or list of
+            targets), ``ignore`` (raw ids whose voxels enter no loss), ``others`` (``"background"``: ids that are
+            listed nowhere count as background; without it they are an error).
+
+    Raises:
+        LabelError: an unknown parent or target, a cycle, a name used twice, or an id listed twice.
+    """
+
+    def __init__(self, targets: Mapping[str, Mapping[str, Any] | None], datasets: Sequence[Mapping[str, Any]]) -> None:
+        self.names: tuple[str, ...] = tuple(targets)
+        self._entries = {name: dict(entry or {}) for name, entry in targets.items()}
+        self._datasets = {entry["name"]: _dataset_rules(entry) for entry in datasets}
+        if len(self._datasets) != len(datasets):
+            raise LabelError(f"two data sets share a name: {[entry['name'] for entry in datasets]}")
+        self._declared = tuple(self._datasets)
+        values = {str(i + 1): name for i, name in enumerate(self.names)}
+        self._datasets.setdefault(LABEL_MAP, _dataset_rules({"name": LABEL_MAP, "labels": values}))
+        if "background" in self._entries:
+            raise LabelError("'background' cannot be a target: it is what no target claims")
+        self._check_targets()
+        self._build_codes()
+
+    # ---- targets and their tree -------------------------------------------------------------------------------
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """What the table declares of one target (its relation, ``lesion``, ``tolerance_mm``)."""
+        return self._entries[name]
+
+    def parent(self, name: str) -> str | None:
+        """The target that `name` is part of or lies inside, or None."""
+        return next((self._entries[name][key] for key in RELATIONS if key in self._entries[name]), None)
+
+    def ancestors(self, target: int) -> tuple[int, ...]:
+        """Indices of the targets that contain target number `target`, nearest first."""
+        found, parent = [], self.parent(self.names[target])
+        while parent is not None:
+            found.append(self.names.index(parent))
+            parent = self.parent(parent)
+        return tuple(found)
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The targets declared ``part_of`` `name`; together they make it up."""
+        return tuple(child for child, entry in self._entries.items() if entry.get("part_of") == name)
+
+    def paint_order(self) -> tuple[int, ...]:
+        """Target indices in painting order: parents first, parts next, what is inside last; else as declared."""
+
+        def depth(target: int) -> tuple[int, int, int]:
+            chain = (target, *self.ancestors(target))
+            nested = sum("inside" in self._entries[self.names[link]] for link in chain)
+            return nested, len(chain), target
+
+        return tuple(sorted(range(len(self.names)), key=depth))
+
+    def map_membership(self) -> np.ndarray:
+        """Bool (targets + 1, targets): does a voxel with this label-map value belong to this target?
+
+        A painted map shows the innermost target only; its ancestors contain the voxel too.
+        """
+        membership = np.zeros((len(self.names) + 1, len(self.names)), bool)
+        for target in range(len(self.names)):
+            membership[target + 1, [target, *self.ancestors(target)]] = True
+        return membership
+
+    def channel_def(self) -> dict[str, str]:
+        """The label map's table as bundle metadata and MONAI Label want it: ``{"0": "background", "1": ...}``."""
+        return {"0": "background", **{str(i + 1): name.lower() for i, name in enumerate(self.names)}}
+
+    # ---- data sets and codes ----------------------------------------------------------------------------------
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names of the declared data sets, in order."""
+        return self._declared
+
+    @property
+    def bare_dataset(self) -> str:
+        """The data set that bare ``{image, label}`` items belong to.
+
+        It is the only declared one; where several (or none) are declared it is ``label_map``, which every table has:
+        label maps that hold the values 1..N of :meth:`channel_def`, as MONAI Label sends them.
+        """
+        return self._declared[0] if len(self._declared) == 1 else LABEL_MAP
+
+    def annotated(self, dataset: str) -> tuple[str, ...]:
+        """Targets that `dataset` annotates: those it names, and those all of whose parts it annotates."""
+        known = {target for targets in self._rules(dataset)["labels"].values() for target in targets}
+        while True:
+            composed = {name for name in self.names if self.parts(name) and known.issuperset(self.parts(name))}
+            if composed <= known:
+                return tuple(name for name in self.names if name in known)
+            known |= composed
+
+    def local_ids(self, dataset: str) -> tuple[int | str, ...]:
+        """Raw ids (or structure names) of `dataset` in the order of their codes, background (0) first."""
+        rules = self._rules(dataset)
+        return (0, *rules["labels"], *rules["ignore"])
+
+    def offset(self, dataset: str) -> int:
+        """The code of `dataset`'s background; its other codes follow without a hole."""
+        self._rules(dataset)
+        return self._offsets[dataset]
+
+    def ignored(self, dataset: str) -> tuple[int, ...]:
+        """Local codes of `dataset` whose voxels enter no loss."""
+        ids = self.local_ids(dataset)
+        return tuple(ids.index(raw) for raw in self._rules(dataset)["ignore"])
+
+    def label_rules(self, dataset: str) -> dict[str, Any]:
+        """What decides the stored codes of `dataset` (raw ids in order, ids to ignore, ids to take as background)."""
+        rules = self._rules(dataset)
+        return {
+            "labels": [str(raw) for raw in rules["labels"]],
+            "ignore": list(rules["ignore"]),
+            "others": rules["others"],
+        }
+
+    def encode(self, dataset: str, raw: np.ndarray, source: str = "") -> np.ndarray:
+        """Raw ids of any shape -> local codes (0 is background); add :meth:`offset` for the table-wide code.
+
+        Raises:
+            LabelError: an id that the table does not list, with the file, the id and how many voxels hold it.
+        """
+        ids = self.local_ids(dataset)
+        if any(isinstance(raw_id, str) for raw_id in ids):
+            raise LabelError(f"data set '{dataset}' names structures, not ids: merge its masks first ({source})")
+        raw = np.asarray(raw)
+        if raw.size and raw.min() >= 0 and raw.max() < 65536:
+            counts = np.bincount(raw.ravel().astype(np.uint16, copy=False))
+            found = np.flatnonzero(counts)
+            lookup = np.zeros(len(counts), self.code_dtype)
+        else:
+            found, inverse, counts = np.unique(raw, return_inverse=True, return_counts=True)
+            counts = dict(zip(found.tolist(), counts.tolist(), strict=True))
+            lookup = None
+        unknown = {int(value): int(counts[value]) for value in found.tolist() if value not in ids}
+        if unknown and self._rules(dataset)["others"] != "background":
+            raise LabelError(
+                f"{source or 'label map'}: holds the ids {unknown} (id: voxels), which the label table of data set "
+                f"'{dataset}' does not list; it lists {list(ids)}. Add them to its \"labels\", name them under "
+                '"ignore", or set "others": "background".'
+            )
+        local = {value: (0 if value in unknown else ids.index(value)) for value in found.tolist()}
+        if lookup is not None:
+            lookup[list(local)] = list(local.values())
+            return lookup[raw.astype(np.uint16, copy=False)] if raw.size else np.zeros(raw.shape, self.code_dtype)
+        return np.array([local[value] for value in found.tolist()], self.code_dtype)[inverse].reshape(raw.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON from which :meth:`from_dict` builds the same table."""
+        datasets = []
+        for name in self._declared:
+            rules = self._datasets[name]
+            labels = {str(raw): list(names) for raw, names in rules["labels"].items()}
+            entry: dict[str, Any] = {"name": name, "labels": labels}
+            if rules["ignore"]:
+                entry["ignore"] = list(rules["ignore"])
+            if rules["others"]:
+                entry["others"] = rules["others"]
+            datasets.append(entry)
+        return {"targets": {name: dict(entry) for name, entry in self._entries.items()}, "datasets": datasets}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> LabelTable:
+        """The table that :meth:`to_dict` wrote, or a whole pool file's content."""
+        return cls(table["targets"], table["datasets"])
+
+    def __repr__(self) -> str:
+        return f"LabelTable({len(self.names)} targets, {len(self._declared)} data sets, {self.num_codes} codes)"
+
+    # ---- building ---------------------------------------------------------------------------------------------
+
+    def _rules(self, dataset: str) -> dict[str, Any]:
+        if dataset not in self._datasets:
+            raise LabelError(f"unknown data set '{dataset}'; the label table knows {list(self._declared)}")
+        return self._datasets[dataset]
+
+    def _check_targets(self) -> None:
+        for name, entry in self._entries.items():
+            unknown = set(entry) - TARGET_FIELDS
+            if unknown:
+                raise LabelError(f"target '{name}': unknown fields {sorted(unknown)}; known: {sorted(TARGET_FIELDS)}")
+            if sum(key in entry for key in RELATIONS) > 1:
+                raise LabelError(f"target '{name}' is both part_of and inside; choose one")
+            seen, parent = [name], self.parent(name)
+            while parent is not None:
+                if parent not in self._entries:
+                    raise LabelError(f"target '{seen[-1]}' refers to '{parent}', which is not among the targets")
+                if parent in seen:
+                    raise LabelError(f"targets refer to each other in a circle: {' -> '.join([*seen, parent])}")
+                seen.append(parent)
+                parent = self.parent(parent)
+        for dataset, rules in self._datasets.items():
+            for raw, names in rules["labels"].items():
+                missing = [name for name in names if name not in self._entries]
+                if missing:
+                    raise LabelError(f"data set '{dataset}' maps {raw!r} to {missing}, not among the targets")
+
+    def _build_codes(self) -> None:
+        codes: list[tuple[str, int | str]] = []
+        self._offsets: dict[str, int] = {}
+        for dataset in self._datasets:
+            self._offsets[dataset] = len(codes)
+            codes += [(dataset, raw) for raw in self.local_ids(dataset)]
+        self.codes: tuple[tuple[str, int | str], ...] = tuple(codes)
+        self.num_codes = len(codes)
+        self.code_dtype = np.uint8 if self.num_codes <= 256 else np.uint16
+        self.targets = np.full((self.num_codes, len(self.names)), -1, np.int8)
+        for code, (dataset, raw) in enumerate(codes):
+            rules = self._datasets[dataset]
+            if raw in rules["ignore"]:
+                continue
+            annotated = {self.names.index(name) for name in self.annotated(dataset)}
+            positive: set[int] = set()
+            for name in rules["labels"].get(raw, ()):
+                target = self.names.index(name)
+                positive |= {target, *self.ancestors(target)}
+            self.targets[code, sorted(annotated)] = 0
+            self.targets[code, sorted(annotated & positive)] = 1
+
+
+def _dataset_rules(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Normalise one data set's declaration: ids as integers where they are numbers, targets as tuples."""
+    name, labels, numeric = entry["name"], {}, 0
+    for raw, targets in entry["labels"].items():
+        is_number = str(raw).lstrip("-").isdigit()
+        numeric += is_number
+        key = int(raw) if is_number else str(raw)
+        if key == 0:
+            if targets == "background":
+                continue
+            raise LabelError(f"data set '{name}': raw id 0 is the background and cannot stand for {targets!r}")
+        if key in labels:
+            raise LabelError(f"data set '{name}' lists the id {key} twice")
+        labels[key] = (targets,) if isinstance(targets, str) else tuple(targets)
+    if any(isinstance(key, str) for key in labels) and any(isinstance(key, int) for key in labels):
+        raise LabelError(f"data set '{name}' mixes raw ids and structure names: {list(labels)}")
+    ignore = tuple(int(raw) for raw in entry.get("ignore", ()))
+    if set(ignore) & {0, *labels}:
+        raise LabelError(f"data set '{name}' both uses and ignores {sorted(set(ignore) & {0, *labels})}")
+    others = entry.get("others")
+    if others not in (None, "background"):
+        raise LabelError(f'data set \'{name}\': "others" is {others!r}; the only choice is "background"')
+    return {"labels": labels, "ignore": ignore, "others": others}

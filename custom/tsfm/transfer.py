@@ -1,0 +1,2 @@
+def freeze(*a):pass
+def load_pretrained(*a,**k):pass
