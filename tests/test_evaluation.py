@@ -9,7 +9,6 @@ import SimpleITK as sitk
 import torch
 from monai.data import DataLoader, MetaTensor
 from monai.engines import SupervisedEvaluator
-
 from tsfm.evaluation import CaseScores, ScoreWriter, count_voxels, evaluate_folder, score_case
 from tsfm.labelmaps import grid_difference, stem
 from tsfm.labels import LabelTable
@@ -204,7 +203,7 @@ def test_one_bad_truth_is_reported_and_the_others_are_scored(table, tmp_path):
     save(labels / "case_1.nii.gz", np.full((10, 12, 8), 77, np.uint8))
     whole = (labels / "case_2.nii.gz").read_bytes()
     (labels / "case_2.nii.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RuntimeError, match="2 case.*case_1.*77.*case_2"):
+    with pytest.raises(RuntimeError, match=r"2 case.*case_1.*77.*case_2"):
         evaluate_folder(out, labels, table, tmp_path / "scores", dataset="kits")
     assert {row["case"] for row in load_rows(tmp_path / "scores" / "cases.csv")} == {"case_0"}
     assert len(json.loads((tmp_path / "scores" / "summary.json").read_text())["failed"]) == 2
@@ -271,13 +270,13 @@ def test_the_handler_writes_what_the_folder_command_writes(table, tmp_path):
 
 
 def test_the_handler_scores_the_rest_when_a_case_does_not_fit(table, tmp_path):
-    out, labels = folder_of_cases(tmp_path)
+    _, labels = folder_of_cases(tmp_path)
     items = [
         {"image": case_of("kits", n)[0], "affine": AFFINE * (1.5 if n == 1 else 1),
          "label": str(labels / f"case_{n}.nii.gz"), "dataset": "kits", "case": f"case_{n}"}
         for n in range(3)
     ]  # fmt: skip
-    with pytest.raises(RuntimeError, match="1 case.*case_1.*different grids"):
+    with pytest.raises(RuntimeError, match=r"1 case.*case_1.*different grids"):
         evaluator_over(items, CaseScores(str(tmp_path / "scores"), table)).run()
     assert {row["case"] for row in load_rows(tmp_path / "scores" / "cases.csv")} == {"case_0", "case_2"}
 

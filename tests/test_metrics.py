@@ -8,7 +8,6 @@ import torch.multiprocessing as mp
 from monai.engines import SupervisedEvaluator
 from monai.handlers import from_engine
 from monai.metrics import compute_surface_dice
-
 from tsfm.labels import LabelTable
 from tsfm.metrics import PooledDice, lesions, surface_dice
 

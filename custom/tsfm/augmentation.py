@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, Randomizable, RandomizableTransform
+from monai.transforms import MapTransform, Randomizable, RandomizableTransform, Transform
 
 THICK_RATIO = 3  # nnU-Net: a patch whose longest side is more than 3 times its first is augmented slice by slice
 SLAB = 8  # output slices resampled at a time: their sampling grid stays in the processor's cache
@@ -125,6 +125,24 @@ def resample_patch(
         sampled[:, start:stop] = F.grid_sample(image[None], grid, mode="bilinear", align_corners=False)[0]
         labels[:, start:stop] = F.grid_sample(codes, grid, mode="nearest", align_corners=False)[0]
     return sampled, labels
+
+
+def seed_transforms(transform: Any, seed: int) -> None:
+    """Let a transform and all that it holds draw from one new random state.
+
+    `set_random_state` makes a state for each part instead, which takes 2 ms for the list of the bundles.
+    """
+    _share_random_state(transform, np.random.RandomState(seed))
+
+
+def _share_random_state(part: Any, state: np.random.RandomState) -> None:
+    if isinstance(part, (list, tuple)):
+        for member in part:
+            _share_random_state(member, state)
+    elif isinstance(part, Transform):
+        if isinstance(part, Randomizable):
+            part.R = state
+        _share_random_state(list(vars(part).values()), state)
 
 
 class RandPerChanneld(RandomizableTransform, MapTransform):

@@ -16,7 +16,7 @@ from monai.data import get_track_meta, set_track_meta
 from monai.transforms import Compose
 from torch.utils.data import Dataset, DistributedSampler
 
-from .augmentation import RandRotateScale, resample_patch, source_box
+from .augmentation import RandRotateScale, resample_patch, seed_transforms, source_box
 from .pool import complete_items, sampling_weights
 
 
@@ -141,7 +141,7 @@ class PatchDataset(Dataset):
         label = codes.to(self.label_dtype) + self.table.offset(item["dataset"])
         sample = {"image": image, "label": label, "dataset": item["dataset"], "case": item["case"]}
         if self.transform is not None:
-            self.transform.set_random_state(seed=int(rng.integers(2**32)))
+            seed_transforms(self.transform, int(rng.integers(2**32)))
             with plain_tensors():
                 sample = self.transform(sample)
         return sample

@@ -83,9 +83,9 @@ class RollingAverage:
 
     def add(self, logits: torch.Tensor, corner: Sequence[int]) -> None:
         """Take in one window's logits (T, S, P, L), whose first voxel is `corner`."""
-        logits, (p, l) = logits.permute(1, 2, 3, 0), corner[1:]
+        logits, (top, left) = logits.permute(1, 2, 3, 0), corner[1:]
         depth, height, width = logits.shape[:3]
-        box = (slice(1, None), slice(p, p + height), slice(l, l + width))
+        box = (slice(1, None), slice(top, top + height), slice(left, left + width))
         mean, total = self.mean[box], self.total[box]
         total += self.gaussian
         for s in range(0, depth, _CHUNK):
@@ -134,7 +134,10 @@ class Painter:
         thick: int | None = None,
         exclusive: bool = False,
     ) -> None:
-        self.axes = [axis_resampler(n, m, 0 if a == thick else 1) for a, (n, m) in enumerate(zip(shape, source_shape))]
+        self.axes = [
+            axis_resampler(n, m, 0 if a == thick else 1)
+            for a, (n, m) in enumerate(zip(shape, source_shape, strict=True))
+        ]
         self.paint, self.levels, self.exclusive = paint, levels, exclusive
         largest = max((value for _, value in paint), default=0)
         self.label_map = torch.zeros(tuple(source_shape), dtype=torch.uint8 if largest < 256 else torch.int16)
@@ -162,8 +165,8 @@ class Painter:
             box = _box((logits[channel] > logits[0]).any(0) if self.exclusive else peaks[channel] > level)
             if box is None:
                 continue
-            rows = [axis_rows(axis, *span) for axis, span in zip(self.axes[1:], box)]
-            spans = [axis.needed(*row) for axis, row in zip(self.axes[1:], rows)]
+            rows = [axis_rows(axis, *span) for axis, span in zip(self.axes[1:], box, strict=True)]
+            spans = [axis.needed(*row) for axis, row in zip(self.axes[1:], rows, strict=True)]
             where = (slice(None), *(slice(*span) for span in spans))
             plane = logits[channel][where].float()
             if self.exclusive:
@@ -270,8 +273,10 @@ def source_grid(inputs: torch.Tensor) -> SourceGrid:
         if operation.get("class") == "PrepareImaged":
             grid = operation["extra_info"]
             if tuple(grid["shape"]) != tuple(inputs.shape[2:]):
-                raise ValueError(f"the image is {tuple(inputs.shape[2:])} voxels, PrepareImaged made it {grid['shape']}: "
-                                 "no transform between it and the inferer may change the shape")
+                raise ValueError(
+                    f"the image is {tuple(inputs.shape[2:])} voxels, PrepareImaged made it {grid['shape']}: "
+                    "no transform between it and the inferer may change the shape"
+                )
             return SourceGrid(tuple(grid["cropped_shape"]), thick_axis(grid["spacing_mm"], grid["source_spacing_mm"]))
     return SourceGrid(tuple(inputs.shape[2:]), None)
 
@@ -360,12 +365,16 @@ class SlabInferer(Inferer):
     def slabs(self, image: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Iterator[Slab]:
         """Averaged logits of an image (C, S, P, L), finished slices first; a slab is valid until the next is asked for."""
         shape = image.shape[1:]
-        before = [max(patch - size, 0) // 2 for size, patch in zip(shape, self.roi_size)]
-        after = [max(patch - size, 0) - low for size, patch, low in zip(shape, self.roi_size, before)]
+        before = [max(patch - size, 0) // 2 for size, patch in zip(shape, self.roi_size, strict=True)]
+        after = [max(patch - size, 0) - low for size, patch, low in zip(shape, self.roi_size, before, strict=True)]
         if any(after):
-            image = torch.nn.functional.pad(image, [n for pair in zip(before[::-1], after[::-1]) for n in pair])
-        starts = [window_starts(size, patch, self.overlap) for size, patch in zip(image.shape[1:], self.roi_size)]
-        kept = tuple(slice(low, low + size) for low, size in zip(before[1:], shape[1:]))
+            image = torch.nn.functional.pad(
+                image, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
+            )
+        starts = [
+            window_starts(size, patch, self.overlap) for size, patch in zip(image.shape[1:], self.roi_size, strict=True)
+        ]
+        kept = tuple(slice(low, low + size) for low, size in zip(before[1:], shape[1:], strict=True))
         device = network_device(network, image.device)
         average = self._average(image.shape[1:], device)
         progress = tqdm(total=math.prod(map(len, starts)), desc="windows", unit="window", disable=not self.progress)
@@ -375,7 +384,7 @@ class SlabInferer(Inferer):
                 for i in range(0, len(corners), self.sw_batch_size):
                     some = corners[i : i + self.sw_batch_size]
                     logits = self._forward(image, some, network, device, *args, **kwargs)
-                    for one, corner in zip(logits, some):
+                    for one, corner in zip(logits, some, strict=True):
                         average.add(one if len(self.channels) == len(one) else one[self.channels], corner)
                     progress.update(len(some))
                 until = starts[0][row + 1] if row + 1 < len(starts[0]) else image.shape[1]
@@ -401,7 +410,9 @@ class SlabInferer(Inferer):
 
     def _forward(self, image, corners, network, device: torch.device, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Logits (B, T, *roi_size) of the windows at these corners."""
-        windows = [image[(slice(None), *(slice(c, c + n) for c, n in zip(at, self.roi_size)))] for at in corners]
+        windows = [
+            image[(slice(None), *(slice(c, c + n) for c, n in zip(at, self.roi_size, strict=True)))] for at in corners
+        ]
         batch = torch.stack(windows).to(device)
         if self.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last_3d)

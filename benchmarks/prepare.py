@@ -1,0 +1,162 @@
+"""Prepare one CT of 300x512x512 voxels at (1.5, 0.7, 0.7) mm with labels to (1.5, 1, 1) mm: nnU-Net 2.8.1 against tsfm.
+
+    python benchmarks/prepare.py --peer_python /opt/envs/nnunet/bin/python [--repeats 3] [--size 300 512 512]
+
+Each side and each row runs in a process of its own, on the same file, with the same number of threads; the table gives
+medians and the peak resident memory of the process. Rows: `arrays` crops, normalises, resamples and samples foreground
+voxels in memory (nnU-Net's `run_case_npy`); `file to store` reads the .nii.gz pair and writes the compressed arrays too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+SPACING_MM, TARGET_MM = (1.5, 0.7, 0.7), (1.5, 1.0, 1.0)
+INTENSITY = {"lower": -927.0, "upper": 275.0, "mean": 63.4, "sd": 175.5}
+ORGANS = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peer_python", default="/opt/envs/nnunet/bin/python")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--size", type=int, nargs=3, default=(300, 512, 512))
+    parser.add_argument("--side", choices=("nnunet", "tsfm"), help=argparse.SUPPRESS)
+    parser.add_argument("--row", choices=("arrays", "file"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        times = (run_nnunet if args.side == "nnunet" else run_tsfm)(args.row, args.folder, args.repeats)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"times": times, "peak_gib": peak}))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_ct(folder, tuple(args.size))
+        print(f"{os.cpu_count()} cores; CT {'x'.join(map(str, args.size))}, {ORGANS} labels, median of {args.repeats}")
+        for row in ("arrays", "file"):
+            results = {}
+            for side, python in (("nnunet", args.peer_python), ("tsfm", sys.executable)):
+                command = [python, __file__, "--side", side, "--row", row, "--folder", folder]
+                command += ["--repeats", str(args.repeats)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                results[side] = json.loads(done.stdout.strip().splitlines()[-1])
+            show(row, results)
+
+
+def show(row: str, results: dict) -> None:
+    """One line per side and the ratios."""
+    name = {"arrays": "arrays", "file": "file to store"}[row]
+    for side, found in results.items():
+        print(f"{name:14s} {side:7s} {statistics.median(found['times']):7.2f} s  peak {found['peak_gib']:.2f} GiB")
+    ours, theirs = results["tsfm"], results["nnunet"]
+    faster = statistics.median(theirs["times"]) / statistics.median(ours["times"])
+    print(f"{name:14s} {faster:.1f} times faster, {ours['peak_gib'] / theirs['peak_gib']:.2f} of the memory", flush=True)
+
+
+def write_ct(folder: str, shape: tuple[int, int, int]) -> None:
+    """A body of soft tissue in air with ellipsoid organs and noise, and its label map, as NIfTI with LPS axes."""
+    import nibabel as nib
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
+    s, p, left = axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
+    image = random.normal(0, 15, shape).astype(np.float32)
+    image += np.where((p / 0.7) ** 2 + (left / 0.9) ** 2 < 1, 40.0, -1000.0) + 0 * s
+    labels = np.zeros(shape, np.uint8)
+    for organ in range(1, ORGANS + 1):
+        center, radius = random.uniform(-0.5, 0.5, 3), random.uniform(0.05, 0.35, 3)
+        inside = sum(((axis - c) / r) ** 2 for axis, c, r in zip((s, p, left), center, radius)) < 1
+        labels[inside] = organ
+        image[inside] += random.uniform(-80, 120)
+    affine = np.diag([-SPACING_MM[2], -SPACING_MM[1], SPACING_MM[0], 1.0])
+    for name, array in (("image", image.round().astype(np.int16)), ("label", labels)):
+        nib.save(nib.Nifti1Image(array.transpose(2, 1, 0), affine), os.path.join(folder, f"{name}.nii.gz"))
+
+
+def run_tsfm(row: str, folder: str, repeats: int) -> list[float]:
+    """Seconds of each repeat."""
+    import shutil
+
+    import torch
+
+    from tsfm.labels import LabelTable
+    from tsfm.preprocessing import Preparation, load_case, prepare_image, resample_labels
+    from tsfm.resampling import thick_axis
+    from tsfm.store import CaseStore, sample_foreground
+
+    names = [f"organ_{i}" for i in range(1, ORGANS + 1)]
+    table = LabelTable(
+        {name: {} for name in names}, [{"name": "ct", "labels": {str(i + 1): name for i, name in enumerate(names)}}]
+    )
+    preparation = Preparation(TARGET_MM, {"CT": INTENSITY})
+    item = {"image": os.path.join(folder, "image.nii.gz"), "label": os.path.join(folder, "label.nii.gz")}
+    case = load_case(item, table, preparation) if row == "arrays" else None
+    times = []
+    for _ in range(repeats):
+        shutil.rmtree(os.path.join(folder, "store"), ignore_errors=True)
+        start = time.perf_counter()
+        if row == "arrays":
+            image, grid = prepare_image(torch.from_numpy(case.image), case.spacing_mm, preparation, "CT")
+            codes = case.codes[tuple(slice(*span) for span in grid.crop)]
+            codes = resample_labels(codes, grid.shape, thick_axis(case.spacing_mm, TARGET_MM))
+            sample_foreground(codes)
+            del image, codes
+        else:
+            CaseStore(os.path.join(folder, "store"), table, preparation).open(item)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def run_nnunet(row: str, folder: str, repeats: int) -> list[float]:
+    """Seconds of each repeat."""
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+    configuration = {
+        "data_identifier": "x", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
+        "architecture": {"network_class_name": "unused", "arch_kwargs": {}, "_kw_requires_import": []},
+        "patch_size": [112, 160, 192], "spacing": list(TARGET_MM), "normalization_schemes": ["CTNormalization"],
+        "use_mask_for_norm": [False], "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": resampling, "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg_kwargs": {**resampling, "is_seg": True, "order": 1},
+    }
+    properties = {"mean": INTENSITY["mean"], "std": INTENSITY["sd"], "percentile_00_5": INTENSITY["lower"],
+                  "percentile_99_5": INTENSITY["upper"]}
+    plans = PlansManager({
+        "dataset_name": "ct", "plans_name": "p", "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+        "image_reader_writer": "SimpleITKIO", "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {"0": properties}, "configurations": {"3d_fullres": configuration},
+    })
+    dataset = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz",
+               "labels": {"background": 0, **{f"organ_{i}": i for i in range(1, ORGANS + 1)}}}
+    image, label = (os.path.join(folder, f"{name}.nii.gz") for name in ("image", "label"))
+    preprocessor = DefaultPreprocessor(verbose=False)
+    times = []
+    if row == "arrays":
+        data, data_properties = SimpleITKIO().read_images([image])
+        seg, _ = SimpleITKIO().read_seg(label)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fullres = plans.get_configuration("3d_fullres")
+        if row == "arrays":
+            preprocessor.run_case_npy(data, seg, dict(data_properties), plans, fullres, dataset)
+        else:
+            target = os.path.join(folder, "nnunet_case")
+            preprocessor.run_case_save(target, [image], label, plans, fullres, dataset)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,459 @@
+"""Turns a bundle and any checkpoint trained with it into a release: a folder that needs nothing else, and its zip.
+
+`release` writes into `output_dir`:
+
+* ``NAME/``: the bundle with the package as a real copy (``NAME/tsfm``), the weights as ``models/model.pt`` (a plain
+  state dict) and ``models/model.safetensors``, and configs, metadata and README that fit these weights;
+* ``NAME_vX.Y.Z.zip``: the same folder, byte for byte the same whenever its content is; and its ``.sha256``;
+* ``model_info.json``: the entry under which the Model Zoo lists it (SHA-1 and address), merged with what is there.
+
+Weights over 25 MB are also named in ``NAME/large_files.yml``, which the Model Zoo wants beside the configs in its
+repository and, like its own releases, not in the zip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .checkpoint import EXTRA_STATE, encode_description, read_state, table_of
+
+LARGE_FILE_BYTES = 25 * 2**20
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can name
+WEIGHT_SUFFIXES = (".pt", ".safetensors", ".ts", ".onnx")
+LEFT_OUT = ("__pycache__", "*.pyc", ".*", "store", "output", "data", "eval", "models", "tsfm", "large_files.yml")
+FORBIDDEN_NAMES = (
+    "detection",
+    "classification",
+    "deepedit",
+    "deepgrow",
+)  # MONAI Label takes them for other kinds of app
+README_BLOCK = ("<!-- weights: begin -->", "<!-- weights: end -->")
+
+
+class ReleaseError(ValueError):
+    """A bundle or checkpoint that cannot be released, with what to change."""
+
+
+def release(
+    bundle_dir: str,
+    checkpoint: str,
+    output_dir: str,
+    name: str | None = None,
+    version: str | None = None,
+    changelog: str | None = None,
+    base_url: str = "",
+    metrics: str | None = None,
+    trained_on: str | None = None,
+) -> str:
+    """Stage a bundle around a checkpoint and zip it, with checksums and the Model Zoo's files.
+
+    Args:
+        bundle_dir: a bundle folder of this repository (``bundles/tsfm_finetune``).
+        checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors).
+        output_dir: created if needed; an older release of the same name in it is replaced.
+        name: of the released bundle; the folder's name by default.
+        version: by default that of ``metadata.json``.
+        changelog: what is new in `version`; needed where ``metadata.json`` says nothing about it.
+        base_url: where the files will be downloadable; goes into ``large_files.yml`` and ``model_info.json``.
+        metrics: JSON summary of an evaluation, for metadata and README.
+        trained_on: a sentence on what the weights were trained on and what they cannot do, for metadata and README.
+
+    Returns:
+        path of the zip.
+
+    Raises:
+        ReleaseError, CheckpointError: before anything is written.
+    """
+    bundle = stage(bundle_dir, checkpoint, output_dir, name, version, changelog, base_url, metrics, trained_on)
+    path = zip_bundle(bundle, output_dir)
+    with open(path + ".sha256", "w", encoding="utf-8") as file:
+        file.write(f"{file_hash(path, 'sha256')}  {os.path.basename(path)}\n")
+    entry = {"checksum": file_hash(path, "sha1"), "source": _url(base_url, os.path.basename(path))}
+    listing = os.path.join(output_dir, "model_info.json")
+    known = _read_json(listing) if os.path.isfile(listing) else {}
+    known[os.path.basename(path).removesuffix(".zip")] = entry
+    _write_json(listing, dict(sorted(known.items())))
+    return path
+
+
+def stage(
+    bundle_dir: str,
+    checkpoint: str,
+    output_dir: str,
+    name: str | None = None,
+    version: str | None = None,
+    changelog: str | None = None,
+    base_url: str = "",
+    metrics: str | None = None,
+    trained_on: str | None = None,
+) -> str:
+    """Write the self-contained folder of a release (see `release`); returns its path."""
+    name = name or os.path.basename(os.path.abspath(bundle_dir))
+    tensors, description = read_state(checkpoint)
+    configs = _read_configs(bundle_dir)
+    metadata = configs["metadata.json"]
+    _check_name(name)
+    if "targets" not in description:
+        raise ReleaseError(
+            f"{checkpoint}: the weights carry no description (targets, spacing, network), so no bundle can be fitted "
+            "to them; release a checkpoint that was trained with these bundles"
+        )
+    if changelog and (version or metadata.get("version")):
+        metadata["changelog"] = {version or metadata["version"]: changelog, **metadata.get("changelog", {})}
+    metadata["version"] = version or metadata.get("version", "")
+    check_version(metadata)
+    if metrics:
+        metadata["eval_metrics"] = _read_json(metrics)
+    _fill_configs(configs, description, name, trained_on)
+
+    os.makedirs(output_dir, exist_ok=True)
+    final = os.path.join(output_dir, name)
+    scratch = tempfile.mkdtemp(prefix=f".{name}.", dir=output_dir)
+    try:
+        shutil.copytree(bundle_dir, scratch, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+        for file, content in configs.items():
+            _write_json(os.path.join(scratch, "configs", file), content)
+        _write_readme(scratch, description, metadata, tensors, trained_on)
+        _write_weights(os.path.join(scratch, "models"), tensors, description)
+        _copy_package(os.path.join(scratch, "tsfm"))
+        _write_large_files(scratch, name, base_url)
+        check_weights(scratch)
+        os.chmod(scratch, 0o755)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(scratch, final)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return final
+
+
+def zip_bundle(bundle: str, output_dir: str) -> str:
+    """Zip a staged folder as ``NAME_vX.Y.Z.zip``: sorted names, one fixed time, fixed permissions; returns the path."""
+    name, version = os.path.basename(os.path.abspath(bundle)), _read_json(_metadata_path(bundle))["version"]
+    path = os.path.join(output_dir, f"{name}_v{version}.zip")
+    with zipfile.ZipFile(path + ".partial", "w") as archive:
+        for file in list_files(bundle):
+            if file == "large_files.yml":
+                continue
+            entry = zipfile.ZipInfo(f"{name}/{file}", ZIP_TIME)
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            is_weight = file.endswith(WEIGHT_SUFFIXES)  # float noise does not shrink
+            entry.compress_type = zipfile.ZIP_STORED if is_weight else zipfile.ZIP_DEFLATED
+            entry.file_size = os.path.getsize(os.path.join(bundle, file))
+            with open(os.path.join(bundle, file), "rb") as source, archive.open(entry, "w") as target:
+                shutil.copyfileobj(source, target, 2**20)
+    os.replace(path + ".partial", path)
+    return path
+
+
+# ---- checks that the gate shares ------------------------------------------------------------------------------------
+
+
+def check_version(metadata: Mapping[str, Any]) -> None:
+    """Version and changelog as the Model Zoo wants them, the version first in the changelog.
+
+    Raises:
+        ReleaseError: a version that is not three one-digit parts (the zoo sorts versions as strings), or a changelog
+            that does not begin with it.
+    """
+    version, changelog = metadata.get("version", ""), metadata.get("changelog", {})
+    if not re.fullmatch(r"\d\.\d\.\d", version):
+        raise ReleaseError(f"metadata.json: version {version!r}; expected three parts of one digit each, like 0.1.0")
+    if version not in changelog:
+        raise ReleaseError(
+            f"metadata.json: the changelog is stale: it knows {list(changelog)}, not {version}. Add an entry that says "
+            "what is new, or give --changelog."
+        )
+    if max(changelog) != version:
+        raise ReleaseError(
+            f"metadata.json: the changelog already holds {max(changelog)}, which is newer than {version}"
+        )
+
+
+def check_weights(bundle: str) -> dict[str, int]:
+    """Hold both weight files against the network that ``inference.json`` defines, key by key.
+
+    Returns:
+        number of tensors and parameters.
+
+    Raises:
+        ReleaseError: tensors that are missing, superfluous, of another shape, or differ between the two files.
+    """
+    network = _declared_network(bundle)
+    expected = {key: tuple(value.shape) for key, value in network.state_dict().items() if key != EXTRA_STATE}
+    first, _ = read_state(os.path.join(bundle, "models", "model.pt"))
+    for file in ("model.pt", "model.safetensors"):
+        path = os.path.join(bundle, "models", file)
+        tensors, _ = read_state(path)
+        found = {key: tuple(value.shape) for key, value in tensors.items()}
+        wrong = [f"{k}: {found.get(k)}, network_def has {expected.get(k)}" for k in {**expected, **found}
+                 if found.get(k) != expected.get(k)]  # fmt: skip
+        wrong += [
+            f"{key}: differs from model.pt" for key in tensors if not wrong and not tensors[key].equal(first[key])
+        ]
+        if wrong:
+            raise ReleaseError(f"{path} does not fit network_def of inference.json ({len(wrong)} tensors): {wrong[:5]}")
+    return {"tensors": len(expected), "parameters": sum(value.numel() for value in first.values())}
+
+
+def list_files(folder: str) -> list[str]:
+    """Every file below `folder`, relative, with forward slashes, sorted."""
+    found = []
+    for root, _, names in os.walk(folder):
+        found += [os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/") for name in names]
+    return sorted(found)
+
+
+def file_hash(path: str, kind: str) -> str:
+    """Hex digest of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest() if hasattr(hashlib, "file_digest") else _digest(file, kind)
+
+
+def _digest(file: Any, kind: str) -> str:  # Python 3.10
+    digest = hashlib.new(kind)
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _declared_network(bundle: str) -> torch.nn.Module:
+    """What ``network_def`` of inference.json builds, on the meta device: no memory, whatever its size."""
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config(os.path.join(bundle, "configs", "inference.json"))
+    parser["bundle_root"] = bundle
+    with torch.device("meta"):
+        return parser.get_parsed_content("network_def")
+
+
+def _check_name(name: str) -> None:
+    wrong = [word for word in FORBIDDEN_NAMES if word in name.lower()]
+    if wrong or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+        raise ReleaseError(
+            f"bundle name {name!r}: use letters, digits and underscores, and none of {FORBIDDEN_NAMES}, by which MONAI "
+            "Label recognizes other kinds of bundles"
+        )
+
+
+# ---- what the checkpoint decides ------------------------------------------------------------------------------------
+
+
+def _fill_configs(configs: dict[str, Any], description: Mapping[str, Any], name: str, trained_on: str | None) -> None:
+    """Write the checkpoint's network, targets, preparation and patch into the configs that declare them."""
+    network = {"_target_": "tsfm.TSFM", **description["network"]}
+    preparation = {"_target_": "tsfm.Preparation", **description["preparation"]}
+    for file, config in configs.items():
+        if file == "metadata.json" or "network_def" not in config:
+            continue
+        config["network_def"] = network
+        for key, value in (
+            ("preparation", preparation),
+            ("patch_size", description["patch_size"]),
+            ("spacing_mm", description["preparation"]["spacing_mm"]),
+        ):
+            if key in config:
+                config[key] = value
+    for config in configs.values():
+        _put_bundle_on_path(config)
+    if "pool.json" in configs:
+        configs["pool.json"] = _fitted_pool(configs["pool.json"], description)
+    configs["metadata.json"] = _fitted_metadata(configs["metadata.json"], description, name, trained_on)
+
+
+def _put_bundle_on_path(config: dict[str, Any]) -> None:
+    """Make the vendored package importable from any working directory: `monai.bundle run` adds nothing to the path."""
+    lines = ["$import sys", "$sys.path.insert(0, os.path.abspath(@bundle_root))"]
+    if isinstance(config.get("initialize"), list) and lines[0] not in config["initialize"]:
+        config["initialize"] = [*lines, *config["initialize"]]
+
+
+def _fitted_pool(pool: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:
+    """The pool file with the checkpoint's targets and data sets; folder layouts stay where the names are the same."""
+    known = {entry["name"]: entry for entry in pool["datasets"]}
+    datasets = []
+    for entry in description["dataset_labels"]:
+        labels = {raw: names[0] if len(names) == 1 else names for raw, names in entry["labels"].items()}
+        datasets.append({**known.get(entry["name"], {}), **entry, "labels": labels})
+    return {**pool, "targets": description["targets"], "datasets": datasets}
+
+
+def _fitted_metadata(
+    metadata: Mapping[str, Any], description: Mapping[str, Any], name: str, trained_on: str | None
+) -> dict[str, Any]:
+    table = table_of(description)
+    patch, channels = list(description["patch_size"]), description["network"]["in_channels"]
+    modality = "/".join(description.get("modalities") or ["image"])
+    data = {key: dict(value) for key, value in metadata["network_data_format"].items()}
+    data["inputs"]["image"] = {
+        **data["inputs"].get("image", {}),
+        "modality": modality,
+        "num_channels": channels,
+        "spatial_shape": patch,
+        "channel_def": {str(i): modality if channels == 1 else f"image_{i}" for i in range(channels)},
+    }
+    data["outputs"]["pred"] = {
+        **data["outputs"].get("pred", {}),
+        "num_channels": len(table.names),
+        "spatial_shape": patch,
+        "value_range": [0, len(table.names)],
+        "channel_def": table.channel_def(),
+    }
+    filled = {**metadata, "name": name, "network_data_format": data, "label_classes": _classes(table.channel_def())}
+    filled["pred_classes"] = filled["label_classes"]
+    if trained_on:
+        filled["data_source"] = trained_on
+    return filled
+
+
+def _classes(channel_def: Mapping[str, str]) -> str:
+    return ", ".join(f"{value} is {name}" for value, name in channel_def.items())
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _read_configs(bundle_dir: str) -> dict[str, Any]:
+    folder = os.path.join(bundle_dir, "configs")
+    if not os.path.isfile(os.path.join(folder, "metadata.json")):
+        raise ReleaseError(f"{os.path.abspath(bundle_dir)} is not a bundle: it has no configs/metadata.json")
+    return {
+        file: _read_json(os.path.join(folder, file)) for file in sorted(os.listdir(folder)) if file.endswith(".json")
+    }
+
+
+def _write_weights(folder: str, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
+    """Both weight files; a file object as target keeps the file's name out of the bytes of model.pt."""
+    from safetensors.torch import save_file
+
+    os.makedirs(folder)
+    state = {key: value.contiguous() for key, value in sorted(tensors.items())}
+    state[EXTRA_STATE] = encode_description(description)
+    with open(os.path.join(folder, "model.pt"), "wb") as file:
+        torch.save(state, file)
+    save_file(state, os.path.join(folder, "model.safetensors"))
+
+
+def _copy_package(target: str) -> None:
+    """The package as a real copy: a link would be dropped or broken by what packs and unpacks bundles."""
+    source = os.path.dirname(os.path.abspath(__file__))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+
+
+def _write_large_files(bundle: str, name: str, base_url: str) -> None:
+    large = [file for file in list_files(bundle) if os.path.getsize(os.path.join(bundle, file)) > LARGE_FILE_BYTES]
+    if not large:
+        return
+    lines = ["large_files:"]
+    for file in large:
+        lines += [
+            f'  - path: "{file}"',
+            f'    url: "{_url(base_url, f"{name}/{file}")}"',
+            f'    hash_val: "{file_hash(os.path.join(bundle, file), "sha256")}"',
+            '    hash_type: "sha256"',
+        ]
+    with open(os.path.join(bundle, "large_files.yml"), "w", encoding="utf-8") as out:
+        out.write("\n".join(lines) + "\n")
+
+
+def _write_readme(
+    bundle: str,
+    description: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    trained_on: str | None,
+) -> None:
+    """Fill the README's block on the weights; where it has none, append a section."""
+    path = os.path.join(bundle, "docs", "README.md")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    text = ""
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    begin, end = README_BLOCK
+    block = f"{begin}\n{weights_table(description, metadata, tensors, trained_on)}\n{end}"
+    if begin in text and end in text:
+        text = text[: text.index(begin)] + block + text[text.index(end) + len(end) :]
+    else:
+        text = f"{text.rstrip()}\n\n## The weights in this release\n\n{block}\n"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def weights_table(
+    description: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    trained_on: str | None = None,
+) -> str:
+    """Markdown that says what the weights are: network, patch, preparation, data, and one row per target."""
+    table, preparation = table_of(description), description["preparation"]
+    annotators = {
+        target: [name for name in table.datasets if target in table.annotated(name)] for target in table.names
+    }
+    facts = {
+        "version": metadata["version"],
+        "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}",
+        "input": f"{description['network']['in_channels']} channel(s), {', '.join(description.get('modalities', []))}",
+        "patch (S, P, L)": " x ".join(map(str, description["patch_size"])),
+        "voxel spacing in mm (S, P, L)": " x ".join(f"{mm:g}" for mm in preparation["spacing_mm"]),
+        "normalization": _normalization(preparation),
+        "trained on": trained_on or ", ".join(description.get("trained_on", [])),
+        "epochs": description.get("epoch", "unknown"),
+    }
+    scores = _dice_of(metadata.get("eval_metrics", {}))
+    lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+    lines += ["| value | target | lies in | annotated by | Dice |", "|---|---|---|---|---|"]
+    for value, target in enumerate(table.names, start=1):
+        row = (value, target, table.parent(target) or "", ", ".join(annotators[target]), scores.get(target, ""))
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
+
+
+def _normalization(preparation: Mapping[str, Any]) -> str:
+    ranges = [
+        f"{modality}: clip to [{rule['lower']:g}, {rule['upper']:g}], minus {rule['mean']:g}, over {rule['sd']:g}"
+        for modality, rule in (preparation.get("intensity") or {}).items()
+    ]
+    return "; ".join([*ranges, "every other modality: z-score per image and channel"])
+
+
+def _dice_of(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Dice per target out of an evaluation summary, where it has one."""
+    targets = metrics.get("targets", metrics)
+    found = {}
+    for name, value in targets.items() if isinstance(targets, Mapping) else ():
+        value = value.get("dice") if isinstance(value, Mapping) else value
+        value = value.get("mean") if isinstance(value, Mapping) else value
+        if isinstance(value, (int, float)):
+            found[name] = f"{value:.3f}"
+    return found
+
+
+def _url(base_url: str, file: str) -> str:
+    return f"{base_url.rstrip('/')}/{file}" if base_url else file
+
+
+def _metadata_path(bundle: str) -> str:
+    return os.path.join(bundle, "configs", "metadata.json")
+
+
+def _read_json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _write_json(path: str, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=4, ensure_ascii=False) + "\n")

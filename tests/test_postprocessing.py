@@ -1,0 +1,123 @@
+"""The post-processing rule against nnU-Net 2.8.1's own results (fixtures/make_postprocessing.py) and SimpleITK."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from monai.data import MetaTensor
+from tsfm.labels import LabelTable
+from tsfm.postprocessing import PostProcessd, apply, determine
+
+STORED = np.load(Path(__file__).parent / "fixtures" / "postprocessing_nnunet.npz")
+NOTES = json.loads(str(STORED["notes"]))
+
+
+def table_of(note):
+    """Plain labels, or each target inside the one before (nested regions)."""
+    names = note["targets"]
+    targets = {name: {"inside": names[i - 1]} if note["regions"] and i else {} for i, name in enumerate(names)}
+    return LabelTable(targets, [{"name": "d", "labels": {str(i + 1): name for i, name in enumerate(names)}}])
+
+
+@pytest.mark.parametrize("note", NOTES, ids=[note["name"] for note in NOTES])
+def test_plan_and_result_are_nnunets(note):
+    truths, predictions = STORED[f"{note['name']}_truth"], STORED[f"{note['name']}_prediction"]
+    plan = determine(list(predictions), list(truths), table_of(note), fill="background")
+    assert [step["values"] for step in plan["steps"]] == note["kept"]
+    assert list(plan["evidence"][0]["before"].values()) == pytest.approx(note["before"])
+    results = np.stack([apply(prediction, plan) for prediction in predictions])
+    np.testing.assert_array_equal(results, STORED[f"{note['name']}_result"])
+
+
+def test_the_fixture_covers_every_outcome():
+    kept = {note["name"]: note["kept"] for note in NOTES}
+    assert [1, 2, 3] not in kept["nothing"] and [1, 2, 3] in kept["foreground"]
+    assert [2] not in kept["truth_in_two"] and [2] in kept["one_class"]
+    assert [2, 3] in kept["regions"]
+
+
+def small_table(dataset_labels=None):
+    targets = {"liver": {}, "liver_tumor": {"inside": "liver"}, "spleen": {}}
+    labels = dataset_labels or {"1": "liver", "2": "liver_tumor", "3": "spleen"}
+    return LabelTable(targets, [{"name": "d", "labels": labels}])
+
+
+def liver_case():
+    """A liver with one true tumor; the prediction adds a false tumor inside the liver."""
+    truth = np.zeros((8, 10, 12), np.uint8)
+    truth[1:7, 1:9, 1:11] = 1
+    truth[2:4, 2:4, 2:5] = 2
+    prediction = truth.copy()
+    prediction[5, 7, 9] = 2
+    return prediction, truth
+
+
+def test_a_false_tumor_becomes_the_organ_around_it():
+    prediction, truth = liver_case()
+    plan = determine([prediction], [truth], small_table())
+    assert [step["target"] for step in plan["steps"]] == ["liver_tumor"]
+    np.testing.assert_array_equal(apply(prediction, plan), truth)
+    holes = determine([prediction], [truth], small_table(), fill="background")
+    assert apply(prediction, holes)[5, 7, 9] == 0
+
+
+def test_targets_that_the_data_set_does_not_annotate_decide_nothing():
+    prediction, truth = liver_case()
+    plan = determine([prediction], [np.where(truth == 2, 1, truth)], small_table({"1": "liver"}))
+    assert plan["steps"] == []
+    assert {name for entry in plan["evidence"] for name in entry["before"]} == {"liver"}
+
+
+def test_the_largest_component_is_simpleitks_and_equally_large_ones_stay():
+    rng = np.random.default_rng(0)
+    values = (rng.random((12, 14, 16)) < 0.12).astype(np.uint8) * rng.integers(1, 3, (12, 14, 16)).astype(np.uint8)
+    plan = {"steps": [{"values": [1, 2], "fill": 0}]}
+    image = sitk.ConnectedComponent(sitk.GetImageFromArray((values > 0).astype(np.uint8)), True)
+    largest = sitk.GetArrayFromImage(sitk.RelabelComponent(image)) == 1
+    np.testing.assert_array_equal(apply(values, plan), np.where(largest, values, 0))
+    twins = np.zeros((5, 5, 5), np.uint8)
+    twins[0, 0, 0] = twins[4, 4, 4] = 1
+    np.testing.assert_array_equal(apply(twins, plan), twins)
+    np.testing.assert_array_equal(apply(np.zeros_like(twins), plan), 0)
+
+
+def test_the_plan_is_json_and_the_input_stays_as_it_was(tmp_path):
+    prediction, truth = liver_case()
+    before = prediction.copy()
+    paths = {}
+    for name, array in (("prediction", prediction), ("truth", truth)):
+        paths[name] = tmp_path / f"{name}.nii.gz"
+        nib.save(nib.Nifti1Image(array, np.eye(4)), paths[name])
+    plan = determine([paths["prediction"]], [paths["truth"]], small_table())
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    step = PostProcessd("pred", str(tmp_path / "plan.json"), targets=["liver", "liver_tumor", "spleen"])
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    item = {"pred": MetaTensor(torch.from_numpy(prediction)[None], affine=affine), "image": 1}
+    result = step(item)["pred"]
+    assert isinstance(result, MetaTensor) and result.dtype == torch.uint8
+    assert torch.equal(result.affine, affine)
+    np.testing.assert_array_equal(result.numpy()[0], truth)
+    np.testing.assert_array_equal(step({"pred": prediction[None]})["pred"][0], truth)
+    np.testing.assert_array_equal(prediction, before)
+    np.testing.assert_array_equal(item["pred"].numpy()[0], before)
+
+
+def test_without_a_plan_nothing_changes():
+    pred = torch.ones(1, 3, 3, 3, dtype=torch.uint8)
+    assert PostProcessd("pred")({"pred": pred})["pred"] is pred
+
+
+def test_wrong_plans_and_lists_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such post-processing plan"):
+        PostProcessd("pred", str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="made for"):
+        PostProcessd("pred", {"targets": ["a"], "steps": []}, targets=["b"])
+    prediction, truth = liver_case()
+    with pytest.raises(ValueError, match="2 predictions and 1 truths"):
+        determine([prediction] * 2, [truth], small_table())
+    with pytest.raises(ValueError, match="fill is"):
+        determine([prediction], [truth], small_table(), fill="zero")
