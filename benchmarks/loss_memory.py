@@ -1,6 +1,6 @@
 """Peak memory and time of PartialLabelLoss against MONAI's DiceCELoss with one-hot targets, 30 targets, one run.
 
-    python benchmarks/loss_memory.py [--shape 64 96 96] [--batch 2] [--targets 30] [--device cpu|cuda] [--repeats 3]
+    python benchmarks/loss_memory.py [--shape 64 96 96] [--batch 2] [--targets 30] [--device cpu|cuda] [--channels_last]
 
 Every loss runs forward and backward in its own process on the same logits and the same labels. "beyond logits" is the
 peak during that, minus what was there before it (logits and integer labels), in multiples of one target channel of the
@@ -83,7 +83,9 @@ class PeakRSS:
             return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def measure(name: str, shape: list[int], batch: int, targets: int, device: str, repeats: int) -> dict:
+def measure(
+    name: str, shape: list[int], batch: int, targets: int, device: str, repeats: int, channels_last: bool
+) -> dict:
     """Peak bytes beyond the logits in the first pass, and the best time of `repeats` passes after it, seconds."""
     torch.manual_seed(0)
     channels = targets + 1 if name.endswith("softmax") else targets  # softmax needs a background channel
@@ -96,7 +98,10 @@ def measure(name: str, shape: list[int], batch: int, targets: int, device: str, 
         torch.randn(2, channels, 4, 4, 4, device=device, requires_grad=True),
         labels[:1, :, :4, :4, :4].repeat(2, 1, 1, 1, 1),
     )()
-    logits = torch.randn(batch, channels, *shape, device=device).requires_grad_()
+    logits = torch.randn(batch, channels, *shape, device=device)
+    if channels_last:
+        logits = logits.contiguous(memory_format=torch.channels_last_3d)
+    logits.requires_grad_()
     step = make_step(name, logits, labels)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -125,6 +130,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--targets", type=int, default=30)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--channels_last", action="store_true", help="logits as the training step makes them")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -133,7 +139,10 @@ def main() -> None:
         print(json.dumps(measure(options.only, **settings)))
         return
     channel = options.batch * int(np.prod(options.shape)) * 4
-    print(f"batch {options.batch} x {options.targets} targets x {options.shape}, fp32 on {options.device}, ", end="")
+    print(
+        f"batch {options.batch} x {options.targets} targets x {options.shape}, fp32 on {options.device}{', channels last' * options.channels_last}, ",
+        end="",
+    )
     print(f"{torch.get_num_threads()} threads; one channel is {channel / 2**20:.1f} MiB\n")
     print("| loss | peak beyond logits, MiB | in channels | beyond the gradient, channels | forward + backward, s |")
     print("|---|---|---|---|---|")

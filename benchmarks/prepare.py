@@ -58,7 +58,9 @@ def show(row: str, results: dict) -> None:
         print(f"{name:14s} {side:7s} {statistics.median(found['times']):7.2f} s  peak {found['peak_gib']:.2f} GiB")
     ours, theirs = results["tsfm"], results["nnunet"]
     faster = statistics.median(theirs["times"]) / statistics.median(ours["times"])
-    print(f"{name:14s} {faster:.1f} times faster, {ours['peak_gib'] / theirs['peak_gib']:.2f} of the memory", flush=True)
+    print(
+        f"{name:14s} {faster:.1f} times faster, {ours['peak_gib'] / theirs['peak_gib']:.2f} of the memory", flush=True
+    )
 
 
 def write_ct(folder: str, shape: tuple[int, int, int]) -> None:
@@ -74,7 +76,7 @@ def write_ct(folder: str, shape: tuple[int, int, int]) -> None:
     labels = np.zeros(shape, np.uint8)
     for organ in range(1, ORGANS + 1):
         center, radius = random.uniform(-0.5, 0.5, 3), random.uniform(0.05, 0.35, 3)
-        inside = sum(((axis - c) / r) ** 2 for axis, c, r in zip((s, p, left), center, radius)) < 1
+        inside = sum(((axis - c) / r) ** 2 for axis, c, r in zip((s, p, left), center, radius, strict=True)) < 1
         labels[inside] = organ
         image[inside] += random.uniform(-80, 120)
     affine = np.diag([-SPACING_MM[2], -SPACING_MM[1], SPACING_MM[0], 1.0])
@@ -87,7 +89,6 @@ def run_tsfm(row: str, folder: str, repeats: int) -> list[float]:
     import shutil
 
     import torch
-
     from tsfm.labels import LabelTable
     from tsfm.preprocessing import Preparation, load_case, prepare_image, resample_labels
     from tsfm.resampling import thick_axis
@@ -124,22 +125,42 @@ def run_nnunet(row: str, folder: str, repeats: int) -> list[float]:
 
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     configuration = {
-        "data_identifier": "x", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
+        "data_identifier": "x",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
         "architecture": {"network_class_name": "unused", "arch_kwargs": {}, "_kw_requires_import": []},
-        "patch_size": [112, 160, 192], "spacing": list(TARGET_MM), "normalization_schemes": ["CTNormalization"],
-        "use_mask_for_norm": [False], "resampling_fn_data": "resample_data_or_seg_to_shape",
-        "resampling_fn_data_kwargs": resampling, "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "patch_size": [112, 160, 192],
+        "spacing": list(TARGET_MM),
+        "normalization_schemes": ["CTNormalization"],
+        "use_mask_for_norm": [False],
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": resampling,
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
         "resampling_fn_seg_kwargs": {**resampling, "is_seg": True, "order": 1},
     }
-    properties = {"mean": INTENSITY["mean"], "std": INTENSITY["sd"], "percentile_00_5": INTENSITY["lower"],
-                  "percentile_99_5": INTENSITY["upper"]}
-    plans = PlansManager({
-        "dataset_name": "ct", "plans_name": "p", "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
-        "image_reader_writer": "SimpleITKIO", "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {"0": properties}, "configurations": {"3d_fullres": configuration},
-    })
-    dataset = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz",
-               "labels": {"background": 0, **{f"organ_{i}": i for i in range(1, ORGANS + 1)}}}
+    properties = {
+        "mean": INTENSITY["mean"],
+        "std": INTENSITY["sd"],
+        "percentile_00_5": INTENSITY["lower"],
+        "percentile_99_5": INTENSITY["upper"],
+    }
+    plans = PlansManager(
+        {
+            "dataset_name": "ct",
+            "plans_name": "p",
+            "transpose_forward": [0, 1, 2],
+            "transpose_backward": [0, 1, 2],
+            "image_reader_writer": "SimpleITKIO",
+            "label_manager": "LabelManager",
+            "foreground_intensity_properties_per_channel": {"0": properties},
+            "configurations": {"3d_fullres": configuration},
+        }
+    )
+    dataset = {
+        "channel_names": {"0": "CT"},
+        "file_ending": ".nii.gz",
+        "labels": {"background": 0, **{f"organ_{i}": i for i in range(1, ORGANS + 1)}},
+    }
     image, label = (os.path.join(folder, f"{name}.nii.gz") for name in ("image", "label"))
     preprocessor = DefaultPreprocessor(verbose=False)
     times = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 import zlib
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,8 @@ from torch.utils.data import DataLoader
 from tsfm.augmentation import RandRotateScale
 from tsfm.dataset import Draw, PatchDataset, PoolSampler, patch_origin
 from tsfm.labels import LabelTable
+from tsfm.preprocessing import Preparation
+from tsfm.store import CaseStore
 
 AUGMENTATION = Path(__file__).parent / "fixtures" / "augmentation.json"
 TABLE = LabelTable(
@@ -144,6 +149,23 @@ def test_more_than_256_codes_are_kept():
     assert set(label.unique().tolist()) == {298, 299}
 
 
+def test_no_case_stays_in_memory():
+    class Fresh(MemoryStore):
+        opened: list = []
+
+        def open(self, item):
+            case = super().open(item)
+            self.cases.clear()
+            self.opened.append(weakref.ref(case))
+            return case
+
+    dataset = PatchDataset(items(), Fresh(), TABLE, (8, 8, 8), augmentation(), RandRotateScale(1, 30, 1))
+    for index in range(len(dataset)):
+        dataset[index]
+    gc.collect()
+    assert len(Fresh.opened) == 8 and all(case() is None for case in Fresh.opened)
+
+
 def test_a_patch_size_of_two_numbers_is_refused():
     with pytest.raises(ValueError, match=r"\(8, 8\).*three"):
         PatchDataset(items(), MemoryStore(), TABLE, (8, 8))
@@ -194,6 +216,40 @@ def test_the_default_collate_gives_a_batch():
     batch = next(iter(MonaiDataLoader(whole(), batch_size=2, sampler=PoolSampler(items(), 2, 1))))
     assert batch["image"].shape == batch["label"].shape == (2, 1, 16, 16, 16)
     assert type(batch["image"]) is torch.Tensor and len(batch["dataset"]) == 2
+
+
+def write_case(folder, number):
+    """A CT of (L, P, S) order with a ball of label 1, already on the target grid; returns its item."""
+    rng = np.random.default_rng(number)
+    axes = np.meshgrid(*(np.arange(n) - n / 2 for n in (28, 24, 20)), indexing="ij")
+    ball = sum(axis**2 for axis in axes) < 36
+    image = rng.normal(-900, 20, ball.shape).round() + 950 * ball
+    affine = np.diag([-1.0, -1.0, 1.5, 1.0])
+    item = {"image": str(folder / f"{number}.nii.gz"), "label": str(folder / f"{number}_label.nii.gz")}
+    nib.save(nib.Nifti1Image(image.astype(np.int16), affine), item["image"])
+    nib.save(nib.Nifti1Image(ball.astype(np.uint8), affine), item["label"])
+    return {**item, "dataset": "first", "modality": "CT", "case": str(number)}
+
+
+def test_patches_come_from_the_real_store_prepared_on_first_touch_by_any_worker(tmp_path):
+    cases = [write_case(tmp_path, number) for number in range(3)]
+    preparation = Preparation((1.5, 1.0, 1.0), {"CT": {"lower": -927, "upper": 275, "mean": 63.4, "sd": 175.5}})
+    ahead, on_touch = (CaseStore(tmp_path / name, TABLE, preparation) for name in ("ahead", "on_touch"))
+    ahead.prepare(cases, progress=False)
+    sampler, how = (
+        PoolSampler(cases, 2, 3, seed=4),
+        {"transform": augmentation(), "spatial": RandRotateScale(0.5, 30, 0.5)},
+    )
+    batches = [
+        list(DataLoader(PatchDataset(cases, store, TABLE, (8, 16, 16), **how), 2, sampler=sampler, num_workers=workers))
+        for store, workers in ((ahead, 0), (on_touch, 2))
+    ]
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
+    plain = PatchDataset(cases, ahead, TABLE, (8, 8, 8))[1]
+    assert plain["label"][0, 4, 4, 4] == TABLE.offset("first") + 1
+    organ, air = plain["image"][plain["label"] == 1], plain["image"][plain["label"] == 0]
+    assert organ.mean() > (0 - 63.4) / 175.5 and air.mean() < (-800 - 63.4) / 175.5
 
 
 # ---- the sampler ------------------------------------------------------------------------------------------------

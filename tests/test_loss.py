@@ -152,11 +152,15 @@ def test_metatensors_and_other_memory_formats_change_nothing():
 
     logits, codes = batch([A, B])
     strided = logits.detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    permuted = logits.detach().transpose(2, 4).contiguous().transpose(2, 4).requires_grad_()
     plain = PartialLabelLoss(TABLE)(logits, codes)
     meta = PartialLabelLoss(TABLE)(MetaTensor(strided), MetaTensor(codes))
     assert type(meta) is torch.Tensor and meta == plain
     (grad,) = torch.autograd.grad(meta, strided)
-    torch.testing.assert_close(grad, torch.autograd.grad(plain, logits)[0])
+    expected = torch.autograd.grad(plain, logits)[0]
+    torch.testing.assert_close(grad, expected)
+    assert grad.is_contiguous(memory_format=torch.channels_last_3d)  # else the head's backward pass copies it
+    torch.testing.assert_close(torch.autograd.grad(PartialLabelLoss(TABLE)(permuted, codes), permuted)[0], expected)
 
 
 @pytest.mark.parametrize(

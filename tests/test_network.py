@@ -246,9 +246,12 @@ class TestBlocks:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
     @pytest.mark.parametrize("grad", [False, True])
-    def test_norm_act(self, batch, dtype, layout, grad):
-        norm = NormAct(5)
-        norm.weight.data, norm.bias.data = torch.rand(5) + 0.5, torch.randn(5)
+    @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+    def test_norm_act(self, batch, dtype, layout, grad, parameters):
+        if parameters != torch.float32 and dtype == torch.float32:
+            pytest.skip("bfloat16 parameters go with bfloat16 input")
+        norm = NormAct(5).to(parameters)
+        norm.weight.data, norm.bias.data = (torch.rand(5) + 0.5).to(parameters), torch.randn(5).to(parameters)
         # A mean far from zero: statistics in bfloat16 would lose everything.
         x = (torch.randn(batch, 5, 6, 7, 8) * 0.5 + 20).to(dtype).contiguous(memory_format=layout)
         x64 = x.double()
@@ -260,6 +263,8 @@ class TestBlocks:
             output = norm(x)
         assert output.dtype == dtype
         assert torch.equal(x, before), "the input must not be overwritten"
+        with torch.no_grad():
+            assert torch.equal(norm(x.clone(memory_format=torch.preserve_format), overwrite=True), norm(x))
         tolerance = 1e-4 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(output.double(), expected.double(), atol=tolerance, rtol=tolerance)
 

@@ -10,7 +10,6 @@ import os
 import nibabel as nib
 import numpy as np
 import pytest
-
 from tsfm import phantoms
 
 POOL_FILE = os.path.join(os.path.dirname(__file__), "..", "bundles", "tsfm_pretrain", "configs", "pool.json")

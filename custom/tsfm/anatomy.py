@@ -474,7 +474,7 @@ def draw_breasts(
     """Two breasts before and twice after contrast: three MR images (S, P, L) and the tumor's mask."""
     low = [-n * d / 2 for n, d in zip(shape, spacing_mm, strict=True)]
     c = Canvas(tuple(shape), tuple(spacing_mm), tuple(low), rng, scale=float(rng.uniform(0.95, 1.1)), modality="MR")
-    s, p, lat = c.grid
+    _, p, lat = c.grid
     everywhere = (slice(None),) * 3
     chest = p - 32 - (lat / 95) ** 2 * 14
     tissue, texture = np.full(c.shape, -1e3, np.float32), c.noise(16)

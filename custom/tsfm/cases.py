@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -47,8 +48,9 @@ class Preparation:
         """Plain JSON from which `from_dict` builds the same preparation."""
         plain = asdict(self)
         plain["spacing_mm"] = list(self.spacing_mm)
-        plain["intensity"] = {name: {k: float(v) for k, v in sorted(values.items())} for name, values in
-                              sorted(self.intensity.items())}
+        plain["intensity"] = {
+            name: {k: float(v) for k, v in sorted(values.items())} for name, values in sorted(self.intensity.items())
+        }
         plain["masked"] = {name: bool(value) for name, value in sorted(self.masked.items())}
         return plain
 
@@ -102,8 +104,10 @@ def check_image(image, preparation: Preparation, modality: str, source: str) -> 
     `image`: (C, S, P, L), numpy or torch.
     """
     if len(image) != preparation.in_channels:
-        raise CaseError(f"{source}: {len(image)} channel(s), expected {preparation.in_channels}: give one 3D file per "
-                        "channel, one 4D file with the channels last, or set in_channels")
+        raise CaseError(
+            f"{source}: {len(image)} channel(s), expected {preparation.in_channels}: give one 3D file per "
+            "channel, one 4D file with the channels last, or set in_channels"
+        )
     lowest, highest = float(image.min()), float(image.max())
     if not np.isfinite([lowest, highest]).all():
         count = int(np.count_nonzero(~np.isfinite(np.asarray(image))))
@@ -130,8 +134,10 @@ def _load_codes(item: Mapping[str, Any], table: LabelTable, image: RawVolume) ->
     ids = table.local_ids(item["dataset"])
     unknown = [name for name in item["label"] if name not in ids]
     if unknown:
-        raise CaseError(f"{image.source}: label masks for {unknown}, which data set '{item['dataset']}' does not list; "
-                        f"it lists {list(ids[1:])}")
+        raise CaseError(
+            f"{image.source}: label masks for {unknown}, which data set '{item['dataset']}' does not list; "
+            f"it lists {list(ids[1:])}"
+        )
     codes = np.zeros(image.array.shape[1:], table.code_dtype)
     for name in sorted(item["label"], key=ids.index):
         codes[_load_labels(item["label"][name], image)[0] != 0] = ids.index(name)
@@ -157,8 +163,10 @@ def _whole_numbers(labels: np.ndarray, source: str) -> np.ndarray:
     wrong = labels != whole
     if wrong.any():
         example = labels[wrong][0]
-        raise CaseError(f"{source}: {int(wrong.sum())} voxels are not whole numbers (for example {example:g}); a label "
-                        "map holds ids: resample it with nearest neighbor, and save it as integers")
+        raise CaseError(
+            f"{source}: {int(wrong.sum())} voxels are not whole numbers (for example {example:g}); a label "
+            "map holds ids: resample it with nearest neighbor, and save it as integers"
+        )
     return whole
 
 
@@ -179,7 +187,8 @@ def file_identity(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
             try:
                 state = os.stat(file)
             except OSError as error:
-                raise CaseError(f"{file}: cannot be read ({error.strerror}); check the data folder and the datalist") \
-                    from error
+                raise CaseError(
+                    f"{file}: cannot be read ({error.strerror}); check the data folder and the datalist"
+                ) from error
             found.append((file, state.st_size, state.st_mtime_ns))
     return found

@@ -124,6 +124,21 @@ def table_of(description: Mapping[str, Any]) -> LabelTable:
     return LabelTable(description["targets"], description["dataset_labels"])
 
 
+def matching_table(description: Mapping[str, Any], pool_table: LabelTable) -> LabelTable:
+    """`pool_table`, once it is sure that the weights' outputs are its targets, in its order.
+
+    Raises:
+        CheckpointError: weights that were trained for other targets.
+    """
+    trained = tuple(description["targets"])
+    if trained != pool_table.names:
+        raise CheckpointError(
+            f"the weights were trained for the targets {list(trained)}, the labels are declared for "
+            f"{list(pool_table.names)}: use the pool file (or label_ids) that the weights were trained with"
+        )
+    return pool_table
+
+
 def build_network(description: Mapping[str, Any], **overrides: Any) -> TSFM:
     """The network that `description` names, without its weights; `overrides` change constructor arguments (dropout)."""
     network = TSFM(**{**description["network"], **overrides})

@@ -5,12 +5,12 @@ Shape suffixes: B samples, T targets, C codes, N voxels of one sample.
 With s = sigmoid(-x) on voxels that are the target and s = sigmoid(x) on those that are not (s is the error probability),
 everything is simple and stable: BCE is softplus(+-x), fp and fn are sums of s, tp is the number of positive voxels minus
 fn, and the gradient is +-s * (a + k * (1 - s)) with one pair of scalars (a, k) per target. Value and gradient are computed
-target by target in blocks of voxels, so that nothing as large as a one-hot volume ever exists.
+block by block of voxels and target by target, so that nothing as large as a one-hot volume ever exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 DICE_FLOOR = 1e-7
-# Voxels handled at once: a block stays in a core's cache; a GPU is better off with a whole target of the paper's patch.
-BLOCK_VOXELS = {"cpu": 1 << 16, "cuda": 1 << 22}
+# Voxels handled at once: on a CPU all targets of a block fit its cache, also where the logits are channels-last; a GPU is
+# better off with few launches, each over a whole target of the paper's patch.
+BLOCK_VOXELS = {"cpu": 1 << 15, "cuda": 1 << 22}
 
 
 class PartialLabelLoss(nn.Module):
@@ -68,7 +69,8 @@ class PartialLabelLoss(nn.Module):
         ]
         training = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
         processes = dist.get_world_size() if training and dist.is_available() and dist.is_initialized() else 1
-        return _PartialLabel.apply(plans, weights, self.reduction, processes, *levels)
+        flat_BTN = [level.flatten(2) for level in levels]  # a view, channels-last or not
+        return _PartialLabel.apply(plans, weights, self.reduction, processes, *flat_BTN)
 
     def _check(self, levels: list[Tensor], codes: Tensor, weights: Sequence[float]) -> None:
         if len(weights) != len(levels):
@@ -107,9 +109,8 @@ def level_weights(levels: int) -> tuple[float, ...]:
 
 
 class _Work(NamedTuple):
-    """One (sample, target) pair with annotated voxels, and the codes in this sample that decide its voxels."""
+    """A target of which a sample holds annotated voxels, and the codes in this sample that decide its voxels."""
 
-    sample: int
     target: int
     positive: tuple[int, ...]
     skipped: tuple[int, ...]
@@ -120,7 +121,7 @@ class _Plan:
     """What the codes of one level say before any voxel of the logits is looked at."""
 
     codes_BN: Tensor
-    work: list[_Work]
+    work: list[list[_Work]]  # per sample
     annotated_BT: np.ndarray  # number of annotated voxels
     positive_T: np.ndarray  # number of positive voxels in the batch
 
@@ -140,11 +141,11 @@ def _plan(targets_CT: np.ndarray, codes: Tensor) -> _Plan:
     histogram = torch.stack([torch.bincount(row, minlength=len(targets_CT)) for row in codes_BN])
     voxels_BC = histogram.cpu().numpy()
     annotated_BT = voxels_BC @ (targets_CT >= 0)
-    work = []
+    work: list[list[_Work]] = [[] for _ in voxels_BC]
     for sample, target in np.argwhere(annotated_BT > 0).tolist():
         present = np.flatnonzero(voxels_BC[sample])
         row = targets_CT[present, target]
-        work.append(_Work(sample, target, tuple(present[row == 1].tolist()), tuple(present[row == -1].tolist())))
+        work[sample].append(_Work(target, tuple(present[row == 1].tolist()), tuple(present[row == -1].tolist())))
     return _Plan(codes_BN, work, annotated_BT, (voxels_BC @ (targets_CT == 1)).sum(0))
 
 
@@ -156,35 +157,36 @@ def _any_of(codes: Tensor, members: tuple[int, ...]) -> Tensor | None:
     return mask
 
 
-def _blocks(logits: Tensor, plan: _Plan, work: _Work):
-    """Yield (slice, signed logits, positive mask or None, skipped mask or None) over the voxels of one pair."""
-    logits_N, codes_N = logits[work.sample, work.target].reshape(-1), plan.codes_BN[work.sample]
-    size = BLOCK_VOXELS.get(logits.device.type, BLOCK_VOXELS["cuda"])
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    for start in range(0, len(logits_N), size):
-        block = slice(start, start + size)
-        signed, codes = logits_N[block].to(precise), codes_N[block]
-        positive = _any_of(codes, work.positive)
-        if positive is not None:
-            signed = torch.where(positive, -signed, signed)
-        yield block, signed, positive, _any_of(codes, work.skipped)
+def _blocks(logits_BTN: Tensor, plan: _Plan) -> Iterator[tuple[int, int, slice, Tensor, Tensor | None, Tensor | None]]:
+    """Walk over the batch: sample, target, voxels, signed logits (-x on the target), positive mask, mask to leave out."""
+    size = BLOCK_VOXELS.get(logits_BTN.device.type, BLOCK_VOXELS["cuda"])
+    precise = torch.promote_types(logits_BTN.dtype, torch.float32)
+    for sample, works in enumerate(plan.work):
+        for start in range(0, logits_BTN.shape[2], size):
+            block = slice(start, start + size)
+            codes = plan.codes_BN[sample, block]
+            for target, positive_codes, skipped_codes in works:
+                signed = logits_BTN[sample, target, block].to(precise)
+                positive = _any_of(codes, positive_codes)
+                if positive is not None:
+                    signed = torch.where(positive, -signed, signed)
+                yield sample, target, block, signed, positive, _any_of(codes, skipped_codes)
 
 
-def _statistics(logits: Tensor, plan: _Plan) -> Tensor:
+def _statistics(logits_BTN: Tensor, plan: _Plan) -> Tensor:
     """(5, T) float64 sums over the batch: mean BCE per pair, pairs, fp, fn, positive voxels."""
-    totals = torch.zeros(3, *logits.shape[:2], dtype=torch.float64, device=logits.device)  # bce, fp + fn, fn
-    for work in plan.work:
-        total = totals[:, work.sample, work.target]
-        for _, signed, positive, skipped in _blocks(logits, plan, work):
-            entropy, error = F.softplus(signed), signed.sigmoid()
-            if skipped is not None:
-                entropy.masked_fill_(skipped, 0)
-                error.masked_fill_(skipped, 0)
-            total[0] += entropy.sum()
-            total[1] += error.sum()
-            if positive is not None:
-                total[2] += error.mul_(positive).sum()
-    voxels_BT = torch.as_tensor(plan.annotated_BT, device=logits.device)
+    device = logits_BTN.device
+    totals = torch.zeros(3, *logits_BTN.shape[:2], dtype=torch.float64, device=device)  # BCE, fp + fn, fn
+    for sample, target, _, signed, positive, skipped in _blocks(logits_BTN, plan):
+        entropy, error = F.softplus(signed), signed.sigmoid()
+        if skipped is not None:
+            entropy.masked_fill_(skipped, 0)
+            error.masked_fill_(skipped, 0)
+        totals[0, sample, target] += entropy.sum()
+        totals[1, sample, target] += error.sum()
+        if positive is not None:
+            totals[2, sample, target] += error.mul_(positive).sum()
+    voxels_BT = torch.as_tensor(plan.annotated_BT, device=device)
     entropy_BT, errors_BT, missed_BT = totals
     return torch.stack(
         [
@@ -192,31 +194,27 @@ def _statistics(logits: Tensor, plan: _Plan) -> Tensor:
             (voxels_BT > 0).sum(0).double(),
             (errors_BT - missed_BT).sum(0),
             missed_BT.sum(0),
-            torch.as_tensor(plan.positive_T, dtype=torch.float64, device=logits.device),
+            torch.as_tensor(plan.positive_T, dtype=torch.float64, device=device),
         ]
     )
 
 
-def _gradient(logits: Tensor, plan: _Plan, scale_BT: Tensor, negative_T: Tensor, positive_T: Tensor) -> Tensor:
-    """d loss / d logits: +-s * (a + k * (1 - s)), written block by block into the result.
+def _gradient(logits_BTN: Tensor, plan: _Plan, scale_BT: Tensor, off_T: Tensor, on_T: Tensor) -> Tensor:
+    """d loss / d logits: +-s * (a + k * (1 - s)), in the memory format of the logits.
 
-    `scale_BT` is a, the weight of one voxel's BCE; `negative_T` and `positive_T` are k off and on the target.
+    `scale_BT` is a, the weight of one voxel's BCE; `off_T` and `on_T` are k of voxels that are not and that are the target.
     """
-    result = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    for work in plan.work:
-        out_N = result[work.sample, work.target].view(-1)
-        a = scale_BT[work.sample, work.target]
-        k_off, k_on = negative_T[work.target], positive_T[work.target]
-        for block, signed, positive, skipped in _blocks(logits, plan, work):
-            error = signed.sigmoid()
-            k = k_off if positive is None else torch.where(positive, k_on, k_off)
-            slope = (1 - error).mul_(k).add_(a).mul_(error)
-            if positive is not None:
-                slope = torch.where(positive, -slope, slope)
-            if skipped is not None:
-                slope.masked_fill_(skipped, 0)
-            out_N[block] = slope
-    return result
+    result_BTN = torch.zeros_like(logits_BTN)
+    for sample, target, block, signed, positive, skipped in _blocks(logits_BTN, plan):
+        error = signed.sigmoid()
+        k = off_T[target] if positive is None else torch.where(positive, on_T[target], off_T[target])
+        slope = (1 - error).mul_(k).add_(scale_BT[sample, target]).mul_(error)
+        if positive is not None:
+            slope = torch.where(positive, -slope, slope)
+        if skipped is not None:
+            slope.masked_fill_(skipped, 0)
+        result_BTN[sample, target, block] = slope
+    return result_BTN
 
 
 class _PartialLabel(torch.autograd.Function):

@@ -52,7 +52,10 @@ class Conv(nn.Conv3d):
 
 
 class NormAct(nn.Module):
-    """Instance normalization with scale and shift, then LeakyReLU: (B,C,S,P,L) -> the same; statistics in float32."""
+    """Instance normalization with scale and shift, then LeakyReLU: (B,C,S,P,L) -> the same; statistics in float32.
+
+    `overwrite` allows the output to take the memory of the input where no gradient needs it.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
@@ -60,8 +63,27 @@ class NormAct(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu_(F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps), LEAKY_SLOPE)
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        if reuses_memory(x):
+            y = self.normalize_into(x if overwrite else torch.empty_like(x), x)
+        else:
+            y = F.instance_norm(x, weight=self.at_least_float32(self.weight), bias=self.at_least_float32(self.bias), eps=self.eps)
+        return F.leaky_relu_(y, LEAKY_SLOPE)
+
+    def normalize_into(self, y: Tensor, x: Tensor) -> Tensor:
+        """Instance normalization as batch normalization of one sample at a time, which keeps channels_last; `y` may be `x`."""
+        weight, bias = self.at_least_float32(self.weight), self.at_least_float32(self.bias)
+        mean, inverse_sd = torch.empty_like(weight), torch.empty_like(weight)
+        for sample, result in zip(x.split(1), y.split(1), strict=True):
+            torch.ops.aten.native_batch_norm.out(
+                sample, weight, bias, None, None, True, 0.0, self.eps, out=result, save_mean=mean, save_invstd=inverse_sd
+            )
+        return y
+
+    @staticmethod
+    def at_least_float32(parameter: Tensor) -> Tensor:
+        """The parameter in the type that PyTorch then keeps the statistics in."""
+        return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 class Stem(Conv):
@@ -88,8 +110,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.conv1(self.norm1(x))
-        branch = self.conv2(self.dropout(self.norm2(branch)))
-        return branch + self.shortcut(x)
+        branch = self.conv2(self.dropout(self.norm2(branch, overwrite=True)))
+        return branch.add_(self.shortcut(x))
 
 
 class Down(ResBlock):
@@ -139,16 +161,24 @@ class TransformerBottleneck(nn.Module):
 
 
 class Up(nn.Module):
-    """Block E and the skip: (B,2C,S/2,P/2,L/2) and the encoder's (B,C,S,P,L) -> (B,C,S,P,L)."""
+    """Block E and the skip: (B,2C,S/2,P/2,L/2) and the encoder's (B,C,S,P,L) -> (B,C,S,P,L).
+
+    Where no gradient needs the skip, the sum takes its memory.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int], interpolation: str = "nearest"):
         super().__init__()
         self.conv = Conv(in_channels, out_channels, 1, slope=1.0)
-        self.stride = tuple(float(s) for s in stride)
+        self.stride = tuple(stride)
         self.interpolation = interpolation
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return skip + F.interpolate(self.conv(x), scale_factor=self.stride, mode=self.interpolation)
+        x = self.conv(x)
+        if self.interpolation == "nearest" and reuses_memory(x):
+            s, p, l = self.stride  # noqa: E741
+            skip.unflatten(4, (-1, l)).unflatten(3, (-1, p)).unflatten(2, (-1, s)).add_(x[:, :, :, None, :, None, :, None])
+            return skip
+        return skip + F.interpolate(x, scale_factor=tuple(map(float, self.stride)), mode=self.interpolation)
 
 
 class Head(nn.Module):
@@ -240,6 +270,8 @@ class TSFM(nn.Module):
             self.check_size(x.shape[2:], x.shape)
         recompute = self.checkpointing and self.training
         x = self.stem(x)
+        if reuses_memory(x):  # bfloat16 convolutions on the CPU are half as fast again in this layout
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         skips = []
         for level, blocks in enumerate(self.encoder):
             if level:
@@ -295,6 +327,15 @@ def interpolate_positions(position_embedding: Tensor, grid: Sequence[int]) -> Te
         return position_embedding
     resized = F.interpolate(position_embedding.float(), size=tuple(grid), mode="trilinear", align_corners=False)
     return resized.to(position_embedding.dtype)
+
+
+def reuses_memory(x: Tensor) -> bool:
+    """Whether to work in place: eager evaluation on the CPU, where fresh memory costs as much as arithmetic.
+
+    Gradients need the overwritten values; graphs (tracing, export, torch.compile) plan their own memory.
+    """
+    eager = not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    return eager and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def run(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_all_start_methods, get_context
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 
 class WorkerDied(RuntimeError):
@@ -33,8 +34,13 @@ def run_all(function: Callable, jobs: Sequence[tuple], num_workers: int = 0) -> 
             alone: list[int] = []
             yield from _run_pool(function, jobs, deque([index]), 1, alone)
             if alone:
-                yield index, WorkerDied(f"the worker process died on {jobs[index][0]!r} (out of memory?): try fewer "
-                                        "workers, or look at this case")
+                yield (
+                    index,
+                    WorkerDied(
+                        f"the worker process died on {jobs[index][0]!r} (out of memory?): try fewer "
+                        "workers, or look at this case"
+                    ),
+                )
 
 
 def _run_pool(function, jobs, waiting: deque[int], workers: int, suspects: list[int]) -> Iterator[tuple[int, Any]]:

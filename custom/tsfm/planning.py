@@ -10,17 +10,20 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import nibabel as nib
+import torch
 
 from .cases import Preparation
 from .checkpoint import atomic_write, build_network, read_description
 from .network import TSFM
 from .pool import DatasetPool, PoolError
 from .preprocessing import Fingerprint, fingerprint, fit_patch, plan_spacing
+from .store import CaseStore
 from .transfer import freeze as freeze_parts
 from .transfer import load_pretrained
 
@@ -34,7 +37,7 @@ def dataset_pool(
     pool_file: str | Mapping[str, Any] | None = None,
     images: str = "images",
     labels: str = "labels",
-    targets: Mapping[str, Any] | None = None,
+    regions: Mapping[str, Any] | None = None,
     label_ids: Mapping[str, str] | None = None,
     modality: str | None = None,
     pretrained: str | None = None,
@@ -43,7 +46,7 @@ def dataset_pool(
     """The pool of a downstream task, from whatever the user has.
 
     A `pool_file` (path or content) is used as it is. Otherwise `dataset_dir` holds an MSD ``dataset.json``, whose labels
-    are the targets unless `targets`/`label_ids` are given, or two folders `images` and `labels` with the same file
+    are the targets unless `label_ids` (raw id -> target) and `regions` (the targets with their tree) are given, or two folders `images` and `labels` with the same file
     names, for which `label_ids` (``{"1": "liver"}``) are needed. Where `dataset_dir` holds nothing of the kind (a MONAI
     Label server hands items in by itself), the targets are those of the `pretrained` weights.
 
@@ -76,11 +79,11 @@ def dataset_pool(
             f"{os.path.abspath(dataset_dir)} holds neither dataset.json (Medical Segmentation Decathlon) nor a folder "
             f"'{images}'; point --dataset_dir at one of these, or give a --pool_file"
         )
-    targets = targets or {
+    regions = regions or {
         name: {} for names in label_ids.values() for name in ([names] if isinstance(names, str) else names)
     }
     entry["labels"] = {str(raw): names for raw, names in label_ids.items()}
-    return DatasetPool({"targets": targets, "datasets": [entry]}, dataset_dir, **options)
+    return DatasetPool({"targets": regions, "datasets": [entry]}, dataset_dir, **options)
 
 
 def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
@@ -193,8 +196,39 @@ def downstream_network(
     return network
 
 
+def prepare(store: CaseStore, items: Sequence[Mapping[str, Any]], num_workers: int = 0) -> None:
+    """Prepare all `items` before the long work starts; of several processes the first does it, the others wait.
+
+    Raises:
+        StoreError, CaseError: listing every case that cannot be used.
+    """
+    with first_process_first():
+        store.prepare(items, num_workers=num_workers, progress=_rank() == 0).raise_failures()
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Under torchrun: the first process goes through the block alone, the others after it (and find its results)."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and _rank() > 0:
+        torch.distributed.barrier()
+    yield
+    if distributed and _rank() == 0:
+        torch.distributed.barrier()
+
+
+def _rank() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if distributed else 0
+
+
 def _fingerprint(pool: DatasetPool, store_dir: str) -> Fingerprint:
     """The pool's fingerprint, from `store_dir` where these very files were measured before."""
+    with first_process_first():
+        return _read_or_measure(pool, store_dir)
+
+
+def _read_or_measure(pool: DatasetPool, store_dir: str) -> Fingerprint:
     files = [
         [str(item["image"]), str(item["label"]), _modified(item["image"]), _modified(item["label"])]
         for item in pool.cases
@@ -206,7 +240,7 @@ def _fingerprint(pool: DatasetPool, store_dir: str) -> Fingerprint:
             kept = json.load(file)
         if kept.pop("key") == key:
             return Fingerprint(**kept, failed=[])
-    found = fingerprint(pool.cases, pool.table)
+    found = fingerprint(pool.cases, pool.table, progress=_rank() == 0)
     if found.failed:
         listed = "\n".join(f"  {message}" for _, message in found.failed)
         raise PoolError(

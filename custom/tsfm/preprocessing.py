@@ -6,8 +6,9 @@ is in cases.py and reading.py, the resizing itself in resampling.py.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Hashable, Mapping, Sequence
+from typing import Any
 
 import cc3d
 import numpy as np
@@ -27,8 +28,8 @@ __all__ = [
     "CaseError",
     "Fingerprint",
     "Grid",
-    "PrepareImaged",
     "Preparation",
+    "PrepareImaged",
     "Prepared",
     "Reader",
     "crop_box",
@@ -68,7 +69,7 @@ class Grid:
     def affine(self) -> np.ndarray:
         """(4, 4) from prepared voxel indices to source voxel indices (voxel edges stay where they are)."""
         matrix = np.eye(4)
-        for axis, ((start, _), old, new) in enumerate(zip(self.crop, self.cropped_shape, self.shape)):
+        for axis, ((start, _), old, new) in enumerate(zip(self.crop, self.cropped_shape, self.shape, strict=True)):
             matrix[axis, axis] = old / new
             matrix[axis, 3] = start + 0.5 * old / new - 0.5
         return matrix
@@ -226,7 +227,9 @@ class PrepareImaged(MapTransform, InvertibleTransform):
             tensor = out[key]
             found, shape, cropped = tuple(tensor.shape[1:]), tuple(record["shape"]), tuple(record["cropped_shape"])
             if found not in (shape, cropped):
-                raise ValueError(f"{key}: shape {found}; expected the prepared grid {shape} or the cropped one {cropped}")
+                raise ValueError(
+                    f"{key}: shape {found}; expected the prepared grid {shape} or the cropped one {cropped}"
+                )
             plain = nearest(tensor.as_tensor(), cropped)
             full = plain.new_zeros((len(plain), *record["source_shape"]))
             full[(slice(None), *(slice(*span) for span in record["crop"]))] = plain
@@ -262,7 +265,7 @@ class Fingerprint:
 
     def median_prepared_shape(self, spacing_mm: Sequence[float]) -> tuple[float, ...]:
         """Median shape of the cases once they are resampled to this spacing."""
-        shapes = [new_shape(n, s, spacing_mm) for n, s in zip(self.shapes, self.spacings_mm)]
+        shapes = [new_shape(n, s, spacing_mm) for n, s in zip(self.shapes, self.spacings_mm, strict=True)]
         return tuple(np.median(shapes, axis=0).tolist())
 
 
@@ -293,7 +296,7 @@ def fingerprint(
         listed = "\n".join(message for _, message in failed)
         raise CaseError(f"no case could be read for the fingerprint; found {len(items)} items:\n{listed}")
     found.sort(key=lambda row: row[0])
-    _, modality, values, shapes, spacings, kept = zip(*found)
+    _, modality, values, shapes, spacings, kept = zip(*found, strict=True)
     intensity, masked = {}, {}
     for name in dict.fromkeys(modality):
         of_modality = [i for i, m in enumerate(modality) if m == name]
@@ -325,9 +328,7 @@ def _statistics(values: np.ndarray) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items()}
 
 
-def plan_spacing(
-    spacings_mm: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]]
-) -> tuple[float, float, float]:
+def plan_spacing(spacings_mm: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]]) -> tuple[float, float, float]:
     """nnU-Net's target spacing: the median per axis, finer along one axis that is far thicker than the others.
 
     Where the worst axis' median spacing is more than 3 times the others' and its median size less than a third of
@@ -355,7 +356,7 @@ def fit_patch(
     divisors = [int(np.prod([stride[axis] for stride in strides])) if len(strides) else 1 for axis in range(3)]
     patch = [
         -(-max(1, min(int(np.ceil(size)), int(limit))) // divisor) * divisor
-        for size, limit, divisor in zip(shape, patch_size, divisors)
+        for size, limit, divisor in zip(shape, patch_size, divisors, strict=True)
     ]
     if patch == divisors:
         patch[int(np.argmax(shape))] *= 2

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -127,7 +128,7 @@ def _read_nifti(path: str) -> tuple[np.ndarray, np.ndarray]:
             f"{path}: not a readable NIfTI file, or truncated ({error}); copy or download it again"
         ) from error
     if array.ndim == 5 and 1 in array.shape[3:]:
-        array = array.reshape(array.shape[:3] + (-1,))
+        array = array.reshape((*array.shape[:3], -1))
     array = array[None] if array.ndim != 4 else np.moveaxis(array, -1, 0)
     return array, _nifti_affine(image, path)
 
@@ -182,8 +183,10 @@ def _read_itk(path: str) -> tuple[np.ndarray, np.ndarray]:
         image = _read_dicom(SimpleITK, path) if os.path.isdir(path) else SimpleITK.ReadImage(path)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise CaseError(f"{path}: SimpleITK cannot read it ({reason}); expected NIfTI, NRRD, MetaImage, or a "
-                        "folder with one DICOM series") from error
+        raise CaseError(
+            f"{path}: SimpleITK cannot read it ({reason}); expected NIfTI, NRRD, MetaImage, or a "
+            "folder with one DICOM series"
+        ) from error
     array = SimpleITK.GetArrayFromImage(image)
     size = image.GetDimension()
     if image.GetNumberOfComponentsPerPixel() > 1:

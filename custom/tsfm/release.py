@@ -251,32 +251,23 @@ def _check_name(name: str) -> None:
 
 
 def _fill_configs(configs: dict[str, Any], description: Mapping[str, Any], name: str, trained_on: str | None) -> None:
-    """Write the checkpoint's network, targets, preparation and patch into the configs that declare them."""
+    """Write the checkpoint's network, targets, preparation and patch into the configs that declare them.
+
+    A config that takes them from the pretrained weights (fine-tuning) stays as it is: those are the released ones.
+    """
     network = {"_target_": "tsfm.TSFM", **description["network"]}
-    preparation = {"_target_": "tsfm.Preparation", **description["preparation"]}
-    for file, config in configs.items():
-        if file == "metadata.json" or "network_def" not in config:
-            continue
-        config["network_def"] = network
-        for key, value in (
-            ("preparation", preparation),
-            ("patch_size", description["patch_size"]),
-            ("spacing_mm", description["preparation"]["spacing_mm"]),
-        ):
-            if key in config:
-                config[key] = value
-    for config in configs.values():
-        _put_bundle_on_path(config)
+    preparation = {"_target_": "tsfm.Preparation.from_dict", "values": description["preparation"]}
+    train, inference = configs.get("train.json", {}), configs["inference.json"]
+    inference["network_def"] = {**network, "dropout": 0.0}  # spelled out: it is built before the weights are found
+    if train.get("network_def", {}).get("_target_") == "tsfm.TSFM":
+        references = {key: value for key, value in train["network_def"].items() if str(value)[:1] in "@$"}
+        train["network_def"] = {**network, **references}
+        train["preparation"] = preparation
+        train["patch_size"] = description["patch_size"]
+        train["spacing_mm"] = description["preparation"]["spacing_mm"]
     if "pool.json" in configs:
         configs["pool.json"] = _fitted_pool(configs["pool.json"], description)
     configs["metadata.json"] = _fitted_metadata(configs["metadata.json"], description, name, trained_on)
-
-
-def _put_bundle_on_path(config: dict[str, Any]) -> None:
-    """Make the vendored package importable from any working directory: `monai.bundle run` adds nothing to the path."""
-    lines = ["$import sys", "$sys.path.insert(0, os.path.abspath(@bundle_root))"]
-    if isinstance(config.get("initialize"), list) and lines[0] not in config["initialize"]:
-        config["initialize"] = [*lines, *config["initialize"]]
 
 
 def _fitted_pool(pool: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ resize is a product of one small banded matrix per axis, which costs far less th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +24,11 @@ _POLE = math.sqrt(3.0) - 2.0
 _REACH = 14
 _BLOCK = 64
 _TILE = 16
-_TIE = 1e-9
 
 
 def new_shape(shape: Sequence[int], spacing_mm: Sequence[float], target_mm: Sequence[float]) -> tuple[int, ...]:
     """Shape after resampling, round(old spacing / new spacing * size) as in nnU-Net, but at least one voxel."""
-    return tuple(max(1, int(round(s / t * n))) for n, s, t in zip(shape, spacing_mm, target_mm))
+    return tuple(max(1, round(s / t * n)) for n, s, t in zip(shape, spacing_mm, target_mm, strict=True))
 
 
 def thick_axis(spacing_mm: Sequence[float], target_mm: Sequence[float]) -> int | None:
@@ -115,7 +115,7 @@ class AxisResampler:
         stop = self.n_out if stop is None else stop
         if self.n_in == self.n_out:
             return x.narrow(axis, start - offset, stop - start)
-        shape = x.shape[:axis] + (stop - start,) + x.shape[axis + 1 :]
+        shape = (*x.shape[:axis], stop - start, *x.shape[axis + 1 :])
         out = x.new_empty((x.shape[:axis].numel(), stop - start, x.shape[axis + 1 :].numel()))
         flat = x.reshape(out.shape[0], x.shape[axis], out.shape[2])
         for row in range(start, stop, _BLOCK):
@@ -127,7 +127,7 @@ class AxisResampler:
             if out.shape[2] == 1:
                 torch.mm(source[..., 0], block.T, out=target[..., 0])
             else:
-                for one, result in zip(source, target):
+                for one, result in zip(source, target, strict=True):
                     torch.mm(block, one, out=result)
         return out.reshape(shape)
 
@@ -145,7 +145,7 @@ def resize_axis(x: torch.Tensor, axis: int, size: int, order: int) -> torch.Tens
     """
     resampler = axis_resampler(x.shape[axis], size, order)
     across = 1 if axis == 0 else 0
-    out = x.new_empty(x.shape[:axis] + (size,) + x.shape[axis + 1 :])
+    out = x.new_empty((*x.shape[:axis], size, *x.shape[axis + 1 :]))
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def work(start: int) -> None:
@@ -219,7 +219,7 @@ def _nearest_tensor(x: torch.Tensor, axis: int, shape: Sequence[int]) -> torch.T
 
 def nearest(volume, shape: Sequence[int]):
     """Volume (..., S, P, L), numpy or torch, any type, resized to `shape` by its nearest voxel."""
-    for axis, size in zip(range(-3, 0), shape):
+    for axis, size in zip(range(-3, 0), shape, strict=True):
         n = volume.shape[axis]
         if n == size:
             continue
@@ -245,8 +245,13 @@ def resample_labels(codes: np.ndarray, shape: Sequence[int], thick: int | None =
     box = label_box(codes)
     if box is None:
         return out
-    rows, cells = zip(*(_cells(*sizes, *span, axis == thick) for axis, (*sizes, span) in
-                        enumerate(zip(codes.shape, shape, box))))
+    rows, cells = zip(
+        *(
+            _cells(*sizes, *span, axis == thick)
+            for axis, (*sizes, span) in enumerate(zip(codes.shape, shape, box, strict=True))
+        ),
+        strict=False,
+    )
     inner = np.ascontiguousarray(codes[tuple(slice(*span) for span in box)])
     padded = np.pad(inner, 1)
     part = padded
@@ -306,20 +311,24 @@ def _between_unlike(codes: np.ndarray, cells: Sequence[_Cell]) -> np.ndarray:
 
 
 def _vote(codes: np.ndarray, nearest_label: np.ndarray, cells: Sequence[_Cell], where) -> np.ndarray:
-    """Label with the largest linear weight at these output voxels; `where` holds one index array per axis."""
+    """Label with the largest linear weight at these output voxels; `where` holds one index array per axis.
+
+    Products and sums run in scipy's order, so that ties are the same ones to the last bit.
+    """
     labels, weights = [], []
     for corner in np.ndindex(2, 2, 2):
         index, weight = [], 1.0
-        for cell, at, upper in zip(cells, where, corner):
+        for cell, at, upper in zip(cells, where, corner, strict=True):
             index.append((cell.high if upper else cell.low)[at])
-            weight = weight * (cell.weight[at] if upper else 1 - cell.weight[at])
+            lower = 1 - cell.weight[at]
+            weight = weight * (1 - lower if upper else lower)
         labels.append(codes[tuple(index)])
         weights.append(weight)
     score_of_corner = [sum(np.where(labels[j] == label, weights[j], 0.0) for j in range(8)) for label in labels]
-    top = np.max(score_of_corner, axis=0) - _TIE
+    top = np.max(score_of_corner, axis=0)
     best = np.full(nearest_label.shape, np.iinfo(codes.dtype).max, codes.dtype)
     nearest_wins = np.zeros(nearest_label.shape, bool)
-    for label, score in zip(labels, score_of_corner):
+    for label, score in zip(labels, score_of_corner, strict=True):
         wins = score >= top
         best = np.where(wins & (label < best), label, best)
         nearest_wins |= wins & (label == nearest_label)

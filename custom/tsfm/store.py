@@ -16,9 +16,10 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -62,8 +63,10 @@ class PrepareReport:
     failed: list[tuple[Mapping[str, Any], str]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{self.prepared} cases prepared, {self.reused} reused, {len(self.failed)} failed, "
-                 f"{len(self.empty_labels)} with an empty label map"]
+        lines = [
+            f"{self.prepared} cases prepared, {self.reused} reused, {len(self.failed)} failed, "
+            f"{len(self.empty_labels)} with an empty label map"
+        ]
         return "\n".join([*lines, *(f"  failed: {message}" for _, message in self.failed)])
 
     def raise_failures(self) -> None:
@@ -174,7 +177,7 @@ class StoredCase:
     def read_image(self, box: Box | None = None) -> np.ndarray:
         """float32 (C, s, p, l)."""
         image = self._read("image.b2nd", (slice(0, self.channels), *self._slices(box))).astype(np.float32)
-        for channel, (start, step) in zip(image, self._steps):
+        for channel, (start, step) in zip(image, self._steps, strict=True):
             channel *= np.float32(step)
             channel += np.float32(start)
         return image
@@ -198,7 +201,7 @@ class StoredCase:
     def _slices(self, box: Box | None) -> tuple[slice, ...]:
         if box is None:
             return tuple(slice(0, size) for size in self.shape)
-        if any(not 0 <= start < stop <= size for (start, stop), size in zip(box, self.shape)):
+        if any(not 0 <= start < stop <= size for (start, stop), size in zip(box, self.shape, strict=True)):
             raise ValueError(f"{self.path}: box {tuple(box)} is empty or reaches beyond the volume {self.shape}")
         return tuple(slice(int(start), int(stop)) for start, stop in box)
 
@@ -254,10 +257,10 @@ def quantize(image: np.ndarray) -> tuple[np.ndarray, list[tuple[float, float]]]:
     """float32 (C, S, P, L) -> uint16 levels and, per channel, the value of level 0 and the step between levels."""
     levels = np.empty(image.shape, np.uint16)
     steps = []
-    for channel, out in zip(image, levels):
+    for channel, out in zip(image, levels, strict=True):
         low, high = float(channel.min()), float(channel.max())
         step = (high - low) / LEVELS or 1.0
-        for plane, target in zip(channel, out):
+        for plane, target in zip(channel, out, strict=True):
             np.rint((plane - np.float32(low)) / np.float32(step), out=target, casting="unsafe")
         steps.append((low, step))
     return levels, steps
@@ -268,8 +271,8 @@ def _compress(array: np.ndarray) -> bytes:
     extra = array.ndim - 3
     stored = blosc2.asarray(
         array,
-        chunks=(1,) * extra + tuple(min(c, n) for c, n in zip(CHUNK, array.shape[extra:])),
-        blocks=(1,) * extra + tuple(min(b, n) for b, n in zip(BLOCK, array.shape[extra:])),
+        chunks=(1,) * extra + tuple(min(c, n) for c, n in zip(CHUNK, array.shape[extra:], strict=True)),
+        blocks=(1,) * extra + tuple(min(b, n) for b, n in zip(BLOCK, array.shape[extra:], strict=True)),
         cparams={"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
     )
     return stored.to_cframe()

@@ -1,0 +1,171 @@
+"""From averaged logits to a label map on the source grid, slab by slab along S.
+
+Resizing, cutting at the threshold and painting are one step for each slab and target, so that no volume of logits or
+probabilities ever exists on the source grid. Axis letters: T targets, S P L the prepared grid, s p l the source grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .labels import LabelTable
+from .resampling import AxisResampler, axis_resampler
+
+
+class Slab(NamedTuple):
+    """Averaged logits (T, n, P, L) of prepared slices start to start + n; the first may have come before."""
+
+    logits: torch.Tensor
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.logits.shape[1]
+
+
+class Painter:
+    """Paints slabs of averaged logits into a label map on the source grid (s, p, l).
+
+    Each target is resized only inside the box where it exceeds its threshold: a linear interpolation never exceeds
+    the largest of its neighbors, so nothing else can be painted.
+
+    Args:
+        shape, source_shape: of the prepared grid and of the label map.
+        paint: (channel, value) in painting order; later ones paint over earlier ones.
+        levels: threshold of each channel, as a logit.
+        thick: axis along which the nearest slice is taken (nnU-Net's rule for thick slices), or None.
+        exclusive: softmax networks: channel 0 is the background, the largest logit wins, `levels` are not used.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        source_shape: Sequence[int],
+        paint: Sequence[tuple[int, int]],
+        levels: Sequence[float],
+        thick: int | None = None,
+        exclusive: bool = False,
+    ) -> None:
+        self.axes = [
+            axis_resampler(n, m, 0 if a == thick else 1)
+            for a, (n, m) in enumerate(zip(shape, source_shape, strict=True))
+        ]
+        self.paint, self.levels, self.exclusive = paint, levels, exclusive
+        largest = max((value for _, value in paint), default=0)
+        self.label_map = torch.zeros(tuple(source_shape), dtype=torch.uint8 if largest < 256 else torch.int16)
+        self._last = self.axes[0].index.max(1)
+        self._done = 0
+
+    def add(self, slab: Slab) -> None:
+        """Paint the source slices that are determined by the slices up to the end of this slab.
+
+        Raises:
+            ValueError: the logits hold NaN.
+        """
+        begin, end = self._done, int(np.searchsorted(self._last, slab.stop))
+        if begin == end:
+            return
+        low, high = self.axes[0].needed(begin, end)
+        logits = slab.logits[:, low - slab.start : high - slab.start]
+        peaks = logits.amax(1)
+        if peaks.isnan().any():
+            raise ValueError(f"the network's output is NaN in slices {low} to {high}: check the weights and the image")
+        painted = torch.zeros((end - begin, *self.label_map.shape[1:]), dtype=self.label_map.dtype, device=peaks.device)
+        best = torch.zeros(painted.shape, device=peaks.device) if self.exclusive else None
+        for channel, value in self.paint:
+            level = 0.0 if self.exclusive else self.levels[channel]
+            box = _box((logits[channel] > logits[0]).any(0) if self.exclusive else peaks[channel] > level)
+            if box is None:
+                continue
+            rows = [_rows(axis, *span) for axis, span in zip(self.axes[1:], box, strict=True)]
+            spans = [axis.needed(*row) for axis, row in zip(self.axes[1:], rows, strict=True)]
+            where = (slice(None), *(slice(*span) for span in spans))
+            plane = logits[channel][where].float()
+            if self.exclusive:
+                plane = plane - logits[0][where].float()
+            values = self._resize(plane.contiguous(), (begin, end), rows, (low, *(span[0] for span in spans)))
+            view = (slice(None), *(slice(*row) for row in rows))
+            wins = values > (level if best is None else best[view])
+            if best is not None:
+                torch.maximum(best[view], values, out=best[view])
+            painted[view].masked_fill_(wins, value)
+        self.label_map[begin:end] = painted.cpu()
+        self._done = end
+
+    def _resize(self, x: torch.Tensor, slices, rows, offsets) -> torch.Tensor:
+        """The part (slices, rows) of the resized volume from a part that begins at `offsets`; fewest voxels first."""
+        spans = (slices, *rows)
+        for axis in (2, 1, 0):
+            x = self.axes[axis].apply(x, axis, *spans[axis], offsets[axis])
+        return x
+
+
+def _rows(axis: AxisResampler, start: int, stop: int) -> tuple[int, int]:
+    """Half-open range of output voxels that see an input voxel from start to stop."""
+    seen = np.flatnonzero(((axis.index >= start) & (axis.index < stop)).any(1))
+    return (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 0)
+
+
+def _box(mask: torch.Tensor) -> list[tuple[int, int]] | None:
+    """Half-open bounding box of a bool (P, L), or None."""
+    box = []
+    for other in (1, 0):
+        found = mask.any(other).nonzero()
+        if not len(found):
+            return None
+        box.append((int(found[0]), int(found[-1]) + 1))
+    return box
+
+
+def export_logits(
+    logits: torch.Tensor | np.ndarray,
+    source_shape: Sequence[int],
+    table: LabelTable | Sequence[str] | None = None,
+    threshold: float | Mapping[str, float] = 0.5,
+    thick: int | None = None,
+    exclusive: bool = False,
+    depth: int = 32,
+) -> torch.Tensor:
+    """A whole volume of logits (T, S, P, L) to its label map on the source grid, `depth` slices at a time.
+
+    Without a table the channels are painted in their order (with `exclusive`: background first, then values 1 to T - 1).
+
+    Returns:
+        uint8 (s, p, l).
+    """
+    logits = torch.as_tensor(logits)
+    names = check_names(table, len(logits) - 1 if exclusive else len(logits))
+    order = table.paint_order() if isinstance(table, LabelTable) else range(len(names))
+    paint = [(i + exclusive, i + 1) for i in order]
+    painter = Painter(logits.shape[1:], source_shape, paint, threshold_logits(threshold, names), thick, exclusive)
+    for start in range(0, logits.shape[1], depth):
+        first = max(start - 1, 0)
+        painter.add(Slab(logits[:, first : start + depth], first))
+    return painter.label_map
+
+
+def check_names(table: LabelTable | Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Names of the targets, checked against the number of channels."""
+    if table is None:
+        return tuple(str(i + 1) for i in range(count))
+    names = table.names if isinstance(table, LabelTable) else tuple(table)
+    if len(names) != count:
+        raise ValueError(f"the network has {count} outputs, the label table {len(names)} targets: {list(names)}")
+    return names
+
+
+def threshold_logits(threshold: float | Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """Threshold of each target as a logit."""
+    if isinstance(threshold, Mapping):
+        unknown = set(threshold) - set(names)
+        if unknown:
+            raise ValueError(f"thresholds for unknown targets {sorted(unknown)}; the targets are {list(names)}")
+    values = [threshold.get(name, 0.5) if isinstance(threshold, Mapping) else threshold for name in names]
+    if not all(0 < value < 1 for value in values):
+        raise ValueError(f"thresholds must lie between 0 and 1 (probabilities), found {values}")
+    return [math.log(value / (1 - value)) for value in values]

@@ -1,0 +1,402 @@
+"""Windows, painting and the way back to the image's own grid, against nnU-Net's numbers and naive whole volumes."""
+
+import itertools
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor, ThreadDataLoader
+from monai.transforms import Compose, EnsureTyped, Invertd, LoadImaged, Orientationd, SaveImaged
+from skimage.transform import resize
+from tsfm.inference import RollingAverage, SlabInferer, gaussian_weights, window_starts
+from tsfm.labels import LabelTable
+from tsfm.painting import export_logits
+from tsfm.prediction import CaseDataset, CaseEvaluator, FailedCases, SaveLabelMapd, find_images
+from tsfm.preprocessing import Preparation, PrepareImaged
+from tsfm.reading import Reader
+from tsfm.resampling import thick_axis
+
+NNUNET = np.load(Path(__file__).parent / "fixtures" / "inference.npz")
+EXPORTS = sorted(name.removesuffix("_regions") for name in NNUNET if name.endswith("_regions"))
+TREE = LabelTable(
+    {"tumor": {"inside": "kidney"}, "kidney_left": {"part_of": "kidney"}, "kidney": {}},
+    [{"name": "one", "labels": {"1": "kidney", "2": "tumor", "3": "kidney_left"}}],
+)
+
+
+class Fake(torch.nn.Module):
+    """A network whose logits are a fixed linear function of the voxel, so that windows cannot disagree."""
+
+    def __init__(self, scales=(1.0,), shifts=(0.0,)):
+        super().__init__()
+        self.scales = torch.nn.Parameter(torch.tensor(scales).view(1, -1, 1, 1, 1))
+        self.shifts = torch.tensor(shifts).view(1, -1, 1, 1, 1)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(tuple(x.shape))
+        return x[:, :1] * self.scales + self.shifts
+
+
+def convolution(channels=3, seed=0):
+    """A network with context, so that the place of a window matters."""
+    torch.manual_seed(seed)
+    network = torch.nn.Sequential(
+        torch.nn.Conv3d(1, 8, 5, padding=2), torch.nn.Tanh(), torch.nn.Conv3d(8, channels, 3, padding=1)
+    )
+    return network.eval()
+
+
+def naive_logits(image, network, patch, mirror=False):
+    """Gaussian mean over all windows in float64, whole volume in memory: (T, S, P, L)."""
+    pad = [max(p - n, 0) for n, p in zip(image.shape[1:], patch, strict=True)]
+    low = [n // 2 for n in pad]
+    padded = np.pad(image, [(0, 0), *((a, n - a) for a, n in zip(low, pad, strict=True))])
+    weight, total, count = gaussian_weights(patch).numpy().astype(float), 0.0, np.zeros(padded.shape[1:])
+    flips = [axes for n in range(4 if mirror else 1) for axes in itertools.combinations((2, 3, 4), n)]
+    for corner in itertools.product(*(window_starts(n, p) for n, p in zip(padded.shape[1:], patch, strict=True))):
+        box = tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True))
+        window = torch.from_numpy(padded[(slice(None), *box)])[None]
+        with torch.no_grad():
+            logits = sum(network(window.flip(axes)).flip(axes) for axes in flips)[0].double().numpy() / len(flips)
+        if isinstance(total, float):
+            total = np.zeros((len(logits), *padded.shape[1:]))
+        total[(slice(None), *box)] += logits * weight
+        count[box] += weight
+    kept = tuple(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True))
+    return (total / count)[(slice(None), *kept)]
+
+
+def naive_resize(logits, shape, thick=None):
+    """scikit-image, order 1, each channel; along `thick` the nearest slice."""
+    if thick is None:
+        return np.stack([resize(c.astype(float), shape, 1, mode="edge", anti_aliasing=False) for c in logits])
+    slices = np.moveaxis(logits, thick + 1, 1).astype(float)
+    plane = [n for axis, n in enumerate(shape) if axis != thick]
+    near = np.floor((np.arange(shape[thick]) + 0.5) * logits.shape[thick + 1] / shape[thick]).astype(int)
+    resized = [[resize(s, plane, 1, mode="edge", anti_aliasing=False) for s in channel] for channel in slices]
+    return np.moveaxis(np.array(resized)[:, near], 1, thick + 1)
+
+
+def naive_paint(logits, table, threshold=0.5):
+    painted = np.zeros(logits.shape[1:], np.uint8)
+    for target in table.paint_order():
+        painted[1 / (1 + np.exp(-logits[target])) > threshold] = target + 1
+    return painted
+
+
+def prepared(shape, source_shape, spacing=(1.5, 1, 1), source_spacing=(1.5, 1, 1), seed=0, batched=True):
+    """A random prepared image (1, 1, S, P, L) with the record that PrepareImaged leaves."""
+    image = MetaTensor(torch.from_numpy(np.random.default_rng(seed).normal(size=(1, 1, *shape))).float())
+    grid = {"shape": list(shape), "cropped_shape": list(source_shape), "spacing_mm": list(spacing)}
+    record = {"class": "PrepareImaged", "extra_info": {**grid, "source_spacing_mm": list(source_spacing)}}
+    image.applied_operations = [[record]] if batched else [record]
+    return image
+
+
+class TestNnunetNumbers:
+    @pytest.mark.parametrize("key", [key for key in NNUNET if key.startswith("steps")])
+    def test_window_positions(self, key):
+        size, patch, *starts = NNUNET[key].tolist()
+        assert window_starts(size, patch) == starts
+
+    def test_gaussian(self):
+        expected = NNUNET["gaussian"]
+        np.testing.assert_allclose(gaussian_weights(expected.shape), expected, rtol=1e-6)
+        assert gaussian_weights(expected.shape).min() > 0
+
+    @pytest.mark.parametrize("name", EXPORTS)
+    @pytest.mark.parametrize("depth", [1, 4, 100])
+    def test_export_of_regions_and_of_classes(self, name, depth):
+        logits, (spacing, source_spacing) = NNUNET[f"{name}_logits"], NNUNET[f"{name}_spacings"]
+        thick = thick_axis(spacing, source_spacing)
+        for exclusive, kind in ((False, "regions"), (True, "argmax")):
+            expected = NNUNET[f"{name}_{kind}"]
+            result = export_logits(logits, expected.shape, thick=thick, exclusive=exclusive, depth=depth)
+            assert result.dtype == torch.uint8
+            assert len(np.unique(expected)) >= 4
+            assert (result.numpy() != expected).mean() < 1e-4
+
+
+class TestSlabInferer:
+    @pytest.mark.parametrize("shape", [(40, 20, 25), (16, 12, 9), (5, 30, 7), (1, 40, 3), (33, 1, 1), (17, 13, 11)])
+    def test_logits_are_the_gaussian_mean_over_all_windows(self, shape):
+        image = prepared(shape, shape)
+        result = SlabInferer((16, 12, 10), TREE, amp=False, progress=False).logits(image, convolution())
+        np.testing.assert_allclose(result[0], naive_logits(image[0].numpy(), convolution(), (16, 12, 10)), atol=1e-5)
+
+    def test_mirroring_is_the_mean_over_eight_flips(self):
+        image = prepared((14, 13, 12), (14, 13, 12))
+        result = SlabInferer((8, 8, 8), TREE, mirror=True, amp=False, progress=False).logits(image, convolution())
+        expected = naive_logits(image[0].numpy(), convolution(), (8, 8, 8), mirror=True)
+        np.testing.assert_allclose(result[0], expected, atol=1e-5)
+
+    def test_a_float16_buffer_neither_overflows_nor_loses_the_corners(self, monkeypatch):
+        monkeypatch.setattr("tsfm.inference.FULL_PRECISION_BYTES", 0)
+        image = prepared((40, 20, 25), (40, 20, 25))
+        inferer = SlabInferer((16, 12, 10), ["a", "b"], amp=False, progress=False)
+        expected = torch.cat([(20000 * image).clamp(-32000, 32000), 0.01 * image], 1)
+        result = inferer.logits(image, Fake((20000.0, 0.01), (0.0, 0.0)))
+        torch.testing.assert_close(result, expected.as_tensor(), rtol=4e-3, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("shape", "source_shape", "spacing", "source_spacing"),
+        [
+            ((40, 20, 25), (63, 31, 17), (1.5, 1, 1), (0.95, 0.65, 1.47)),
+            ((40, 20, 25), (23, 31, 25), (1.5, 1, 1), (2.6, 0.65, 1)),
+            ((30, 20, 25), (9, 40, 50), (1.5, 1, 1), (5.0, 0.5, 0.5)),
+            ((9, 20, 25), (14, 40, 20), (5.0, 1, 1), (3.2, 0.5, 1.25)),
+            ((20, 25, 7), (30, 20, 3), (1.5, 1, 1), (1.0, 1.25, 8.0)),
+            ((3, 4, 5), (2, 9, 10), (1.5, 1, 1), (2.25, 0.45, 0.5)),
+            ((1, 30, 30), (1, 60, 60), (10, 1, 1), (10, 0.5, 0.5)),
+            ((17, 13, 11), (17, 13, 11), (1.5, 1, 1), (1.5, 1, 1)),
+        ],
+    )
+    @pytest.mark.parametrize("batched", [True, False])
+    def test_label_map_equals_resizing_the_whole_volume(self, shape, source_shape, spacing, source_spacing, batched):
+        image = prepared(shape, source_shape, spacing, source_spacing, batched=batched)
+        network = convolution()
+        result = SlabInferer((16, 12, 10), TREE, threshold=0.52, amp=False, progress=False)(image, network)
+        logits = naive_logits(image[0].numpy(), network, (16, 12, 10))
+        expected = naive_resize(logits, source_shape, thick_axis(spacing, source_spacing))
+        expected = naive_paint(expected, TREE, 0.52)
+        assert set(np.unique(expected)) == {0, 1, 2, 3} or expected.size < 500
+        assert result.shape == (1, 1, *source_shape) and result.dtype == torch.uint8
+        assert (result[0, 0].numpy() != expected).sum() <= 1e-4 * expected.size
+
+    def test_plain_tensors_stay_on_their_own_grid(self):
+        image = torch.randn(1, 1, 9, 8, 7)
+        result = SlabInferer((8, 8, 8), ["a"], amp=False, progress=False)(image, Fake())
+        assert type(result) is torch.Tensor
+        torch.testing.assert_close(result, (image > 0).byte())
+
+    def test_what_is_inside_is_painted_last(self):
+        image = torch.ones(1, 1, 4, 4, 4)
+        inferer = SlabInferer((4, 4, 4), TREE, progress=False)
+        assert inferer(image, Fake((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))).unique().tolist() == [1]
+        assert inferer(image, Fake((-1.0, 1.0, 1.0), (0.0, 0.0, 0.0))).unique().tolist() == [2]
+
+    def test_targets_limit_what_is_painted_and_keep_their_values(self):
+        image = prepared((9, 20, 25), (14, 40, 20))
+        every = SlabInferer((16, 12, 10), TREE, amp=False, progress=False)(image, convolution())
+        one = SlabInferer((16, 12, 10), TREE, targets=["tumor"], amp=False, progress=False)(image, convolution())
+        assert torch.equal(one == 1, every == 1) and one.unique().tolist() == [0, 1]
+
+    def test_threshold_per_target(self):
+        image = torch.linspace(-3, 3, 64).view(1, 1, 4, 4, 4)
+        inferer = SlabInferer((4, 4, 4), ["a", "b"], threshold={"b": 0.9}, amp=False, progress=False)
+        result = inferer(image, Fake((1.0, 1.0), (0.0, 0.0)))
+        torch.testing.assert_close(result, (image > 0).byte() + (torch.sigmoid(image) > 0.9).byte())
+
+    def test_several_windows_per_pass_change_nothing(self):
+        image, network = prepared((40, 20, 25), (40, 20, 25)), Fake()
+        maps = [SlabInferer((16, 12, 10), ["a"], sw_batch_size=n, progress=False)(image, network) for n in (1, 5)]
+        assert torch.equal(*maps) and (5, 1, 16, 12, 10) in network.seen
+
+    def test_the_buffer_does_not_grow_with_the_number_of_slices(self, monkeypatch):
+        sizes = []
+
+        class Spy(RollingAverage):
+            def __init__(self, *args):
+                super().__init__(*args)
+                sizes.append(self.mean.numel())
+
+        monkeypatch.setattr("tsfm.inference.RollingAverage", Spy)
+        for slices in (16, 300):
+            SlabInferer((8, 8, 8), ["a"], progress=False)(torch.zeros(1, 1, slices, 8, 8), Fake())
+        assert sizes[0] == sizes[1]
+
+    def test_uncertainty_is_one_bit_at_even_odds_and_little_where_sure(self):
+        inferer = SlabInferer((8, 8, 8), ["a"], amp=False, progress=False)
+        image = torch.full((1, 1, 20, 8, 8), 1e-4)
+        image[:, :, :10] = -5
+        assert inferer.uncertainty(image, Fake()) == pytest.approx(1, abs=1e-4)
+        assert inferer.uncertainty(image, Fake((1e5,))) == pytest.approx(0.0005, abs=1e-3)
+        assert inferer.uncertainty(-image.abs(), Fake()) == 0
+
+    def test_errors_say_what_is_wrong(self):
+        image = torch.zeros(1, 1, 8, 8, 8)
+        with pytest.raises(ValueError, match=r"unknown targets \['liver'\].*kidney_left"):
+            SlabInferer((8, 8, 8), TREE, targets=["liver"])
+        with pytest.raises(ValueError, match=r"1 outputs.*3 targets"):
+            SlabInferer((8, 8, 8), TREE, progress=False)(image, Fake())
+        with pytest.raises(ValueError, match="NaN"):
+            SlabInferer((8, 8, 8), ["a"], progress=False)(image, Fake((float("nan"),)))
+        with pytest.raises(ValueError, match="one image"):
+            SlabInferer((8, 8, 8), ["a"], progress=False)(image.expand(2, -1, -1, -1, -1), Fake())
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            SlabInferer((8, 8, 8), ["a"], threshold=1.0)
+        with pytest.raises(ValueError, match="overlap"):
+            SlabInferer((8, 8, 8), ["a"], overlap=1.0)
+
+
+# ---- from file to file ------------------------------------------------------------------------------------------
+
+TABLE = LabelTable({"blob": {}}, [{"name": "one", "labels": {"1": "blob"}}])
+COSINE, SINE = np.cos(0.3), np.sin(0.3)
+AFFINES = {
+    "RAS": np.diag([1, 1.2, 1.5, 1.0]),
+    "LPS": np.diag([-1, -1.2, 1.5, 1.0]),
+    "permuted": np.array([[0, 0, -1, 30], [0, 1.2, 0, -7], [-1.5, 0, 0, 90], [0, 0, 0, 1.0]]),
+    "oblique": np.array([[COSINE, -1.2 * SINE, 0, 4], [SINE, 1.2 * COSINE, 0, -50], [0, 0, -1.5, 9], [0, 0, 0, 1.0]]),
+}
+
+
+def write_blob(path, affine, shape=(30, 26, 22)):
+    """A CT with a lopsided blob inside some air; returns where the blob is."""
+    blob = np.zeros(shape, bool)
+    blob[4:15, 9:21, 12:18] = True
+    blob[4:8, 3:12, 12:14] = True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.where(blob, 200, -900).astype(np.int16), affine), path)
+    return blob
+
+
+def chain(output_dir, spacing, overwrite=False):
+    """inference.json's preprocessing, inferer and postprocessing, for a network that thresholds at -350 HU."""
+    preparation = Preparation(spacing, {"CT": {"lower": -1000, "upper": 1000, "mean": -350, "sd": 550}})
+    before = Compose(
+        [
+            LoadImaged("image", reader=Reader(), ensure_channel_first=True),
+            Orientationd("image", axcodes="SPL", labels=None),
+            PrepareImaged("image", preparation),
+            EnsureTyped("image"),
+        ]
+    )
+    after = Compose(
+        [Invertd("pred", transform=before, orig_keys="image"), SaveLabelMapd("pred", str(output_dir), overwrite)]
+    )
+    return before, SlabInferer((16, 16, 16), TABLE, amp=False, progress=False), after
+
+
+def evaluator(source, output_dir, spacing=(1.5, 1.2, 1.0), existing="error", **kwargs):
+    before, inferer, after = chain(output_dir, spacing, existing == "overwrite")
+    items = find_images(source, output_dir, existing)
+    loader = ThreadDataLoader(CaseDataset(items, before), batch_size=1, num_workers=0)
+    return CaseEvaluator(
+        torch.device("cpu"), loader, network=Fake(), inferer=inferer, postprocessing=after, table=TABLE, **kwargs
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*Hounsfield", "ignore:Setting affine")
+class TestFiles:
+    @pytest.mark.parametrize("name", AFFINES)
+    def test_a_blob_comes_back_to_the_voxel(self, name, tmp_path):
+        """Prepared at the image's own spacing; the permuted file's axes have other spacings than the grid's."""
+        affine = AFFINES[name]
+        blob = write_blob(tmp_path / "a.nii.gz", affine)
+        evaluator(tmp_path / "a.nii.gz", tmp_path / "out").run()
+        result = nib.load(tmp_path / "out" / "a.nii.gz")
+        np.testing.assert_allclose(result.affine, affine, atol=1e-5)
+        assert result.get_data_dtype() == np.uint8
+        np.testing.assert_array_equal(np.asarray(result.dataobj), blob)
+
+    @pytest.mark.parametrize("name", AFFINES)
+    def test_a_resampled_blob_stays_in_place(self, name, tmp_path):
+        """Another spacing moves the border by half a voxel at most, and the center of mass hardly."""
+        blob = write_blob(tmp_path / "a.nii.gz", AFFINES[name])
+        evaluator(tmp_path / "a.nii.gz", tmp_path / "out", spacing=(1.1, 1.0, 1.3)).run()
+        result = np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
+        assert 2 * (result * blob).sum() / (result.sum() + blob.sum()) > 0.93
+        center, expected = (np.argwhere(mask).mean(0) for mask in (result, blob))
+        np.testing.assert_allclose(center, expected, atol=0.15)
+
+    def test_cropped_zeros_are_background_in_place(self, tmp_path):
+        blob = write_blob(tmp_path / "a.nii", AFFINES["LPS"])
+        image = nib.load(tmp_path / "a.nii")
+        voxels = np.where(np.arange(30)[:, None, None] < 3, 0, np.asarray(image.dataobj))
+        nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "a.nii")
+        evaluator(tmp_path / "a.nii", tmp_path / "out").run()
+        np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj), blob)
+
+    def test_form_codes_are_the_images(self, tmp_path):
+        write_blob(tmp_path / "a.nii", AFFINES["oblique"])
+        image = nib.load(tmp_path / "a.nii")
+        image.set_sform(image.affine, 4)
+        image.set_qform(image.affine, 1)
+        nib.save(image, tmp_path / "b.nii")
+        evaluator(tmp_path / "b.nii", tmp_path / "out").run()
+        header = nib.load(tmp_path / "out" / "b.nii.gz").header
+        assert (int(header["sform_code"]), int(header["qform_code"])) == (4, 1)
+        np.testing.assert_allclose(header.get_qform(), image.affine, atol=1e-4)
+
+    def test_one_bad_file_is_reported_and_the_rest_goes_on(self, tmp_path, capsys):
+        for name in ("a", "c"):
+            write_blob(tmp_path / f"{name}.nii.gz", AFFINES["RAS"])
+        (tmp_path / "b.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:300])
+        engine = evaluator(tmp_path, tmp_path / "out")
+        with pytest.raises(FailedCases, match=r"1 of 3 cases failed:\n  b: .*b\.nii\.gz"):
+            engine.run()
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+        printed = capsys.readouterr().out
+        volume = engine.results[0]["ml"]["blob"]
+        assert volume == pytest.approx((11 * 12 * 6 + 4 * 6 * 2) * 1.8 / 1000)
+        assert "FAILED" in printed and f"blob {volume:.1f} ml" in printed
+
+    def test_a_failure_in_the_network_is_a_case_that_failed(self, tmp_path):
+        write_blob(tmp_path / "a.nii", AFFINES["RAS"])
+        engine = evaluator(tmp_path / "a.nii", tmp_path / "out")
+        engine.network.forward = lambda x: x * float("nan")
+        with pytest.raises(FailedCases, match="a: the network's output is NaN"):
+            engine.run()
+        assert not (tmp_path / "out").exists()
+
+    def test_results_that_are_there_are_not_destroyed(self, tmp_path):
+        for name in ("a", "b"):
+            write_blob(tmp_path / f"{name}.nii", AFFINES["RAS"])
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a.nii.gz").write_text("precious")
+        sources = [tmp_path / "a.nii", tmp_path / "b.nii"]
+        with pytest.raises(FileExistsError, match=r'1 of 2 results.*"skip"'):
+            evaluator(sources, tmp_path / "out")
+        evaluator(sources, tmp_path / "out", existing="skip").run()
+        assert (tmp_path / "out" / "a.nii.gz").read_text() == "precious" and (tmp_path / "out" / "b.nii.gz").exists()
+        evaluator(sources, tmp_path / "out", existing="overwrite").run()
+        assert nib.load(tmp_path / "out" / "a.nii.gz").shape == (30, 26, 22)
+
+    def test_monai_label_can_leave_the_saver_out(self):
+        assert isinstance(SaveLabelMapd("pred"), SaveImaged)
+
+
+class TestFindImages:
+    def touch(self, folder, *names):
+        for name in names:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"\0" * 128 + b"DICM" if path.suffix == ".dcm" else b"")
+
+    def test_folders_are_searched_and_same_names_kept_apart(self, tmp_path):
+        self.touch(
+            tmp_path, "p1/ct.nii.gz", "p2/ct.nii.gz", "p2/é ü.mha", "p2/ct.json", "p3/1.dcm", "p3/2.dcm", "._x.nii"
+        )
+        found = {item["case"]: Path(item["image"]).relative_to(tmp_path).as_posix() for item in find_images(tmp_path)}
+        assert found == {"p1_ct": "p1/ct.nii.gz", "p2_ct": "p2/ct.nii.gz", "é ü": "p2/é ü.mha", "p3": "p3"}
+
+    def test_same_name_with_two_endings(self, tmp_path):
+        self.touch(tmp_path, "a.nii", "a.nrrd")
+        assert [item["case"] for item in find_images(tmp_path)] == ["a", "a_2"]
+
+    def test_patterns_and_single_files(self, tmp_path):
+        self.touch(tmp_path, "a.nii", "b.nii", "c.txt")
+        assert [item["case"] for item in find_images(str(tmp_path / "*.nii"))] == ["a", "b"]
+        assert [item["case"] for item in find_images(tmp_path / "b.nii")] == ["b"]
+
+    def test_datalists_are_relative_to_their_file_and_keep_their_fields(self, tmp_path):
+        content = {
+            "training": [{"image": "t.nii"}],
+            "testing": ["x/a.nii", {"image": ["b0.nii", "b1.nii"], "modality": "MR"}],
+        }
+        (tmp_path / "list.json").write_text(json.dumps(content))
+        first, second = find_images(tmp_path / "list.json")
+        assert first == {"image": str(tmp_path / "x/a.nii"), "case": "a"}
+        assert second["image"] == [str(tmp_path / "b0.nii"), str(tmp_path / "b1.nii")]
+        assert (second["modality"], second["case"]) == ("MR", "b0")
+
+    def test_nothing_there_is_an_error(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no image in"):
+            find_images(tmp_path)
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            find_images(tmp_path / "missing.nii")

@@ -1,0 +1,376 @@
+"""Releases: self-contained, fitted to the checkpoint, reproducible, and through the Model Zoo's gate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tsfm import gate, release
+from tsfm.checkpoint import describe_network, read_state, save_weights
+from tsfm.labels import LabelTable
+from tsfm.network import TSFM
+from tsfm.preprocessing import Preparation
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TARGETS = {"kidney": {}, "kidney_tumor": {"inside": "kidney"}}
+DATASETS = [{"name": "mine", "labels": {"1": "kidney", "2": "kidney_tumor"}}]
+NETWORK = {
+    "in_channels": 1,
+    "out_channels": 2,
+    "features": [4, 8],
+    "depths_down": [1, 1],
+    "depths_up": [1],
+    "strides": [[2, 2, 2]],
+    "img_size": [16, 16, 16],
+    "hidden_size": 8,
+    "num_layers": 1,
+    "num_heads": 2,
+    "mlp_dim": 16,
+}
+METADATA = {
+    "schema": "https://project-monai.github.io/schema/meta_schema_20240725.json",
+    "version": "0.1.0",
+    "changelog": {"0.1.0": "first"},
+    "monai_version": "1.6.1",
+    "pytorch_version": "2.13.0",
+    "numpy_version": "2.4.0",
+    "required_packages_version": {"nibabel": "5.3.2"},
+    "name": "Toy",
+    "task": "segmentation",
+    "description": "a toy",
+    "authors": "the test",
+    "copyright": "none",
+    "network_data_format": {
+        "inputs": {
+            "image": {
+                "type": "image",
+                "format": "hounsfield",
+                "num_channels": 1,
+                "spatial_shape": [112, 160, 192],
+                "dtype": "float32",
+                "value_range": [-5, 5],
+                "is_patch_data": True,
+                "channel_def": {"0": "CT"},
+            }
+        },
+        "outputs": {
+            "pred": {
+                "type": "image",
+                "format": "segmentation",
+                "num_channels": 31,
+                "spatial_shape": [112, 160, 192],
+                "dtype": "float32",
+                "value_range": [0, 31],
+                "is_patch_data": True,
+                "channel_def": {"0": "background", "1": "spleen"},
+            }
+        },
+    },
+}
+
+
+def write(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content, indent=4) + "\n")
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A source bundle with what a release touches."""
+    bundle = tmp_path / "toy"
+    definition = {"_target_": "tsfm.TSFM", "out_channels": 31, "checkpointing": "@checkpointing"}
+    common = {
+        "imports": ["$import os"],
+        "bundle_root": ".",
+        "patch_size": [112, 160, 192],
+        "network_def": definition,
+        "initialize": ["$os.makedirs(@bundle_root, exist_ok=True)"],
+    }
+    write(
+        bundle / "configs/train.json",
+        {**common, "spacing_mm": [1.5, 1, 1], "preparation": {"_target_": "x"}, "checkpointing": True},
+    )
+    write(bundle / "configs/inference.json", common)
+    write(bundle / "configs/small.json", {"patch_size": [48, 64, 64]})
+    layout = {"name": "mine", "folder": "Mine", "format": "msd", "labels": {"1": "spleen"}}
+    write(bundle / "configs/pool.json", {"targets": {"spleen": {}}, "datasets": [layout]})
+    write(bundle / "configs/metadata.json", METADATA)
+    write(bundle / "docs/README.md", "# Toy\n\n<!-- weights: begin -->\nnone yet\n<!-- weights: end -->\n\n# License\n")
+    write(bundle / "LICENSE", "Apache License Version 2.0")
+    write(bundle / "store/case.b2nd", "a prepared case")
+    write(bundle / "configs/__pycache__/x.pyc", "a cache")
+    return bundle
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A training checkpoint of a two-target network, nested as training writes it."""
+    torch.manual_seed(0)
+    preparation = Preparation((3.0, 2.0, 2.0), {"CT": {"lower": -100.0, "upper": 300.0, "mean": 80.0, "sd": 60.0}})
+    items = [{"image": "a", "label": "b", "dataset": "mine", "modality": "CT"}]
+    network = describe_network(TSFM(**NETWORK), LabelTable(TARGETS, DATASETS), preparation, (16, 16, 16), items)
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.parent.mkdir()
+    torch.save({"model": network.state_dict(), "optimizer": {"state": {}}}, path)
+    return path
+
+
+@pytest.fixture
+def staged(source, checkpoint, tmp_path) -> Path:
+    return Path(release.stage(str(source), str(checkpoint), str(tmp_path / "dist"), name="kidneys"))
+
+
+def config(bundle: Path, name: str) -> dict:
+    return json.loads((bundle / "configs" / name).read_text())
+
+
+def test_both_weight_files_hold_exactly_the_checkpoints_tensors(staged, checkpoint):
+    expected = torch.load(checkpoint, weights_only=True)["model"]
+    for file in ("model.pt", "model.safetensors"):
+        tensors, description = read_state(staged / "models" / file)
+        assert set(tensors) == set(expected) - {"_extra_state"}
+        assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
+        assert list(description["targets"]) == ["kidney", "kidney_tumor"]
+    assert "model" not in torch.load(staged / "models/model.pt", weights_only=True)  # plain, not nested
+
+
+def test_configs_take_network_patch_spacing_and_normalization_from_the_checkpoint(staged):
+    train, inference = config(staged, "train.json"), config(staged, "inference.json")
+    for key, value in NETWORK.items():
+        assert train["network_def"][key] == inference["network_def"][key] == value
+    assert train["patch_size"] == [16, 16, 16] and train["spacing_mm"] == [3.0, 2.0, 2.0]
+    assert train["preparation"]["values"]["intensity"]["CT"]["mean"] == 80.0
+    assert train["network_def"]["checkpointing"] == "@checkpointing"  # a reference stays one
+    assert config(staged, "small.json") == {"patch_size": [48, 64, 64]}  # an overlay stays what it is
+
+
+def test_metadata_describes_these_weights(staged):
+    data = config(staged, "metadata.json")["network_data_format"]
+    assert data["inputs"]["image"]["spatial_shape"] == [16, 16, 16]
+    assert data["outputs"]["pred"]["num_channels"] == 2
+    assert data["outputs"]["pred"]["channel_def"] == {"0": "background", "1": "kidney", "2": "kidney_tumor"}
+
+
+def test_the_pool_file_takes_the_labels_and_keeps_the_layout(staged):
+    pool = config(staged, "pool.json")
+    assert list(pool["targets"]) == ["kidney", "kidney_tumor"]
+    assert pool["datasets"][0]["folder"] == "Mine"
+    assert pool["datasets"][0]["labels"] == {"1": "kidney", "2": "kidney_tumor"}
+
+
+def test_the_readme_names_every_target_and_keeps_its_text(staged):
+    text = (staged / "docs/README.md").read_text()
+    assert "| 2 | kidney_tumor | kidney | mine |" in text
+    assert "none yet" not in text and text.rstrip().endswith("# License")
+
+
+def test_nothing_but_the_bundle_is_staged(staged, tmp_path):
+    files = release.list_files(str(staged))
+    assert not [f for f in files if "__pycache__" in f or f.endswith(".pyc") or f.startswith("store/")]
+    assert "tsfm/network.py" in files and not (staged / "tsfm").is_symlink()
+    for file in files:
+        assert str(tmp_path).encode() not in (staged / file).read_bytes(), file
+        assert str(REPOSITORY).encode() not in (staged / file).read_bytes(), file
+
+
+def test_the_vendored_package_is_the_one_that_runs(staged, tmp_path):
+    script = "import tsfm; print(tsfm.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(staged), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(staged / "tsfm" / "__init__.py"), done.stderr
+
+
+def test_the_same_input_gives_the_same_bytes(source, checkpoint, tmp_path):
+    paths = []
+    for folder in ("one", "two"):
+        shutil.copytree(source, tmp_path / folder / "toy")  # other times, another place
+        paths.append(release.release(str(tmp_path / folder / "toy"), str(checkpoint), str(tmp_path / folder / "dist")))
+    first, second = (Path(path).read_bytes() for path in paths)
+    assert first == second
+
+
+def test_the_zip_holds_one_folder_and_its_checksums_are_right(source, checkpoint, tmp_path):
+    path = Path(release.release(str(source), str(checkpoint), str(tmp_path / "d"), base_url="https://host/x/"))
+    assert path.name == "toy_v0.1.0.zip"
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert {name.split("/")[0] for name in archive.namelist()} == {"toy"}
+        assert archive.namelist() == sorted(archive.namelist())
+        assert all(entry.external_attr >> 16 == 0o100644 for entry in archive.infolist())
+    listed = (path.parent / (path.name + ".sha256")).read_text()
+    assert listed == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  toy_v0.1.0.zip\n"
+    entry = json.loads((path.parent / "model_info.json").read_text())["toy_v0.1.0"]
+    assert entry == {"checksum": hashlib.sha1(path.read_bytes()).hexdigest(), "source": "https://host/x/toy_v0.1.0.zip"}
+
+
+def test_large_weights_are_listed_for_the_zoo_and_not_in_the_zip(source, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "LARGE_FILE_BYTES", 1000)
+    path = release.release(str(source), str(checkpoint), str(tmp_path / "d"), base_url="https://host")
+    text = (tmp_path / "d/toy/large_files.yml").read_text()
+    digest = hashlib.sha256((tmp_path / "d/toy/models/model.pt").read_bytes()).hexdigest()
+    assert 'path: "models/model.pt"' in text and digest in text
+    assert 'url: "https://host/toy/models/model.pt"' in text
+    assert "toy/large_files.yml" not in zipfile.ZipFile(path).namelist()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"version": "0.2.0"}, "stale"),
+        ({"version": "0.10.0", "changelog": {"0.10.0": "x"}}, "one digit"),
+        ({"changelog": {"0.1.0": "x", "0.2.0": "newer"}}, "newer"),
+        ({"changelog": {}}, "stale"),
+    ],
+)
+def test_a_stale_changelog_is_refused_before_anything_is_written(source, checkpoint, tmp_path, change, message):
+    write(source / "configs/metadata.json", {**METADATA, **change})
+    with pytest.raises(release.ReleaseError, match=message):
+        release.release(str(source), str(checkpoint), str(tmp_path / "dist"))
+    assert not (tmp_path / "dist").exists()
+
+
+def test_a_new_version_brings_its_own_changelog(source, checkpoint, tmp_path):
+    arguments = {"version": "0.2.0", "changelog": "four classes"}
+    path = release.release(str(source), str(checkpoint), str(tmp_path / "dist"), **arguments)
+    assert path.endswith("toy_v0.2.0.zip")
+    assert config(tmp_path / "dist/toy", "metadata.json")["changelog"] == {"0.2.0": "four classes", "0.1.0": "first"}
+
+
+@pytest.mark.parametrize("name", ["lung_detection", "my-model", "deepedit_kidney"])
+def test_names_that_monai_label_cannot_serve_are_refused(source, checkpoint, tmp_path, name):
+    with pytest.raises(release.ReleaseError, match="name"):
+        release.stage(str(source), str(checkpoint), str(tmp_path / "dist"), name=name)
+
+
+def test_weights_without_a_description_are_refused(source, tmp_path):
+    torch.save({"a.weight": torch.zeros(2)}, tmp_path / "bare.pt")
+    with pytest.raises(release.ReleaseError, match="no description"):
+        release.stage(str(source), str(tmp_path / "bare.pt"), str(tmp_path / "dist"))
+
+
+def test_weights_that_do_not_fit_leave_nothing_behind(source, checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)["model"]
+    dropped = next(key for key in state if key.endswith("weight"))
+    torch.save({key: value for key, value in state.items() if key != dropped}, tmp_path / "part.pt")
+    with pytest.raises(release.ReleaseError, match="does not fit network_def"):
+        release.stage(str(source), str(tmp_path / "part.pt"), str(tmp_path / "dist"))
+    assert os.listdir(tmp_path / "dist") == []
+
+
+# ---- the gate -------------------------------------------------------------------------------------------------------
+
+
+def results(bundle: Path) -> dict[str, str]:
+    return {row.name: row.result for row in gate.gate(str(bundle))}
+
+
+def test_the_gate_runs_the_vendored_package_and_checks_the_weights(staged):
+    rows = {row.name: row for row in gate.gate(str(staged))}
+    for name in ("weights fit network_def", "verify_net_in_out", "ckpt_export", "label map (channel_def)"):
+        assert rows[name].result == "pass", rows[name].detail
+    assert rows["metadata against the schema"].result == "pass", rows["metadata against the schema"].detail
+    assert rows["self-contained and clean"].result == "pass", rows["self-contained and clean"].detail
+    assert rows["preferred files"].result == "FAIL"  # the toy has no logging.conf
+    assert rows["TensorRT export"].result == "not run"
+    assert not [file for file in release.list_files(str(staged)) if "__pycache__" in file]
+
+
+def change_metadata(bundle: Path, **change) -> None:
+    write(bundle / "configs/metadata.json", {**config(bundle, "metadata.json"), **change})
+
+
+def break_schema(bundle: Path) -> None:
+    change_metadata(bundle, authors=3)
+
+
+def break_changelog(bundle: Path) -> None:
+    change_metadata(bundle, version="0.3.0")
+
+
+def break_style(bundle: Path) -> None:
+    (bundle / "configs/small.json").write_text('{"patch_size": [48, 64, 64]}')
+
+
+def break_weights(bundle: Path) -> None:
+    tensors, _ = read_state(bundle / "models/model.pt")
+    tensors.popitem()
+    torch.save(tensors, bundle / "part.pt")  # not onto the file that the tensors are mapped from
+    (bundle / "part.pt").replace(bundle / "models/model.pt")
+
+
+def break_map(bundle: Path) -> None:
+    metadata = config(bundle, "metadata.json")
+    metadata["network_data_format"]["outputs"]["pred"]["channel_def"]["2"] = "something_else"
+    write(bundle / "configs/metadata.json", metadata)
+
+
+def break_outputs(bundle: Path) -> None:
+    metadata = config(bundle, "metadata.json")
+    metadata["network_data_format"]["outputs"]["pred"]["num_channels"] = 5
+    write(bundle / "configs/metadata.json", metadata)
+
+
+def break_license(bundle: Path) -> None:
+    (bundle / "LICENSE").unlink()
+
+
+def break_cleanness(bundle: Path) -> None:
+    write(bundle / "tsfm/__pycache__/x.pyc", "a cache")
+
+
+@pytest.mark.parametrize(
+    "damage, check",
+    [
+        (break_schema, "metadata against the schema"),
+        (break_changelog, "version and changelog"),
+        (break_style, "JSON style"),
+        (break_weights, "weights fit network_def"),
+        (break_map, "label map (channel_def)"),
+        (break_outputs, "verify_net_in_out"),
+        (break_license, "required files"),
+        (break_cleanness, "self-contained and clean"),
+    ],
+)
+def test_each_fault_is_caught_by_its_check(staged, damage, check):
+    assert gate.Check(check, *_run(staged, check)).result == "pass"
+    damage(staged)
+    assert gate.Check(check, *_run(staged, check)).result == "FAIL"
+
+
+def _run(bundle: Path, check: str) -> tuple[str, str]:
+    row = next(row for row in gate.run_checks(str(bundle), [check]) if row.name == check)
+    return row.result, row.detail
+
+
+@pytest.mark.parametrize("name", ["tsfm_pretrain", "tsfm_finetune"])
+def test_the_projects_bundles_pass_the_gate(name):
+    bundle = REPOSITORY / "bundles" / name
+    if not (bundle / "configs/metadata.json").is_file():
+        pytest.skip(f"{name} has no metadata.json")
+    failed = [f"{row.name}: {row.detail}" for row in gate.gate(str(bundle)) if row.result == "FAIL"]
+    assert not failed
+
+
+def test_the_shipped_schema_is_the_one_that_metadata_names():
+    with open(gate.SCHEMA, encoding="utf-8") as file:
+        assert json.load(file)["$schema"].startswith("https://json-schema.org")
+    assert os.path.basename(gate.SCHEMA) == "meta_schema_20240725.json"
+
+
+def test_save_weights_makes_a_checkpoint_that_can_be_released(source, checkpoint, tmp_path):
+    """The way a run ends: models/model.pt written by the handlers is all that a release needs."""
+    network = TSFM(**NETWORK)
+    tensors, description = read_state(checkpoint)
+    network.load_state_dict(tensors, strict=False)
+    network.description = description
+    save_weights(network, tmp_path / "model.pt")
+    staged = release.stage(str(source), str(tmp_path / "model.pt"), str(tmp_path / "dist"))
+    assert release.check_weights(staged)["parameters"] == sum(p.numel() for p in network.parameters())
