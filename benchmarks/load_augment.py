@@ -62,7 +62,6 @@ def prepare_tsfm(folder, shape):
 def batches_tsfm(folder, patch):
     from monai.bundle import ConfigParser
     from torch.utils.data import DataLoader
-
     from tsfm.augmentation import RandRotateScale
     from tsfm.dataset import PatchDataset, PoolSampler
 
@@ -87,7 +86,13 @@ def _tsfm_store(folder):
     table = LabelTable({name: {} for name in names}, [{"name": "ct", "labels": dict(zip("1234", names, strict=True))}])
     preparation = Preparation(SPACING_MM, {"CT": {"lower": -1000, "upper": 1000, "mean": 0.0, "sd": 200.0}})
     items = [
-        {"image": f"{folder}/{n}.nii", "label": f"{folder}/{n}_label.nii", "dataset": "ct", "modality": "CT", "case": str(n)}
+        {
+            "image": f"{folder}/{n}.nii",
+            "label": f"{folder}/{n}_label.nii",
+            "dataset": "ct",
+            "modality": "CT",
+            "case": str(n),
+        }
         for n in range(CASES)
     ]
     return CaseStore(f"{folder}/store", table, preparation), items
@@ -128,7 +133,13 @@ def batches_nnunet(folder, patch):
     labels = SimpleNamespace(all_labels=[0, 1, 2, 3, 4], has_ignore_label=False)
     initial = get_patch_size(patch, angle, angle, angle, (0.85, 1.25))
     loader = nnUNetDataLoader(
-        nnUNetDatasetBlosc2(folder), BATCH, initial, patch, labels, oversample_foreground_percent=0.33, transforms=transforms
+        nnUNetDatasetBlosc2(folder),
+        BATCH,
+        initial,
+        patch,
+        labels,
+        oversample_foreground_percent=0.33,
+        transforms=transforms,
     )
     loader.set_thread_id(0)
     while True:
@@ -177,7 +188,9 @@ def measure(pythons, patch, shape, batches, rounds):
         for process in processes.values():
             process.stdin.close()
             process.wait()
-    return {side: (statistics.median(rates), max(peaks), min(rates), max(rates)) for side, (rates, peaks) in results.items()}
+    return {
+        side: (statistics.median(rates), max(peaks), min(rates), max(rates)) for side, (rates, peaks) in results.items()
+    }
 
 
 def main():
@@ -205,7 +218,9 @@ def main():
         results = measure(pythons, patch, args.shape, args.batches or batches, args.rounds)
         for side, (rate, peak, lowest, highest) in results.items():
             print(f"| {'x'.join(map(str, patch))} | {side} | {rate:.1f} ({lowest:.1f} to {highest:.1f}) | {peak:.0f} |")
-        print(f"| | ratio | {results['tsfm'][0] / results['nnunet'][0]:.2f} | {results['tsfm'][1] / results['nnunet'][1]:.2f} |")
+        print(
+            f"| | ratio | {results['tsfm'][0] / results['nnunet'][0]:.2f} | {results['tsfm'][1] / results['nnunet'][1]:.2f} |"
+        )
     return None
 
 

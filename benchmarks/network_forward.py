@@ -19,7 +19,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh activati
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
 from tsfm import TSFM
 
 
@@ -30,7 +29,9 @@ def count() -> tuple[int, dict[str, tuple[int, ...]]]:
         network = TSFM().eval()
         for name, module in network.named_modules():
             if isinstance(module, nn.Conv3d):
-                module.register_forward_pre_hook(lambda _, inputs, name=name: shapes.update({name: tuple(inputs[0].shape)}))
+                module.register_forward_pre_hook(
+                    lambda _, inputs, name=name: shapes.update({name: tuple(inputs[0].shape)})
+                )
         network(torch.empty(1, 1, *network.description["network"]["img_size"]))
     return counter.get_total_flops(), shapes
 
@@ -73,13 +74,19 @@ def main() -> None:
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     alone = convolutions(network, shapes, 1)
 
-    print(f"machine: {platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
-    print(f"network: {sum(p.numel() for p in network.parameters()) / 1e9:.3f} B parameters, patch {tuple(size)}, bfloat16")
+    print(
+        f"machine: {platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}"
+    )
+    print(
+        f"network: {sum(p.numel() for p in network.parameters()) / 1e9:.3f} B parameters, patch {tuple(size)}, bfloat16"
+    )
     print(f"one pass: {flops / 2e12:.2f} TMAC, median of {arguments.repeats} after a warm-up")
     print(f"{'':28}{'seconds':>9}{'TFLOP/s':>9}")
     print(f"{'TSFM, whole pass':28}{whole:9.1f}{flops / whole / 1e12:9.2f}")
     print(f"{'its convolutions alone':28}{alone:9.1f}{flops / alone / 1e12:9.2f}")
-    print(f"peak memory of the passes: {peak_gb:.1f} GB (weights {sum(p.numel() for p in network.parameters()) * 2e-9:.1f} GB)")
+    print(
+        f"peak memory of the passes: {peak_gb:.1f} GB (weights {sum(p.numel() for p in network.parameters()) * 2e-9:.1f} GB)"
+    )
     if arguments.profile:
         with torch.profiler.profile(record_shapes=True) as profile:
             network(image)

@@ -16,7 +16,6 @@ from monai.bundle import ConfigParser
 from monai.data import DataLoader as MonaiDataLoader
 from monai.engines import Trainer
 from torch.utils.data import DataLoader
-
 from tsfm.augmentation import RandRotateScale
 from tsfm.dataset import Draw, PatchDataset, PoolSampler, patch_origin
 from tsfm.labels import LabelTable

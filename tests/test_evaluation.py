@@ -281,6 +281,34 @@ def test_the_handler_scores_the_rest_when_a_case_does_not_fit(table, tmp_path):
     assert {row["case"] for row in load_rows(tmp_path / "scores" / "cases.csv")} == {"case_0", "case_2"}
 
 
+def test_the_handler_reads_one_mask_per_structure(table, tmp_path):
+    prediction, raw = case_of("amos", 6)
+    masks = {
+        name: save(tmp_path / f"{name}.nii.gz", np.uint8(raw == raw_id)) for name, raw_id in (("liver", 6), ("kidney_left", 3))
+    }  # fmt: skip
+    item = {"image": prediction, "affine": AFFINE, "label": masks, "dataset": "masks", "case": "s1"}
+    handler = CaseScores(str(tmp_path / "scores"), table)
+    evaluator_over([item], handler).run()
+    p, t = masks_of(prediction, raw, "amos", "liver")
+    expected = 2 * (p & t).sum() / (p.sum() + t.sum())
+    assert handler.summary["datasets"]["masks"]["liver"]["dice"]["mean"] == pytest.approx(expected)
+
+
+def test_an_evaluator_that_collects_failures_is_told_and_raises_itself(table, tmp_path):
+    _, labels = folder_of_cases(tmp_path)
+    items = [
+        {"image": case_of("kits", n)[0], "affine": AFFINE * (1.5 if n == 0 else 1),
+         "label": str(labels / f"case_{n}.nii.gz"), "dataset": "kits", "case": f"case_{n}"}
+        for n in range(2)
+    ]  # fmt: skip
+    handler = CaseScores(str(tmp_path / "scores"), table)
+    evaluator = evaluator_over(items, handler)
+    evaluator.results = [{"case": "broken", "error": "no such file"}, {"case": "case_0"}]
+    evaluator.run()
+    assert "different grids" in evaluator.results[-1]["error"]
+    assert [failure["case"] for failure in handler.summary["failed"]] == ["case_0", "broken"]
+
+
 def test_rows_are_on_disk_as_soon_as_their_case_ends(table, tmp_path):
     writer = ScoreWriter(tmp_path, table)
     prediction, raw = case_of("kits", 0)

@@ -135,7 +135,9 @@ class TestEveryVariant:
     def test_description_builds_the_same_network(self, network):
         arguments = json.loads(json.dumps(network.description["network"]))
         rebuilt = TSFM(**arguments)
-        assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()}
+        assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {
+            k: v.shape for k, v in network.state_dict().items()
+        }
 
     def test_traces(self, network, image):
         with torch.no_grad():
@@ -158,14 +160,25 @@ class TestEveryVariant:
 def test_exports_with_a_dynamic_batch():
     network = TSFM(**TINY).eval()
     image = torch.randn(2, 1, 16, 16, 16)
-    exported = torch.export.export(network, (image,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=8)}})
+    exported = torch.export.export(
+        network, (image,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=8)}}
+    )
     three = torch.randn(3, 1, 16, 16, 16)
     torch.testing.assert_close(exported.module()(three), network(three), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
 def test_compiles():
-    network = TSFM(**{**TINY, "features": (4, 8), "depths_down": (1, 1), "depths_up": (1,), "strides": ((2, 2, 2),), "num_layers": 1})
+    network = TSFM(
+        **{
+            **TINY,
+            "features": (4, 8),
+            "depths_down": (1, 1),
+            "depths_up": (1,),
+            "strides": ((2, 2, 2),),
+            "num_layers": 1,
+        }
+    )
     image = torch.randn(1, 1, 16, 16, 16)
     with torch.no_grad():
         expected = network.eval()(image)

@@ -48,8 +48,8 @@ AXES = {
 }
 
 
-def save(path, array_SPL, affine=np.diag([-0.7, -0.7, 1.5, 1.0])):
-    nib.save(nib.Nifti1Image(np.ascontiguousarray(array_SPL.transpose(2, 1, 0)), affine), path)
+def save(path, array_SPL):
+    nib.save(nib.Nifti1Image(np.ascontiguousarray(array_SPL.transpose(2, 1, 0)), AXES["LPS"]), path)
     return str(path)
 
 

@@ -17,6 +17,7 @@ from tsfm import gate, release
 from tsfm.checkpoint import describe_network, read_state, save_weights
 from tsfm.labels import LabelTable
 from tsfm.network import TSFM
+from tsfm.pool import DatasetPool
 from tsfm.preprocessing import Preparation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -164,6 +165,14 @@ def test_the_pool_file_takes_the_labels_and_keeps_the_layout(staged):
     assert list(pool["targets"]) == ["kidney", "kidney_tumor"]
     assert pool["datasets"][0]["folder"] == "Mine"
     assert pool["datasets"][0]["labels"] == {"1": "kidney", "2": "kidney_tumor"}
+
+
+def test_a_data_set_without_a_layout_gets_a_plain_one_that_the_pool_reads(source, checkpoint, tmp_path):
+    write(source / "configs/pool.json", {"targets": {"spleen": {}}, "datasets": []})
+    staged = Path(release.stage(str(source), str(checkpoint), str(tmp_path / "dist")))
+    pool = DatasetPool(str(staged / "configs/pool.json"), str(tmp_path))
+    assert pool.table.names == ("kidney", "kidney_tumor")
+    assert config(staged, "pool.json")["datasets"][0]["image"] == "images/{case}.nii.gz"
 
 
 def test_the_readme_names_every_target_and_keeps_its_text(staged):

@@ -111,9 +111,9 @@ def resample_patch(
     columns = torch.from_numpy(matrix) * to_grid[:, None]
     half = (torch.tensor(patch_size, dtype=torch.float64) - 1) / 2
     center = (torch.tensor(origin) + half - torch.tensor(box_start) + 0.5) * to_grid - 1
-    s, p, l = (torch.arange(n, dtype=torch.float64) - h for n, h in zip(patch_size, half, strict=True))
-    # grid_sample wants the coordinates of a voxel in the order (L, P, S).
-    plane = (p[:, None, None] * columns[:, 1] + l[None, :, None] * columns[:, 2] + center).flip(-1).float()
+    s, p, x = (torch.arange(n, dtype=torch.float64) - h for n, h in zip(patch_size, half, strict=True))
+    # grid_sample wants a voxel's coordinates in the order (L, P, S).
+    plane = (p[:, None, None] * columns[:, 1] + x[None, :, None] * columns[:, 2] + center).flip(-1).float()
     shift = (s[:, None] * columns[:, 0]).flip(-1).float()
 
     sampled = image.new_empty((len(image), *patch_size))

@@ -126,11 +126,7 @@ def check_image(image, preparation: Preparation, modality: str, source: str) -> 
 def _load_codes(item: Mapping[str, Any], table: LabelTable, image: RawVolume) -> np.ndarray:
     """Local codes (S, P, L) of one label map, or of one mask per structure."""
     if not isinstance(item["label"], Mapping):
-        raw, source = _load_labels(item["label"], image)
-        try:
-            return table.encode(item["dataset"], raw, source)
-        except ValueError as error:
-            raise CaseError(str(error)) from error
+        return _encode(table, item["dataset"], *_load_labels(item["label"], image))
     ids = table.local_ids(item["dataset"])
     unknown = [name for name in item["label"] if name not in ids]
     if unknown:
@@ -141,6 +137,20 @@ def _load_codes(item: Mapping[str, Any], table: LabelTable, image: RawVolume) ->
     codes = np.zeros(image.array.shape[1:], table.code_dtype)
     for name in sorted(item["label"], key=ids.index):
         codes[_load_labels(item["label"][name], image)[0] != 0] = ids.index(name)
+    return codes
+
+
+def _encode(table: LabelTable, dataset: str, raw: np.ndarray, source: str) -> np.ndarray:
+    """Local codes of raw ids (S, P, L), a few slices at a time: counting ids makes 64-bit copies."""
+    codes = np.empty(raw.shape, table.code_dtype)
+    try:
+        for start in range(0, len(raw), 16):
+            codes[start : start + 16] = table.encode(dataset, raw[start : start + 16], source)
+    except ValueError:
+        try:
+            table.encode(dataset, raw, source)  # the message counts over the whole volume
+        except ValueError as error:
+            raise CaseError(str(error)) from error
     return codes
 
 

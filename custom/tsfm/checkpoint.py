@@ -71,7 +71,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
 
 def encode_description(description: Mapping[str, Any]) -> torch.Tensor:
     """JSON as a uint8 tensor, so that every weight format can hold it."""
-    return torch.frombuffer(bytearray(json.dumps(description, sort_keys=True).encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
 
 
 def decode_description(extra: torch.Tensor | None) -> dict[str, Any]:

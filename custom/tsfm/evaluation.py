@@ -232,7 +232,8 @@ class CaseScores:
         table: the label table.
         dataset: data set of items that name none (default: the table's only one).
         tolerances_mm, lesion_overlap: as for :func:`score_case`.
-        raise_on_failure: raise at the end when a case could not be scored (so that the run ends with an error).
+        raise_on_failure: raise at the end when a case could not be scored, so that the run ends with an error (a
+            `tsfm.prediction.CaseEvaluator` is told of it instead, and raises for all failed cases together).
     """
 
     def __init__(
@@ -269,6 +270,8 @@ class CaseScores:
                 self._writer.add(self._score_one(item, prediction, name))
             except (ValueError, OSError) as error:
                 self._writer.fail(name, error)
+                if getattr(engine, "results", None):  # CaseEvaluator names failed cases itself, after the last one
+                    engine.results[-1]["error"] = f"not scored: {error}"
 
     def _score_one(self, item: Mapping[str, Any], prediction: Any, name: str) -> list[dict[str, Any]]:
         dataset = item.get("dataset") or self.dataset or only_dataset(self.table)
@@ -284,9 +287,12 @@ class CaseScores:
         if idist.get_rank() != 0:
             self._writer.discard()
             return
+        known = {failure["case"] for failure in self._writer.failed}
+        results = [row for row in getattr(engine, "results", []) if "error" in row and row["case"] not in known]
+        self._writer.failed += [{"case": row["case"], "error": row["error"]} for row in results]
         self.summary = self._writer.finish(parts[1:])
         logger.info("Scores of %d cases in %s", self.summary["cases"], self.output_dir)
-        if self._writer.failed and self.raise_on_failure:
+        if self._writer.failed and self.raise_on_failure and not hasattr(engine, "results"):
             raise RuntimeError(failure_text(self._writer.failed))
 
 

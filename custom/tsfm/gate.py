@@ -26,8 +26,12 @@ from typing import Any
 
 import torch
 
-from .checkpoint import load_weights, read_state, table_of
-from .release import FORBIDDEN_NAMES, LARGE_FILE_BYTES, check_version, check_weights, list_files
+from .checkpoint import describe_network, load_weights, read_state, save_weights, table_of
+from .labels import LabelTable
+from .network import TSFM
+from .phantoms import write_all_ten, write_pool
+from .preprocessing import Preparation
+from .release import FORBIDDEN_NAMES, LARGE_FILE_BYTES, ReleaseError, check_version, check_weights, list_files
 
 SCHEMA = os.path.join(os.path.dirname(__file__), "meta_schema_20240725.json")
 REQUIRED = ("configs/metadata.json", "configs/inference.json", "LICENSE")
@@ -45,6 +49,11 @@ NOT_RUN = {
     "multi-GPU unit tests": "needs two GPUs; the DDP overlay is tested with two CPU processes",
     "version not released before": "the zoo compares with its own model_info.json",
 }
+TINY = (16, 24, 24)  # voxels of the phantoms that the workflows are given
+TOY_NETWORK = {
+    **{"features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]]},
+    **{"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16},
+}
 EXPORT_TOLERANCE = 1e-4  # largest difference of logits between the exported network and the network itself
 
 
@@ -55,6 +64,10 @@ class Check:
     name: str
     result: str
     detail: str = ""
+
+
+class Failed(Exception):
+    """Raised by a check that found the bundle wanting, with what to change."""
 
 
 class Skipped(Exception):
@@ -95,10 +108,10 @@ def run_checks(bundle_dir: str, names: Sequence[str] | None = None) -> list[Chec
                 rows.append(Check(name, "pass", check(bundle_dir) or ""))
         except Skipped as reason:
             rows.append(Check(name, "skipped", str(reason)))
+        except (Failed, ReleaseError) as error:
+            rows.append(Check(name, "FAIL", str(error)))
         except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            text = " ".join(str(error).split()) or f"{type(error).__name__} in {os.path.basename(last.filename)}"
-            rows.append(Check(name, "FAIL", text[:400]))
+            rows.append(Check(name, "FAIL", _reason(error)))
     return rows + [Check(name, "not run", reason) for name, reason in NOT_RUN.items()]
 
 
@@ -230,14 +243,69 @@ def _properties(kind: str) -> Callable[[str], str]:
     def check(bundle: str) -> str:
         from monai.bundle import ConfigWorkflow
 
-        config = _config(bundle, "train.json" if kind == "train" else "inference.json")
-        arguments = {"meta_file": _config(bundle, "metadata.json"), "logging_file": False, "bundle_root": bundle}
-        workflow = ConfigWorkflow(config_file=config, workflow_type=kind, **arguments)
-        wrong = workflow.check_properties()
-        _need(not wrong, f"{os.path.basename(config)}: missing or wrong properties {wrong}")
-        return "check_properties() == []"
+        files = ["inference.json"] if kind == "infer" else ["train.json"]
+        if kind == "train" and not _has_weights(bundle) and os.path.isfile(_config(bundle, "small.json")):
+            files.append("small.json")  # properties are built to be checked: a source bundle's are of full size
+        with tempfile.TemporaryDirectory() as folder:
+            workflow = ConfigWorkflow(
+                config_file=[_config(bundle, file) for file in files],
+                meta_file=_config(bundle, "metadata.json"),
+                workflow_type=kind,
+                logging_file=False,
+                bundle_root=bundle,
+                **(_train_inputs(bundle, folder) if kind == "train" else _infer_inputs(bundle, folder)),
+            )
+            workflow.initialize()
+            wrong = workflow.check_properties()
+        _need(not wrong, f"{' + '.join(files)}: missing or wrong properties {wrong}")
+        return f"{' + '.join(files)}: check_properties() == []"
 
     return check
+
+
+def _infer_inputs(bundle: str, folder: str) -> dict[str, Any]:
+    """Overrides that give inference.json an image to find and, for a source bundle, weights."""
+    images = os.path.join(folder, "data")
+    write_pool(images, 1, TINY, datasets=("msd_lung",))
+    inputs = {"dataset_dir": os.path.join(images, "Task06_Lung", "imagesTr"), "output_dir": os.path.join(folder, "out")}
+    return inputs if _has_weights(bundle) else {**inputs, "checkpoint": _toy_weights(bundle, folder)}
+
+
+def _train_inputs(bundle: str, folder: str) -> dict[str, Any]:
+    """Overrides that give train.json data: phantoms in its layout, or bare items as a MONAI Label server hands over."""
+    data = os.path.join(folder, "data")
+    inputs: dict[str, Any] = {key: os.path.join(folder, key) for key in ("store_dir", "output_dir", "ckpt_dir")}
+    inputs["num_workers"] = 0
+    if _has_weights(bundle):
+        write_pool(data, 2, TINY, datasets=("msd_lung",))
+        task = os.path.join(data, "Task06_Lung")
+        images = sorted(glob.glob(os.path.join(task, "imagesTr", "*.nii.gz")))
+        items = [{"image": image, "label": image.replace("imagesTr", "labelsTr")} for image in images]
+        return {
+            **inputs,
+            "train#dataset#data": items[:1],
+            "validate#dataset#data": items[1:],
+            "ckpt_dir": bundle + "/models",
+        }
+    if os.path.isfile(_config(bundle, "pool.json")):
+        write_all_ten(data, 2, TINY)
+        return {**inputs, "dataset_dir": data}
+    write_pool(data, 2, TINY, datasets=("msd_liver",))
+    return {**inputs, "dataset_dir": os.path.join(data, "Task03_Liver"), "pretrained": _toy_weights(bundle, folder)}
+
+
+def _toy_weights(bundle: str, folder: str) -> str:
+    """Weights of a network of a few thousand parameters with the targets that the bundle's metadata names."""
+    data = _metadata(bundle)["network_data_format"]
+    names = [name for value, name in data["outputs"]["pred"]["channel_def"].items() if value != "0"]
+    channels, patch = data["inputs"]["image"]["num_channels"], [16, 16, 16]
+    table = LabelTable({name: {} for name in names}, [])
+    network = TSFM(channels, len(names), **TOY_NETWORK, img_size=patch)
+    ct = {"CT": {"lower": -1000.0, "upper": 1000.0, "mean": 0.0, "sd": 300.0}}
+    describe_network(network, table, Preparation((8.0, 8.0, 8.0), ct, channels), patch)
+    path = os.path.join(folder, "toy.pt")
+    save_weights(network, path)
+    return path
 
 
 def _shape(bundle: str) -> str:
@@ -326,9 +394,18 @@ CHECKS: dict[str, Callable[[str], str]] = {
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
+def _reason(error: BaseException) -> str:
+    """What went wrong, and what that came from: MONAI wraps the cause of a component that cannot be built."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text[:400]} ({os.path.basename(last.filename)}, line {last.lineno})"
+
+
 def _need(condition: Any, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise Failed(message)
 
 
 def _has_weights(bundle: str) -> bool:

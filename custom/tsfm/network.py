@@ -40,7 +40,9 @@ INITIAL_PROBABILITY = 0.1  # of every target in an untrained network: most voxel
 class Conv(nn.Conv3d):
     """A 3D convolution, padded if its kernel is 3; He initialization for the activation before it (slope 1: none)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, slope: float = LEAKY_SLOPE, bias=False):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size, stride=1, slope: float = LEAKY_SLOPE, bias=False
+    ):
         self.slope = slope
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=int(kernel_size == 3), bias=bias)
 
@@ -67,7 +69,9 @@ class NormAct(nn.Module):
         if reuses_memory(x):
             y = self.normalize_into(x if overwrite else torch.empty_like(x), x)
         else:
-            y = F.instance_norm(x, weight=self.at_least_float32(self.weight), bias=self.at_least_float32(self.bias), eps=self.eps)
+            y = F.instance_norm(
+                x, weight=self.at_least_float32(self.weight), bias=self.at_least_float32(self.bias), eps=self.eps
+            )
         return F.leaky_relu_(y, LEAKY_SLOPE)
 
     def normalize_into(self, y: Tensor, x: Tensor) -> Tensor:
@@ -76,7 +80,17 @@ class NormAct(nn.Module):
         mean, inverse_sd = torch.empty_like(weight), torch.empty_like(weight)
         for sample, result in zip(x.split(1), y.split(1), strict=True):
             torch.ops.aten.native_batch_norm.out(
-                sample, weight, bias, None, None, True, 0.0, self.eps, out=result, save_mean=mean, save_invstd=inverse_sd
+                sample,
+                weight,
+                bias,
+                None,
+                None,
+                True,
+                0.0,
+                self.eps,
+                out=result,
+                save_mean=mean,
+                save_invstd=inverse_sd,
             )
         return y
 
@@ -125,7 +139,14 @@ class TransformerBottleneck(nn.Module):
     """
 
     def __init__(
-        self, features: int, grid: Sequence[int], hidden_size: int, num_layers: int, num_heads: int, mlp_dim: int, dropout: float
+        self,
+        features: int,
+        grid: Sequence[int],
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_dim: int,
+        dropout: float,
     ):
         super().__init__()
         self.norm_in = nn.LayerNorm(features)
@@ -176,7 +197,9 @@ class Up(nn.Module):
         x = self.conv(x)
         if self.interpolation == "nearest" and reuses_memory(x):
             s, p, l = self.stride  # noqa: E741
-            skip.unflatten(4, (-1, l)).unflatten(3, (-1, p)).unflatten(2, (-1, s)).add_(x[:, :, :, None, :, None, :, None])
+            skip.unflatten(4, (-1, l)).unflatten(3, (-1, p)).unflatten(2, (-1, s)).add_(
+                x[:, :, :, None, :, None, :, None]
+            )
             return skip
         return skip + F.interpolate(x, scale_factor=tuple(map(float, self.stride)), mode=self.interpolation)
 
@@ -346,9 +369,17 @@ def run(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:
 def check_levels(features: Sequence, depths_down: Sequence, depths_up: Sequence, strides: Sequence) -> None:
     """Raise a ValueError that names the argument whose length does not fit the number of levels."""
     levels = len(features)
-    expected = {"depths_down": (depths_down, levels), "depths_up": (depths_up, levels - 1), "strides": (strides, levels - 1)}
+    expected = {
+        "depths_down": (depths_down, levels),
+        "depths_up": (depths_up, levels - 1),
+        "strides": (strides, levels - 1),
+    }
     for name, (value, length) in expected.items():
         if len(value) != length:
-            raise ValueError(f"TSFM: {name} has {len(value)} entries, expected {length} for the {levels} levels of features")
+            raise ValueError(
+                f"TSFM: {name} has {len(value)} entries, expected {length} for the {levels} levels of features"
+            )
     if levels < 2 or any(len(stride) != 3 or min(stride) < 1 for stride in strides):
-        raise ValueError(f"TSFM: strides {strides} must hold three positive factors (S, P, L) for each step down, at least one")
+        raise ValueError(
+            f"TSFM: strides {strides} must hold three positive factors (S, P, L) for each step down, at least one"
+        )

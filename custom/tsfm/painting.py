@@ -60,6 +60,7 @@ class Painter:
         self.label_map = torch.zeros(tuple(source_shape), dtype=torch.uint8 if largest < 256 else torch.int16)
         self._last = self.axes[0].index.max(1)
         self._done = 0
+        self._best: torch.Tensor | None = None
 
     def add(self, slab: Slab) -> None:
         """Paint the source slices that are determined by the slices up to the end of this slab.
@@ -72,14 +73,14 @@ class Painter:
             return
         low, high = self.axes[0].needed(begin, end)
         logits = slab.logits[:, low - slab.start : high - slab.start]
-        peaks = logits.amax(1)
+        peaks = _peaks(logits, self.exclusive)
         if peaks.isnan().any():
             raise ValueError(f"the network's output is NaN in slices {low} to {high}: check the weights and the image")
-        painted = torch.zeros((end - begin, *self.label_map.shape[1:]), dtype=self.label_map.dtype, device=peaks.device)
-        best = torch.zeros(painted.shape, device=peaks.device) if self.exclusive else None
+        painted = self.label_map[begin:end].to(logits.device)
+        best = self._zeros(painted) if self.exclusive else None
         for channel, value in self.paint:
             level = 0.0 if self.exclusive else self.levels[channel]
-            box = _box((logits[channel] > logits[0]).any(0) if self.exclusive else peaks[channel] > level)
+            box = _box(peaks[channel] > level)
             if box is None:
                 continue
             rows = [_rows(axis, *span) for axis, span in zip(self.axes[1:], box, strict=True)]
@@ -94,8 +95,15 @@ class Painter:
             if best is not None:
                 torch.maximum(best[view], values, out=best[view])
             painted[view].masked_fill_(wins, value)
-        self.label_map[begin:end] = painted.cpu()
+        if painted.device != self.label_map.device:
+            self.label_map[begin:end] = painted.cpu()
         self._done = end
+
+    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
+        """Float zeros of this shape, in memory that is used again for the next slab."""
+        if self._best is None or self._best.shape[0] < like.shape[0]:
+            self._best = torch.empty(like.shape, device=like.device)
+        return self._best[: like.shape[0]].zero_()
 
     def _resize(self, x: torch.Tensor, slices, rows, offsets) -> torch.Tensor:
         """The part (slices, rows) of the resized volume from a part that begins at `offsets`; fewest voxels first."""
@@ -103,6 +111,18 @@ class Painter:
         for axis in (2, 1, 0):
             x = self.axes[axis].apply(x, axis, *spans[axis], offsets[axis])
         return x
+
+
+def _peaks(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
+    """Largest logit (above the background's, if exclusive) along S, float32 (T, P, L), one slice at a time: torch
+    reduces float16 and strided tensors many times slower than it converts and compares them."""
+    peaks = None
+    for i in range(logits.shape[1]):
+        one = logits[:, i].float()
+        if exclusive:
+            one = one - one[:1]
+        peaks = one.clone() if peaks is None else torch.maximum(peaks, one, out=peaks)
+    return peaks
 
 
 def _rows(axis: AxisResampler, start: int, stop: int) -> tuple[int, int]:

@@ -213,10 +213,9 @@ class PrepareImaged(MapTransform, InvertibleTransform):
         affine = image.affine.detach().cpu().numpy().astype(float)
         own = plain.dtype != torch.float32
         prepared, grid = prepare_image(plain.float(), spacing_of(affine), self.preparation, modality, own)
-        result = MetaTensor(prepared, affine=torch.from_numpy(affine @ grid.affine()), meta=dict(image.meta))
+        result = MetaTensor(prepared, meta={**image.meta, "affine": torch.from_numpy(affine @ grid.affine())})
         result.applied_operations = list(image.applied_operations)
         record = {**grid.to_dict(), "source_affine": _lists(affine.tolist())}
-        result.meta["affine"] = torch.from_numpy(affine @ grid.affine())
         return self.push_transform(result, orig_size=grid.source_shape, extra_info=record)
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -233,9 +232,9 @@ class PrepareImaged(MapTransform, InvertibleTransform):
             plain = nearest(tensor.as_tensor(), cropped)
             full = plain.new_zeros((len(plain), *record["source_shape"]))
             full[(slice(None), *(slice(*span) for span in record["crop"]))] = plain
-            result = MetaTensor(full, meta=dict(tensor.meta))
+            affine = torch.tensor(record["source_affine"], dtype=torch.float64)
+            result = MetaTensor(full, meta={**tensor.meta, "affine": affine})
             result.applied_operations = list(tensor.applied_operations)
-            result.meta["affine"] = torch.tensor(record["source_affine"], dtype=torch.float64)
             out[key] = result
         return out
 

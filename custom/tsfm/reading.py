@@ -116,7 +116,7 @@ def _read_nifti(path: str) -> tuple[np.ndarray, np.ndarray]:
             raise CaseError(f"{path}: complex voxels; expected real ones: save the magnitude")
         voxels = image.dataobj
         scaled = (getattr(voxels, "slope", 1.0), getattr(voxels, "inter", 0.0)) != (1.0, 0.0)
-        array = voxels.get_scaled(np.float32) if scaled else np.asanyarray(voxels)
+        array = np.asarray(voxels, np.float32) if scaled else np.asanyarray(voxels)
         if array.dtype.fields is not None:
             array = _gray(array, path)
     except CaseError:
@@ -124,8 +124,9 @@ def _read_nifti(path: str) -> tuple[np.ndarray, np.ndarray]:
     except (EOFError, zlib.error) as error:
         raise CaseError(f"{path}: the file ends too early ({error}); copy or download it again") from error
     except (OSError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        reason = " ".join(str(error).split())
         raise CaseError(
-            f"{path}: not a readable NIfTI file, or truncated ({error}); copy or download it again"
+            f"{path}: not a readable NIfTI file, or cut short ({reason}); copy or download it again"
         ) from error
     if array.ndim == 5 and 1 in array.shape[3:]:
         array = array.reshape((*array.shape[:3], -1))

@@ -271,12 +271,23 @@ def _fill_configs(configs: dict[str, Any], description: Mapping[str, Any], name:
 
 
 def _fitted_pool(pool: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:
-    """The pool file with the checkpoint's targets and data sets; folder layouts stay where the names are the same."""
+    """The pool file with the checkpoint's targets and data sets; folder layouts stay where the names are the same.
+
+    A data set that the pool file does not know gets a plain layout, to be edited by whoever has its files.
+    """
     known = {entry["name"]: entry for entry in pool["datasets"]}
+    modalities = description.get("modalities") or ["CT"]
     datasets = []
     for entry in description["dataset_labels"]:
         labels = {raw: names[0] if len(names) == 1 else names for raw, names in entry["labels"].items()}
-        datasets.append({**known.get(entry["name"], {}), **entry, "labels": labels})
+        has_ids = all(str(raw).isdigit() for raw in labels)
+        layout = {
+            "folder": entry["name"],
+            "image": "images/{case}.nii.gz" if has_ids else "{case}/image.nii.gz",
+            "label": "labels/{case}.nii.gz" if has_ids else "{case}/segmentations/{structure}.nii.gz",
+            "modality": modalities[0],
+        }
+        datasets.append({**known.get(entry["name"], layout), **entry, "labels": labels})
     return {**pool, "targets": description["targets"], "datasets": datasets}
 
 

@@ -163,18 +163,19 @@ def _cell(values: Sequence[float] | None) -> str:
 
 
 def table2(results: Sequence[Mapping[str, Any]]) -> str:
-    """Transfer, one block per data set: methods down, epochs across, mean ± sd over seeds (the paper's Table 2)."""
+    """Transfer, one block per data set: methods down, epochs across, mean ± sd over seeds (the paper's Table 2).
+
+    Results with ``epochs: None`` (a reference of another length, as its name says) stand in a last column.
+    """
     cells = cells_of(results, "initialization", "epochs")
     blocks = []
     for dataset in dict.fromkeys(key[0] for key in cells):
         mine = {key[1:]: values for key, values in cells.items() if key[0] == dataset}
-        epochs = sorted({epoch for _, epoch in mine if epoch is not None})
-        lines = []
-        for method in dict.fromkeys(name for name, _ in mine):
-            single = mine.get((method, None))
-            line = [_cell(mine.get((method, epoch))) for epoch in epochs]
-            lines.append([ROW_NAMES.get(method, method), *([_cell(single), *line[1:]] if single else line)])
-        blocks.append(markdown([dataset, *(f"{epoch} epochs" for epoch in epochs)], lines))
+        columns = sorted({epoch for _, epoch in mine}, key=lambda epoch: (epoch is None, epoch))
+        header = [dataset, *("as named" if epoch is None else f"{epoch} epochs" for epoch in columns)]
+        methods = dict.fromkeys(name for name, _ in mine)
+        lines = [[ROW_NAMES.get(name, name), *(_cell(mine.get((name, e))) for e in columns)] for name in methods]
+        blocks.append(markdown(header, lines))
     return "\n\n".join([*blocks, _seeds(cells.values())])
 
 

@@ -141,7 +141,7 @@ def load_pretrained(
 
     entries, values, problems = [], {}, []
     for name, current in own.items():
-        fresh = name.startswith(tuple(reinitialize)) if reinitialize else False
+        fresh = name.startswith(tuple(reinitialize))
         source = None if fresh else found.get(name)
         if source is None:
             if not fresh and not _may_be_absent(name, found):
@@ -154,10 +154,9 @@ def load_pretrained(
             continue
         entry, values[name] = adapted
         entries.append(entry)
-    unused = {name: tuple(value.shape) for name, value in found.items() if name not in values and name not in own}
-    problems += [
-        f"{name} {shape}: not in the network" for name, shape in unused.items() if not _may_be_absent(name, own)
-    ]
+    unused = {name: tuple(value.shape) for name, value in found.items() if values.get(name) is None}
+    superfluous = [name for name in found if name not in own and not _may_be_absent(name, own)]
+    problems += [f"{name} {unused[name]}: not in the network" for name in superfluous]
     if not any(entry.reused for entry in entries):
         problems.insert(0, "not a single tensor fits")
     if problems:
@@ -341,6 +340,8 @@ def _mismatches(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     if "network" not in theirs:
         return ["the checkpoint carries no description: targets, spacing and normalization could not be compared"]
     found = []
+    if ours.get("targets") and not theirs.get("targets"):
+        found.append("the checkpoint does not name its targets: all heads start anew")
     if theirs.get("version") not in (None, __version__):
         found.append(f"the checkpoint was written by tsfm {theirs['version']}, this is {__version__}")
     was, now = theirs.get("network", {}), ours.get("network", {})
@@ -348,17 +349,18 @@ def _mismatches(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         if key in was and key in now and was[key] != now[key]:
             found.append(f"{meaning}: {was[key]} in the checkpoint, {now[key]} now")
     before, after = theirs.get("preparation") or {}, ours.get("preparation") or {}
+    modalities = {*(ours.get("modalities") or [after[key] for key in ("default_modality",) if key in after])}
     if before and after:
         if list(before["spacing_mm"]) != list(after["spacing_mm"]):
             found.append(
                 f"spacing (S, P, L): {before['spacing_mm']} mm in the checkpoint, {after['spacing_mm']} mm now"
             )
         was, now = before.get("intensity", {}), after.get("intensity", {})
-        for modality in sorted({*was, *now} & {*ours.get("modalities", {*was, *now})}):
+        for modality in sorted(modalities):
             if was.get(modality) != now.get(modality):
                 shown = [values.get(modality, "z-score per case") for values in (was, now)]
                 found.append(f"normalization of {modality}: {shown[0]} in the checkpoint, {shown[1]} now")
-    unseen = sorted({*ours.get("modalities", ())} - {*theirs.get("modalities", ())})
+    unseen = sorted(modalities - {*theirs.get("modalities", ())})
     if unseen and theirs.get("modalities"):
         found.append(f"modality {', '.join(unseen)} is new: the checkpoint saw {', '.join(theirs['modalities'])}")
     return found

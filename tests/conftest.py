@@ -1,0 +1,103 @@
+"""Shared by the whole-run tests: a tiny phantom pool on disk, a tiny network, and the bundles run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+TINY = {
+    "epochs": 2,
+    "iterations_per_epoch": 3,
+    "val_iterations": 2,
+    "patch_size": [16, 32, 32],
+    "spacing_mm": [10.0, 8.0, 8.0],
+    "learning_rate": 0.01,
+    "num_workers": 0,
+    "checkpointing": False,
+    "device": "cpu",
+    "network_def#features": [8, 16, 32],
+    "network_def#depths_down": [1, 1, 1],
+    "network_def#depths_up": [1, 1],
+    "network_def#strides": [[2, 2, 2], [2, 2, 2]],
+    "network_def#hidden_size": 24,
+    "network_def#num_layers": 1,
+    "network_def#num_heads": 2,
+    "network_def#mlp_dim": 48,
+}
+
+
+def bundle_command(bundle, configs, run_id=None, launcher=("-m",), **overrides):
+    """The command line of a bundle run, as the README gives it; overlays may be dicts, which need a folder: see run."""
+    folder = ROOT / "bundles" / bundle
+    files = [str(folder / "configs" / name) if "/" not in str(name) else str(name) for name in configs]
+    command = [sys.executable, *launcher, "monai.bundle", "run", *([run_id] if run_id else [])]
+    command += ["--config_file", str(files), "--bundle_root", str(folder)]
+    command += ["--meta_file", str(folder / "configs/metadata.json"), "--logging_file", str(folder / "configs/logging.conf")]
+    for key, value in overrides.items():
+        command += [f"--{key}", str(value)]
+    return command
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def run_bundle(bundle, configs, *, expect=0, **overrides):
+    """Run a bundle in its own process; returns its output. A run that should fail is named with ``expect=1``."""
+    done = subprocess.run(
+        bundle_command(bundle, configs, **overrides), env=environment(), capture_output=True, text=True, timeout=600, check=False
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, output[-6000:]
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Path of the overlay that makes every run tiny."""
+    path = tmp_path_factory.mktemp("overlay") / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def phantom_pool(tmp_path_factory):
+    """Folder with the demo's data sets, two cases each, in the layouts of the paper's pool."""
+    from tsfm import phantoms
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    phantoms.write_pool(str(folder), cases_per_dataset=3, size=(32, 48, 48), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(phantom_pool, tiny, tmp_path_factory):
+    """Folder of one finished tiny pretraining run on the phantom pool."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    run_bundle("tsfm_pretrain", ["train.json", tiny], **pretrain_options(phantom_pool, folder))
+    return folder
+
+
+def pretrain_options(pool_folder, folder, **more):
+    return {
+        "dataset_dir": pool_folder,
+        "allow_missing": True,
+        "store_dir": Path(pool_folder).parent / "store",
+        "output_dir": folder,
+        "ckpt_dir": Path(folder) / "published",
+        **more,
+    }
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The development data; users have none, so tests that need it are skipped there."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"{SHARED / 'data'} is absent: real images are not part of the project")
+    return SHARED / "data"

@@ -1,0 +1,152 @@
+"""A stranger with only the zip: download, verify, load, infer, evaluate and train, without this repository.
+
+The environment has the requirements but not the package: its interpreter finds this one's libraries through PYTHONPATH,
+which runs no editable installs. Every command starts in a folder that has nothing to do with the bundle.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import venv
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from tsfm import release
+from tsfm.checkpoint import describe_network, save_weights
+from tsfm.labels import LabelTable
+from tsfm.network import TSFM
+from tsfm.phantoms import write_pool
+from tsfm.preprocessing import Preparation
+
+BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
+PATCH = [16, 16, 16]
+TINY = {"features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]]}
+TINY |= {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
+MSD_LIVER = {"name": "msd_liver", "labels": {"1": "liver", "2": "liver_tumor"}}
+SHORT = ["--epochs", "1", "--iterations_per_epoch", "1", "--val_iterations", "1", "--batch_size", "1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Phantoms, tiny weights for their two targets, and an interpreter that does not know the package."""
+    root = tmp_path_factory.mktemp("world")
+    write_pool(str(root / "data"), 2, (16, 24, 24), datasets=("msd_liver",))
+    targets = {"liver": {}, "liver_tumor": {"inside": "liver"}}
+    ct = {"CT": {"lower": -200.0, "upper": 300.0, "mean": 50.0, "sd": 80.0}}
+    torch.manual_seed(0)
+    network = TSFM(1, 2, **TINY, img_size=PATCH)
+    items = [{"modality": "CT", "dataset": "msd_liver"}]
+    describe_network(network, LabelTable(targets, [MSD_LIVER]), Preparation((16.0, 16.0, 16.0), ct), PATCH, items)
+    save_weights(network, root / "weights.pt")
+    venv.create(root / "env", symlinks=True, with_pip=False)
+    (root / "elsewhere").mkdir()
+    return root
+
+
+@pytest.fixture(scope="module", params=["tsfm_pretrain", "tsfm_finetune"])
+def downloaded(request, world) -> Path:
+    """The bundle as `monai.bundle download` fetches it from a local server."""
+    name = request.param
+    if not (BUNDLES / name / "configs" / "metadata.json").is_file():
+        pytest.skip(f"{name} has no metadata.json")
+    shelf = world / f"shelf_{name}"
+    path = Path(release.release(str(BUNDLES / name), str(world / "weights.pt"), str(shelf)))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shelf))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{path.name}"
+        version = path.stem.split("_v")[-1]
+        target = ["--name", name, "--version", version, "--bundle_dir", str(world / "got"), "--url", url]
+        run(world, "-m", "monai.bundle", "download", *target)
+        server.shutdown()
+    fetched = next((world / "got").glob(f"{name}*.zip"))
+    listed = (shelf / f"{path.name}.sha256").read_text().split()[0]
+    assert hashlib.sha256(fetched.read_bytes()).hexdigest() == listed
+    return world / "got" / name
+
+
+def run(world: Path, *arguments: str, expect: int = 0) -> str:
+    """Run the bare interpreter on `arguments` from a folder of its own; returns what it printed."""
+    libraries = str(Path(torch.__file__).parents[1])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment |= {"PYTHONPATH": libraries, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [str(world / "env" / "bin" / "python"), "-W", "ignore", *arguments]
+    done = subprocess.run(
+        command, cwd=world / "elsewhere", env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def bundle_run(world: Path, bundle: Path, configs: list[str], *arguments: str) -> str:
+    files = str([str(bundle / "configs" / config) for config in configs])
+    common = ["--bundle_root", str(bundle), "--meta_file", str(bundle / "configs" / "metadata.json")]
+    return run(world, "-m", "monai.bundle", "run", "--config_file", files, *common, "--num_workers", "0", *arguments)
+
+
+def test_the_environment_does_not_know_the_package(world):
+    run(world, "-c", "import importlib.util, monai; assert importlib.util.find_spec('tsfm') is None")
+
+
+def test_load_and_create_workflow(world, downloaded):
+    script = """
+import sys, torch
+from monai.bundle import create_workflow, load
+folder, name, image = sys.argv[1:]
+sys.path.insert(0, f"{folder}/{name}")
+network = load(name, bundle_dir=folder, source="github")
+saved = torch.load(f"{folder}/{name}/models/model.pt", weights_only=True)
+own = network.state_dict()
+assert all(torch.equal(own[key], saved[key]) for key in saved if key != "_extra_state")
+configs = f"{folder}/{name}/configs"
+workflow = create_workflow(
+    config_file=f"{configs}/inference.json", workflow_type="infer", bundle_root=f"{folder}/{name}", dataset_dir=image
+)
+assert type(workflow.network_def).__name__ == "TSFM", workflow.network_def
+assert not workflow.check_properties()
+"""
+    image = world / "data/Task03_Liver/imagesTr/liver_0.nii.gz"
+    run(world, "-c", script, str(downloaded.parent), downloaded.name, str(image))
+
+
+def test_inference_from_another_folder(world, downloaded):
+    images = world / "data/Task03_Liver/imagesTr"
+    output = world / f"maps_{downloaded.name}"
+    bundle_run(world, downloaded, ["inference.json"], "--dataset_dir", str(images), "--output_dir", str(output))
+    for case in ("liver_0", "liver_1"):
+        image = nib.load(images / f"{case}.nii.gz")
+        result = nib.load(next(output.rglob(f"{case}*.nii.gz")))
+        assert result.shape == image.shape
+        np.testing.assert_allclose(result.affine, image.affine, atol=1e-4)
+        assert set(np.unique(np.asarray(result.dataobj))) <= {0, 1, 2}
+
+
+def test_one_epoch_and_an_evaluation(world, downloaded):
+    """Last, as training replaces models/model.pt: a copy is trained."""
+    bundle = world / f"trained_{downloaded.name}" / downloaded.name
+    shutil.copytree(downloaded, bundle)
+    before = (bundle / "models/model.pt").read_bytes()
+    pretraining = downloaded.name == "tsfm_pretrain"
+    data = world / "data" if pretraining else world / "data/Task03_Liver"
+    common = ["--dataset_dir", str(data), "--store_dir", str(world / "store"), "--output_dir", str(bundle / "run")]
+    bundle_run(world, bundle, ["train.json"], *common, *SHORT)
+    assert (bundle / "models/model.pt").read_bytes() != before
+    state = torch.load(bundle / "models/model.pt", weights_only=True)
+    assert all(torch.isfinite(value.float()).all() for value in state.values())
+    bundle_run(world, bundle, ["train.json", "evaluate.json"], *common)
+    assert json.dumps([str(path) for path in (bundle / "run").rglob("*")]), "evaluation wrote nothing"
+
+
+def test_this_interpreter_is_not_what_was_tested(world):
+    assert Path(sys.executable).resolve() == (world / "env/bin/python").resolve()  # the same binary, other libraries

@@ -1,0 +1,244 @@
+"""Tables against numbers worked out by hand or printed in the paper; pictures against where things must appear."""
+
+import csv
+import statistics
+
+import matplotlib.image
+import nibabel as nib
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from tsfm import overlays, report
+from tsfm.evaluation import evaluate_folder
+from tsfm.labels import LabelTable
+from tsfm.tables import load_rows, markdown_scores, summarize, table1, table2, table3
+
+TARGETS = {"liver": {}, "liver_tumor": {"inside": "liver"}, "kidney": {}, "kidney_tumor": {"inside": "kidney"}}
+DATASETS = [
+    {"name": "lits", "labels": {"1": "liver", "2": "liver_tumor"}, "ignore": [7]},
+    {"name": "kits", "labels": {"1": "kidney", "2": "kidney_tumor"}},
+]
+
+
+@pytest.fixture(scope="module")
+def table():
+    return LabelTable(TARGETS, DATASETS)
+
+
+def row(dataset, case, target, dice, **more):
+    entry = {"dataset": dataset, "case": case, "target": target, "dice": dice, "nsd": dice, "tolerance_mm": 2.0}
+    entry |= {"status": "ok" if dice is not None else "empty_truth", "volume_predicted_ml": 4.0, "volume_true_ml": 5.0}
+    return {**entry, "lesions": [], **more}
+
+
+def cells(markdown):
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if "---" not in line
+    ]
+
+
+def test_empty_truth_is_counted_apart_and_never_enters_a_mean():
+    counts = {"lesions_true": 0, "lesions_found": 0, "lesions_missed": 0, "lesions_false": 3}
+    hit = {"lesions_true": 4, "lesions_found": 3, "lesions_missed": 1, "lesions_false": 1}
+    rows = [
+        row("lits", "a", "liver_tumor", 0.5, **hit),
+        row("lits", "b", "liver_tumor", 0.9, **hit),
+        row("lits", "c", "liver_tumor", None, **counts),
+        row("kits", "d", "kidney_tumor", None, volume_predicted_ml=0.0),
+    ]
+    summary = summarize(rows)
+    tumor = summary["datasets"]["lits"]["liver_tumor"]
+    assert (tumor["cases"], tumor["empty_truth"], tumor["empty_truth_predicted_ml"]) == (2, 1, 4.0)
+    assert tumor["dice"]["mean"] == pytest.approx(0.7)
+    assert tumor["dice"]["sd"] == pytest.approx(statistics.stdev([0.5, 0.9]))
+    assert tumor["lesions"] == {
+        "true": 8, "found": 6, "missed": 2, "false": 5, "sensitivity": 0.75, "false_per_case": pytest.approx(5 / 3)
+    }  # fmt: skip
+    assert summary["mean"]["dice"] == pytest.approx(0.7)
+    assert summary["datasets"]["kits"]["kidney_tumor"]["dice"] is None
+    assert summary["datasets"]["kits"]["kidney_tumor"]["empty_truth_clean"] == 1
+    assert summary["cases"] == 4
+    last = cells(markdown_scores(summary))[-1]
+    assert last[:5] == ["kits: kidney_tumor", "0", "1", "-", "-"]
+
+
+def test_table1_lists_data_sets_with_lesions_and_averages_over_the_lesions_alone():
+    """The paper's own TSFM line: its tumor columns must give its .7106 (liver, kidney, pancreas and vessel left out)."""
+    paper = {
+        ("Liver", "liver"): 0.9619, ("Liver", "liver_tumor"): 0.6209, ("Lung", "lung_tumor"): 0.6391,
+        ("Pancreas", "pancreas"): 0.8071, ("Pancreas", "pancreas_tumor"): 0.6535, ("HepaticVessel", "vessel"): 0.6426,
+        ("HepaticVessel", "liver_tumor"): 0.7462, ("Colon", "colon_tumor"): 0.6620, ("KiTS2021", "kidney"): 0.9650,
+        ("KiTS2021", "kidney_tumor"): 0.8608, ("Breast", "breast_tumor"): 0.7923, ("AMOS22", "spleen"): 0.95,
+    }  # fmt: skip
+    rows = [row(dataset, "c", target, dice) for (dataset, target), dice in paper.items()]
+    lesions = {target for _, target in paper if target.endswith("tumor")}
+    header, line = cells(table1({"Ours": rows}, lesion_targets=lesions))
+    assert line[0] == "Ours" and header[-1] == "mean Dice for tumor"
+    assert float(line[-1]) == pytest.approx(0.7106, abs=1e-4)
+    assert "Liver: liver" in header and "AMOS22: spleen" not in header
+    assert cells(table1(rows[-1:]))[0] == ["", "AMOS22: spleen", "mean Dice"]
+
+
+def test_table1_puts_methods_below_each_other():
+    first = [row("lits", "a", "liver_tumor", 0.5), row("kits", "a", "kidney_tumor", 0.7)]
+    second = [row("kits", "a", "kidney_tumor", 0.9)]
+    lines = cells(table1({"one": first, "two": second}, lesion_targets=["liver_tumor", "kidney_tumor"]))
+    assert lines[1:] == [["one", "0.5000", "0.7000", "0.6000"], ["two", "-", "0.9000", "0.9000"]]
+
+
+def results():
+    """Three seeds of two initializations at two lengths, and one reference."""
+    entries = [
+        {"dataset": "kits19", "initialization": name, "epochs": epochs, "seed": seed, "dice": base + seed / 100}
+        for name, base in (("pretrained", 0.7), ("scratch", 0.2))
+        for epochs in (100, 10)
+        for seed in range(3)
+    ]
+    return [*entries, {"dataset": "kits19", "initialization": "nnU-Net", "epochs": None, "seed": 0, "dice": 0.8}]
+
+
+def test_table2_has_the_papers_shape_with_mean_and_spread_over_seeds(tmp_path):
+    lines = cells(table2(results()))
+    assert lines[0] == ["kits19", "10 epochs", "100 epochs", "as named"]
+    assert lines[1] == ["TSFM, pretrained", *["0.7100 ± 0.0100"] * 2, "-"]
+    assert lines[2][0] == "TSFM, from scratch"
+    assert lines[3] == ["nnU-Net", "-", "-", "0.8000"]
+    path = report.write_table2(results(), tmp_path / "new")
+    assert path.read_text().strip() == table2(results())
+    assert load_rows(path.with_suffix(".csv")) == results()
+    assert matplotlib.image.imread(path.with_suffix(".png")).std() > 0
+
+
+def test_an_unfinished_grid_shows_what_there_is():
+    some = [entry for entry in results() if entry["epochs"] == 10 and entry["seed"] == 0]
+    assert cells(table2([*some, {**some[0], "epochs": 100, "dice": None}]))[1] == ["TSFM, pretrained", "0.7000"]
+
+
+def test_table3_crosses_pretraining_and_data_set(tmp_path):
+    entries = [
+        {"pretraining": name, "dataset": dataset, "seed": seed, "dice": dice + seed / 50}
+        for name, dice in (("pool", 0.8), ("pancreas", 0.7))
+        for dataset in ("brats", "kits")
+        for seed in (0, 1)
+    ]
+    lines = cells(table3(entries))
+    assert lines[:2] == [["pretrained on", "brats", "kits"], ["pool", *["0.8100 ± 0.0141"] * 2]]
+    assert load_rows(report.write_table3(entries, tmp_path).with_suffix(".csv"))[0] == {
+        "dataset": "brats", "pretraining": "pool", "seed": 0, "dice": 0.8
+    }  # fmt: skip
+
+
+def test_truth_is_painted_with_the_innermost_annotated_target(table):
+    codes = np.array([0, 1, 2, 3])  # background, liver, tumor, ignored
+    assert report.truth_map(codes, table, "lits").tolist() == [0, 1, 2, 0]
+    assert report.truth_map(codes[:3], table, "kits").tolist() == [0, 3, 4]
+
+
+def test_every_target_has_a_color_of_its_own_and_lesions_are_warm():
+    organs = LabelTable({f"organ_{i}": {} for i in range(22)} | {"a_tumor": {}, "cyst": {"inside": "organ_0"}}, [])
+    colors = overlays.colors_of(organs)
+    assert len(set(colors.values())) == 24
+    for value in (23, 24):
+        red, _, blue = to_rgb(colors[value])
+        assert red == 1 and blue < red
+
+
+def body_with_marks(axcodes, spacing_spl=(4.0, 1.0, 2.0)):
+    """A CT-like body with a mark on the patient's left front; the arrays stored with the given axes, and the affine."""
+    shape = (10, 60, 40)
+    image, truth = np.full(shape, -1000, np.float32), np.zeros(shape, np.uint8)
+    image[:, 5:55, 4:36] = 40
+    truth[3:6, 10:20, 26:34] = 1  # P small is anterior, L large is left
+    start = nib.orientations.axcodes2ornt("SPL")
+    turn = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(axcodes))
+    s, p, l_ = spacing_spl
+    affine = np.array([[0, 0, -l_, 40], [0, -p, 0, 30], [s, 0, 0, -20], [0, 0, 0, 1.0]])
+    stored = [nib.orientations.apply_orientation(array, turn) for array in (image, truth)]
+    return (*stored, affine @ nib.orientations.inv_ornt_aff(turn, shape))
+
+
+@pytest.mark.parametrize("axcodes", ["SPL", "RAS", "LPS", "PIR", "ASL"])
+def test_pictures_are_radiological_whatever_the_files_axes(axcodes, table, tmp_path):
+    image, truth, affine = body_with_marks(axcodes)
+    assert nib.aff2axcodes(affine) == tuple(axcodes)
+    path = report.overlay_png(tmp_path / "x.png", image, truth, truth * 0, table, affine, slices=1, title="case")
+    pixels = matplotlib.image.imread(path)[..., :3]
+    width = pixels.shape[1] // 3
+    blue = np.abs(pixels - to_rgb(overlays.colors_of(table)[1])).sum(-1) < 0.15
+    rows, cols = np.nonzero(blue[: int(0.9 * len(blue)), width : 2 * width])
+    assert len(rows) and not blue[: int(0.9 * len(blue)), 2 * width :].any()
+    body = np.nonzero((np.ptp(pixels, axis=-1) < 0.02) & (np.abs(pixels[..., 0] - 0.5) < 0.02))
+    top, bottom = np.percentile(body[0], (1, 99))
+    assert cols.min() > 0.6 * width  # the patient's left is on the right
+    assert rows.max() < (top + bottom) / 2  # and the front on top
+    # the mark is 10 mm by 16 mm
+    assert np.ptp(rows) / np.ptp(cols) == pytest.approx(10 / 16, abs=0.08)
+
+
+def test_the_slices_shown_hold_what_matters(table):
+    image, truth = np.zeros((40, 8, 8)), np.zeros((40, 8, 8), np.uint8)
+    truth[2:20, 1:7, 1:7] = 1
+    truth[11, 3, 3] = 2
+    prediction = np.zeros_like(truth)
+    prediction[37] = 3
+    panels = {"image": image, "truth": truth, "prediction": prediction, "spacing": np.array([5.0, 1, 1])}
+    assert overlays.informative_slices(panels, 1) == [11]
+    assert 37 in overlays.informative_slices(panels, 3)
+    assert 37 not in overlays.informative_slices(panels, 3, {1: 1, 2: 2, 3: 0, 4: 0})
+    empty = {**panels, "truth": truth * 0, "prediction": truth * 0}
+    assert overlays.informative_slices(empty, 1) == [20]
+
+
+def test_best_median_and_worst_are_chosen_by_mean_dice():
+    rows = [row("lits", str(n), target, dice - n / 10) for n in range(5) for target, dice in (("a", 0.9), ("b", 0.5))]
+    chosen = report.choose_cases(rows)
+    assert {name: entry["case"] for name, entry in chosen.items()} == {"best": "0", "median": "2", "worst": "4"}
+    assert chosen["median"]["dice"] == pytest.approx(0.5)
+    assert set(report.choose_cases(rows[:2])) == {"best"}
+    assert report.choose_cases([row("lits", "x", "a", None)]) == {}
+
+
+def evaluated_folder(table, tmp_path):
+    """Three cases, the later the worse; label maps, scores and pool items."""
+    items = []
+    for number in range(3):
+        image, truth, affine = body_with_marks("LPS")
+        item = {"case": f"c{number}", "dataset": "lits"}
+        for name, array in (("image", image), ("label", truth), ("out", np.roll(truth, 3 * number, axis=1))):
+            path = tmp_path / name / f"c{number}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(array, affine), path)
+            item[name] = str(path)
+        items.append(item)
+    evaluate_folder(tmp_path / "out", items, table, tmp_path / "out")
+    return items
+
+
+def test_the_page_of_an_evaluated_folder_shows_three_cases(table, tmp_path):
+    items = evaluated_folder(table, tmp_path)
+    path = report.folder_page(tmp_path / "page.png", tmp_path / "out" / "cases.csv", tmp_path / "out", items, table)
+    image, truth, affine = body_with_marks("LPS")
+    one = report.overlay_png(tmp_path / "one.png", image, truth, truth, table, affine, slices=1)
+    assert matplotlib.image.imread(path).shape[0] > 2 * matplotlib.image.imread(one).shape[0]
+    report.CasePage(str(tmp_path / "out"), items, table)(None)
+    assert (tmp_path / "out" / "page.png").read_bytes() == path.read_bytes()
+
+
+def test_a_page_that_cannot_be_drawn_is_only_reported(table, tmp_path, caplog):
+    report.CasePage(str(tmp_path), [], table)(None)
+    assert "No page of pictures" in caplog.text
+
+
+def test_arrays_that_do_not_fit_are_an_error(table, tmp_path):
+    image, truth, affine = body_with_marks("LPS")
+    with pytest.raises(ValueError, match="truth has shape"):
+        report.overlay_png(tmp_path / "no.png", image, truth[:-1], truth, table, affine)
+
+
+def test_training_curves_come_from_the_runs_csv(tmp_path):
+    with open(tmp_path / "curve.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "lr", "loss", "val_dice", "ema", "dice_liver"])
+        writer.writerows([[1, 0.1, 1.5, "", "", ""], [2, 0.1, 1.0, 0.4, 0.4, 0.4], [3, 0.1, 0.8, 0.5, 0.41, 0.5]])
+    pixels = matplotlib.image.imread(report.curve_png(tmp_path / "curve.csv", tmp_path / "curve.png"))
+    assert all(half.std() > 0.05 for half in np.split(pixels[:, : pixels.shape[1] // 2 * 2, :3], 2, axis=1))

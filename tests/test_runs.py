@@ -1,0 +1,141 @@
+"""Whole pretraining runs through monai.bundle, on a tiny phantom pool."""
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, bundle_command, environment, pretrain_options, run_bundle
+from tsfm.checkpoint import read_state
+from tsfm.network import TSFM
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "last.pt", weights_only=True)["model"]
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    different = [key for key in first if not torch.equal(first[key], second[key])]
+    assert not different
+
+
+def test_a_run_leaves_weights_curve_record_and_tensorboard(pretrained):
+    rows = list(csv.DictReader((pretrained / "curve.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(float(row["loss"]) == float(row["loss"]) for row in rows)
+    assert rows[0]["val_mean_dice"] and any(key.startswith("dice_") for key in rows[0])
+    record = json.loads((pretrained / "run.json").read_text())
+    assert record["settings"]["seed"] == 0 and record["versions"]["monai"] and record["pool"]["cases"] > 5
+    assert any(path.endswith("train.json") for path in record["configs"])
+    assert list((pretrained / "tensorboard").iterdir())
+    assert (pretrained / "published/model.pt").read_bytes() == (pretrained / "model.pt").read_bytes()
+
+
+def test_the_weights_alone_rebuild_the_network(pretrained):
+    tensors, description = read_state(pretrained / "model.pt")
+    assert description["preparation"]["spacing_mm"] == [10.0, 8.0, 8.0]
+    assert "msd_liver" in description["trained_on"] and set(description["modalities"]) == {"CT", "MR"}
+    network = TSFM(**description["network"])
+    network.load_state_dict(tensors, strict=False)
+    assert {key for key in network.state_dict() if key != "_extra_state"} == set(tensors)
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_weights(phantom_pool, tiny, tmp_path):
+    options = {"epochs": 4, "iterations_per_epoch": 6}
+    run_bundle("tsfm_pretrain", ["train.json", tiny], **pretrain_options(phantom_pool, tmp_path / "whole", **options))
+    broken = pretrain_options(phantom_pool, tmp_path / "killed", **options)
+    command = bundle_command("tsfm_pretrain", ["train.json", tiny], **broken)
+    last = tmp_path / "killed/last.pt"
+    for _ in range(2):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            if last.exists() and last.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert torch.load(last, weights_only=True)["epoch"] < 4, "the run ended before it could be killed"
+    output = run_bundle("tsfm_pretrain", ["train.json", tiny], **broken)
+    assert "resuming after epoch" in output
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    losses = [[row["loss"] for row in csv.DictReader((tmp_path / name / "curve.csv").open())] for name in ("whole", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert not list((tmp_path / "killed").glob(".*.partial")) or last.exists()
+
+
+def test_a_finished_run_is_left_as_it_is_and_other_settings_are_refused(phantom_pool, tiny, tmp_path):
+    options = pretrain_options(phantom_pool, tmp_path, epochs=1)
+    run_bundle("tsfm_pretrain", ["train.json", tiny], **options)
+    before = weights(tmp_path)
+    assert "the run is complete" in run_bundle("tsfm_pretrain", ["train.json", tiny], **options)
+    assert_same_weights(before, weights(tmp_path))
+    output = run_bundle("tsfm_pretrain", ["train.json", tiny], expect=1, **{**options, "seed": 1})
+    assert "seed: was 0, is 1" in output
+    assert_same_weights(before, weights(tmp_path))
+
+
+def test_workers_change_nothing(phantom_pool, tiny, tmp_path, pretrained):
+    run_bundle("tsfm_pretrain", ["train.json", tiny], **pretrain_options(phantom_pool, tmp_path, num_workers=2))
+    assert_same_weights(weights(pretrained), weights(tmp_path))
+
+
+@pytest.mark.parametrize("amp", [False])
+def test_two_processes_take_the_step_of_one_with_the_doubled_batch(phantom_pool, tiny, tmp_path, amp):
+    """torchrun with two gloo processes; fp32, since sums in another order round differently."""
+    options = {"epochs": 1, "iterations_per_epoch": 2, "amp": amp}
+    one = pretrain_options(phantom_pool, tmp_path / "one", batch_size=4, **options)
+    run_bundle("tsfm_pretrain", ["train.json", tiny], **one)
+    two = pretrain_options(phantom_pool, tmp_path / "two", batch_size=2, **options)
+    del_device = tmp_path / "no_device.json"
+    del_device.write_text(json.dumps({"device": "$torch.device('cpu')"}))
+    command = bundle_command(
+        "tsfm_pretrain", ["train.json", tiny, "multi_gpu_train.json", str(del_device)],
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"), **two,
+    )  # fmt: skip
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key, value in first.items():
+        if key != "_extra_state":
+            torch.testing.assert_close(value, second[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_missing_data_sets_are_listed_before_anything_starts(tmp_path, tiny):
+    output = run_bundle(
+        "tsfm_pretrain", ["train.json", tiny], expect=1, dataset_dir=tmp_path, store_dir=tmp_path / "s", output_dir=tmp_path / "o"
+    )
+    assert "10 of 10 data sets" in output and "Task03_Liver" in output and "--allow_missing" in output
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(phantom_pool, tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    options = pretrain_options(phantom_pool, tmp_path / "file/run")
+    output = run_bundle("tsfm_pretrain", ["train.json", tiny], expect=1, **options)
+    assert "cannot be written" in output and "--output_dir" in output
+
+
+def test_mlflow_tracking_works_when_installed(phantom_pool, tiny, tmp_path):
+    pytest.importorskip("mlflow")
+    options = pretrain_options(phantom_pool, tmp_path / "run", tracking="mlflow", epochs=1, tracking_uri=f"sqlite:///{tmp_path}/mlruns.db")
+    run_bundle("tsfm_pretrain", ["train.json", tiny], **options)
+    with sqlite3.connect(tmp_path / "mlruns.db") as database:
+        logged = {name for (name,) in database.execute("select distinct key from metrics")}
+    assert {"loss", "val_mean_dice"} <= {name.split(":")[0] for name in logged} or "val_mean_dice" in logged
+
+
+def test_the_package_runs_from_a_folder_that_is_not_the_repository(pretrained, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tsfm", "describe", str(pretrained / "model.pt")], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["network"]["features"] == [8, 16, 32]
+    assert str(ROOT) not in done.stdout

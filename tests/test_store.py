@@ -1,0 +1,244 @@
+"""A stored case is whole or absent, the same bytes whichever way it was made, and read in part."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from tsfm.cases import CaseError
+from tsfm.labels import LabelTable
+from tsfm.parallel import WorkerDied, run_all
+from tsfm.preprocessing import Preparation, prepare_case
+from tsfm.store import CaseStore, StoreError, quantize, sample_foreground
+
+TARGETS = {"liver": {}, "lesion": {"inside": "liver"}}
+ONE = {"name": "one", "labels": {"1": "liver", "2": "lesion"}, "ignore": [3]}
+TABLE = LabelTable(TARGETS, [ONE])
+PREPARATION = Preparation((1.5, 1.0, 1.0), {"CT": {"lower": -900, "upper": 1200, "mean": 50, "sd": 200}})
+
+
+@pytest.fixture
+def items(tmp_path):
+    """Three CT cases of 40 x 36 x 20 voxels; the last has an empty label map."""
+    random, found = np.random.default_rng(0), []
+    for number in range(3):
+        image = random.integers(-1000, 1500, (40, 36, 20)).astype(np.int16)
+        label = np.zeros(image.shape, np.uint8)
+        if number < 2:
+            label[5:30, 5:30, 3:15], label[10:20, 10:20, 5:9], label[25:29, 6:9, 4:8] = 1, 2, 3
+        item = {"dataset": "one", "modality": "CT", "case": f"case {number}"}
+        for name, array in (("image", image), ("label", label)):
+            item[name] = str(tmp_path / f"{name}_{number}.nii.gz")
+            nib.save(nib.Nifti1Image(array, np.diag([-0.8, -0.8, 2.0, 1.0])), item[name])
+        found.append(item)
+    return found
+
+
+def files_in(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def test_a_stored_case_gives_back_what_was_prepared(tmp_path, items):
+    stored = CaseStore(tmp_path / "store", TABLE, PREPARATION).open(items[0])
+    prepared = prepare_case(items[0], TABLE, PREPARATION)
+    assert stored.shape == prepared.image.shape[1:] and stored.channels == 1
+    image = stored.read_image()
+    assert image.dtype == np.float32
+    assert np.abs(image - prepared.image).max() < 5e-5 * np.ptp(prepared.image)
+    np.testing.assert_array_equal(stored.read_codes(), prepared.codes)
+    box = ((3, 9), (0, 29), (7, 8))
+    np.testing.assert_array_equal(stored.read_image(box), image[:, 3:9, 0:29, 7:8])
+    np.testing.assert_array_equal(stored.read_codes(box), prepared.codes[3:9, 0:29, 7:8])
+    with pytest.raises(ValueError, match="beyond the volume"):
+        stored.read_codes(((0, 4), (0, 4), (0, 400)))
+
+
+def test_foreground_voxels_are_of_their_code_and_ignored_codes_are_left_out(tmp_path, items):
+    stored = CaseStore(tmp_path / "store", TABLE, PREPARATION).open(items[0])
+    codes = stored.read_codes()
+    assert set(stored.foreground) == {1, 2} and (codes == 3).any()
+    for code, voxels in stored.foreground.items():
+        assert (codes[tuple(voxels.T.astype(int))] == code).all()
+        assert len(np.unique(voxels, axis=0)) == len(voxels) == min(10_000, (codes == code).sum())
+
+
+def test_ten_thousand_voxels_or_one_percent_are_kept():
+    codes = np.zeros((150, 150, 150), np.uint8)
+    codes[:60, :100, :100], codes[60:, :, :] = 1, 2
+    voxels, spans = sample_foreground(codes)
+    assert [(code, stop - start) for code, start, stop in spans] == [(1, 10_000), (2, 20_250)]
+    assert voxels.dtype == np.uint16 and abs(voxels[:10_000].mean(0) - [29.5, 49.5, 49.5]).max() < 1.5
+
+
+def test_ahead_in_processes_ahead_alone_and_on_first_touch_give_the_same_bytes(tmp_path, items):
+    stores = [CaseStore(tmp_path / name, TABLE, PREPARATION) for name in ("processes", "alone", "touch")]
+    report = stores[0].prepare(items, num_workers=2, progress=False)
+    assert (report.prepared, report.reused, report.failed, report.empty_labels) == (3, 0, [], ["one/case 2"])
+    stores[1].prepare(items, progress=False)
+    for item in reversed(items):
+        pickle.loads(pickle.dumps(stores[2])).open(item)
+    first, second, third = (files_in(store.store_dir) for store in stores)
+    assert len(first) == 12 and first == second == third
+    again = stores[0].prepare(items, progress=False)
+    assert (again.prepared, again.reused) == (0, 3) and again.empty_labels == ["one/case 2"]
+
+
+def test_the_key_follows_what_matters_and_nothing_else(tmp_path, items):
+    def key(table=TABLE, preparation=PREPARATION, **changes):
+        return CaseStore(tmp_path, table, preparation).key({**items[0], **changes})
+
+    same = key()
+    more = LabelTable({**TARGETS, "spleen": {}}, [{"name": "zero", "labels": {"9": "spleen"}}, ONE])
+    assert key(table=more) == same, "adding a data set would throw the store away"
+    others = [
+        key(modality="MR"),
+        key(label=items[1]["label"]),
+        key(preparation=Preparation((1.5, 1.0, 0.9), PREPARATION.intensity)),
+        key(preparation=Preparation((1.5, 1.0, 1.0))),
+        key(table=LabelTable(TARGETS, [{**ONE, "labels": {"1": "liver", "4": "lesion"}}])),
+        key(table=LabelTable(TARGETS, [{**ONE, "ignore": []}])),
+    ]
+    os.utime(items[0]["image"], (1, 1))
+    others.append(key())
+    assert len({same, *others}) == len(others) + 1
+
+
+def test_bare_items_need_no_data_set(tmp_path, items):
+    bare = {"image": items[0]["image"], "label": items[0]["label"]}
+    stored = CaseStore(tmp_path / "store", TABLE, PREPARATION).open(bare)
+    assert stored.properties["dataset"] == "one" and stored.properties["modality"] == "CT"
+
+
+def test_names_that_a_file_system_refuses_are_stored_all_the_same(tmp_path, items):
+    store = CaseStore(tmp_path / "störe 1", TABLE, PREPARATION)
+    stored = store.open({**items[0], "case": "../a/b: ü?"})
+    assert Path(stored.path).parent.parent == tmp_path / "störe 1"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_cases_are_reported_together_and_the_others_go_on(tmp_path, items, num_workers):
+    bad = [{**items[0], "case": "gone", "image": "/nowhere/gone.nii.gz"}, {**items[1], "case": "odd", "dataset": "two"}]
+    store = CaseStore(tmp_path / "store", TABLE, PREPARATION)
+    report = store.prepare([bad[0], *items, bad[1]], num_workers, progress=False)
+    assert report.prepared == 3 and {item["case"] for item, _ in report.failed} == {"gone", "odd"}
+    with pytest.raises(CaseError, match=r"(?s)3 cases prepared.*2 failed.*gone.nii.gz"):
+        report.raise_failures()
+
+
+def test_a_read_only_store_says_so(tmp_path, items):
+    with pytest.raises(CaseError, match="read-only store"):
+        CaseStore(tmp_path / "store", TABLE, PREPARATION, readonly=True).open(items[0])
+    assert not (tmp_path / "store").exists()
+    CaseStore(tmp_path / "store", TABLE, PREPARATION).open(items[0])
+    CaseStore(tmp_path / "store", TABLE, PREPARATION, readonly=True).open(items[0])
+
+
+def test_an_unwritable_store_is_an_error(tmp_path, items):
+    (tmp_path / "file").write_text("not a folder")
+    store = CaseStore(tmp_path / "file" / "store", TABLE, PREPARATION)
+    with pytest.raises(StoreError, match=r"cannot write the store at .*file/store"):
+        store.open(items[0])
+    with pytest.raises(StoreError):
+        store.prepare(items, progress=False)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, items):
+    """The limit on file size stands in for the full disk: writing fails in the middle of a file."""
+    store = CaseStore(tmp_path / "store", TABLE, PREPARATION)
+    store.open(items[1])
+    before = files_in(tmp_path / "store")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="free some space"):
+            store.open(items[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert files_in(tmp_path / "store") == before
+    assert not list((tmp_path / "store" / ".writing").iterdir())
+    assert store.open(items[0]).read_codes().any()
+
+
+def test_two_processes_that_prepare_the_same_case_agree(tmp_path, items):
+    store = CaseStore(tmp_path / "store", TABLE, PREPARATION)
+    report = store.prepare([items[0]] * 4, num_workers=2, progress=False)
+    assert report.prepared + report.reused == 4 and not report.failed
+    assert len(files_in(tmp_path / "store")) == 4
+
+
+def test_leftovers_of_a_killed_process_are_swept(tmp_path, items):
+    import socket
+
+    dead = tmp_path / "store" / ".writing" / f"{socket.gethostname()}_999999999_x"
+    alive = tmp_path / "store" / ".writing" / f"{socket.gethostname()}_{os.getpid()}_x"
+    dead.mkdir(parents=True)
+    alive.mkdir()
+    CaseStore(tmp_path / "store", TABLE, PREPARATION).prepare([], progress=False)
+    assert not dead.exists() and alive.exists()
+
+
+def test_levels_keep_the_range_and_a_constant_channel_survives():
+    image = np.stack([np.linspace(-5, 12, 27).reshape(3, 3, 3), np.full((3, 3, 3), 4.0)]).astype(np.float32)
+    levels, steps = quantize(image)
+    back = np.stack([channel * step + low for channel, (low, step) in zip(levels, steps, strict=True)])
+    assert np.abs(back - image).max() < 17 * 5e-5 and levels.dtype == np.uint16
+
+
+# ---- workers -----------------------------------------------------------------------------------------------------
+
+
+def square_or_die(number):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 5:
+        raise CaseError("five is bad")
+    return number**2
+
+
+def test_a_dying_worker_costs_its_own_job_only():
+    results = dict(run_all(square_or_die, [(n,) for n in range(7)], num_workers=2))
+    assert isinstance(results[3], WorkerDied) and isinstance(results[5], CaseError)
+    assert [results[n] for n in (0, 1, 2, 4, 6)] == [0, 1, 4, 16, 36]
+
+
+def test_an_interrupt_ends_the_run_and_its_workers(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from tsfm.parallel import run_all
+
+        def wait(folder, n):
+            (Path(folder) / f"started{n}").touch()
+            time.sleep(60)
+
+        if __name__ == "__main__":
+            list(run_all(wait, [(sys.argv[1], n) for n in range(4)], 2))
+        """)
+    )
+    start = time.monotonic()
+    running = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("started*"))) < 2 and time.monotonic() < start + 50:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=20)
+    assert running.returncode != 0 and "KeyboardInterrupt" in errors
+    assert len(list(tmp_path.glob("started*"))) == 2
+
+
+def test_case_json_is_plain(tmp_path, items):
+    stored = CaseStore(tmp_path / "store", TABLE, PREPARATION).open(items[0])
+    index = json.loads((Path(stored.path) / "case.json").read_text())
+    assert index["properties"]["spacing_mm"] == [1.5, 1.0, 1.0] and index["properties"]["empty_label"] is False
