@@ -44,7 +44,6 @@ def write_logits(path, classes, kind):
 def tsfm(path):
     import numpy as np
     import torch
-
     from tsfm.painting import export_logits
 
     logits = torch.from_numpy(np.load(path))
@@ -121,7 +120,10 @@ def main():
                 peer = [measure(args.peer, "nnunet", path) for _ in range(args.peer_rounds)]
             (a, b), (c, d) = ([statistics.median(run[i] for run in runs) for i in (0, 1)] for runs in (ours, peer))
             apart = (ours[0][2] != peer[0][2]).mean()
-            print(f"{classes:7d}  {kind:7s} {a:7.2f} {b:5.2f} | {c:9.1f} {d:5.2f} | {c / a:12.1f}  {apart:.2e}", flush=True)
+            print(
+                f"{classes:7d}  {kind:7s} {a:7.2f} {b:5.2f} | {c:9.1f} {d:5.2f} | {c / a:12.1f}  {apart:.2e}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

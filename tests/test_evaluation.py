@@ -82,6 +82,16 @@ def test_dice_and_volumes_are_simpleitks(table, dataset):
         assert 0 < row["nsd"] <= 1
 
 
+def test_ignored_voxels_enter_neither_surfaces_nor_lesions(table):
+    raw, prediction = np.zeros((12, 12, 12), np.uint8), np.zeros((12, 12, 12), np.uint8)
+    raw[1:4, 1:4, 1:4], prediction[1:4, 1:4, 1:4] = 2, 4
+    raw[:, :, 7:], prediction[1:4, 1:4, 8:11] = 9, 4
+    rows = {r["target"]: r for r in score_case(prediction, table.encode("kits", raw), table, "kits", (1, 1, 1))}
+    tumor = rows["kidney_tumor"]
+    assert (tumor["dice"], tumor["nsd"], tumor["lesions_false"]) == (1, 1, 0)
+    assert tumor["volume_predicted_ml"] == pytest.approx(0.027)
+
+
 def test_only_lesions_are_counted_one_by_one_unless_the_table_says_otherwise(table):
     prediction, raw = case_of("kits", 2)
     codes = table.encode("kits", raw)

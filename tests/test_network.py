@@ -160,10 +160,10 @@ class TestEveryVariant:
 def test_exports_with_a_dynamic_batch():
     network = TSFM(**TINY).eval()
     image = torch.randn(2, 1, 16, 16, 16)
-    exported = torch.export.export(
-        network, (image,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=8)}}
-    )
+    batch = torch.export.Dim("batch", min=1, max=8)
     three = torch.randn(3, 1, 16, 16, 16)
+    with torch.no_grad():
+        exported = torch.export.export(network, (image,), dynamic_shapes={"x": {0: batch}})
     torch.testing.assert_close(exported.module()(three), network(three), atol=1e-4, rtol=1e-4)
 
 
@@ -389,3 +389,15 @@ class TestDescription:
         state = TSFM(**TINY).state_dict()["_extra_state"]
         assert state.dtype == torch.uint8
         assert json.loads(bytes(state.tolist()))["network"]["features"] == [8, 16, 32]
+
+    def test_distributed_training_finds_no_unused_parameter(self, tmp_path):
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            parallel = nn.parallel.DistributedDataParallel(TSFM(**TINY).train())
+            for _ in range(2):  # the second pass fails when the first left a parameter without a gradient
+                sum(o.mean() for o in parallel(torch.randn(1, 1, 16, 16, 16))).backward()
+            again = TSFM(**TINY)
+            again.load_state_dict(parallel.module.state_dict(), strict=True)
+        finally:
+            torch.distributed.destroy_process_group()
+        assert "module._extra_state" in parallel.state_dict()

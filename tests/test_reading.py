@@ -1,6 +1,7 @@
 """Every odd input is either read right or refused with the file's name, what was found and what was expected."""
 
 import gzip
+import sys
 import warnings
 
 import nibabel as nib
@@ -102,6 +103,14 @@ def test_simpleitk_formats_lie_where_nibabel_puts_them(tmp_path, suffix):
     first, second = read_volume(tmp_path / f"a{suffix}"), read_volume(tmp_path / "b.nii.gz")
     np.testing.assert_array_equal(first.array, second.array)
     np.testing.assert_allclose(first.affine, second.affine, atol=1e-5)
+
+
+def test_without_simpleitk_and_itk_the_error_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.nrrd").write_bytes(b"NRRD0004")
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    monkeypatch.setattr("monai.data.image_reader.has_itk", False)
+    with pytest.raises(CaseError, match="pip install SimpleITK"):
+        read_volume(tmp_path / "a.nrrd")
 
 
 def write_dicom(sitk, folder, series="1.2.826.0.1.3680043.2.1125.1"):

@@ -260,7 +260,9 @@ class Attack:
 
 
 def test_a_pickle_with_code_is_refused(tmp_path):
-    torch.save({"model": {"stem.weight": torch.zeros(1)}, "payload": Attack(tmp_path / "executed")}, tmp_path / "evil.pt")
+    torch.save(
+        {"model": {"stem.weight": torch.zeros(1)}, "payload": Attack(tmp_path / "executed")}, tmp_path / "evil.pt"
+    )
     with pytest.raises(CheckpointError, match="refused"):
         load_pretrained(network(), tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()

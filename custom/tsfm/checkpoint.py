@@ -44,9 +44,8 @@ def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[s
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
-    for prefix in PREFIXES:
-        if state and all(str(key).startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while prefix := next((p for p in PREFIXES if state and all(str(key).startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     extra = tensors.pop(EXTRA_STATE, None)
     if not tensors:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .labels import LabelTable
+from .reading import SAME_GRID, grid_distance_mm
 
 ENDINGS = re.compile(r"_(seg|pred|prediction|trans|mask)$")
 """What tools add to a case's name when they save a label map (MONAI's SaveImage: ``_trans``, or as configured)."""
@@ -126,14 +127,13 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
 
 
 def grid_difference(shape: Sequence[int], affine: Any, other_shape: Sequence[int], other_affine: Any) -> str:
-    """What differs between two grids, in words; empty when they are the same to a twentieth of a voxel."""
+    """What differs between two grids, in words; empty when they are the same by the reader's rule (`SAME_GRID`)."""
     if tuple(shape) != tuple(other_shape):
         return f"shape {tuple(shape)} against {tuple(other_shape)}"
     if affine is None or other_affine is None:
         return ""
-    corners = np.array([[*np.multiply(corner, np.subtract(shape, 1)), 1] for corner in np.ndindex(2, 2, 2)], float)
-    apart = np.abs(corners @ (np.asarray(affine, float) - np.asarray(other_affine, float)).T).max()
-    return f"affines put the corners {apart:.3g} mm apart" if apart > 0.05 * min(spacing_of(affine)) else ""
+    apart = grid_distance_mm(np.asarray(affine, float), np.asarray(other_affine, float), shape)
+    return f"affines put a corner {apart:.3g} mm apart" if apart > SAME_GRID * min(spacing_of(affine)) else ""
 
 
 def check_same_grid(source: str, shape, affine, other_shape, other_affine) -> None:

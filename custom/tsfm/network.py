@@ -12,12 +12,14 @@
 The paper leaves open, and this file chooses:
 - A and F are not described: A is one convolution; F ends the pre-activation stream, so it normalizes first.
 - Skips are added, not concatenated, as in SegResNet: the residual stream runs from the stem to the head, and the first
-  convolution of each decoder level costs half as much (6.7 instead of 7.5 TMAC for the paper's patch).
+  convolution of each decoder level costs half as much (6.8 instead of 7.6 TMAC for the paper's patch).
 - The shortcut of C is a convolution whose kernel is its stride, so that no voxel of the stream is skipped.
 - D adds its output to its input: without it (`bottleneck=False`) the convolutional weights keep their meaning.
 - E interpolates with `interpolation` ("nearest" by default). Its 1x1x1 convolution comes first: it mixes channels only and
   interpolation mixes voxels only, so both orders give the same numbers and this one costs an eighth.
 - Only what matters has a bias: a constant per channel in the stream is removed by the next instance normalization.
+
+The network traces (torch.jit.trace), exports (torch.export, ONNX) and compiles; it is not scripted.
 
 Shapes: B batch, C channels, SPL voxels to superior, posterior, left (the patch as the paper prints it), N tokens, H hidden.
 """
@@ -281,7 +283,7 @@ class TSFM(nn.Module):
         self.bottleneck = nn.Identity()
         if bottleneck:
             self.bottleneck = TransformerBottleneck(
-                features[-1], grid, hidden_size, num_layers, num_heads, mlp_dim or 4 * hidden_size, dropout
+                features[-1], grid, hidden_size, num_layers, num_heads, mlp_dim, dropout
             )
             self.bottleneck.checkpointing = checkpointing
         self.up = nn.ModuleList(Up(features[i + 1], features[i], strides[i], interpolation) for i in levels)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .labels import LabelTable
-from .resampling import AxisResampler, axis_resampler
+from .resampling import AxisResampler, axis_resampler, one_thread
+
+_PART = 16
+"""Source slices that one thread paints at a time: tight boxes, and intermediate values that stay in the cache."""
 
 
 class Slab(NamedTuple):
@@ -60,7 +64,6 @@ class Painter:
         self.label_map = torch.zeros(tuple(source_shape), dtype=torch.uint8 if largest < 256 else torch.int16)
         self._last = self.axes[0].index.max(1)
         self._done = 0
-        self._best: torch.Tensor | None = None
 
     def add(self, slab: Slab) -> None:
         """Paint the source slices that are determined by the slices up to the end of this slab.
@@ -69,15 +72,29 @@ class Painter:
             ValueError: the logits hold NaN.
         """
         begin, end = self._done, int(np.searchsorted(self._last, slab.stop))
-        if begin == end:
-            return
+        threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+        if slab.logits.device.type != "cpu" or threads == 1:
+            for start in range(begin, end, _PART):
+                self._paint(slab, start, min(start + _PART, end))
+        else:
+
+            def paint(start: int) -> None:
+                with torch.inference_mode(inference), torch.no_grad():
+                    self._paint(slab, start, min(start + _PART, end))
+
+            with one_thread(), ThreadPoolExecutor(threads) as pool:
+                list(pool.map(paint, range(begin, end, _PART)))
+        self._done = end
+
+    def _paint(self, slab: Slab, begin: int, end: int) -> None:
+        """Paint the source slices begin to end."""
         low, high = self.axes[0].needed(begin, end)
         logits = slab.logits[:, low - slab.start : high - slab.start]
         peaks = _peaks(logits, self.exclusive)
         if peaks.isnan().any():
             raise ValueError(f"the network's output is NaN in slices {low} to {high}: check the weights and the image")
         painted = self.label_map[begin:end].to(logits.device)
-        best = self._zeros(painted) if self.exclusive else None
+        best = torch.zeros(painted.shape, device=logits.device) if self.exclusive else None
         for channel, value in self.paint:
             level = 0.0 if self.exclusive else self.levels[channel]
             box = _box(peaks[channel] > level)
@@ -97,13 +114,6 @@ class Painter:
             painted[view].masked_fill_(wins, value)
         if painted.device != self.label_map.device:
             self.label_map[begin:end] = painted.cpu()
-        self._done = end
-
-    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
-        """Float zeros of this shape, in memory that is used again for the next slab."""
-        if self._best is None or self._best.shape[0] < like.shape[0]:
-            self._best = torch.empty(like.shape, device=like.device)
-        return self._best[: like.shape[0]].zero_()
 
     def _resize(self, x: torch.Tensor, slices, rows, offsets) -> torch.Tensor:
         """The part (slices, rows) of the resized volume from a part that begins at `offsets`; fewest voxels first."""

@@ -167,6 +167,7 @@ def downstream_network(
     patch_size: Sequence[int],
     in_channels: int,
     pretrained: str | None,
+    preparation: Preparation | None = None,
     from_scratch: bool = False,
     freeze: str = "none",
     output_dir: str | None = None,
@@ -191,7 +192,10 @@ def downstream_network(
         network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
     if pretrained not in FROM_SCRATCH and not from_scratch:
         report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
-        load_pretrained(network, str(pretrained), report_path=report)
+        task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
+        if preparation is not None:
+            task["preparation"] = preparation.to_dict()
+        load_pretrained(network, str(pretrained), report_path=report, task=task)
     freeze_parts(network, freeze)
     return network
 

@@ -230,10 +230,10 @@ def _read_with_monai(path: str) -> tuple[np.ndarray, np.ndarray]:
         array, meta = reader.get_data(reader.read(path))
     except OptionalImportError as error:
         raise CaseError(f"{path}: reading this format needs SimpleITK: pip install SimpleITK") from error
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise CaseError(f"{path}: itk cannot read it ({str(error).strip().splitlines()[-1]})") from error
     channels_last = meta.get("original_channel_dim", "no_channel") == -1
-    array = np.moveaxis(array, -1, 0) if channels_last else array[None]
+    array = np.moveaxis(np.asarray(array), -1, 0) if channels_last else np.asarray(array)[None]
     return array, np.asarray(meta["affine"], float)
 
 

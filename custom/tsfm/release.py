@@ -260,7 +260,7 @@ def _fill_configs(configs: dict[str, Any], description: Mapping[str, Any], name:
     train, inference = configs.get("train.json", {}), configs["inference.json"]
     inference["network_def"] = {**network, "dropout": 0.0}  # spelled out: it is built before the weights are found
     if train.get("network_def", {}).get("_target_") == "tsfm.TSFM":
-        references = {key: value for key, value in train["network_def"].items() if str(value)[:1] in "@$"}
+        references = {key: value for key, value in train["network_def"].items() if str(value).startswith("@")}
         train["network_def"] = {**network, **references}
         train["preparation"] = preparation
         train["patch_size"] = description["patch_size"]

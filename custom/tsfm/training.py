@@ -81,8 +81,11 @@ class TrainStep(AutocastStep):
         self.clip_norm, self.skipped = clip_norm, 0
         self.scaler = torch.amp.GradScaler(enabled=amp and amp_dtype == "float16")
 
-    def __call__(self, engine: Any, batch: Any) -> dict[str, Any]:
-        """The iteration_update of SupervisedTrainer; returns image, label, prediction and loss."""
+    def __call__(self, engine: Any, batch: Any) -> list[dict[str, Any]]:
+        """The iteration_update of SupervisedTrainer.
+
+        Returns image, label, prediction and loss of the batch, in a list as MONAI's handlers expect of a decollated output.
+        """
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
         self.forward(engine, batch)
@@ -102,7 +105,7 @@ class TrainStep(AutocastStep):
         self.scaler.update()
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         output[Keys.LOSS] = output[Keys.LOSS].detach()
-        return output
+        return [output]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -190,7 +193,7 @@ class Curve:
         self.waited += time.perf_counter() - self.waiting_since
 
     def _collect(self, engine: Engine) -> None:
-        self.losses.append(engine.state.output[Keys.LOSS].detach())
+        self.losses.append(engine.state.output[0][Keys.LOSS])
         self.iterated = time.perf_counter()
 
     def _mark(self, engine: Engine) -> None:

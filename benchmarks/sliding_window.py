@@ -1,0 +1,156 @@
+"""150 windows through the same small U-Net: TSFM's SlabInferer beside nnU-Net 2.8.1's sliding window.
+
+A U-Net of 32 outputs is first trained for a moment to tell 32 intensities apart, so that its logits are decided as a
+real network's are. Both sides then load the same weights and image in processes of their own. nnU-Net runs fp32, as it
+does on any CPU, and returns logits; TSFM runs bf16 and returns the label map. Seconds are from image to that result.
+
+    python benchmarks/sliding_window.py --peer /opt/envs/nnunet/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+PATCH, SHAPE, CLASSES, FEATURES = (64, 96, 96), (192, 288, 336), 32, (16, 32, 64, 128)
+
+
+class SmallUNet(nn.Module):
+    """Conv-IN-LeakyReLU twice per level, strided convolutions down, transposed ones up: nnU-Net's plain U-Net."""
+
+    def __init__(self):
+        super().__init__()
+
+        def block(inside, outside, stride=1):
+            layers = []
+            for channels, step in ((inside, stride), (outside, 1)):
+                layers += [nn.Conv3d(channels, outside, 3, step, 1), nn.InstanceNorm3d(outside, affine=True)]
+                layers += [nn.LeakyReLU(inplace=True)]
+            return nn.Sequential(*layers)
+
+        sides = list(zip(FEATURES[:-1], FEATURES[1:], strict=True))
+        self.down = nn.ModuleList([block(1, FEATURES[0]), *(block(a, b, 2) for a, b in sides)])
+        self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, 2) for a, b in sides)
+        self.decoder = nn.ModuleList(block(2 * a, a) for a, _ in sides)
+        self.head = nn.Conv3d(FEATURES[0], CLASSES, 1)
+
+    def forward(self, x):
+        skips = []
+        for down in self.down:
+            x = down(x)
+            skips.append(x)
+        for up, decoder, skip in zip(reversed(self.up), reversed(self.decoder), reversed(skips[:-1]), strict=True):
+            x = decoder(torch.cat([up(x), skip], 1))
+        return self.head(x)
+
+
+def scene(shape, seed):
+    """Image (S, P, L) of ellipsoids, one intensity per class, and the labels 0 to 32."""
+    rng = np.random.default_rng(seed)
+    image, labels = np.zeros(shape, np.float32), np.zeros(shape, np.uint8)
+    grid = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in shape), indexing="ij", sparse=True)
+    for label in rng.permutation(CLASSES) + 1:
+        center, radius = rng.uniform(-0.8, 0.8, 3), rng.uniform(0.1, 0.3, 3)
+        inside = sum(((a - c) / r) ** 2 for a, c, r in zip(grid, center, radius, strict=True)) < 1
+        image[inside], labels[inside] = label / 8, label
+    return image + 0.02 * rng.standard_normal(shape, dtype=np.float32), labels
+
+
+def train(path, iterations):
+    torch.manual_seed(0)
+    network = SmallUNet()
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for i in range(iterations):
+        image, labels = scene((32, 48, 48), i)
+        truth = torch.nn.functional.one_hot(torch.from_numpy(labels).long(), CLASSES + 1)[None, ..., 1:]
+        logits = network(torch.from_numpy(image)[None, None])
+        truth = truth.permute(0, 4, 1, 2, 3).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, truth, pos_weight=torch.tensor(5.0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save(network.state_dict(), path)
+    return loss.item()
+
+
+def tsfm(network, image):
+    from tsfm.inference import SlabInferer
+
+    inferer = SlabInferer(PATCH, [f"target_{i}" for i in range(CLASSES)], progress=False)
+    started = time.perf_counter()
+    label_map = inferer(image[None], network)
+    return time.perf_counter() - started, label_map[0, 0]
+
+
+def nnunet(network, image):
+    from types import SimpleNamespace
+
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(
+        device=torch.device("cpu"), use_mirroring=False, perform_everything_on_device=False, allow_tqdm=False
+    )
+    predictor.network = network
+    predictor.configuration_manager = SimpleNamespace(patch_size=PATCH)
+    predictor.label_manager = SimpleNamespace(num_segmentation_heads=CLASSES)
+    started = time.perf_counter()
+    logits = predictor.predict_sliding_window_return_logits(image)
+    seconds = time.perf_counter() - started
+    label_map = torch.zeros(logits.shape[1:], dtype=torch.uint8)
+    for target in range(CLASSES):
+        label_map[logits[target] > 0] = target + 1
+    return seconds, label_map
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--peer", default="/opt/envs/nnunet/bin/python", help="python of the nnU-Net environment")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--weights", help="file of weights to use, made if it is not there")
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        side, weights, out = args.side
+        network = SmallUNet().eval()
+        network.load_state_dict(torch.load(weights, weights_only=True))
+        image = torch.from_numpy(scene(SHAPE, 12345)[0])[None]
+        seconds, label_map = {"tsfm": tsfm, "nnunet": nnunet}[side](network, image)
+        np.save(out, label_map.numpy())
+        print(json.dumps({"seconds": seconds, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        weights = args.weights or f"{folder}/weights.pt"
+        if not os.path.exists(weights):
+            print(f"trained to a loss of {train(weights, args.iterations):.4f}", flush=True)
+        runs, maps = {"tsfm": [], "nnunet": []}, {}
+        for _ in range(args.rounds):
+            for side, python in (("tsfm", sys.executable), ("nnunet", args.peer)):
+                out = f"{folder}/{side}.npy"
+                command = [python, __file__, "--side", side, weights, out]
+                run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+                runs[side].append(json.loads(run.stdout.splitlines()[-1]))
+                maps[side] = np.load(out)
+    print(
+        f"{os.cpu_count()} cores, image {SHAPE}, window {PATCH}, 150 windows, {CLASSES} outputs, {args.rounds} rounds"
+    )
+    for side, results in runs.items():
+        values = {key: statistics.median(result[key] for result in results) for key in ("seconds", "gib")}
+        print(f"{side:7s} {values['seconds']:7.1f} s  {values['gib']:.2f} GiB")
+    painted = len(np.unique(maps["nnunet"])) - 1
+    print(f"{(maps['tsfm'] != maps['nnunet']).mean():.2e} of the voxels differ; {painted} targets painted")
+
+
+if __name__ == "__main__":
+    main()
