@@ -73,6 +73,80 @@ def describe(checkpoint: str) -> None:
     print(json.dumps(read_description(checkpoint), indent=4))
 
 
+def evaluate(
+    predictions: str,
+    labels: str,
+    pool_file: str,
+    output_dir: str,
+    dataset: str | None = None,
+    tolerances_mm: float | dict[str, float] | None = None,
+) -> None:
+    """Score a folder of label maps against the truth: Dice, surface Dice and lesions over annotated targets only.
+
+    Args:
+        predictions: folder of label maps with values 1..N.
+        labels: folder of label files of the same names.
+        pool_file: the pool file that says what the labels' ids mean.
+        output_dir: for cases.csv, lesions.csv, summary.json and scores.md.
+        dataset: the data set of the labels, where the pool file declares several.
+        tolerances_mm: of the surface Dice, one number or target -> number.
+    """
+    from .evaluation import evaluate_folder
+
+    evaluate_folder(predictions, labels, pool_file, output_dir, dataset, tolerances_mm)
+    with open(os.path.join(output_dir, "scores.md"), encoding="utf-8") as file:
+        print(file.read())
+
+
+def postprocessing(predictions: str, labels: str, pool_file: str, output_file: str, dataset: str | None = None) -> None:
+    """Find nnU-Net's post-processing (keep largest components where that helps) on predictions of cross-validation.
+
+    Give the file to inference with ``--postprocessing_plan``.
+
+    Args:
+        predictions: folder of label maps, as evaluate.json leaves them.
+        labels: folder of label files of the same names.
+        pool_file: the pool file that says what the labels' ids mean.
+        output_file: where the plan goes (JSON).
+        dataset: the data set of the labels, where the pool file declares several.
+    """
+    from .labelmaps import as_table, match_predictions
+    from .postprocessing import determine
+
+    table = as_table(pool_file)
+    pairs = match_predictions(predictions, labels, dataset)
+    plan = determine([pair["prediction"] for pair in pairs], [pair["label"] for pair in pairs], table, dataset)
+    _write_json(output_file, plan)
+    print(f"{len(plan['steps'])} steps, written to {output_file}")
+
+
+def transfer_table(*args: Any, **kwargs: Any) -> None:
+    """Fine-tune pretrained and from scratch over a grid of epochs and seeds, and write the paper's Table 2.
+
+    Arguments: pretrained, dataset_dir, output_dir, bundle_dir, epochs, seeds, overlays, name, and any id of train.json.
+    """
+    from .experiments import transfer_table as run
+
+    run(*args, **kwargs)
+
+
+def ablation_table(*args: Any, **kwargs: Any) -> None:
+    """Fine-tune from several pretrainings and write the paper's Table 3.
+
+    Arguments: checkpoints (``{'pool': 'a.pt', 'amos22': 'b.pt'}``), dataset_dir, output_dir, and those of transfer_table.
+    """
+    from .experiments import ablation_table as run
+
+    run(*args, **kwargs)
+
+
+def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", epochs: int = 10, seed: int = 0) -> None:
+    """Prepare, pretrain, transfer, infer, score and draw pictures on phantoms, all below `output_dir`."""
+    from .demo import demo as run
+
+    run(output_dir, bundles_dir, epochs, seed)
+
+
 def _write_json(path: str, content: Any) -> None:
     import json
 
@@ -80,7 +154,16 @@ def _write_json(path: str, content: Any) -> None:
         json.dump(content, file, indent=4)
 
 
-COMMANDS = {"pool": pool, "phantoms": phantoms, "describe": describe}
+COMMANDS = {
+    "pool": pool,
+    "phantoms": phantoms,
+    "describe": describe,
+    "evaluate": evaluate,
+    "postprocessing": postprocessing,
+    "transfer_table": transfer_table,
+    "ablation_table": ablation_table,
+    "demo": demo,
+}
 
 
 def main() -> None:

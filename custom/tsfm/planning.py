@@ -6,6 +6,7 @@ nnU-Net's rules from the data, and says what it chose.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -238,12 +239,10 @@ def _read_or_measure(pool: DatasetPool, store_dir: str) -> Fingerprint:
         for item in pool.cases
     ]
     key = json.dumps([files, pool.table.to_dict()["datasets"]], sort_keys=True)
-    path = os.path.join(store_dir, "fingerprint.json")
+    path = os.path.join(store_dir, f"fingerprint-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
-            kept = json.load(file)
-        if kept.pop("key") == key:
-            return Fingerprint(**kept, failed=[])
+            return Fingerprint(**json.load(file), failed=[])
     found = fingerprint(pool.cases, pool.table, progress=_rank() == 0)
     if found.failed:
         listed = "\n".join(f"  {message}" for _, message in found.failed)
@@ -252,7 +251,7 @@ def _read_or_measure(pool: DatasetPool, store_dir: str) -> Fingerprint:
         )
 
     def write(temporary: str) -> None:
-        content = {"key": key, **asdict(found)}
+        content = asdict(found)
         del content["failed"]
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=4)
