@@ -10,6 +10,7 @@ does on any CPU, and returns logits; TSFM runs bf16 and returns the label map. S
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -39,7 +40,7 @@ class SmallUNet(nn.Module):
                 layers += [nn.LeakyReLU(inplace=True)]
             return nn.Sequential(*layers)
 
-        sides = list(zip(FEATURES[:-1], FEATURES[1:], strict=True))
+        sides = list(itertools.pairwise(FEATURES))
         self.down = nn.ModuleList([block(1, FEATURES[0]), *(block(a, b, 2) for a, b in sides)])
         self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, 2) for a, b in sides)
         self.decoder = nn.ModuleList(block(2 * a, a) for a, _ in sides)

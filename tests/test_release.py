@@ -99,7 +99,12 @@ def source(tmp_path) -> Path:
         bundle / "configs/train.json",
         {**common, "spacing_mm": [1.5, 1, 1], "preparation": {"_target_": "x"}, "checkpointing": True},
     )
-    write(bundle / "configs/inference.json", common)
+    by_weights = {
+        "checkpoint": "$@bundle_root + '/models/model.pt'",
+        "description": {"_target_": "tsfm.read_description", "path": "@checkpoint"},
+        "network_def": {"_target_": "tsfm.checkpoint.build_network", "description": "@description"},
+    }
+    write(bundle / "configs/inference.json", {**common, **by_weights})
     write(bundle / "configs/small.json", {"patch_size": [48, 64, 64]})
     layout = {"name": "mine", "folder": "Mine", "format": "msd", "labels": {"1": "spleen"}}
     write(bundle / "configs/pool.json", {"targets": {"spleen": {}}, "datasets": [layout]})
@@ -144,13 +149,27 @@ def test_both_weight_files_hold_exactly_the_checkpoints_tensors(staged, checkpoi
 
 
 def test_configs_take_network_patch_spacing_and_normalization_from_the_checkpoint(staged):
-    train, inference = config(staged, "train.json"), config(staged, "inference.json")
-    for key, value in NETWORK.items():
-        assert train["network_def"][key] == inference["network_def"][key] == value
+    train = config(staged, "train.json")
+    assert train["network_def"] == {**train["network_def"], **NETWORK}
     assert train["patch_size"] == [16, 16, 16] and train["spacing_mm"] == [3.0, 2.0, 2.0]
     assert train["preparation"]["values"]["intensity"]["CT"]["mean"] == 80.0
     assert train["network_def"]["checkpointing"] == "@checkpointing"  # a reference stays one
     assert config(staged, "small.json") == {"patch_size": [48, 64, 64]}  # an overlay stays what it is
+
+
+def test_inference_builds_the_network_of_the_weights_beside_the_package(staged, tmp_path):
+    """As monai.bundle.load does it: from any folder, with nothing but the vendored package on the path."""
+    script = """
+import sys
+from monai.bundle import ConfigParser
+parser = ConfigParser()
+parser.read_config(sys.argv[1])
+print(parser.get_parsed_content("network_def").description["network"]["out_channels"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(staged), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", script, str(staged / "configs/inference.json")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "2", done.stderr
 
 
 def test_metadata_describes_these_weights(staged):

@@ -140,11 +140,11 @@ def ablation_table(*args: Any, **kwargs: Any) -> None:
     run(*args, **kwargs)
 
 
-def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", epochs: int = 10, seed: int = 0) -> None:
+def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: int = 0) -> None:
     """Prepare, pretrain, transfer, infer, score and draw pictures on phantoms, all below `output_dir`."""
     from .demo import demo as run
 
-    run(output_dir, bundles_dir, epochs, seed)
+    run(output_dir, bundles_dir, seed)
 
 
 def _write_json(path: str, content: Any) -> None:

@@ -16,23 +16,14 @@ from .experiments import run_bundle, transfer_table
 from .pool import DatasetPool
 
 POOL_CASES, DOWNSTREAM_CASES = 6, 6
-SPACING_MM = [6.0, 4.0, 4.0]
-PATCH = [32, 48, 48]
-NETWORK = {
-    "network_def#features": [12, 24, 48, 96],
-    "network_def#hidden_size": 48,
-    "network_def#num_heads": 3,
-    "network_def#mlp_dim": 96,
-}
 
 
-def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", epochs: int = 10, seed: int = 0) -> None:
+def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: int = 0) -> None:
     """Write phantoms, prepare, pretrain, transfer, infer, score and draw pictures, all below `output_dir`.
 
     Args:
         output_dir: a new folder, or one in which an earlier demo stopped (it goes on there).
         bundles_dir: folder that holds the two bundles.
-        epochs: epochs of the pretraining (25 iterations each).
         seed: of the phantoms and of the training.
     """
     start = time.perf_counter()
@@ -47,21 +38,17 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", epochs: 
         phantoms.write_kits19(str(new_data), cases=DOWNSTREAM_CASES, size=phantoms.REFERENCE_SIZE, seed=seed + 1)
         (new_data / "done").touch()
 
-    pool_file = pretrain / "configs/pool.json"
+    pool_file = pretrain / "configs/demo_pool.json"
     _step(start, "2. What the pool holds", f"python -m tsfm pool --pool_file {pool_file} --dataset_dir {pool_data}")
     print(DatasetPool(pool_file, pool_data, allow_missing=True).describe())
 
-    shared: dict[str, Any] = {"dataset_dir": str(pool_data), "allow_missing": True, "store_dir": str(out / "store")}
-    settings = {
-        **NETWORK, "epochs": epochs, "iterations_per_epoch": 25, "val_iterations": 8, "val_interval": 2, "patch_size": PATCH,
-        "spacing_mm": SPACING_MM, "num_workers": 1, "seed": seed, "output_dir": str(out / "pretrain"),
-        "ckpt_dir": str(out / "pretrain/models"), **shared,
-    }  # fmt: skip
-    _bundle_step(start, "3. Prepare and pretrain with the small overlay", pretrain, ["train.json", "small.json"], settings)
+    settings = {"dataset_dir": pool_data, "store_dir": out / "store", "output_dir": out / "pretrain",
+                "ckpt_dir": out / "pretrain/models", "seed": seed}  # fmt: skip
+    _bundle_step(start, "3. Prepare and pretrain", pretrain, ["train.json", "small.json", "demo.json"], settings)
 
     checkpoint = out / "pretrain/model.pt"
-    evaluation = {"checkpoint": str(checkpoint), "output_dir": str(out / "evaluation"), "dataset_dir": str(pool_data),
-                  "allow_missing": True, "progress": False}  # fmt: skip
+    evaluation = {"checkpoint": checkpoint, "output_dir": out / "evaluation", "dataset_dir": pool_data,
+                  "pool_file": pool_file, "progress": False}  # fmt: skip
     _bundle_step(start, "4. Segment and score the held-out cases of the pool, with a page of pictures", pretrain,
                  ["inference.json", "evaluate.json"], evaluation)  # fmt: skip
 
@@ -75,7 +62,7 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", epochs: 
 
     best = out / "transfer/cells/pretrained-4epochs-seed0/model.pt"
     case = sorted(new_data.glob("case_*/imaging.nii.gz"))[0]
-    inference = {"checkpoint": str(best), "dataset_dir": str(case), "output_dir": str(out / "predictions"),
+    inference = {"checkpoint": best, "dataset_dir": case, "output_dir": out / "predictions",
                  "existing": "overwrite", "progress": False}  # fmt: skip
     _bundle_step(start, "6. Segment an image with the fine-tuned weights", finetune, ["inference.json"], inference)
 
@@ -96,4 +83,4 @@ def _bundle_step(start: float, title: str, bundle: Path, configs: list[str], set
     overrides = " ".join(f'--{key} "{value}"' for key, value in settings.items())
     _step(start, title, f'python -m monai.bundle run --config_file "[{listed}]" --bundle_root {bundle} {overrides}')
     logging.getLogger("monai.bundle").setLevel(logging.WARNING)
-    run_bundle(bundle, configs, **settings)
+    run_bundle(bundle, configs, **{key: str(v) if isinstance(v, Path) else v for key, v in settings.items()})

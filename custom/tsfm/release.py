@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import EXTRA_STATE, encode_description, read_state, table_of
+from .checkpoint import EXTRA_STATE, encode_description, read_description, read_state, table_of
 
 LARGE_FILE_BYTES = 25 * 2**20
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can name
@@ -156,6 +156,19 @@ def zip_bundle(bundle: str, output_dir: str) -> str:
     return path
 
 
+def bundle_description(path: str) -> dict[str, Any]:
+    """What travels with the weights at `path`, or else with those of the bundle that this package lies in.
+
+    `monai.bundle.load` builds the network without saying where the bundle is, so that a released config's relative
+    path leads nowhere from another working folder.
+
+    Raises:
+        CheckpointError: as `read_description`.
+    """
+    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models", "model.pt")
+    return read_description(beside if not os.path.isfile(path) and os.path.isfile(beside) else path)
+
+
 # ---- checks that the gate shares ------------------------------------------------------------------------------------
 
 
@@ -258,7 +271,10 @@ def _fill_configs(configs: dict[str, Any], description: Mapping[str, Any], name:
     network = {"_target_": "tsfm.TSFM", **description["network"]}
     preparation = {"_target_": "tsfm.Preparation.from_dict", "values": description["preparation"]}
     train, inference = configs.get("train.json", {}), configs["inference.json"]
-    inference["network_def"] = {**network, "dropout": 0.0}  # spelled out: it is built before the weights are found
+    if "description" in inference:
+        inference["description"]["_target_"] = "tsfm.release.bundle_description"
+    else:
+        inference["network_def"] = network
     if train.get("network_def", {}).get("_target_") == "tsfm.TSFM":
         references = {key: value for key, value in train["network_def"].items() if str(value).startswith("@")}
         train["network_def"] = {**network, **references}

@@ -1,0 +1,213 @@
+"""What the bundles declare: the two share everything they can, and hold what MONAI and the paper ask for."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from monai.bundle import ConfigParser, ConfigWorkflow
+from tsfm.labels import LabelTable
+from tsfm.network import TSFM
+
+PRETRAIN, FINETUNE = (ROOT / "bundles" / name for name in ("tsfm_pretrain", "tsfm_finetune"))
+BUNDLES = (PRETRAIN, FINETUNE)
+ENTRY = "(this entry)"
+
+# What one bundle declares otherwise than the other, down to the single line: everything else is the same.
+TRAIN_DIFFERS = {
+    *("_desc_", "pool_file", "epochs", "learning_rate", "patch_size", "spacing_mm", "ct_normalization"),
+    *("settings#pool", "settings#patch_size"),
+    *("pool#_target_", "network_def#_target_", "network_def#in_channels", "network_def#out_channels"),
+    *("network_def#img_size", "described_network#patch_size", "optimizer#params", "optimizer#weight_decay"),
+    *("train#dataset#patch_size", "validate#dataset#patch_size"),
+}
+ONLY_PRETRAIN_TRAINS = {"datasets", "allow_missing", "pool#datasets", "pool#allow_missing"}
+ONLY_FINETUNE_TRAINS = {
+    *("images", "labels", "label_ids", "regions", "modality", "pretrained", "from_scratch", "freeze", "warmup_epochs"),
+    *("head_learning_rate", "encoder_learning_rate", "in_channels", "patch", "loss#reduction"),
+    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs")),
+    *(f"settings#{key}" for key in ("spacing_mm", "ct_normalization", "head_learning_rate", "encoder_learning_rate")),
+    *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
+    *("preparation#in_channels", "preparation#pretrained", "lr_scheduler#warmup_epochs"),
+    *(f"network_def#{key}" for key in ("pool", "patch_size", "pretrained", "preparation", "from_scratch", "freeze")),
+    "network_def#output_dir",
+}
+EVALUATE_DIFFERS = {"pool_file", "pool#_target_"}
+ONLY_PRETRAIN_EVALUATES = {"datasets", "allow_missing", "pool#datasets", "pool#allow_missing"}
+ONLY_FINETUNE_EVALUATES = {
+    *("images", "labels", "label_ids", "regions", "modality"),
+    *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
+}
+
+KNOBS = (
+    *("dataset_dir", "pool_file", "store_dir", "output_dir", "epochs", "iterations_per_epoch", "batch_size"),
+    *("patch_size", "learning_rate", "val_interval", "num_workers", "device", "amp", "seed", "fold"),
+)
+TRAIN_IDS = (
+    *("bundle_root", "device", "dataset_dir", "network_def", "network", "val_interval", "initialize", "run"),
+    *(f"train#{key}" for key in ("trainer", "dataset", "dataset#data", "dataloader", "inferer", "handlers")),
+    *("train#trainer#max_epochs", "train#preprocessing"),
+    *(f"validate#{key}" for key in ("evaluator", "handlers", "dataset", "dataset#data", "key_metric")),
+)
+INFERENCE_IDS = (
+    *("bundle_root", "device", "dataset_dir", "output_dir", "dataset", "dataloader", "network_def", "inferer"),
+    *("preprocessing", "postprocessing", "handlers", "evaluator", "checkpointloader", "run"),
+)
+
+
+def config(bundle, name):
+    return json.loads((bundle / "configs" / name).read_text())
+
+
+def lines(value, prefix=""):
+    """Id -> value of every leaf, as `#`-joined ids; a node that is a list is one leaf."""
+    if isinstance(value, dict) and value:
+        return {key: leaf for name, part in value.items() for key, leaf in lines(part, f"{prefix}{name}#").items()}
+    return {prefix.rstrip("#"): value}
+
+
+def differences(name):
+    first, second = (config(bundle, name) for bundle in BUNDLES)
+    one, two = lines(first), lines(second)
+    # An entry that is a mapping on one side only is named as a whole.
+    whole = {key.split("#")[0] for key in one.keys() ^ two.keys()}
+    for key in [key for key in whole if (key in first) != (key in second)]:
+        for side, content in ((one, first), (two, second)):
+            if key in content:
+                for leaf in [leaf for leaf in side if leaf.split("#")[0] == key]:
+                    del side[leaf]
+                side[key] = content[key]
+    if (one.get("optimizer#params") is None) != (two.get("optimizer#params") is None):
+        for side in (one, two):
+            for leaf in [leaf for leaf in side if leaf.startswith("optimizer#params#")]:
+                del side[leaf]
+            side.setdefault("optimizer#params", ENTRY)
+    differs = {key for key in one.keys() & two.keys() if one[key] != two[key]}
+    return differs, one.keys() - two.keys(), two.keys() - one.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "differs", "only_pretrain", "only_finetune"),
+    [
+        ("train.json", TRAIN_DIFFERS, ONLY_PRETRAIN_TRAINS, ONLY_FINETUNE_TRAINS),
+        ("evaluate.json", EVALUATE_DIFFERS, ONLY_PRETRAIN_EVALUATES, ONLY_FINETUNE_EVALUATES),
+        ("inference.json", set(), set(), set()),
+        ("multi_gpu_train.json", set(), set(), set()),
+    ],
+)
+def test_both_bundles_declare_the_same_but_for_what_is_listed_here(name, differs, only_pretrain, only_finetune):
+    assert differences(name) == (differs, only_pretrain, only_finetune)
+
+
+def test_the_order_of_declarations_is_the_same():
+    for name in ("train.json", "evaluate.json"):
+        first, second = (list(config(bundle, name)) for bundle in BUNDLES)
+        assert [key for key in first if key in second] == [key for key in second if key in first]
+
+
+def test_logging_is_the_same():
+    assert (PRETRAIN / "configs/logging.conf").read_text() == (FINETUNE / "configs/logging.conf").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bundles").glob("*/configs/*.json")), ids=lambda path: f"{path.parts[-3]}-{path.name}")
+def test_json_is_indented_by_four(path):
+    text = path.read_text()
+    assert text.rstrip("\n") == json.dumps(json.loads(text), indent=4)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_knobs_and_the_ids_of_monai_and_monai_label_stand_there_literally(bundle):
+    for name, wanted in (("train.json", (*KNOBS, *TRAIN_IDS)), ("inference.json", INFERENCE_IDS)):
+        parser = ConfigParser(config(bundle, name))
+        assert [key for key in wanted if parser.get(key, "absent") == "absent"] == []
+    train, inference = config(bundle, "train.json"), config(bundle, "inference.json")
+    assert set(KNOBS) <= set(train)
+    assert isinstance(train["train"]["handlers"], list) and isinstance(inference["handlers"], list)
+    assert isinstance(inference["displayable_configs"], dict)
+    assert (bundle / "LICENSE").is_file() and (bundle / "configs/multi_gpu_train.json").is_file()
+    for word in ("detection", "classification", "deepedit", "deepgrow"):
+        assert word not in bundle.name
+    # MONAI Label replaces the device by a string, and drops SaveImaged by its class
+    assert "@device." not in json.dumps(inference) and "Invertd" in json.dumps(inference["postprocessing"])
+
+
+def test_an_inference_that_names_a_targets_choice_says_so_in_one_place():
+    """The knobs of the command line and of 3D Slicer are one: the plain ids read the displayable ones."""
+    inference = config(PRETRAIN, "inference.json")
+    assert set(inference["displayable_configs"]) == {"threshold", "mirroring", "overlap", "targets"}
+    for name in ("threshold", "mirror", "overlap", "targets"):
+        assert "@displayable_configs#" in inference[name]
+
+
+def test_pretraining_declares_the_papers_numbers():
+    train = config(PRETRAIN, "train.json")
+    assert train["optimizer"] == {
+        "_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": "@learning_rate", "momentum": 0.99,
+        "nesterov": True, "weight_decay": 1e-3,
+    }  # fmt: skip
+    assert train["lr_scheduler"]["power"] == 0.9 and train["learning_rate"] == 1e-3
+    assert (train["batch_size"], train["iterations_per_epoch"], train["epochs"]) == (2, 250, 1000)
+    assert train["patch_size"] == [112, 160, 192] and train["train"]["step"]["clip_norm"] == 12
+    assert train["amp"] is True
+
+
+def test_finetuning_declares_nnunets_defaults():
+    train = config(FINETUNE, "train.json")
+    optimizer = train["optimizer"]
+    assert (optimizer["momentum"], optimizer["nesterov"], optimizer["weight_decay"]) == (0.99, True, 3e-5)
+    assert train["learning_rate"] == 1e-2 and train["lr_scheduler"]["power"] == 0.9
+    assert (train["batch_size"], train["iterations_per_epoch"], train["val_iterations"]) == (2, 250, 50)
+    assert train["freeze"] == "none" and train["warmup_epochs"] == 0
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_the_augmentation_is_the_one_that_is_compared_with_nnunet(bundle):
+    checked = json.loads((Path(__file__).parent / "fixtures/augmentation.json").read_text())
+    assert config(bundle, "train.json")["train"]["preprocessing"]["transforms"] == checked
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_the_label_maps_table_in_the_metadata_is_the_pools(bundle):
+    table = LabelTable.from_dict(config(PRETRAIN, "pool.json"))
+    formats = config(bundle, "metadata.json")["network_data_format"]
+    pred = formats["outputs"]["pred"]
+    assert pred["channel_def"] == table.channel_def()
+    assert pred["num_channels"] == len(table.names)
+    assert next(iter(formats["inputs"])) == "image" and next(iter(formats["outputs"])) == "pred"
+    assert all(name == name.lower() for name in pred["channel_def"].values())
+    assert list(pred["channel_def"]) == [str(value) for value in range(len(table.names) + 1)]
+
+
+def test_the_declared_network_has_1600_million_parameters():
+    declared = {key: value for key, value in config(PRETRAIN, "train.json")["network_def"].items() if key[0] != "_"}
+    declared |= {"out_channels": 31, "img_size": [112, 160, 192], "deep_supervision": True, "checkpointing": True}
+    with torch.device("meta"):
+        network = TSFM(**declared)
+    assert 1.56e9 < sum(parameter.numel() for parameter in network.parameters()) < 1.64e9
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+@pytest.mark.parametrize("kind", ["train", "infer"])
+def test_monai_finds_every_property_of_a_workflow(bundle, kind, pretrained, phantom_pool, tiny, tmp_path):
+    """`check_properties` instantiates what it names: with files in place, nothing is missing."""
+    files = {"train": ["train.json"], "infer": ["inference.json"]}[kind]
+    settings = {"output_dir": str(tmp_path / "out"), "bundle_root": str(bundle), "device": "cpu"}
+    if kind == "infer":
+        settings |= {"checkpoint": str(pretrained / "model.pt"), "dataset_dir": str(phantom_pool / "Task03_Liver/imagesTr")}
+    elif bundle == PRETRAIN:
+        settings |= {"dataset_dir": str(phantom_pool), "store_dir": str(tmp_path / "store"), "allow_missing": True}
+        files.append(tiny)
+    else:
+        settings |= {"dataset_dir": str(phantom_pool / "Task03_Liver"), "store_dir": str(tmp_path / "store"), "num_workers": 0}
+        settings["pretrained"] = str(pretrained / "model.pt")
+    workflow = ConfigWorkflow(
+        config_file=[str(bundle / "configs" / name) if "/" not in name else name for name in files],
+        meta_file=str(bundle / "configs/metadata.json"), logging_file=str(bundle / "configs/logging.conf"),
+        workflow_type=kind, **settings,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        workflow.initialize()
+        assert workflow.check_properties() == []

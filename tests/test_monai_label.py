@@ -1,0 +1,168 @@
+"""A real MONAI Label server on both released bundles: info, inference, active learning, training, inference again.
+
+MONAI Label needs an environment of its own (`make label-env`, or TSFM_LABEL_PYTHON names its interpreter); without one
+these tests are skipped. About a minute per bundle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from tsfm import release
+from tsfm.checkpoint import describe_network, save_weights
+from tsfm.labels import LabelTable
+from tsfm.network import TSFM
+from tsfm.preprocessing import Preparation
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LABEL_PYTHON = os.environ.get("TSFM_LABEL_PYTHON", str(REPOSITORY / ".venv-label/bin/python"))
+TARGETS = {"organ": {}, "tumor": {"inside": "organ"}}
+VALUES = {"organ": 1, "tumor": 2}
+TINY = {"features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]]}
+TINY |= {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
+WAIT_S = 240
+
+pytestmark = pytest.mark.skipif(not Path(LABEL_PYTHON).exists(), reason="no MONAI Label environment")
+
+
+class Server:
+    """A MONAI Label server in a process of its own, and the few requests that these tests make."""
+
+    def __init__(self, bundle: Path, root: Path) -> None:
+        self.name, self.app, self.log = bundle.name, root / "app", root / "server.log"
+        prefix = Path(LABEL_PYTHON).parents[1]
+        samples = prefix / "monailabel/sample-apps/monaibundle"
+        shutil.copytree(samples, self.app, ignore=shutil.ignore_patterns("model", "logs", "__pycache__"))
+        shutil.copytree(bundle, self.app / "model" / self.name)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        environment |= {"MONAI_LABEL_SESSION_PATH": str(root / "sessions"), "PYTHONPATH": str(_shim(root))}
+        command = [LABEL_PYTHON, "-m", "monailabel.main", "start_server", "--app", str(self.app)]
+        command += ["--studies", str(root / "studies"), "--host", "127.0.0.1", "--port", str(self.port)]
+        for key, value in {"models": self.name, "zoo_source": "ngc", "sam2": "false"}.items():
+            command += ["--conf", key, value]
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    def request(self, path: str, body: bytes | None = None, kind: str = "application/json") -> bytes:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, {"Content-Type": kind})
+        try:
+            with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path}: HTTP {error.code}\n{self.log.read_text()[-3000:]}") from None
+
+    def info(self) -> dict:
+        deadline = time.time() + WAIT_S
+        while time.time() < deadline:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                return json.loads(self.request("/info/"))
+            except urllib.error.URLError:
+                time.sleep(1)
+        raise AssertionError("the server did not answer\n" + self.log.read_text()[-3000:])
+
+    def infer(self, image: str, target: Path, **options) -> nib.Nifti1Image:
+        parameters = json.dumps({"result_extension": ".nii.gz", "result_dtype": "uint8", **options})
+        body = b'--x\r\nContent-Disposition: form-data; name="params"\r\n\r\n' + parameters.encode() + b"\r\n--x--\r\n"
+        path = f"/infer/{self.name}?image={image}&output=image"
+        target.write_bytes(self.request(path, body, "multipart/form-data; boundary=x"))
+        return nib.load(target)
+
+    def train(self, **options) -> None:
+        self.request(f"/train/{self.name}", json.dumps({"max_epochs": 1, "multi_gpu": False, **options}).encode())
+        deadline = time.time() + WAIT_S
+        while time.time() < deadline:
+            state = json.loads(self.request("/train/"))
+            if state["status"] not in ("SUBMITTED", "RUNNING"):
+                break
+            time.sleep(1)
+        assert state["status"] == "DONE", "\n".join(state["details"][-40:])
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def _shim(root: Path) -> Path:
+    """The two names that MONAI Label imports from torchvision, of which no CPU wheel fits this torch."""
+    package = root / "shim/torchvision"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("__version__ = '0'\n")
+    (package / "utils.py").write_text(
+        "def make_grid(*args, **kwargs): raise NotImplementedError\nsave_image = make_grid\n"
+    )
+    return root / "shim"
+
+
+def _studies(folder: Path) -> None:
+    """Three images whose array axes point left, back and up; two of them labeled."""
+    grid = np.stack(np.meshgrid(*map(np.arange, (40, 44, 28)), indexing="ij"), -1).astype(float)
+    label = np.zeros((40, 44, 28), np.uint8)
+    label[(((grid - (18, 24, 13)) / (12, 13, 8)) ** 2).sum(-1) <= 1] = 1
+    label[(((grid - (22, 24, 13)) / (4, 4, 3)) ** 2).sum(-1) <= 1] = 2
+    image = np.array([-200, 80, 250])[label].astype(np.int16)
+    affine = np.array([[-1.2, 0, 0, 40], [0, -1.2, 0, 55], [0, 0, 2.5, -300], [0, 0, 0, 1.0]])
+    (folder / "labels/final").mkdir(parents=True)
+    for i in range(3):
+        nib.save(nib.Nifti1Image(image, affine), folder / f"case{i}.nii.gz")
+        if i < 2:
+            nib.save(nib.Nifti1Image(label, affine), folder / f"labels/final/case{i}.nii.gz")
+
+
+@pytest.fixture(scope="module", params=["tsfm_pretrain", "tsfm_finetune"])
+def server(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    ct = {"CT": {"lower": -300.0, "upper": 400.0, "mean": 50.0, "sd": 150.0}}
+    table = LabelTable(TARGETS, [{"name": "mine", "labels": {"1": "organ", "2": "tumor"}}])
+    network = TSFM(1, 2, **TINY, img_size=[16, 16, 16])
+    describe_network(network, table, Preparation((2.5, 1.2, 1.2), ct), [16, 16, 16], [{"modality": "CT"}])
+    save_weights(network, root / "weights.pt")
+    bundle = release.stage(str(REPOSITORY / "bundles" / request.param), str(root / "weights.pt"), str(root / "dist"))
+    _studies(root / "studies")
+    running = Server(Path(bundle), root)
+    try:
+        yield running, root
+    finally:
+        running.stop()
+
+
+def test_a_label_and_train_round_with_a_real_server(server):
+    server, root = server
+    info = server.info()["models"][server.name]
+    assert info["type"] == "segmentation" and info["dimension"] == 3
+    assert info["labels"] == VALUES
+    assert info["config"]["model_filename"] == ["model.pt"]
+    assert info["config"]["targets"] == ["all", *VALUES]
+
+    reference = nib.load(root / "studies/case2.nii.gz")
+    for options in ({}, {"mirroring": True, "threshold": 0.05, "targets": "organ"}):
+        result = server.infer("case2", root / "result.nii.gz", **options)
+        assert result.shape == reference.shape
+        np.testing.assert_allclose(result.affine, reference.affine, atol=1e-3)
+        allowed = {0, 1} if options else {0, *VALUES.values()}
+        assert set(np.unique(np.asarray(result.dataobj)).tolist()) <= allowed
+    assert np.asarray(result.dataobj).any()  # the threshold arrived: an untrained network says about 0.1 everywhere
+
+    assert json.loads(server.request("/activelearning/first", b"{}"))["id"] == "case2"
+    weights = server.app / "model" / server.name / "models/model.pt"
+    before = torch.load(weights, weights_only=True)["stem.weight"].clone()
+    server.train(val_split=0.5)
+    after = torch.load(weights, weights_only=True)["stem.weight"]
+    assert after.shape == before.shape and not torch.equal(before, after)
+    server.infer("case2", root / "again.nii.gz")
