@@ -13,26 +13,22 @@ from tsfm.network import TSFM
 
 PRETRAIN, FINETUNE = (ROOT / "bundles" / name for name in ("tsfm_pretrain", "tsfm_finetune"))
 BUNDLES = (PRETRAIN, FINETUNE)
-ENTRY = "(this entry)"
 
-# What one bundle declares otherwise than the other, down to the single line: everything else is the same.
+# What one bundle declares otherwise than the other, line by line: everything else is the same.
+AS_A_WHOLE = {"network_def", "optimizer#params", "in_channels", "patch"}
 TRAIN_DIFFERS = {
-    *("_desc_", "pool_file", "epochs", "learning_rate", "patch_size", "spacing_mm", "ct_normalization"),
-    *("settings#pool", "settings#patch_size"),
-    *("pool#_target_", "network_def#_target_", "network_def#in_channels", "network_def#out_channels"),
-    *("network_def#img_size", "described_network#patch_size", "optimizer#params", "optimizer#weight_decay"),
-    *("train#dataset#patch_size", "validate#dataset#patch_size"),
+    *("_desc_", "pool_file", "epochs", "learning_rate", "patch_size", "spacing_mm", "ct_normalization", "network_def"),
+    *("settings#pool", "settings#patch_size", "described_network#patch_size", "pool#_target_", "optimizer#params"),
+    *("optimizer#weight_decay", "train#dataset#patch_size", "validate#dataset#patch_size"),
 }
 ONLY_PRETRAIN_TRAINS = {"datasets", "allow_missing", "pool#datasets", "pool#allow_missing"}
 ONLY_FINETUNE_TRAINS = {
     *("images", "labels", "label_ids", "regions", "modality", "pretrained", "from_scratch", "freeze", "warmup_epochs"),
     *("head_learning_rate", "encoder_learning_rate", "in_channels", "patch", "loss#reduction"),
-    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs")),
-    *(f"settings#{key}" for key in ("spacing_mm", "ct_normalization", "head_learning_rate", "encoder_learning_rate")),
+    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs", "preparation")),
+    *(f"settings#{key}" for key in ("head_learning_rate", "encoder_learning_rate")),
     *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
     *("preparation#in_channels", "preparation#pretrained", "lr_scheduler#warmup_epochs"),
-    *(f"network_def#{key}" for key in ("pool", "patch_size", "pretrained", "preparation", "from_scratch", "freeze")),
-    "network_def#output_dir",
 }
 EVALUATE_DIFFERS = {"pool_file", "pool#_target_"}
 ONLY_PRETRAIN_EVALUATES = {"datasets", "allow_missing", "pool#datasets", "pool#allow_missing"}
@@ -62,28 +58,15 @@ def config(bundle, name):
 
 
 def lines(value, prefix=""):
-    """Id -> value of every leaf, as `#`-joined ids; a node that is a list is one leaf."""
-    if isinstance(value, dict) and value:
+    """Id -> value of every leaf, as `#`-joined ids; a list is one leaf."""
+    if isinstance(value, dict) and prefix.rstrip("#") not in AS_A_WHOLE:
         return {key: leaf for name, part in value.items() for key, leaf in lines(part, f"{prefix}{name}#").items()}
     return {prefix.rstrip("#"): value}
 
 
 def differences(name):
-    first, second = (config(bundle, name) for bundle in BUNDLES)
-    one, two = lines(first), lines(second)
-    # An entry that is a mapping on one side only is named as a whole.
-    whole = {key.split("#")[0] for key in one.keys() ^ two.keys()}
-    for key in [key for key in whole if (key in first) != (key in second)]:
-        for side, content in ((one, first), (two, second)):
-            if key in content:
-                for leaf in [leaf for leaf in side if leaf.split("#")[0] == key]:
-                    del side[leaf]
-                side[key] = content[key]
-    if (one.get("optimizer#params") is None) != (two.get("optimizer#params") is None):
-        for side in (one, two):
-            for leaf in [leaf for leaf in side if leaf.startswith("optimizer#params#")]:
-                del side[leaf]
-            side.setdefault("optimizer#params", ENTRY)
+    """(ids whose lines differ, ids that only the pretraining has, ids that only the fine-tuning has)."""
+    one, two = (lines(config(bundle, name)) for bundle in BUNDLES)
     differs = {key for key in one.keys() & two.keys() if one[key] != two[key]}
     return differs, one.keys() - two.keys(), two.keys() - one.keys()
 
