@@ -33,3 +33,15 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/run
 
 clean:
 	rm -rf $(VENV) demo_output build dist
+
+# The Model Zoo's checks and MONAI Label, on bundles staged around the weights in WEIGHTS_PRETRAIN and WEIGHTS_FINETUNE.
+WEIGHTS_PRETRAIN ?= demo_output/pretrain/model.pt
+WEIGHTS_FINETUNE ?= demo_output/transfer/cells/pretrained-4epochs-seed0/model.pt
+
+release: $(VENV)/run
+	$(BIN)/python -m tsfm release --bundle_dir bundles/tsfm_pretrain --checkpoint $(WEIGHTS_PRETRAIN) --output_dir dist
+	$(BIN)/python -m tsfm release --bundle_dir bundles/tsfm_finetune --checkpoint $(WEIGHTS_FINETUNE) --output_dir dist
+
+gate: $(VENV)/dev
+	$(BIN)/python -m tsfm gate --bundle_dir bundles/tsfm_pretrain
+	$(BIN)/python -m tsfm gate --bundle_dir bundles/tsfm_finetune

@@ -140,6 +140,27 @@ def ablation_table(*args: Any, **kwargs: Any) -> None:
     run(*args, **kwargs)
 
 
+def release(*args: Any, **kwargs: Any) -> None:
+    """Stage a bundle around a checkpoint, self-contained, and write NAME_vX.Y.Z.zip with its checksum.
+
+    Arguments: bundle_dir, checkpoint, output_dir, name, version, changelog, base_url, metrics, trained_on.
+    """
+    from .release import release as run
+
+    print(run(*args, **kwargs))
+
+
+def gate(bundle_dir: str) -> None:
+    """Run the Model Zoo's checks that can run here on a bundle's folder; exit code 1 if one fails."""
+    from .gate import format_table
+    from .gate import gate as run
+
+    rows = run(bundle_dir)
+    print(format_table(rows))
+    if any(row.result == "FAIL" for row in rows):
+        sys.exit(1)
+
+
 def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: int = 0) -> None:
     """Prepare, pretrain, transfer, infer, score and draw pictures on phantoms, all below `output_dir`."""
     from .demo import demo as run
@@ -162,6 +183,8 @@ COMMANDS = {
     "postprocessing": postprocessing,
     "transfer_table": transfer_table,
     "ablation_table": ablation_table,
+    "release": release,
+    "gate": gate,
     "demo": demo,
 }
 

@@ -145,7 +145,7 @@ def poly_schedule(
 class Curve:
     """Handler: one row per epoch (loss, learning rate, validation Dice, its moving average, seconds, waiting for data).
 
-    It writes ``curve.csv`` whole after each epoch and logs a line. Attach it after validation and before `RunState`.
+    It writes ``curve.csv`` whole after each epoch and logs a line. `RunState` attaches it, after validation.
 
     Args:
         output_dir: where ``curve.csv`` goes.
@@ -185,6 +185,7 @@ class Curve:
 
     def _start(self, engine: Engine) -> None:
         self.losses, self.waited, self.validated, self.started = [], 0.0, False, time.perf_counter()
+        self.learning_rate = float(engine.optimizer.param_groups[0]["lr"])  # the schedule steps at the epoch's end
 
     def _wait(self, engine: Engine) -> None:
         self.waiting_since = time.perf_counter()
@@ -209,7 +210,7 @@ class Curve:
         training_s = max(self.iterated - self.started, 1e-9)
         row: dict[str, Any] = {
             "epoch": engine.state.epoch,
-            "lr": float(engine.optimizer.param_groups[0]["lr"]),
+            "lr": self.learning_rate,
             "loss": float(torch.stack(self.losses).float().mean()),
             self.metric: None,
             "ema": None,
@@ -245,7 +246,7 @@ class Curve:
 class RunState:
     """Handler: the run's whole state in ``last.pt`` after every epoch, and resuming from it; the best in ``model.pt``.
 
-    Attach it last. Files are replaced atomically. A folder that holds a run with other settings is refused, a finished
+    Attach it last; it attaches `curve` before itself. Files are replaced atomically. A folder that holds a run with other settings is refused, a finished
     run is left as it is. ``model.pt`` is the epoch with the best moving average of the validation Dice; without
     validation, the last epoch.
 
@@ -295,7 +296,8 @@ class RunState:
         return os.path.join(self.output_dir, "model.pt")
 
     def attach(self, engine: Engine) -> None:
-        """Resume when `engine` starts, save at the end of its epochs, publish at its end."""
+        """Resume when `engine` starts; at the end of its epochs complete the curve, then save; publish at its end."""
+        self.curve.attach(engine)
         engine.add_event_handler(Events.STARTED, self.resume)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.COMPLETED, self.publish)
