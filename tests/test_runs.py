@@ -89,25 +89,30 @@ def test_workers_change_nothing(phantom_pool, tiny, tmp_path, pretrained):
     assert_same_weights(weights(pretrained), weights(tmp_path))
 
 
-@pytest.mark.parametrize("amp", [False])
-def test_two_processes_take_the_step_of_one_with_the_doubled_batch(phantom_pool, tiny, tmp_path, amp):
-    """torchrun with two gloo processes; fp32, since sums in another order round differently."""
-    options = {"epochs": 1, "iterations_per_epoch": 2, "amp": amp}
-    one = pretrain_options(phantom_pool, tmp_path / "one", batch_size=4, **options)
-    run_bundle("tsfm_pretrain", ["train.json", tiny], **one)
-    two = pretrain_options(phantom_pool, tmp_path / "two", batch_size=2, **options)
-    del_device = tmp_path / "no_device.json"
-    del_device.write_text(json.dumps({"device": "$torch.device('cpu')"}))
-    command = bundle_command(
-        "tsfm_pretrain", ["train.json", tiny, "multi_gpu_train.json", str(del_device)],
-        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"), **two,
-    )  # fmt: skip
+def torchrun(overlays, **options):
+    """Two gloo processes on the CPU."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+    command = bundle_command("tsfm_pretrain", ["train.json", *overlays], launcher=launcher, **options)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("overlay", ["multi_gpu_train.json", "fsdp_train.json"])
+def test_two_processes_take_the_steps_of_one_with_the_doubled_batch(phantom_pool, tiny, tmp_path, overlay):
+    """In float32, since sums in another order round differently."""
+    options = {"epochs": 1, "iterations_per_epoch": 2, "amp": False}
+    run_bundle("tsfm_pretrain", ["train.json", tiny], **pretrain_options(phantom_pool, tmp_path / "one", batch_size=4, **options))
+    two = pretrain_options(phantom_pool, tmp_path / "two", batch_size=2, **options)
+    torchrun([tiny, overlay], **two)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert first.keys() == second.keys()
     for key, value in first.items():
         if key != "_extra_state":
             torch.testing.assert_close(value, second[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    assert read_state(tmp_path / "two/model.pt")[1]["network"]["features"] == [8, 16, 32]
+    assert "resuming after epoch 1" in torchrun([tiny, overlay], **{**two, "epochs": 2})
+    assert torch.load(tmp_path / "two/last.pt", weights_only=True)["epoch"] == 2
 
 
 def test_missing_data_sets_are_listed_before_anything_starts(tmp_path, tiny):

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -194,10 +195,11 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
     network.load_state_dict(tensors, strict=False)
 
 
-def save_weights(network: nn.Module, path: str | os.PathLike) -> None:
-    """Write a plain state dict, description included, to a ``.pt`` or ``.safetensors`` file, atomically."""
+def save_weights(network: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Write a network's (or its state's) plain state dict, description included, to ``.pt`` or ``.safetensors``, atomically."""
     path = os.fspath(path)
-    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    state = network.state_dict() if isinstance(network, nn.Module) else network
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     atomic_write(path, lambda temporary: _write_state(state, temporary, path.endswith(".safetensors")))
 
 
@@ -239,7 +241,8 @@ def _load_file(path: str) -> dict[str, Any]:
         except Exception as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files in the format before torch 1.6 cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(

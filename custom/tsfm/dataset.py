@@ -43,6 +43,7 @@ class PoolSampler(DistributedSampler):
             foreground (nnU-Net's rule; one of two). A batch of one is forced with this probability.
         rank, world_size: this process and their number; the batches of all ranks together are those that one process
             with the `world_size`-fold `batch_size` would draw.
+        allow_empty: without any case, draw nothing instead of raising a ValueError (a fold without validation cases).
     """
 
     def __init__(
@@ -55,9 +56,12 @@ class PoolSampler(DistributedSampler):
         rank: int = 0,
         world_size: int = 1,
         batched: bool = False,
+        allow_empty: bool = False,
     ) -> None:
         weights = sampling_weights(data) if len(data) and isinstance(data[0], Mapping) else np.asarray(data, np.float64)
-        if not len(weights) or weights.min() < 0 or not 0 < weights.sum() < np.inf:
+        if not len(weights) and allow_empty:
+            iterations = 0
+        elif not len(weights) or weights.min() < 0 or not 0 < weights.sum() < np.inf:
             raise ValueError(f"no cases to draw from: {len(weights)} weights that sum to {weights.sum()}")
         super().__init__(weights, num_replicas=world_size, rank=rank, shuffle=False, seed=seed)
         self.batch_size = batch_size

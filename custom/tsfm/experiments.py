@@ -16,6 +16,7 @@ from typing import Any
 import monai
 
 from .checkpoint import CheckpointError, atomic_write
+from .errors import first_cause
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +24,22 @@ PAPER_EPOCHS = (10, 20, 50, 100)
 
 
 def run_bundle(bundle_dir: str | os.PathLike, configs: Sequence[str], **overrides: Any) -> None:
-    """``python -m monai.bundle run`` in this process: `configs` are names in the bundle's configs folder, or paths."""
+    """``python -m monai.bundle run`` in this process: `configs` are names in the bundle's configs folder, or paths.
+
+    An error is raised as what it was before MONAI wrapped it.
+    """
     folder = Path(bundle_dir) / "configs"
     files = [str(folder / name) if (folder / name).is_file() else str(name) for name in configs]
-    monai.bundle.run(
-        config_file=files,
-        meta_file=str(folder / "metadata.json"),
-        logging_file=str(folder / "logging.conf"),
-        bundle_root=str(bundle_dir),
-        **overrides,
-    )
+    try:
+        monai.bundle.run(
+            config_file=files,
+            meta_file=str(folder / "metadata.json"),
+            logging_file=str(folder / "logging.conf"),
+            bundle_root=str(bundle_dir),
+            **overrides,
+        )
+    except RuntimeError as error:
+        raise first_cause(error) from None
 
 
 def transfer_table(

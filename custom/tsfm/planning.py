@@ -20,7 +20,7 @@ import nibabel as nib
 import torch
 
 from .cases import Preparation
-from .checkpoint import atomic_write, build_network, read_description
+from .checkpoint import CheckpointError, atomic_write, build_network, read_description
 from .network import TSFM
 from .pool import DatasetPool, PoolError
 from .preprocessing import Fingerprint, fingerprint, fit_patch, plan_spacing
@@ -73,7 +73,7 @@ def dataset_pool(
                 f"{dataset_dir}: two folders say nothing about the labels; name them (--label_ids \"{{'1': 'liver'}}\")"
             )
     elif pretrained not in FROM_SCRATCH and os.path.isfile(str(pretrained)):
-        description = read_description(str(pretrained))
+        description = _pretrained_description(pretrained)
         return DatasetPool({"targets": description["targets"], "datasets": []}, dataset_dir, **options)
     else:
         raise PoolError(
@@ -90,7 +90,7 @@ def dataset_pool(
 def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
     """Image channels of the pool's cases, from the first case's header; of the weights where the pool has no cases."""
     if not pool.entries:
-        return read_description(str(pretrained))["network"]["in_channels"]
+        return _pretrained_description(pretrained)["network"]["in_channels"]
     image = pool.cases[0]["image"]
     if isinstance(image, list | tuple):
         return len(image)
@@ -116,7 +116,7 @@ def plan_preparation(
     ``"fingerprint"``: percentiles and moments of the foreground of all CT of the pool (nnU-Net). Anything but CT is
     z-scored. A fingerprint is computed once and kept in `store_dir`.
     """
-    known = {} if pretrained in FROM_SCRATCH else read_description(str(pretrained))["preparation"]
+    known = {} if pretrained in FROM_SCRATCH else _pretrained_description(pretrained)["preparation"]
     for name, value in (("spacing_mm", spacing_mm), ("ct_normalization", ct_normalization)):
         if value == "checkpoint" and not known:
             raise ValueError(
@@ -152,7 +152,7 @@ def plan_patch(
     """
     if patch_size != "auto":
         return [int(size) for size in patch_size]
-    description = read_description(str(pretrained))
+    description = _pretrained_description(pretrained)
     if not pool.entries:
         return description["patch_size"]
     shape = _fingerprint(pool, store_dir).median_prepared_shape(preparation.spacing_mm)
@@ -189,7 +189,7 @@ def downstream_network(
     if pretrained in FROM_SCRATCH:
         network = TSFM(**shape)
     else:
-        network = build_network(read_description(str(pretrained)), **shape)
+        network = build_network(_pretrained_description(pretrained), **shape)
         network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
     if pretrained not in FROM_SCRATCH and not from_scratch:
         report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
@@ -199,6 +199,18 @@ def downstream_network(
         load_pretrained(network, str(pretrained), report_path=report, task=task)
     freeze_parts(network, freeze)
     return network
+
+
+def _pretrained_description(pretrained: str | None) -> dict[str, Any]:
+    """What travels with the pretrained weights; CheckpointError with the way out where there are none."""
+    if pretrained in FROM_SCRATCH:
+        raise CheckpointError("there are no pretrained weights to plan by: give --pretrained FILE, or --patch_size")
+    if not os.path.isfile(str(pretrained)):
+        raise CheckpointError(
+            f"the pretrained weights {os.path.abspath(str(pretrained))} do not exist: put the model.pt of a pretraining "
+            "there, or name it (--pretrained FILE). --from_scratch True needs it too: it says what the network is like"
+        )
+    return read_description(str(pretrained))
 
 
 def prepare(store: CaseStore, items: Sequence[Mapping[str, Any]], num_workers: int = 0) -> None:
@@ -243,7 +255,8 @@ def _read_or_measure(pool: DatasetPool, store_dir: str) -> Fingerprint:
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
             return Fingerprint(**json.load(file), failed=[])
-    found = fingerprint(pool.cases, pool.table, progress=_rank() == 0)
+    channels = Preparation((1.0, 1.0, 1.0), in_channels=count_channels(pool))
+    found = fingerprint(pool.cases, pool.table, channels, progress=_rank() == 0)
     if found.failed:
         listed = "\n".join(f"  {message}" for _, message in found.failed)
         raise PoolError(

@@ -26,10 +26,12 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ._version import __version__
 from .checkpoint import CheckpointError, atomic_write, save_weights
 from .pool import is_bare
+from .sharding import gather_state, is_sharded, scatter_state
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,7 @@ class TrainStep(AutocastStep):
         self.scaler.unscale_(engine.optimizer)
         parameters = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.scaler.is_enabled() or torch.isfinite(norm):
             self.scaler.step(engine.optimizer)
         else:
@@ -253,7 +256,7 @@ class RunState:
     Args:
         output_dir: the run's folder.
         network: the network, wrapped or not.
-        parts: everything else with ``state_dict`` that has to go on where it stopped (optimiser, schedule, step).
+        parts: everything else with ``state_dict`` that has to go on where it stopped: ``optimizer``, schedule, step.
         curve: the run's `Curve`.
         settings: what makes this run this run (JSON); a resumed run must have the same.
         items: the training items; bare ones (MONAI Label) are never resumed: each request is a run of its own.
@@ -322,8 +325,12 @@ class RunState:
             raise CheckpointError(
                 f"{self.output_dir}: the run there has {state['epoch']} epochs, {engine.state.max_epochs} were asked for"
             )
-        unwrap(self.network).load_state_dict(state["model"])
-        for name, part in self.parts.items():
+        parts = dict(self.parts)
+        if is_sharded(self.network):
+            scatter_state(self.network, parts.pop("optimizer"), state["model"], state["parts"]["optimizer"])
+        else:
+            unwrap(self.network).load_state_dict(state["model"])
+        for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         self.curve.load_state_dict(state["curve"])
         self.best = state["best"]
@@ -336,22 +343,27 @@ class RunState:
 
     def save(self, engine: Any) -> None:
         """Write ``model.pt`` if this epoch is the best, and ``last.pt``."""
-        if not self.write:
-            return
         network = unwrap(self.network)
         network.description["epoch"] = engine.state.epoch
+        parts = {name: part.state_dict() for name, part in self.parts.items() if name != "optimizer"}
+        if is_sharded(network):
+            model, parts["optimizer"] = gather_state(network, self.parts["optimizer"])
+        else:
+            model, parts["optimizer"] = network.state_dict(), self.parts["optimizer"].state_dict()
+        if not self.write:
+            return
         average = self.curve.average
         is_best = average is None or (
             self.curve.rows[-1]["ema"] is not None and (self.best is None or average > self.best)
         )
         if is_best:
             self.best = average
-            save_weights(network, self.model_path)
+            save_weights(model, self.model_path)
         if engine.state.epoch % self.save_interval == 0 or engine.state.epoch == engine.state.max_epochs:
             state = {
                 "epoch": engine.state.epoch,
-                "model": network.state_dict(),
-                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                "model": model,
+                "parts": parts,
                 "curve": self.curve.state_dict(),
                 "best": self.best,
                 "settings": self.settings,

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The runs on real images that docs/results.md reports. Usage: benchmarks/real_data/run.sh OUTPUT_FOLDER [DATA_FOLDER]
+# Needs the development data (MSD layout); everything is resumed if it is called again.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+OUT=$1
+DATA=${2:-../shared/data}
+PRETRAIN="['bundles/tsfm_pretrain/configs/train.json','bundles/tsfm_pretrain/configs/small.json','benchmarks/real_data/overlay.json']"
+EVALUATE="['bundles/tsfm_pretrain/configs/inference.json','bundles/tsfm_pretrain/configs/evaluate.json']"
+pretrain() {
+    python -m monai.bundle run --config_file "$PRETRAIN" --bundle_root bundles/tsfm_pretrain --dataset_dir "$DATA" \
+        --store_dir "$OUT/store" --output_dir "$OUT/$1" --ckpt_dir "$OUT/$1/published" "${@:2}"
+}
+
+# 1. The whole pool, and its held-out cases.
+pretrain pool --epochs 40
+python -m monai.bundle run --config_file "$EVALUATE" --bundle_root bundles/tsfm_pretrain --dataset_dir "$DATA" \
+    --pool_file benchmarks/real_data/pool.json --splits_file benchmarks/real_data/splits.json \
+    --checkpoint "$OUT/pool/model.pt" --output_dir "$OUT/pool/evaluation" --progress False
+
+# 2. The pool without hippocampus, and its transfer to hippocampus and to sarcoma MR, against from scratch, three seeds.
+pretrain without_hippocampus --datasets "['sarcoma_ct','sarcoma_mr','totalseg_sample']"
+python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" --dataset_dir "$DATA/Task004_Hippocampus" \
+    --output_dir "$OUT/hippocampus" --epochs "[2,4,10,20]" --seeds "[0,1,2]" --overlays "['small.json']" --name hippocampus \
+    --splits_file benchmarks/real_data/splits_hippocampus.json --num_workers 1
+python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" --dataset_dir "$DATA/Task902_SarcomaMR" \
+    --output_dir "$OUT/sarcoma_mr" --epochs "[1,10]" --seeds "[0,1,2]" --overlays "['small.json']" --name "sarcoma MR" \
+    --splits_file benchmarks/real_data/splits_sarcoma_mr.json --patch_size "[32,64,64]" --num_workers 1
