@@ -173,7 +173,7 @@ def run_nnunet(row: str, folder: str, repeats: int) -> list[float]:
         if row == "arrays":
             preprocessor.run_case_npy(data, seg, dict(data_properties), plans, fullres, dataset)
         else:
-            target = os.path.join(folder, "nnunet_case")
+            target = os.path.join(tempfile.mkdtemp(dir=folder), "case")
             preprocessor.run_case_save(target, [image], label, plans, fullres, dataset)
         times.append(time.perf_counter() - start)
     return times

@@ -99,25 +99,38 @@ def test_the_environment_does_not_know_the_package(world):
 
 
 def test_load_and_create_workflow(world, downloaded):
-    """`load` builds the network of train.json by default; fine-tuning's needs its data, so name the other file there."""
+    """`load` builds the network of train.json by default, from a folder that is not the bundle's, and leaves no files."""
     script = """
-import sys, torch
+import os, sys, torch
 from monai.bundle import create_workflow, load
-folder, name, image = sys.argv[1:]
+folder, name, image, label, work = sys.argv[1:]
 sys.path.insert(0, f"{folder}/{name}")
 saved = torch.load(f"{folder}/{name}/models/model.pt", weights_only=True)
-for kind in ("inference", "train")[: 2 if name == "tsfm_pretrain" else 1]:
+for kind in ("inference", "train"):
     own = load(name, bundle_dir=folder, source="github", workflow_type=kind).state_dict()
     assert all(torch.equal(own[key], saved[key]) for key in saved if key != "_extra_state")
+    assert not os.listdir("."), os.listdir(".")
 configs = f"{folder}/{name}/configs"
 workflow = create_workflow(
     config_file=f"{configs}/inference.json", workflow_type="infer", bundle_root=f"{folder}/{name}", dataset_dir=image
 )
 assert type(workflow.network_def).__name__ == "TSFM", workflow.network_def
 assert not workflow.check_properties()
+workflow = create_workflow(
+    config_file=f"{configs}/train.json", workflow_type="train", bundle_root=f"{folder}/{name}", num_workers=0, epochs=1,
+    iterations_per_epoch=1, batch_size=1, ckpt_dir=f"{work}/models", store_dir=f"{work}/store", output_dir=f"{work}/out",
+    **{"train#dataset#data": [{"image": image, "label": label}], "validate#dataset#data": []},
+    **({"pretrained": f"{folder}/{name}/models/model.pt"} if name == "tsfm_finetune" else {}),
+)
+assert not workflow.check_properties()
+workflow.run()
+workflow.finalize()
+trained = torch.load(f"{work}/models/model.pt", weights_only=True)
+assert not all(torch.equal(trained[key], saved[key]) for key in saved)
 """
-    image = world / "data/Task03_Liver/imagesTr/liver_0.nii.gz"
-    run(world, "-c", script, str(downloaded.parent), downloaded.name, str(image))
+    image, label = (world / f"data/Task03_Liver/{kind}Tr/liver_0.nii.gz" for kind in ("images", "labels"))
+    work = world / f"workflow_{downloaded.name}"
+    run(world, "-c", script, str(downloaded.parent), downloaded.name, str(image), str(label), str(work))
 
 
 def test_inference_from_another_folder(world, downloaded):

@@ -159,14 +159,20 @@ def zip_bundle(bundle: str, output_dir: str) -> str:
 def bundle_description(path: str) -> dict[str, Any]:
     """What travels with the weights at `path`, or else with those of the bundle that this package lies in.
 
-    `monai.bundle.load` builds the network without saying where the bundle is, so that a released config's relative
-    path leads nowhere from another working folder.
-
     Raises:
         CheckpointError: as `read_description`.
     """
+    return read_description(bundled_weights(path))
+
+
+def bundled_weights(path: str) -> str:
+    """`path` where there is a file, or else the weights of the bundle that this package lies in, if it lies in one.
+
+    `monai.bundle.load` builds the network without saying where the bundle is, so that a released config's relative
+    path leads nowhere from another working folder.
+    """
     beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models", "model.pt")
-    return read_description(beside if not os.path.isfile(path) and os.path.isfile(beside) else path)
+    return beside if not os.path.isfile(path) and os.path.isfile(beside) else path
 
 
 # ---- checks that the gate shares ------------------------------------------------------------------------------------
@@ -266,7 +272,8 @@ def _check_name(name: str) -> None:
 def _fill_configs(configs: dict[str, Any], description: Mapping[str, Any], name: str, trained_on: str | None) -> None:
     """Write the checkpoint's network, targets, preparation and patch into the configs that declare them.
 
-    A config that takes them from the pretrained weights (fine-tuning) stays as it is: those are the released ones.
+    A config that takes them from the pretrained weights (fine-tuning) keeps doing so: those are the released ones,
+    found from any working folder; only a run of the bundle itself writes a report of what was taken over.
     """
     network = {"_target_": "tsfm.TSFM", **description["network"]}
     preparation = {"_target_": "tsfm.Preparation.from_dict", "values": description["preparation"]}
@@ -281,6 +288,9 @@ def _fill_configs(configs: dict[str, Any], description: Mapping[str, Any], name:
         train["preparation"] = preparation
         train["patch_size"] = description["patch_size"]
         train["spacing_mm"] = description["preparation"]["spacing_mm"]
+    if train.get("network_def", {}).get("_target_") == "tsfm.planning.downstream_network":
+        train["pretrained"] = {"_target_": "tsfm.release.bundled_weights", "path": train["pretrained"]}
+        train["network_def"]["output_dir"] = "$@output_dir if os.path.isdir(@bundle_root + '/configs') else None"
     if "pool.json" in configs:
         configs["pool.json"] = _fitted_pool(configs["pool.json"], description)
     configs["metadata.json"] = _fitted_metadata(configs["metadata.json"], description, name, trained_on)
