@@ -38,7 +38,12 @@ def bundle_command(bundle, configs, run_id=None, launcher=("-m",), **overrides):
     files = [str(folder / "configs" / name) if "/" not in str(name) else str(name) for name in configs]
     command = [sys.executable, *launcher, "monai.bundle", "run", *([run_id] if run_id else [])]
     command += ["--config_file", str(files), "--bundle_root", str(folder)]
-    command += ["--meta_file", str(folder / "configs/metadata.json"), "--logging_file", str(folder / "configs/logging.conf")]
+    command += [
+        "--meta_file",
+        str(folder / "configs/metadata.json"),
+        "--logging_file",
+        str(folder / "configs/logging.conf"),
+    ]
     for key, value in overrides.items():
         command += [f"--{key}", str(value)]
     return command
@@ -51,7 +56,12 @@ def environment():
 def run_bundle(bundle, configs, *, expect=0, **overrides):
     """Run a bundle in its own process; returns its output. A run that should fail is named with ``expect=1``."""
     done = subprocess.run(
-        bundle_command(bundle, configs, **overrides), env=environment(), capture_output=True, text=True, timeout=600, check=False
+        bundle_command(bundle, configs, **overrides),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     output = done.stdout + done.stderr
     assert done.returncode == expect, output[-6000:]

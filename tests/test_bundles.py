@@ -78,6 +78,7 @@ def differences(name):
         ("evaluate.json", EVALUATE_DIFFERS, ONLY_PRETRAIN_EVALUATES, ONLY_FINETUNE_EVALUATES),
         ("inference.json", set(), set(), set()),
         ("multi_gpu_train.json", set(), set(), set()),
+        ("fsdp_train.json", set(), set(), set()),
     ],
 )
 def test_both_bundles_declare_the_same_but_for_what_is_listed_here(name, differs, only_pretrain, only_finetune):
@@ -94,7 +95,9 @@ def test_logging_is_the_same():
     assert (PRETRAIN / "configs/logging.conf").read_text() == (FINETUNE / "configs/logging.conf").read_text()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bundles").glob("*/configs/*.json")), ids=lambda path: f"{path.parts[-3]}-{path.name}")
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bundles").glob("*/configs/*.json")), ids=lambda path: f"{path.parts[-3]}-{path.name}"
+)
 def test_json_is_indented_by_four(path):
     text = path.read_text()
     assert text.rstrip("\n") == json.dumps(json.loads(text), indent=4)
@@ -178,12 +181,19 @@ def test_monai_finds_every_property_of_a_workflow(bundle, kind, pretrained, phan
     files = {"train": ["train.json"], "infer": ["inference.json"]}[kind]
     settings = {"output_dir": str(tmp_path / "out"), "bundle_root": str(bundle), "device": "cpu"}
     if kind == "infer":
-        settings |= {"checkpoint": str(pretrained / "model.pt"), "dataset_dir": str(phantom_pool / "Task03_Liver/imagesTr")}
+        settings |= {
+            "checkpoint": str(pretrained / "model.pt"),
+            "dataset_dir": str(phantom_pool / "Task03_Liver/imagesTr"),
+        }
     elif bundle == PRETRAIN:
         settings |= {"dataset_dir": str(phantom_pool), "store_dir": str(tmp_path / "store"), "allow_missing": True}
         files.append(tiny)
     else:
-        settings |= {"dataset_dir": str(phantom_pool / "Task03_Liver"), "store_dir": str(tmp_path / "store"), "num_workers": 0}
+        settings |= {
+            "dataset_dir": str(phantom_pool / "Task03_Liver"),
+            "store_dir": str(tmp_path / "store"),
+            "num_workers": 0,
+        }
         settings["pretrained"] = str(pretrained / "model.pt")
     workflow = ConfigWorkflow(
         config_file=[str(bundle / "configs" / name) if "/" not in name else name for name in files],

@@ -14,10 +14,16 @@ from conftest import ROOT, run_bundle
 from tsfm import experiments, phantoms
 from tsfm.checkpoint import CheckpointError, read_state
 from tsfm.pool import PoolError
-from tsfm.prediction import FailedCases
 
 BUNDLE = ROOT / "bundles/tsfm_finetune"
-SHORT = {"epochs": 1, "iterations_per_epoch": 2, "val_iterations": 1, "num_workers": 0, "checkpointing": False, "device": "cpu"}
+SHORT = {
+    "epochs": 1,
+    "iterations_per_epoch": 2,
+    "val_iterations": 1,
+    "num_workers": 0,
+    "checkpointing": False,
+    "device": "cpu",
+}
 
 
 def finetune(folder, pretrained, overlays=(), bundle=BUNDLE, **settings):
@@ -32,7 +38,12 @@ def finetune(folder, pretrained, overlays=(), bundle=BUNDLE, **settings):
 
 def evaluate(folder, overlays=(), **settings):
     """Segment and score the validation cases; returns the summary."""
-    options = {"checkpoint": str(folder / "model.pt"), "output_dir": str(folder / "scores"), "progress": False, "device": "cpu"}
+    options = {
+        "checkpoint": str(folder / "model.pt"),
+        "output_dir": str(folder / "scores"),
+        "progress": False,
+        "device": "cpu",
+    }
     experiments.run_bundle(BUNDLE, ["inference.json", "evaluate.json", *overlays], **{**options, **settings})
     return json.loads((folder / "scores/summary.json").read_text())
 
@@ -41,7 +52,9 @@ def curve(folder):
     return list(csv.DictReader((folder / "curve.csv").open()))
 
 
-def write_case(folder, name, shape=(40, 40, 24), spacing=(8.0, 8.0, 9.0), labels=(1, 2), channels=1, label_dir="labels"):
+def write_case(
+    folder, name, shape=(40, 40, 24), spacing=(8.0, 8.0, 9.0), labels=(1, 2), channels=1, label_dir="labels"
+):
     """One case of two folders: a ball of each label in noise; `shape` and `spacing` along the array's own axes, RAS."""
     rng = np.random.default_rng(len(name))
     voxels = np.zeros(shape, np.uint8)
@@ -74,7 +87,9 @@ def two_folders(folder, cases=3, **how):
         ("own_data.json", two_folders, ["liver", "liver_tumor"], 1),
     ],
 )
-def test_a_downstream_task_trains_and_is_scored_in_its_own_layout(overlay, write, targets, channels, pretrained, tmp_path):
+def test_a_downstream_task_trains_and_is_scored_in_its_own_layout(
+    overlay, write, targets, channels, pretrained, tmp_path
+):
     data = tmp_path / "data"
     write(Path(data), cases=3)
     settings = {"dataset_dir": str(data)} | ({"spacing_mm": [8.0, 8.0, 8.0]} if overlay == "brats2020.json" else {})
@@ -116,9 +131,22 @@ def test_brats_regions_are_nested_and_the_excluded_case_stays_out(tmp_path):
         (2, {"shape": (9, 12, 11)}, {}),
         (2, {"shape": (64, 64, 8), "spacing": (0.3, 0.3, 6.0)}, {"spacing_mm": "auto"}),
         (2, {"shape": (64, 64, 8), "spacing": (0.3, 0.3, 6.0)}, {"spacing_mm": "checkpoint"}),
-        (2, {"shape": (40, 40, 12), "spacing": (3.0, 3.0, 6.0)}, {"spacing_mm": [6.0, 3.0, 3.0], "ct_normalization": "fingerprint"}),
+        (
+            2,
+            {"shape": (40, 40, 12), "spacing": (3.0, 3.0, 6.0)},
+            {"spacing_mm": [6.0, 3.0, 3.0], "ct_normalization": "fingerprint"},
+        ),
     ],
-    ids=["1-case", "fold-all", "one-class", "no-foreground", "smaller-than-patch", "0.3x6mm-auto", "0.3x6mm-checkpoint", "6mm-slices"],
+    ids=[
+        "1-case",
+        "fold-all",
+        "one-class",
+        "no-foreground",
+        "smaller-than-patch",
+        "0.3x6mm-auto",
+        "0.3x6mm-checkpoint",
+        "6mm-slices",
+    ],
 )
 def test_little_or_odd_data_trains_and_infers_without_special_treatment(cases, how, settings, pretrained, tmp_path):
     data = two_folders(tmp_path / "data", cases, **how) | settings
@@ -213,11 +241,21 @@ def test_frozen_parts_do_not_move(freeze, moves, pretrained, tmp_path):
 
 def test_warm_up_and_learning_rates_per_group(pretrained, tmp_path):
     data = two_folders(tmp_path / "data", 2)
-    settings = {"epochs": 3, "warmup_epochs": 2, "head_learning_rate": 0.02, "encoder_learning_rate": 0.001, "learning_rate": 0.01}
+    settings = {
+        "epochs": 3,
+        "warmup_epochs": 2,
+        "head_learning_rate": 0.02,
+        "encoder_learning_rate": 0.001,
+        "learning_rate": 0.01,
+    }
     finetune(tmp_path / "run", pretrained, **settings, **data)
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
     groups = state["parts"]["optimizer"]["param_groups"]
-    assert {group["name"]: group["initial_lr"] for group in groups} == {"encoder": 0.001, "decoder": 0.01, "heads": 0.02}
+    assert {group["name"]: group["initial_lr"] for group in groups} == {
+        "encoder": 0.001,
+        "decoder": 0.01,
+        "heads": 0.02,
+    }
     rates = [float(row["lr"]) for row in curve(tmp_path / "run")]
     assert rates == pytest.approx([0.001 / 3, 0.002 / 3, 0.001])  # the first group's: the encoder
 
@@ -257,7 +295,11 @@ def interrupted(folder, pretrained, settings, data):
 
 def test_missing_weights_are_named_with_what_to_do(tmp_path):
     data = two_folders(tmp_path / "data", 2)
-    options = SHORT | {"output_dir": tmp_path / "run", "store_dir": tmp_path / "store", "pretrained": tmp_path / "none.pt"}
+    options = SHORT | {
+        "output_dir": tmp_path / "run",
+        "store_dir": tmp_path / "store",
+        "pretrained": tmp_path / "none.pt",
+    }
     output = run_bundle("tsfm_finetune", ["train.json"], expect=1, **options, **data)
     last = output.strip().splitlines()[-8:]
     assert any("none.pt" in line and "--pretrained" in line for line in last), last
@@ -273,7 +315,11 @@ def test_weights_that_do_not_fit_the_bundle_stop_it_before_training(pretrained, 
             output_dir=str(tmp_path / "scores"), progress=False, device="cpu", **data,
         )  # fmt: skip
     state = torch.load(pretrained / "model.pt", weights_only=True)
-    del state["encoder.0.0.conv1.weight" if "encoder.0.0.conv1.weight" in state else next(k for k in state if k.startswith("encoder."))]
+    del state[
+        "encoder.0.0.conv1.weight"
+        if "encoder.0.0.conv1.weight" in state
+        else next(k for k in state if k.startswith("encoder."))
+    ]
     (tmp_path / "wrong").mkdir()
     torch.save(state, tmp_path / "wrong/model.pt")
     with pytest.raises(Exception, match="does not fit the network"):
@@ -309,7 +355,7 @@ def test_folders_that_hold_nothing_known_and_labels_that_are_not_named(pretraine
     with pytest.raises(PoolError, match="--label_ids"):
         finetune(tmp_path / "run", pretrained, dataset_dir=str(tmp_path / "data"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PoolError, match=r"neither dataset\.json"):
+    with pytest.raises(PoolError, match=r"empty holds no data set: neither dataset\.json"):
         finetune(tmp_path / "run", pretrained, dataset_dir=str(tmp_path / "empty"))
 
 

@@ -52,7 +52,13 @@ def test_a_whole_is_annotated_when_all_its_parts_are(table):
 
 
 def test_background_says_no_only_to_what_the_data_set_annotates(table):
-    assert row(table, "kits21", 0) == {"kidney": 0, "kidney_left": -1, "kidney_right": -1, "liver": -1, "kidney_tumor": 0}
+    assert row(table, "kits21", 0) == {
+        "kidney": 0,
+        "kidney_left": -1,
+        "kidney_right": -1,
+        "liver": -1,
+        "kidney_tumor": 0,
+    }
 
 
 def test_an_ignored_id_annotates_nothing(table):

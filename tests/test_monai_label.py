@@ -1,7 +1,8 @@
 """A real MONAI Label server on both released bundles: info, inference, active learning, training, inference again.
 
-MONAI Label needs an environment of its own (`make label-env`, or TSFM_LABEL_PYTHON names its interpreter); without one
-these tests are skipped. About a minute per bundle.
+MONAI Label needs an environment of its own (`make test-label` builds it, or TSFM_LABEL_PYTHON names its interpreter);
+without one these tests are skipped. About a minute per bundle. The fine-tuning bundle is served by the app with the
+uncertainty strategy, the other one by MONAI Label's own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from tsfm import release
 from tsfm.checkpoint import describe_network, save_weights
 from tsfm.labels import LabelTable
@@ -32,7 +34,7 @@ TARGETS = {"organ": {}, "tumor": {"inside": "organ"}}
 VALUES = {"organ": 1, "tumor": 2}
 TINY = {"features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]]}
 TINY |= {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
-WAIT_S = 240
+WAIT_S = 600
 
 pytestmark = pytest.mark.skipif(not Path(LABEL_PYTHON).exists(), reason="no MONAI Label environment")
 
@@ -40,12 +42,15 @@ pytestmark = pytest.mark.skipif(not Path(LABEL_PYTHON).exists(), reason="no MONA
 class Server:
     """A MONAI Label server in a process of its own, and the few requests that these tests make."""
 
-    def __init__(self, bundle: Path, root: Path) -> None:
+    def __init__(self, bundle: Path, root: Path, own_app: bool) -> None:
         self.name, self.app, self.log = bundle.name, root / "app", root / "server.log"
         prefix = Path(LABEL_PYTHON).parents[1]
         samples = prefix / "monailabel/sample-apps/monaibundle"
         shutil.copytree(samples, self.app, ignore=shutil.ignore_patterns("model", "logs", "__pycache__"))
         shutil.copytree(bundle, self.app / "model" / self.name)
+        if own_app:
+            (self.app / "main.py").rename(self.app / "bundle_app.py")
+            shutil.copy(bundle / "tsfm/label_app.py", self.app / "main.py")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -85,9 +90,13 @@ class Server:
 
     def train(self, **options) -> None:
         self.request(f"/train/{self.name}", json.dumps({"max_epochs": 1, "multi_gpu": False, **options}).encode())
+        self.wait("/train/")
+
+    def wait(self, path: str) -> None:
+        """Wait for the background task behind `path` to be done."""
         deadline = time.time() + WAIT_S
         while time.time() < deadline:
-            state = json.loads(self.request("/train/"))
+            state = json.loads(self.request(path))
             if state["status"] not in ("SUBMITTED", "RUNNING"):
                 break
             time.sleep(1)
@@ -110,7 +119,7 @@ def _shim(root: Path) -> Path:
 
 
 def _studies(folder: Path) -> None:
-    """Three images whose array axes point left, back and up; two of them labeled."""
+    """Four images whose array axes point left, back and up, the last one darker and noisy; two of them labeled."""
     grid = np.stack(np.meshgrid(*map(np.arange, (40, 44, 28)), indexing="ij"), -1).astype(float)
     label = np.zeros((40, 44, 28), np.uint8)
     label[(((grid - (18, 24, 13)) / (12, 13, 8)) ** 2).sum(-1) <= 1] = 1
@@ -118,8 +127,9 @@ def _studies(folder: Path) -> None:
     image = np.array([-200, 80, 250])[label].astype(np.int16)
     affine = np.array([[-1.2, 0, 0, 40], [0, -1.2, 0, 55], [0, 0, 2.5, -300], [0, 0, 0, 1.0]])
     (folder / "labels/final").mkdir(parents=True)
-    for i in range(3):
-        nib.save(nib.Nifti1Image(image, affine), folder / f"case{i}.nii.gz")
+    noisy = (image - 150 + np.random.default_rng(0).normal(0, 200, image.shape)).astype(np.int16)
+    for i in range(4):
+        nib.save(nib.Nifti1Image(noisy if i == 3 else image, affine), folder / f"case{i}.nii.gz")
         if i < 2:
             nib.save(nib.Nifti1Image(label, affine), folder / f"labels/final/case{i}.nii.gz")
 
@@ -129,13 +139,18 @@ def server(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     ct = {"CT": {"lower": -300.0, "upper": 400.0, "mean": 50.0, "sd": 150.0}}
-    table = LabelTable(TARGETS, [{"name": "mine", "labels": {"1": "organ", "2": "tumor"}}])
+    raw = {"1": "organ", "2": "tumor"} if request.param == "tsfm_pretrain" else {"1": "tumor", "4": "organ"}
+    table = LabelTable(
+        TARGETS, [{"name": "mine", "labels": raw}]
+    )  # the server's labels are 1 organ, 2 tumor all the same
     network = TSFM(1, 2, **TINY, img_size=[16, 16, 16])
+    for head in network.heads:
+        torch.nn.init.zeros_(head.bias)  # so that about half of the voxels are segmented
     describe_network(network, table, Preparation((2.5, 1.2, 1.2), ct), [16, 16, 16], [{"modality": "CT"}])
     save_weights(network, root / "weights.pt")
     bundle = release.stage(str(REPOSITORY / "bundles" / request.param), str(root / "weights.pt"), str(root / "dist"))
     _studies(root / "studies")
-    running = Server(Path(bundle), root)
+    running = Server(Path(bundle), root, own_app=request.param == "tsfm_finetune")
     try:
         yield running, root
     finally:
@@ -151,18 +166,54 @@ def test_a_label_and_train_round_with_a_real_server(server):
     assert info["config"]["targets"] == ["all", *VALUES]
 
     reference = nib.load(root / "studies/case2.nii.gz")
-    for options in ({}, {"mirroring": True, "threshold": 0.05, "targets": "organ"}):
+    for options in ({}, {"mirroring": True, "targets": "organ"}, {"threshold": 0.9999}):
         result = server.infer("case2", root / "result.nii.gz", **options)
         assert result.shape == reference.shape
         np.testing.assert_allclose(result.affine, reference.affine, atol=1e-3)
-        allowed = {0, 1} if options else {0, *VALUES.values()}
-        assert set(np.unique(np.asarray(result.dataobj)).tolist()) <= allowed
-    assert np.asarray(result.dataobj).any()  # the threshold arrived: an untrained network says about 0.1 everywhere
+        found = set(np.unique(np.asarray(result.dataobj)).tolist())
+        assert found <= ({0, 1} if "targets" in options else {0, *VALUES.values()})
+        assert (1 in found) == ("threshold" not in options)  # the options arrived
 
     assert json.loads(server.request("/activelearning/first", b"{}"))["id"] == "case2"
-    weights = server.app / "model" / server.name / "models/model.pt"
-    before = torch.load(weights, weights_only=True)["stem.weight"].clone()
-    server.train(val_split=0.5)
-    after = torch.load(weights, weights_only=True)["stem.weight"]
-    assert after.shape == before.shape and not torch.equal(before, after)
-    server.infer("case2", root / "again.nii.gz")
+    if server.name == "tsfm_finetune":
+        _the_most_uncertain_image_comes_first(server, root)
+    for _ in range(2):  # the second training goes on from what the first one published
+        weights = server.app / "model" / server.name / "models/model.pt"
+        before = torch.load(weights, weights_only=True)
+        server.train(val_split=0.5)
+        after = torch.load(weights, weights_only=True)
+        assert {key: value.shape for key, value in after.items() if key != "_extra_state"} == {
+            key: value.shape for key, value in before.items() if key != "_extra_state"
+        }
+        assert 0 < (after["stem.weight"] - before["stem.weight"]).abs().max() < 0.1  # other weights, but near by
+        kept = torch.load(weights.with_name("model_previous.pt"), weights_only=True)
+        assert torch.equal(kept["stem.weight"], before["stem.weight"])
+    first = np.asarray(server.infer("case2", root / "again.nii.gz").dataobj)
+    assert not np.array_equal(first, np.asarray(result.dataobj))
+
+
+def _the_most_uncertain_image_comes_first(server: Server, root: Path) -> None:
+    """The server's scores are those that the bundle computes outside of it, and the strategy takes the higher one."""
+    name = f"uncertainty_{server.name}"
+    assert name in json.loads(server.request("/info/"))["strategies"]
+    server.wait("/scoring/")  # begins by itself with the server
+    server.request(f"/scoring/{name}", b"{}")
+    server.wait("/scoring/")
+    parser = ConfigParser()
+    parser.read_config(str(server.app / "model" / server.name / "configs/inference.json"))
+    parser["bundle_root"], parser["device"] = str(server.app / "model" / server.name), "cpu"
+    prepare, inferer, network, loader = (
+        parser.get_parsed_content(key) for key in ("preprocessing", "inferer", "network", "checkpointloader")
+    )
+    loader()
+    expected = {
+        case: inferer.uncertainty(
+            prepare({"image": str(root / f"studies/{case}.nii.gz")})["image"][None], network.eval()
+        )
+        for case in ("case2", "case3")
+    }
+    known = json.loads((root / "studies/datastore_v2.json").read_text())["objects"]
+    found = {case: known[case]["image"]["info"][name] for case in expected}
+    assert found == pytest.approx(expected, rel=0.02)
+    chosen = json.loads(server.request(f"/activelearning/{name}", b"{}"))["id"]
+    assert chosen == max(expected, key=expected.get)

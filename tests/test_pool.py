@@ -80,7 +80,8 @@ def test_patterns_read_a_data_set_without_python(tmp_path):
 def test_one_file_per_channel_and_wildcards(tmp_path):
     touch(tmp_path, "own/part1/c1_0000.nii.gz", "own/part1/c1_0001.nii.gz", "own/masks/c1.nii.gz")
     pool = DatasetPool(
-        one_dataset(image=["part*/{case}_0000.nii.gz", "part*/{case}_0001.nii.gz"], label="masks/{case}.nii.gz"), tmp_path
+        one_dataset(image=["part*/{case}_0000.nii.gz", "part*/{case}_0001.nii.gz"], label="masks/{case}.nii.gz"),
+        tmp_path,
     )
     assert [Path(path).name for path in pool.cases[0]["image"]] == ["c1_0000.nii.gz", "c1_0001.nii.gz"]
 
@@ -164,9 +165,19 @@ def test_few_cases_and_odd_folds(tmp_path):
 
 def test_the_same_patient_stays_in_one_fold_across_data_sets(tmp_path):
     names = [f"p{i:02d}" for i in range(12)]
-    touch(tmp_path, *(f"{d}/{k}_{n}.nii.gz" for d in ("ct", "mr") for k in ("i", "l") for n in names[: 12 if d == "ct" else 9]))
-    rule = {"image": "i_{case}.nii.gz", "label": "l_{case}.nii.gz", "labels": {"1": "a"}, "patient": {"group": "g", "pattern": "p(\\d+)"}}
-    pool = DatasetPool({"targets": {"a": {}}, "datasets": [{"name": d, "folder": d, **rule} for d in ("ct", "mr")]}, tmp_path)
+    touch(
+        tmp_path,
+        *(f"{d}/{k}_{n}.nii.gz" for d in ("ct", "mr") for k in ("i", "l") for n in names[: 12 if d == "ct" else 9]),
+    )
+    rule = {
+        "image": "i_{case}.nii.gz",
+        "label": "l_{case}.nii.gz",
+        "labels": {"1": "a"},
+        "patient": {"group": "g", "pattern": "p(\\d+)"},
+    }
+    pool = DatasetPool(
+        {"targets": {"a": {}}, "datasets": [{"name": d, "folder": d, **rule} for d in ("ct", "mr")]}, tmp_path
+    )
     held_out = set()
     for fold in range(5):
         train, val = pool.split(fold)

@@ -11,8 +11,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 from tsfm import gate, release
 from tsfm.checkpoint import describe_network, read_state, save_weights
 from tsfm.labels import LabelTable
@@ -157,6 +160,17 @@ def test_configs_take_network_patch_spacing_and_normalization_from_the_checkpoin
     assert config(staged, "small.json") == {"patch_size": [48, 64, 64]}  # an overlay stays what it is
 
 
+def test_an_overlay_becomes_part_of_the_staged_training(source, checkpoint, tmp_path):
+    write(source / "configs/short.json", {"_desc_": "short", "iterations": 25, "network_def#dropout": 0.1})
+    staged = Path(release.stage(str(source), str(checkpoint), str(tmp_path / "dist"), overlays=["short.json"]))
+    train = config(staged, "train.json")
+    assert (
+        train["iterations"] == 25 and train["network_def"]["features"] == NETWORK["features"] and "_desc_" not in train
+    )
+    with pytest.raises(release.ReleaseError, match="no configs/long.json"):
+        release.stage(str(source), str(checkpoint), str(tmp_path / "dist"), overlays=["long.json"])
+
+
 def test_inference_builds_the_network_of_the_weights_beside_the_package(staged, tmp_path):
     """As monai.bundle.load does it: from any folder, with nothing but the vendored package on the path."""
     script = """
@@ -175,6 +189,7 @@ print(parser.get_parsed_content("network_def").description["network"]["out_chann
 def test_metadata_describes_these_weights(staged):
     data = config(staged, "metadata.json")["network_data_format"]
     assert data["inputs"]["image"]["spatial_shape"] == [16, 16, 16]
+    assert "segments kidney, kidney_tumor. Trained on: mine." in config(staged, "metadata.json")["description"]
     assert data["outputs"]["pred"]["num_channels"] == 2
     assert data["outputs"]["pred"]["channel_def"] == {"0": "background", "1": "kidney", "2": "kidney_tumor"}
 
@@ -291,6 +306,63 @@ def test_weights_that_do_not_fit_leave_nothing_behind(source, checkpoint, tmp_pa
     with pytest.raises(release.ReleaseError, match="does not fit network_def"):
         release.stage(str(source), str(tmp_path / "part.pt"), str(tmp_path / "dist"))
     assert os.listdir(tmp_path / "dist") == []
+
+
+# ---- served by MONAI Label ------------------------------------------------------------------------------------------
+
+
+BRATS = {"whole_tumor": {}, "tumor_core": {"inside": "whole_tumor"}, "enhancing_tumor": {"inside": "tumor_core"}}
+BRATS_IDS = {"1": "tumor_core", "2": "whole_tumor", "4": "enhancing_tumor"}
+
+
+@pytest.fixture
+def brats_weights(tmp_path) -> str:
+    """Weights of a task whose raw ids are neither 1..N nor in the targets' order."""
+    network = TSFM(**{**NETWORK, "in_channels": 2, "out_channels": 3})
+    table = LabelTable(BRATS, [{"name": "brats", "labels": BRATS_IDS}])
+    ct = {"CT": {"lower": -100.0, "upper": 300.0, "mean": 80.0, "sd": 60.0}}  # of the pretraining; this task is MR
+    describe_network(network, table, Preparation((2.0, 2.0, 2.0), ct, 2, "MR"), (16, 16, 16), [{"modality": "MR"}])
+    save_weights(network, tmp_path / "brats.pt")
+    return str(tmp_path / "brats.pt")
+
+
+def test_a_served_bundle_trains_on_label_maps_whatever_the_raw_ids_were(brats_weights, tmp_path):
+    """MONAI Label hands over bare items with the values of channel_def: 1 whole tumor, 2 core, 3 enhancing."""
+    bundle = release.stage(str(REPOSITORY / "bundles/tsfm_finetune"), brats_weights, str(tmp_path / "dist"))
+    label_map = np.zeros((20, 18, 16), np.uint8)
+    label_map[4:16, 4:14, 4:12], label_map[7:13, 7:11, 6:10], label_map[9:11, 8:10, 7:9] = 1, 2, 3
+    image = np.random.default_rng(0).normal(label_map[..., None] * 100.0, 10, (*label_map.shape, 2))
+    for name, volume in (("image", image), ("label", label_map)):
+        nib.save(nib.Nifti1Image(volume.astype(np.float32), np.diag([2.0, 2, 2, 1])), tmp_path / f"{name}.nii.gz")
+    workflow = ConfigWorkflow(
+        config_file=f"{bundle}/configs/train.json",
+        workflow_type="train",
+        logging_file=False,
+        bundle_root=bundle,
+        **{"train#dataset#data": [{key: str(tmp_path / f"{key}.nii.gz") for key in ("image", "label")}]},
+        **{"validate#dataset#data": [], "train#trainer#max_epochs": 1, "iterations_per_epoch": 1, "batch_size": 1},
+        **{"num_workers": 0, "device": "cpu"},
+    )
+    workflow.initialize()
+    table, sample = workflow.parser.get_parsed_content("table"), workflow.parser.get_parsed_content("train#dataset")[0]
+    found = {tuple(table.targets[code].tolist()) for code in np.unique(np.asarray(sample["label"]).astype(int))}
+    assert found == {(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)}
+    assert workflow.parser.get_parsed_content("train#dataset").data[0]["modality"] == "MR"  # not normalized as CT
+    before = read_state(f"{bundle}/models/model.pt")
+    workflow.run()
+    after = read_state(f"{bundle}/models/model.pt")
+    assert after[1]["targets"] == before[1]["targets"] and list(after[1]["targets"]) == list(BRATS)
+    assert not all(torch.equal(after[0][key], before[0][key]) for key in before[0])
+
+
+def test_the_gate_finds_a_bundle_that_would_read_label_maps_wrongly(checkpoint, brats_weights, tmp_path):
+    check = "label maps back (MONAI Label)"
+    staged = release.stage(str(REPOSITORY / "bundles/tsfm_pretrain"), str(checkpoint), str(tmp_path / "fits"))
+    assert _run(Path(staged), check)[0] == "pass"  # one data set, raw ids 1 and 2: the same as the map's
+    staged = release.stage(str(REPOSITORY / "bundles/tsfm_pretrain"), brats_weights, str(tmp_path / "wrong"))
+    assert _run(Path(staged), check)[0] == "FAIL"
+    staged = release.stage(str(REPOSITORY / "bundles/tsfm_finetune"), brats_weights, str(tmp_path / "right"))
+    assert _run(Path(staged), check)[0] == "pass"
 
 
 # ---- the gate -------------------------------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(phantom_pool, tin
     last = tmp_path / "killed/last.pt"
     for _ in range(2):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
             if last.exists() and last.stat().st_mtime_ns != before:
@@ -68,7 +70,9 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(phantom_pool, tin
     output = run_bundle("tsfm_pretrain", ["train.json", tiny], **broken)
     assert "resuming after epoch" in output
     assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    losses = [[row["loss"] for row in csv.DictReader((tmp_path / name / "curve.csv").open())] for name in ("whole", "killed")]
+    losses = [
+        [row["loss"] for row in csv.DictReader((tmp_path / name / "curve.csv").open())] for name in ("whole", "killed")
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 4
     assert not list((tmp_path / "killed").glob(".*.partial")) or last.exists()
 
@@ -102,14 +106,20 @@ def torchrun(overlays, **options):
 def test_two_processes_take_the_steps_of_one_with_the_doubled_batch(phantom_pool, tiny, tmp_path, overlay):
     """In float32, since sums in another order round differently."""
     options = {"epochs": 1, "iterations_per_epoch": 2, "amp": False}
-    run_bundle("tsfm_pretrain", ["train.json", tiny], **pretrain_options(phantom_pool, tmp_path / "one", batch_size=4, **options))
+    run_bundle(
+        "tsfm_pretrain",
+        ["train.json", tiny],
+        **pretrain_options(phantom_pool, tmp_path / "one", batch_size=4, **options),
+    )
     two = pretrain_options(phantom_pool, tmp_path / "two", batch_size=2, **options)
     torchrun([tiny, overlay], **two)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert first.keys() == second.keys()
     for key, value in first.items():
         if key != "_extra_state":
-            torch.testing.assert_close(value, second[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                value, second[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+            )
     assert read_state(tmp_path / "two/model.pt")[1]["network"]["features"] == [8, 16, 32]
     assert "resuming after epoch 1" in torchrun([tiny, overlay], **{**two, "epochs": 2})
     assert torch.load(tmp_path / "two/last.pt", weights_only=True)["epoch"] == 2
@@ -117,7 +127,12 @@ def test_two_processes_take_the_steps_of_one_with_the_doubled_batch(phantom_pool
 
 def test_missing_data_sets_are_listed_before_anything_starts(tmp_path, tiny):
     output = run_bundle(
-        "tsfm_pretrain", ["train.json", tiny], expect=1, dataset_dir=tmp_path, store_dir=tmp_path / "s", output_dir=tmp_path / "o"
+        "tsfm_pretrain",
+        ["train.json", tiny],
+        expect=1,
+        dataset_dir=tmp_path,
+        store_dir=tmp_path / "s",
+        output_dir=tmp_path / "o",
     )
     assert "10 of 10 data sets" in output and "Task03_Liver" in output and "--allow_missing" in output
 
@@ -131,7 +146,9 @@ def test_an_output_folder_that_cannot_be_written_is_named(phantom_pool, tiny, tm
 
 def test_mlflow_tracking_works_when_installed(phantom_pool, tiny, tmp_path):
     pytest.importorskip("mlflow")
-    options = pretrain_options(phantom_pool, tmp_path / "run", tracking="mlflow", epochs=1, tracking_uri=f"sqlite:///{tmp_path}/mlruns.db")
+    options = pretrain_options(
+        phantom_pool, tmp_path / "run", tracking="mlflow", epochs=1, tracking_uri=f"sqlite:///{tmp_path}/mlruns.db"
+    )
     run_bundle("tsfm_pretrain", ["train.json", tiny], **options)
     with sqlite3.connect(tmp_path / "mlruns.db") as database:
         logged = {name for (name,) in database.execute("select distinct key from metrics")}
@@ -140,7 +157,11 @@ def test_mlflow_tracking_works_when_installed(phantom_pool, tiny, tmp_path):
 
 def test_the_package_runs_from_a_folder_that_is_not_the_repository(pretrained, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "tsfm", "describe", str(pretrained / "model.pt")], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "tsfm", "describe", str(pretrained / "model.pt")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert json.loads(done.stdout)["network"]["features"] == [8, 16, 32]
     assert str(ROOT) not in done.stdout

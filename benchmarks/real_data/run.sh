@@ -21,7 +21,7 @@ python -m monai.bundle run --config_file "$EVALUATE" --bundle_root bundles/tsfm_
 # 2. The pool without hippocampus, and its transfer to hippocampus and to sarcoma MR, against from scratch, three seeds.
 pretrain without_hippocampus --datasets "['sarcoma_ct','sarcoma_mr','totalseg_sample']"
 python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" --dataset_dir "$DATA/Task004_Hippocampus" \
-    --output_dir "$OUT/hippocampus" --epochs "[2,4,10,20]" --seeds "[0,1,2]" --overlays "['small.json']" --name hippocampus \
+    --output_dir "$OUT/hippocampus" --epochs "[1,2,4,10]" --seeds "[0,1,2]" --overlays "['small.json']" --name hippocampus \
     --splits_file benchmarks/real_data/splits_hippocampus.json --num_workers 1
 python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" --dataset_dir "$DATA/Task902_SarcomaMR" \
     --output_dir "$OUT/sarcoma_mr" --epochs "[1,10]" --seeds "[0,1,2]" --overlays "['small.json']" --name "sarcoma MR" \

@@ -143,7 +143,8 @@ def ablation_table(*args: Any, **kwargs: Any) -> None:
 def release(*args: Any, **kwargs: Any) -> None:
     """Stage a bundle around a checkpoint, self-contained, and write NAME_vX.Y.Z.zip with its checksum.
 
-    Arguments: bundle_dir, checkpoint, output_dir, name, version, changelog, base_url, metrics, trained_on.
+    Arguments: bundle_dir, checkpoint, output_dir, name, version, changelog, base_url, metrics, trained_on,
+    overlays ("['small.json']").
     """
     from .release import release as run
 
@@ -159,6 +160,21 @@ def gate(bundle_dir: str) -> None:
     print(format_table(rows))
     if any(row.result == "FAIL" for row in rows):
         sys.exit(1)
+
+
+def export(checkpoint: str, output_file: str, format: str = "torchscript", patch_size: Any = None) -> None:
+    """Export the network of a weight file and compare the outputs: TorchScript, torch.export (.pt2) or ONNX.
+
+    Args:
+        checkpoint: model.pt, a training checkpoint or safetensors.
+        output_file: what to write; the weights' description goes beside it as JSON.
+        format: "torchscript", "export" or "onnx".
+        patch_size: the window (S, P, L); by default the one that the weights were trained with.
+    """
+    from .export import export as run
+
+    difference = run(checkpoint, output_file, format, patch_size)
+    print(f"{output_file}: logits differ from the network's by at most {difference:.1g}")
 
 
 def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: int = 0) -> None:
@@ -185,6 +201,7 @@ COMMANDS = {
     "ablation_table": ablation_table,
     "release": release,
     "gate": gate,
+    "export": export,
     "demo": demo,
 }
 

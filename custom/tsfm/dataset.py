@@ -118,7 +118,7 @@ class PatchDataset(Dataset):
         spatial: RandRotateScale | None = None,
         seed: int = 0,
     ) -> None:
-        self.data = complete_items(data, table)
+        self.data = complete_items(data, table, store.preparation.default_modality)
         self.store = store
         self.table = table
         self.patch_size = tuple(int(size) for size in patch_size)

@@ -69,7 +69,13 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
     scores = (out / "evaluation/scores.md").read_text(encoding="utf-8")
     print(f"\n{scores}\n{(out / 'transfer/table2.md').read_text(encoding='utf-8')}")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Look at:")
-    for path in ("evaluation/page.png", "evaluation/scores.md", "transfer/table2.png", "transfer/table2.md", "predictions"):
+    for path in (
+        "evaluation/page.png",
+        "evaluation/scores.md",
+        "transfer/table2.png",
+        "transfer/table2.md",
+        "predictions",
+    ):
         print(f"  {out / path}")
 
 

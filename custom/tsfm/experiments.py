@@ -74,10 +74,22 @@ def transfer_table(
         for arm, choice in arms.items():
             for seed in seeds:
                 cell = Path(output_dir, "cells", f"{arm}-{epoch}epochs-seed{seed}")
-                run = {**settings, **choice, "epochs": int(epoch), "seed": int(seed), "pretrained": os.path.abspath(pretrained)}
+                run = {
+                    **settings,
+                    **choice,
+                    "epochs": int(epoch),
+                    "seed": int(seed),
+                    "pretrained": os.path.abspath(pretrained),
+                }
                 score = _cell(cell, bundle_dir, dataset_dir, overlays, run, Path(output_dir, "store"))
                 results.append(
-                    {"dataset": name or Path(dataset_dir).resolve().name, "initialization": arm, "epochs": int(epoch), "seed": int(seed), **score}
+                    {
+                        "dataset": name or Path(dataset_dir).resolve().name,
+                        "initialization": arm,
+                        "epochs": int(epoch),
+                        "seed": int(seed),
+                        **score,
+                    }
                 )
                 table = _write_table(results, output_dir, 2)
     print(table)
@@ -105,7 +117,9 @@ def ablation_table(
             cell = Path(output_dir, "cells", f"{label}-{epochs}epochs-seed{seed}")
             run = {**settings, "epochs": int(epochs), "seed": int(seed), "pretrained": os.path.abspath(path)}
             score = _cell(cell, bundle_dir, dataset_dir, overlays, run, Path(output_dir, "store"))
-            results.append({"dataset": name or Path(dataset_dir).resolve().name, "pretraining": label, "seed": int(seed), **score})
+            results.append(
+                {"dataset": name or Path(dataset_dir).resolve().name, "pretraining": label, "seed": int(seed), **score}
+            )
             table = _write_table(results, output_dir, 3)
     print(table)
     return table
@@ -115,7 +129,9 @@ def _cell(
     folder: Path, bundle_dir: str, dataset_dir: str, overlays: Sequence[str], run: Mapping[str, Any], store_dir: Path
 ) -> dict[str, Any]:
     """Train and score one cell unless it is done; its mean Dice over targets, and the Dice per target."""
-    settings = json.loads(json.dumps({"run": dict(run), "dataset_dir": os.path.abspath(dataset_dir), "overlays": list(overlays)}))
+    settings = json.loads(
+        json.dumps({"run": dict(run), "dataset_dir": os.path.abspath(dataset_dir), "overlays": list(overlays)})
+    )
     done = folder / "cell.json"
     if done.is_file():
         kept = json.loads(done.read_text(encoding="utf-8"))
@@ -124,7 +140,14 @@ def _cell(
         logger.info("%s is done already", folder.name)
         return kept["score"]
     shared = {"dataset_dir": os.path.abspath(dataset_dir), "output_dir": str(folder)}
-    run_bundle(bundle_dir, ["train.json", *overlays], **shared, **run, store_dir=str(store_dir), ckpt_dir=str(folder / "published"))
+    run_bundle(
+        bundle_dir,
+        ["train.json", *overlays],
+        **shared,
+        **run,
+        store_dir=str(store_dir),
+        ckpt_dir=str(folder / "published"),
+    )
     kept_ids = ("pool_file", "images", "labels", "label_ids", "regions", "modality", "splits_file", "fold")
     data = {key: run[key] for key in kept_ids if key in run}
     evaluated = folder / "evaluation"
@@ -134,7 +157,10 @@ def _cell(
     )  # fmt: skip
     summary = json.loads((evaluated / "summary.json").read_text(encoding="utf-8"))
     targets = {
-        target: entry["dice"]["mean"] for part in summary["datasets"].values() for target, entry in part.items() if entry["dice"]
+        target: entry["dice"]["mean"]
+        for part in summary["datasets"].values()
+        for target, entry in part.items()
+        if entry["dice"]
     }
     score = {"dice": summary["mean"]["dice"], **{f"dice_{target}": dice for target, dice in targets.items()}}
     content = json.dumps({"settings": settings, "score": score}, indent=4)
@@ -151,5 +177,3 @@ def _write_table(results: Sequence[Mapping[str, Any]], output_dir: str, number: 
     report.write_table2(results, output_dir)
     report.transfer_png(results, Path(output_dir) / "table2.png")
     return tables.table2(results)
-
-

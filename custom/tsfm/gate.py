@@ -24,10 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .checkpoint import describe_network, load_weights, read_state, save_weights, table_of
-from .labels import LabelTable
+from .labels import LABEL_MAP, LabelTable
 from .network import TSFM
 from .phantoms import write_all_ten, write_pool
 from .preprocessing import Preparation
@@ -339,6 +340,30 @@ def _channel_def(bundle: str) -> str:
     return f"{len(names) - 1} targets"
 
 
+def _label_maps(bundle: str) -> str:
+    """What a MONAI Label server hands back for training are label maps 1..N; train.json has to read them as such."""
+    from monai.bundle import ConfigParser
+
+    _need_weights(bundle)
+    parser = ConfigParser()
+    parser.read_config(_config(bundle, "train.json"))
+    parser["bundle_root"] = bundle
+    table = parser.get_parsed_content("table")
+    values = np.arange(len(table.names) + 1)
+    rows = {}
+    for dataset in (table.bare_dataset, LABEL_MAP):
+        try:
+            rows[dataset] = table.targets[table.offset(dataset) + table.encode(dataset, values).astype(int)]
+        except ValueError as error:
+            raise Failed(f"bare items are read as '{dataset}': {error}") from None
+    _need(
+        np.array_equal(rows[table.bare_dataset], rows[LABEL_MAP]),
+        f"bare items are read with the raw ids of '{table.bare_dataset}', which are not 1..N: MONAI Label would train on "
+        "wrong labels. Release these weights with the fine-tuning bundle, which reads label maps.",
+    )
+    return f"bare items are read as '{table.bare_dataset}', 1..{len(table.names)}"
+
+
 def _export(bundle: str) -> str:
     from monai.bundle import ConfigParser, ckpt_export
 
@@ -383,6 +408,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "data licenses": _data_license,
     "README template": _readme,
     "label map (channel_def)": _channel_def,
+    "label maps back (MONAI Label)": _label_maps,
     "train properties": _properties("train"),
     "inference properties": _properties("infer"),
     "weights fit network_def": _weights,

@@ -111,6 +111,11 @@ class DatasetPool:
         if missing:
             logger.warning("going on without %d data sets:\n%s", len(missing), listing)
         cases = [item for items in found.values() for item in items]
+        if not self.entries:
+            raise PoolError(
+                f"{self.dataset_dir} holds no data set: neither dataset.json (Medical Segmentation Decathlon) nor folders "
+                "of images and labels, and no pool file or item was given; check --dataset_dir"
+            )
         if not cases:
             raise PoolError(f"{self.source}: no case found below {self.dataset_dir}\n{listing}")
         return cases

@@ -54,6 +54,7 @@ def release(
     base_url: str = "",
     metrics: str | None = None,
     trained_on: str | None = None,
+    overlays: Sequence[str] = (),
 ) -> str:
     """Stage a bundle around a checkpoint and zip it, with checksums and the Model Zoo's files.
 
@@ -67,6 +68,8 @@ def release(
         base_url: where the files will be downloadable; goes into ``large_files.yml`` and ``model_info.json``.
         metrics: JSON summary of an evaluation, for metadata and README.
         trained_on: a sentence on what the weights were trained on and what they cannot do, for metadata and README.
+        overlays: overlays of the bundle that its training shall always use (``small.json`` for weights that were
+            trained with it): they are merged into the staged ``train.json``, which is all that MONAI Label reads.
 
     Returns:
         path of the zip.
@@ -74,7 +77,9 @@ def release(
     Raises:
         ReleaseError, CheckpointError: before anything is written.
     """
-    bundle = stage(bundle_dir, checkpoint, output_dir, name, version, changelog, base_url, metrics, trained_on)
+    bundle = stage(
+        bundle_dir, checkpoint, output_dir, name, version, changelog, base_url, metrics, trained_on, overlays
+    )
     path = zip_bundle(bundle, output_dir)
     with open(path + ".sha256", "w", encoding="utf-8") as file:
         file.write(f"{file_hash(path, 'sha256')}  {os.path.basename(path)}\n")
@@ -96,6 +101,7 @@ def stage(
     base_url: str = "",
     metrics: str | None = None,
     trained_on: str | None = None,
+    overlays: Sequence[str] = (),
 ) -> str:
     """Write the self-contained folder of a release (see `release`); returns its path."""
     name = name or os.path.basename(os.path.abspath(bundle_dir))
@@ -114,7 +120,9 @@ def stage(
     check_version(metadata)
     if metrics:
         metadata["eval_metrics"] = _read_json(metrics)
-    _fill_configs(configs, description, name, trained_on)
+    for overlay in [overlays] if isinstance(overlays, str) else overlays:
+        _merge(configs, os.path.basename(overlay), bundle_dir)
+    _fill_configs(configs, description, name, trained_on, sum(tensor.numel() for tensor in tensors.values()))
 
     os.makedirs(output_dir, exist_ok=True)
     final = os.path.join(output_dir, name)
@@ -269,7 +277,9 @@ def _check_name(name: str) -> None:
 # ---- what the checkpoint decides ------------------------------------------------------------------------------------
 
 
-def _fill_configs(configs: dict[str, Any], description: Mapping[str, Any], name: str, trained_on: str | None) -> None:
+def _fill_configs(
+    configs: dict[str, Any], description: Mapping[str, Any], name: str, trained_on: str | None, parameters: int
+) -> None:
     """Write the checkpoint's network, targets, preparation and patch into the configs that declare them.
 
     A config that takes them from the pretrained weights (fine-tuning) keeps doing so: those are the released ones,
@@ -291,9 +301,28 @@ def _fill_configs(configs: dict[str, Any], description: Mapping[str, Any], name:
     if train.get("network_def", {}).get("_target_") == "tsfm.planning.downstream_network":
         train["pretrained"] = {"_target_": "tsfm.release.bundled_weights", "path": train["pretrained"]}
         train["network_def"]["output_dir"] = "$@output_dir if os.path.isdir(@bundle_root + '/configs') else None"
+    if "checkpointing" in train:  # of activations: as these weights were trained, a small network needs none
+        train["checkpointing"] = bool(description["network"].get("checkpointing", False))
     if "pool.json" in configs:
         configs["pool.json"] = _fitted_pool(configs["pool.json"], description)
     configs["metadata.json"] = _fitted_metadata(configs["metadata.json"], description, name, trained_on)
+    configs["metadata.json"]["description"] = (
+        f"TSFM, the Tumor Segmentation Foundation Model, as a network of {parameters / 1e6:.3g} million parameters that "
+        f"segments {', '.join(description['targets'])}. Trained on: {trained_on or ', '.join(description['trained_on'])}."
+    )
+
+
+def _merge(configs: dict[str, Any], overlay: str, bundle_dir: str) -> None:
+    """Write an overlay's ids into train.json, as ``--config_file "['train.json', overlay]"`` would."""
+    from monai.bundle import ConfigParser
+
+    if overlay not in configs:
+        raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
+    parser = ConfigParser(configs["train.json"])
+    for key, value in configs[overlay].items():
+        if key != "_desc_":
+            parser[key] = value
+    configs["train.json"] = parser.config
 
 
 def _fitted_pool(pool: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,10 @@ def gather_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
 
 
 def scatter_state(
-    network: nn.Module, optimizer: torch.optim.Optimizer, model_state: Mapping[str, Any], optimizer_state: Mapping[str, Any]
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    model_state: Mapping[str, Any],
+    optimizer_state: Mapping[str, Any],
 ) -> None:
     """Inverse of `gather_state`: every process passes the whole and keeps its part."""
     options = StateDictOptions(full_state_dict=True)

@@ -1,0 +1,270 @@
+"""Whole runs of inference.json and evaluate.json: folders with bad files, odd grids, knobs, scores."""
+
+import csv
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_bundle
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from tsfm import experiments
+from tsfm.checkpoint import CheckpointError
+from tsfm.prediction import FailedCases
+
+BUNDLE = ROOT / "bundles/tsfm_pretrain"
+
+
+@pytest.fixture(scope="module")
+def case(phantom_pool):
+    """One CT of the phantom pool, as nibabel gives it."""
+    return nib.load(sorted((phantom_pool / "Task03_Liver/imagesTr").glob("*.nii.gz"))[0])
+
+
+@pytest.fixture
+def segment(pretrained, tmp_path):
+    """Runs inference.json; returns the folder of results."""
+
+    def run(source, configs=("inference.json",), out=None, **settings):
+        out = out or tmp_path / "out"
+        options = {"checkpoint": str(pretrained / "model.pt"), "dataset_dir": str(source), "output_dir": str(out)}
+        experiments.run_bundle(BUNDLE, list(configs), **{**options, "device": "cpu", "progress": False, **settings})
+        return out
+
+    return run
+
+
+def voxels(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+def turned(image, axes):
+    """The same image with its array axes in another order and direction; the affine follows."""
+    turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(axes))
+    array = apply_orientation(np.asarray(image.dataobj), turn)
+    return nib.Nifti1Image(np.ascontiguousarray(array), image.affine @ inv_ornt_aff(turn, image.shape))
+
+
+def oblique(image, degrees=7):
+    angle = np.deg2rad(degrees)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return nib.Nifti1Image(np.asarray(image.dataobj), turn @ image.affine)
+
+
+# ---- the image's own grid --------------------------------------------------------------------------------------------
+
+
+def test_every_orientation_comes_back_on_its_own_grid_and_shows_the_same(case, segment, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    images = {axes: turned(case, axes) for axes in ("RAS", "LPS", "SPL", "PIR", "ASR")} | {"oblique": oblique(case)}
+    for name, image in images.items():
+        nib.save(image, folder / f"{name}.nii.gz")
+    out = segment(folder, threshold=0.45)
+    reference = voxels(out / "RAS.nii.gz")
+    assert len(np.unique(reference)) > 2, "the map has to show something for this test to mean anything"
+    for name, image in images.items():
+        result = nib.load(out / f"{name}.nii.gz")
+        assert result.shape == image.shape and result.get_data_dtype() == np.uint8
+        np.testing.assert_allclose(result.affine, image.affine, atol=1e-4)
+        back = turned(result, "RAS")
+        if name == "oblique":
+            back = nib.Nifti1Image(np.asarray(back.dataobj), np.eye(4))
+        assert np.mean(np.asarray(back.dataobj) != reference) < 1e-3, name
+
+
+def test_a_single_file_with_spaces_and_letters_beyond_ascii(case, segment, tmp_path):
+    path = tmp_path / "Über Größe 肝臓" / "Fall 1 (nativ).nii.gz"
+    path.parent.mkdir()
+    nib.save(case, path)
+    out = segment(path, out=tmp_path / "Ergebnis für 肝臓")
+    assert [file.name for file in out.iterdir()] == ["Fall 1 (nativ).nii.gz"]
+
+
+def test_a_datalist_names_the_cases_relative_to_itself(case, segment, tmp_path):
+    nib.save(case, tmp_path / "a.nii.gz")
+    nib.save(case, tmp_path / "b.nii")
+    datalist = {"testing": [{"image": "a.nii.gz", "case": "first"}, "b.nii"]}
+    (tmp_path / "list.json").write_text(json.dumps(datalist))
+    out = segment(tmp_path / "list.json")
+    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz"]
+    assert np.array_equal(voxels(out / "first.nii.gz"), voxels(out / "b.nii.gz"))
+
+
+# ---- bad files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_folder(case, tmp_path):
+    """A good case among seven that cannot be segmented."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    array, affine = np.asarray(case.dataobj).astype(np.float32), case.affine
+    nib.save(case, folder / "good.nii.gz")
+    nib.save(case, folder / "truncated.nii.gz")
+    (folder / "truncated.nii.gz").write_bytes((folder / "truncated.nii.gz").read_bytes()[:5000])
+    (folder / "empty.nii.gz").write_bytes(b"")
+    broken = array.copy()
+    broken[2, 3, 4] = np.nan
+    nib.save(nib.Nifti1Image(broken, affine), folder / "nan.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros_like(array), affine), folder / "zero.nii.gz")
+    nib.save(nib.Nifti1Image(array[..., 5], affine), folder / "flat.nii.gz")
+    nib.save(nib.Nifti1Image(np.stack([array, array], -1), affine), folder / "two_channels.nii.gz")
+    nib.save(nib.Nifti1Image(np.full_like(array, np.inf), affine), folder / "zzz_infinite.nii.gz")
+    return folder
+
+
+REASONS = {
+    "truncated": ("too early", "cut short"),
+    "empty": ("an empty file",),
+    "nan": ("1 voxels are NaN",),
+    "zero": ("every voxel is zero",),
+    "flat": ("expected a 3D volume", "1 slice", "3D"),
+    "two_channels": ("2 channel(s), expected 1",),
+    "zzz_infinite": ("NaN or infinite",),
+}
+
+
+def test_bad_files_are_reported_and_the_rest_goes_on(bad_folder, segment, tmp_path):
+    with pytest.raises(FailedCases) as caught:
+        segment(bad_folder)
+    lines = {line.split(":")[0].strip(): line for line in str(caught.value).splitlines()[1:]}
+    assert set(lines) == set(REASONS), "each bad case is named, the good one is not"
+    for name, reasons in REASONS.items():
+        assert any(reason in lines[name] for reason in reasons), lines[name]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
+
+
+def test_the_command_ends_with_the_reasons_and_a_code_that_is_not_zero(bad_folder, pretrained, tmp_path):
+    for path in bad_folder.iterdir():
+        if path.name not in ("good.nii.gz", "zero.nii.gz"):
+            path.unlink()
+    output = run_bundle(
+        "tsfm_pretrain", ["inference.json"], expect=1, checkpoint=pretrained / "model.pt", dataset_dir=bad_folder,
+        output_dir=tmp_path / "out", device="cpu",
+    )  # fmt: skip
+    last = "\n".join(output.strip().splitlines()[-3:])
+    assert "1 of 2 cases failed" in last and "zero.nii.gz: every voxel is zero" in last
+    assert (tmp_path / "out/good.nii.gz").is_file()
+
+
+def test_a_source_that_is_not_there_is_named(segment, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        segment(tmp_path / "nowhere")
+    (tmp_path / "no_images").mkdir()
+    with pytest.raises(FileNotFoundError, match="no image in"):
+        segment(tmp_path / "no_images")
+
+
+# ---- knobs -----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_limit_what_is_computed_and_keep_their_values(case, segment, tmp_path):
+    nib.save(case, tmp_path / "case.nii.gz")
+    everything = voxels(segment(tmp_path / "case.nii.gz", out=tmp_path / "all", threshold=0.3) / "case.nii.gz")
+    chosen = voxels(
+        segment(tmp_path / "case.nii.gz", out=tmp_path / "some", threshold=0.3, targets=["liver", "lung"])
+        / "case.nii.gz"
+    )
+    assert set(np.unique(chosen)) <= {0, 7, 19} and chosen.any()
+    assert len(np.unique(everything)) > len(np.unique(chosen))
+    with pytest.raises(ValueError, match="brain"):
+        segment(tmp_path / "case.nii.gz", out=tmp_path / "none", targets=["brain"])
+
+
+def test_threshold_and_mirroring_change_the_result(case, segment, tmp_path):
+    nib.save(case, tmp_path / "case.nii.gz")
+    results = {}
+    for name, settings in {
+        "low": {"threshold": 0.3},
+        "high": {"threshold": 0.7},
+        "mirrored": {"threshold": 0.3, "mirror": True},
+    }.items():
+        results[name] = voxels(segment(tmp_path / "case.nii.gz", out=tmp_path / name, **settings) / "case.nii.gz")
+    assert np.count_nonzero(results["low"]) > np.count_nonzero(results["high"])
+    assert not np.array_equal(results["low"], results["mirrored"])
+
+
+def test_results_that_are_there_are_kept_unless_asked_otherwise(case, segment, tmp_path):
+    nib.save(case, tmp_path / "case.nii.gz")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "case.nii.gz").write_bytes(b"somebody's work")
+    with pytest.raises(FileExistsError, match=r"skip.*overwrite"):
+        segment(tmp_path / "case.nii.gz")
+    segment(tmp_path / "case.nii.gz", existing="skip")
+    assert (out / "case.nii.gz").read_bytes() == b"somebody's work"
+    segment(tmp_path / "case.nii.gz", existing="overwrite")
+    assert nib.load(out / "case.nii.gz").shape == case.shape
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_do_not_fit_are_an_error_and_nothing_is_written(case, segment, pretrained, tmp_path):
+    nib.save(case, tmp_path / "case.nii.gz")
+    state = torch.load(pretrained / "model.pt", weights_only=True)
+    state["stem.weight"] = state["stem.weight"][:, :, :1]
+    torch.save(state, tmp_path / "wrong.pt")
+    with pytest.raises(CheckpointError, match=r"does not fit the network.*\n.*stem\.weight"):
+        segment(tmp_path / "case.nii.gz", checkpoint=str(tmp_path / "wrong.pt"))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        segment(tmp_path / "case.nii.gz", checkpoint=str(tmp_path / "none.pt"))
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+def test_weights_in_a_training_checkpoint_safetensors_and_the_old_format_do_the_same(
+    case, segment, pretrained, tmp_path
+):
+    from tsfm.checkpoint import build_network, load_weights, read_description, save_weights
+
+    nib.save(case, tmp_path / "case.nii.gz")
+    network = build_network(read_description(pretrained / "model.pt"))
+    load_weights(network, pretrained / "model.pt")
+    save_weights(network, tmp_path / "model.safetensors")
+    state = torch.load(pretrained / "model.pt", weights_only=True)
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+        tmp_path / "old.pth",
+        _use_new_zipfile_serialization=False,
+    )
+    results = []
+    for path in (pretrained / "model.pt", tmp_path / "model.safetensors", tmp_path / "old.pth"):
+        out = segment(
+            tmp_path / "case.nii.gz", out=tmp_path / path.stem / path.suffix[1:], checkpoint=str(path), threshold=0.4
+        )
+        results.append(voxels(out / "case.nii.gz"))
+    assert results[0].any() and all(np.array_equal(results[0], other) for other in results[1:])
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_validation_cases_of_the_pool_are_scored_with_a_page_of_pictures(phantom_pool, segment, tmp_path):
+    out = segment(phantom_pool, ["inference.json", "evaluate.json"], allow_missing=True)
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["datasets"]) == {"msd_liver", "kits21", "amos22", "totalsegmentator"}
+    assert set(summary["datasets"]["msd_liver"]) == {"liver", "liver_tumor"}, "annotated targets only"
+    assert summary["failed"] == [] and summary["cases"] == len(list(out.glob("*.nii.gz")))
+    rows = list(csv.DictReader((out / "cases.csv").open()))
+    assert {row["status"] for row in rows} <= {"ok", "empty_truth"}
+    assert all(0 <= float(row["dice"]) <= 1 for row in rows if row["status"] == "ok")
+    assert (out / "page.png").stat().st_size > 5000 and "mean Dice" in (out / "scores.md").read_text()
+
+
+def test_a_case_that_cannot_be_scored_is_reported_and_the_others_are(phantom_pool, segment, tmp_path):
+    pool = tmp_path / "pool"
+    shutil.copytree(phantom_pool / "Task03_Liver", pool / "Task03_Liver")
+    from tsfm.pool import DatasetPool
+
+    kept = DatasetPool(BUNDLE / "configs/pool.json", pool, datasets=["msd_liver"])
+    held_out = kept.val_items(0)[0]
+    label = nib.load(held_out["label"])
+    array = np.asarray(label.dataobj)
+    nib.save(nib.Nifti1Image(array + np.uint8(50), label.affine), held_out["label"])
+    with pytest.raises(FailedCases, match=r"holds the ids"):
+        segment(pool, ["inference.json", "evaluate.json"], datasets=["msd_liver"])
+    assert json.loads((tmp_path / "out/summary.json").read_text())["failed"][0]["case"] == held_out["case"]

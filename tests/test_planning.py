@@ -1,0 +1,216 @@
+"""What a run decides before it starts: pool, channels, spacing, normalization, patch, and where errors show."""
+
+import json
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from tsfm import planning
+from tsfm.cases import Preparation
+from tsfm.checkpoint import CheckpointError, describe_network, save_weights
+from tsfm.errors import first_cause
+from tsfm.labels import LabelTable
+from tsfm.network import TSFM
+from tsfm.pool import DatasetPool, PoolError
+
+NETWORK = {
+    "in_channels": 1, "out_channels": 2, "features": [4, 8, 16], "depths_down": [1, 1, 1], "depths_up": [1, 1],
+    "strides": [[2, 2, 2], [1, 2, 2]], "img_size": [16, 32, 32], "hidden_size": 12, "num_layers": 1, "num_heads": 2, "mlp_dim": 24,
+}  # fmt: skip
+CT = {"lower": -100.0, "upper": 300.0, "mean": 50.0, "sd": 80.0}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights for liver and spleen at 4 x 2 x 2 mm, patch 16 x 32 x 32."""
+    table = LabelTable({"liver": {}, "spleen": {}}, [{"name": "first", "labels": {"1": "liver", "2": "spleen"}}])
+    torch.manual_seed(0)
+    network = describe_network(TSFM(**NETWORK), table, Preparation((4.0, 2.0, 2.0), {"CT": CT}), [16, 32, 32])
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    save_weights(network, path)
+    return str(path)
+
+
+def write(folder, name, shape=(20, 22, 12), spacing=(2.0, 2.0, 4.0), channels=1, suffix="", kinds=("images", "labels")):
+    rng = np.random.default_rng(0)
+    label = np.zeros(shape, np.uint8)
+    label[5:9, 5:9, 3:6] = 1
+    image = rng.normal(0, 100, (*shape, channels)).astype(np.float32)
+    for kind, array, ending in zip(kinds, (image if channels > 1 else image[..., 0], label), (suffix, ""), strict=True):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(array, np.diag([*spacing, 1.0])), folder / kind / f"{name}{ending}.nii.gz")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / "data", name)
+    return tmp_path / "data"
+
+
+# ---- the pool --------------------------------------------------------------------------------------------------------
+
+
+def test_two_folders_are_paired_by_name(folders):
+    pool = planning.dataset_pool(str(folders), label_ids={"1": "liver"}, modality="MR")
+    assert [(item["case"], item["modality"]) for item in pool.cases] == [("a", "MR"), ("b", "MR")]
+    assert pool.table.names == ("liver",)
+
+
+def test_nnunets_channel_suffix_is_understood(tmp_path):
+    write(tmp_path, "case_1", suffix="_0000")
+    pool = planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
+    assert pool.cases[0]["case"] == "case_1" and pool.cases[0]["label"].endswith("labels/case_1.nii.gz")
+
+
+def test_ids_may_stand_for_several_targets(folders):
+    pool = planning.dataset_pool(str(folders), label_ids={"1": ["liver", "organ"]})
+    assert pool.table.names == ("liver", "organ")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ({"0": "background", "1": "Anterior", "2": "Posterior"}, ("anterior", "posterior")),
+        ({"background": 0, "Left Lung": 1}, ("left_lung",)),
+    ],
+)
+def test_decathlon_labels_become_targets(tmp_path, labels, names):
+    write(tmp_path, "x", kinds=("imagesTr", "labelsTr"))
+    content = {
+        "modality": {"0": "MRI"},
+        "labels": labels,
+        "training": [{"image": "./imagesTr/x.nii.gz", "label": "./labelsTr/x.nii.gz"}],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    pool = planning.dataset_pool(str(tmp_path))
+    assert pool.table.names == names and pool.cases[0]["modality"] == "MR"
+
+
+def test_what_is_missing_is_named(tmp_path, weights):
+    with pytest.raises(PoolError, match=r"neither dataset\.json .* nor a folder 'images'"):
+        planning.dataset_pool(str(tmp_path))
+    (tmp_path / "images").mkdir()
+    with pytest.raises(PoolError, match=r"holds no \.nii\.gz"):
+        planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
+    write(tmp_path, "a", kinds=("images", "elsewhere"))
+    with pytest.raises(PoolError, match="labels does not exist"):
+        planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {}}))
+    with pytest.raises(PoolError, match='no "labels"'):
+        planning.dataset_pool(str(tmp_path))
+
+
+def test_without_files_the_targets_are_those_of_the_weights(tmp_path, weights):
+    pool = planning.dataset_pool(str(tmp_path), pretrained=weights)
+    assert pool.table.names == ("liver", "spleen") and pool.table.bare_dataset == "label_map"
+    assert planning.count_channels(pool, weights) == 1
+    with pytest.raises(PoolError, match="holds no data set"):
+        _ = pool.cases
+
+
+# ---- preparation and patch -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pool(folders):
+    return planning.dataset_pool(str(folders), label_ids={"1": "liver"})
+
+
+def test_spacing_and_normalization_are_the_checkpoints_unless_asked_otherwise(pool, weights, tmp_path):
+    store = str(tmp_path / "store")
+    kept = planning.plan_preparation(pool, store, pretrained=weights)
+    assert kept.spacing_mm == (4.0, 2.0, 2.0) and kept.intensity == {"CT": CT}
+    assert not (tmp_path / "store").exists(), "nothing was measured"
+    given = planning.plan_preparation(pool, store, [3, 1, 1], {**CT, "mean": 1.0}, pretrained=weights)
+    assert given.spacing_mm == (3.0, 1.0, 1.0) and given.intensity["CT"]["mean"] == 1.0
+    planned = planning.plan_preparation(pool, store, "auto", "fingerprint", pretrained=weights)
+    assert planned.spacing_mm == (4.0, 2.0, 2.0)
+    values = np.concatenate([nib.load(item["image"]).get_fdata()[5:9, 5:9, 3:6].ravel() for item in pool.cases])
+    assert planned.intensity["CT"]["mean"] == pytest.approx(values.mean(), abs=15)
+    with pytest.raises(ValueError, match="'best'"):
+        planning.plan_preparation(pool, store, ct_normalization="best", pretrained=weights)
+
+
+def test_a_checkpoints_plan_needs_a_checkpoint(pool, tmp_path):
+    with pytest.raises(ValueError, match="--spacing_mm or --pretrained"):
+        planning.plan_preparation(pool, str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"/none\.pt do not exist.*--pretrained"):
+        planning.plan_preparation(pool, str(tmp_path), pretrained=str(tmp_path / "none.pt"))
+
+
+def test_a_fingerprint_is_measured_once_and_anew_when_a_file_changes(pool, folders, tmp_path, monkeypatch):
+    store, measured = str(tmp_path / "store"), []
+    monkeypatch.setattr(
+        planning, "fingerprint", lambda *args, run=planning.fingerprint, **how: measured.append(1) or run(*args, **how)
+    )
+    for _ in range(2):
+        planning.plan_preparation(pool, store, "auto", "fingerprint")
+    assert len(measured) == 1
+    write(folders, "a", spacing=(3.0, 3.0, 4.0))
+    planning.plan_preparation(
+        planning.dataset_pool(str(folders), label_ids={"1": "liver"}), store, "auto", "fingerprint"
+    )
+    assert len(measured) == 2
+
+
+def test_several_channels_are_measured_too(tmp_path, weights):
+    write(tmp_path / "data", "a", channels=3)
+    pool = planning.dataset_pool(str(tmp_path / "data"), label_ids={"1": "liver"}, modality="MR")
+    assert planning.count_channels(pool) == 3
+    found = planning.plan_preparation(pool, str(tmp_path), "auto", in_channels=3, pretrained=weights)
+    assert found.spacing_mm == (4.0, 2.0, 2.0) and found.default_modality == "MR"
+
+
+def test_the_patch_fits_cases_and_strides(pool, weights, tmp_path):
+    preparation = planning.plan_preparation(pool, str(tmp_path), pretrained=weights)
+    assert planning.plan_patch([8, 16, 16], pool, str(tmp_path), preparation, weights) == [8, 16, 16]
+    # (12, 22, 20) voxels at the checkpoint's spacing, strides 2 x 4 x 4, at most the pretrained 16 x 32 x 32
+    assert planning.plan_patch("auto", pool, str(tmp_path), preparation, weights) == [12, 24, 20]
+    with pytest.raises(CheckpointError, match="--patch_size"):
+        planning.plan_patch("auto", pool, str(tmp_path), preparation, "none")
+
+
+def test_the_network_is_the_pretrained_one_in_the_tasks_shape(pool, weights, tmp_path):
+    network = planning.downstream_network(pool, [12, 24, 20], 2, weights, output_dir=str(tmp_path))
+    assert network.description["network"]["features"] == NETWORK["features"]
+    assert network(torch.zeros(1, 2, 12, 24, 20))[0].shape == (1, 1, 12, 24, 20)
+    assert json.loads((tmp_path / "transfer_report.json").read_text())["targets"]["taken over"] == ["liver"]
+    with pytest.raises(ValueError, match="freeze is 'decoder'"):
+        planning.downstream_network(pool, [12, 24, 20], 1, weights, freeze="decoder")
+
+
+def test_bad_cases_are_listed_all_at_once(folders, tmp_path):
+    for name in ("a", "b"):
+        (folders / f"labels/{name}.nii.gz").write_bytes(b"no image")
+    pool = DatasetPool(
+        {"targets": {"liver": {}}, "datasets": [{"name": "x", "folder": ".", "image": "images/{case}.nii.gz",
+         "label": "labels/{case}.nii.gz", "labels": {"1": "liver"}}]}, folders,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"(?s)labels/a\.nii\.gz.*labels/b\.nii\.gz"):
+        planning.plan_preparation(pool, str(tmp_path), "auto", "fingerprint")
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_uncaught_error_ends_with_its_first_cause():
+    program = """
+from tsfm.errors import name_cause_last
+name_cause_last()
+try:
+    raise ValueError("image 7 is upside down")
+except ValueError as error:
+    raise RuntimeError("config entry 3 failed") from error
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 2
+    assert done.stderr.strip().splitlines()[-1] == "ValueError: image 7 is upside down"
+
+
+def test_the_first_cause_of_a_plain_error_is_itself():
+    error = ValueError("plain")
+    assert first_cause(error) is error
