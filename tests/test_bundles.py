@@ -25,7 +25,7 @@ ONLY_PRETRAIN_TRAINS = {"datasets", "allow_missing", "pool#datasets", "pool#allo
 ONLY_FINETUNE_TRAINS = {
     *("images", "labels", "label_ids", "regions", "modality", "pretrained", "from_scratch", "freeze", "warmup_epochs"),
     *("head_learning_rate", "encoder_learning_rate", "in_channels", "patch", "loss#reduction"),
-    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs", "preparation")),
+    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs")),
     *(f"settings#{key}" for key in ("head_learning_rate", "encoder_learning_rate")),
     *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
     *("preparation#in_channels", "preparation#pretrained", "lr_scheduler#warmup_epochs"),

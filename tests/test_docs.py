@@ -101,6 +101,9 @@ def _python(folder: Path, words: list[str]) -> list[str]:
         return _tsfm(folder, words[2], words[3:])
     if words[0] == "-m":
         return [] if words[1] in ("venv", "pytest", "zipfile", "pip") else [f"unknown module {words[1]}"]
+    if words[0] == "-c":
+        compile(words[1], "command", "exec")
+        return []
     script = folder / words[0]
     if not script.is_file():
         return [f"no script {words[0]}"]

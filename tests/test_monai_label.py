@@ -145,7 +145,7 @@ def server(request, tmp_path_factory):
     )  # the server's labels are 1 organ, 2 tumor all the same
     network = TSFM(1, 2, **TINY, img_size=[16, 16, 16])
     for head in network.heads:
-        torch.nn.init.zeros_(head.bias)  # so that about half of the voxels are segmented
+        torch.nn.init.zeros_(head.conv.bias)  # so that about half of the voxels are segmented
     describe_network(network, table, Preparation((2.5, 1.2, 1.2), ct), [16, 16, 16], [{"modality": "CT"}])
     save_weights(network, root / "weights.pt")
     bundle = release.stage(str(REPOSITORY / "bundles" / request.param), str(root / "weights.pt"), str(root / "dist"))

@@ -167,7 +167,7 @@ def test_an_overlay_becomes_part_of_the_staged_training(source, checkpoint, tmp_
     assert (
         train["iterations"] == 25 and train["network_def"]["features"] == NETWORK["features"] and "_desc_" not in train
     )
-    with pytest.raises(release.ReleaseError, match="no configs/long.json"):
+    with pytest.raises(release.ReleaseError, match=r"no configs/long\.json"):
         release.stage(str(source), str(checkpoint), str(tmp_path / "dist"), overlays=["long.json"])
 
 

@@ -18,6 +18,7 @@ import os
 from typing import Any
 
 import bundle_app
+from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.tasks.activelearning.epistemic import Epistemic
 from monailabel.utils.others.generic import name_to_device
@@ -56,8 +57,11 @@ class UncertaintyScoring(ScoringMethod):
         return self.task.inferer(data).uncertainty(data["image"][None].to(data["device"]), network)
 
 
-class MyApp(bundle_app.MyApp):
-    """The bundle app with a scoring method and a strategy ``uncertainty_NAME`` for every bundle that it serves."""
+class MyApp(bundle_app.MyApp, MONAILabelApp):
+    """The bundle app with a scoring method and a strategy ``uncertainty_NAME`` for every bundle that it serves.
+
+    MONAI Label takes the class of main.py that names MONAILabelApp among its own bases.
+    """
 
     def init_scoring_methods(self) -> dict[str, Any]:
         own = {

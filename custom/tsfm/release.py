@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import EXTRA_STATE, encode_description, read_description, read_state, table_of
+from .checkpoint import EXTRA_STATE, encode_description, read_description, read_state
+from .fitting import fill_configs, merge_overlay, write_readme
 
 LARGE_FILE_BYTES = 25 * 2**20
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can name
@@ -37,7 +38,6 @@ FORBIDDEN_NAMES = (
     "deepedit",
     "deepgrow",
 )  # MONAI Label takes them for other kinds of app
-README_BLOCK = ("<!-- weights: begin -->", "<!-- weights: end -->")
 
 
 class ReleaseError(ValueError):
@@ -121,8 +121,10 @@ def stage(
     if metrics:
         metadata["eval_metrics"] = _read_json(metrics)
     for overlay in [overlays] if isinstance(overlays, str) else overlays:
-        _merge(configs, os.path.basename(overlay), bundle_dir)
-    _fill_configs(configs, description, name, trained_on, sum(tensor.numel() for tensor in tensors.values()))
+        if overlay not in configs:
+            raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
+        configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
+    fill_configs(configs, description, name, trained_on, sum(tensor.numel() for tensor in tensors.values()))
 
     os.makedirs(output_dir, exist_ok=True)
     final = os.path.join(output_dir, name)
@@ -131,7 +133,7 @@ def stage(
         shutil.copytree(bundle_dir, scratch, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
         for file, content in configs.items():
             _write_json(os.path.join(scratch, "configs", file), content)
-        _write_readme(scratch, description, metadata, tensors, trained_on)
+        write_readme(scratch, description, metadata, tensors, trained_on)
         _write_weights(os.path.join(scratch, "models"), tensors, description)
         _copy_package(os.path.join(scratch, "tsfm"))
         _write_large_files(scratch, name, base_url)
@@ -274,110 +276,6 @@ def _check_name(name: str) -> None:
         )
 
 
-# ---- what the checkpoint decides ------------------------------------------------------------------------------------
-
-
-def _fill_configs(
-    configs: dict[str, Any], description: Mapping[str, Any], name: str, trained_on: str | None, parameters: int
-) -> None:
-    """Write the checkpoint's network, targets, preparation and patch into the configs that declare them.
-
-    A config that takes them from the pretrained weights (fine-tuning) keeps doing so: those are the released ones,
-    found from any working folder; only a run of the bundle itself writes a report of what was taken over.
-    """
-    network = {"_target_": "tsfm.TSFM", **description["network"]}
-    preparation = {"_target_": "tsfm.Preparation.from_dict", "values": description["preparation"]}
-    train, inference = configs.get("train.json", {}), configs["inference.json"]
-    if "description" in inference:
-        inference["description"]["_target_"] = "tsfm.release.bundle_description"
-    else:
-        inference["network_def"] = network
-    if train.get("network_def", {}).get("_target_") == "tsfm.TSFM":
-        references = {key: value for key, value in train["network_def"].items() if str(value).startswith("@")}
-        train["network_def"] = {**network, **references}
-        train["preparation"] = preparation
-        train["patch_size"] = description["patch_size"]
-        train["spacing_mm"] = description["preparation"]["spacing_mm"]
-    if train.get("network_def", {}).get("_target_") == "tsfm.planning.downstream_network":
-        train["pretrained"] = {"_target_": "tsfm.release.bundled_weights", "path": train["pretrained"]}
-        train["network_def"]["output_dir"] = "$@output_dir if os.path.isdir(@bundle_root + '/configs') else None"
-    if "checkpointing" in train:  # of activations: as these weights were trained, a small network needs none
-        train["checkpointing"] = bool(description["network"].get("checkpointing", False))
-    if "pool.json" in configs:
-        configs["pool.json"] = _fitted_pool(configs["pool.json"], description)
-    configs["metadata.json"] = _fitted_metadata(configs["metadata.json"], description, name, trained_on)
-    configs["metadata.json"]["description"] = (
-        f"TSFM, the Tumor Segmentation Foundation Model, as a network of {parameters / 1e6:.3g} million parameters that "
-        f"segments {', '.join(description['targets'])}. Trained on: {trained_on or ', '.join(description['trained_on'])}."
-    )
-
-
-def _merge(configs: dict[str, Any], overlay: str, bundle_dir: str) -> None:
-    """Write an overlay's ids into train.json, as ``--config_file "['train.json', overlay]"`` would."""
-    from monai.bundle import ConfigParser
-
-    if overlay not in configs:
-        raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
-    parser = ConfigParser(configs["train.json"])
-    for key, value in configs[overlay].items():
-        if key != "_desc_":
-            parser[key] = value
-    configs["train.json"] = parser.config
-
-
-def _fitted_pool(pool: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:
-    """The pool file with the checkpoint's targets and data sets; folder layouts stay where the names are the same.
-
-    A data set that the pool file does not know gets a plain layout, to be edited by whoever has its files.
-    """
-    known = {entry["name"]: entry for entry in pool["datasets"]}
-    modalities = description.get("modalities") or ["CT"]
-    datasets = []
-    for entry in description["dataset_labels"]:
-        labels = {raw: names[0] if len(names) == 1 else names for raw, names in entry["labels"].items()}
-        has_ids = all(str(raw).isdigit() for raw in labels)
-        layout = {
-            "folder": entry["name"],
-            "image": "images/{case}.nii.gz" if has_ids else "{case}/image.nii.gz",
-            "label": "labels/{case}.nii.gz" if has_ids else "{case}/segmentations/{structure}.nii.gz",
-            "modality": modalities[0],
-        }
-        datasets.append({**known.get(entry["name"], layout), **entry, "labels": labels})
-    return {**pool, "targets": description["targets"], "datasets": datasets}
-
-
-def _fitted_metadata(
-    metadata: Mapping[str, Any], description: Mapping[str, Any], name: str, trained_on: str | None
-) -> dict[str, Any]:
-    table = table_of(description)
-    patch, channels = list(description["patch_size"]), description["network"]["in_channels"]
-    modality = "/".join(description.get("modalities") or ["image"])
-    data = {key: dict(value) for key, value in metadata["network_data_format"].items()}
-    data["inputs"]["image"] = {
-        **data["inputs"].get("image", {}),
-        "modality": modality,
-        "num_channels": channels,
-        "spatial_shape": patch,
-        "channel_def": {str(i): modality if channels == 1 else f"image_{i}" for i in range(channels)},
-    }
-    data["outputs"]["pred"] = {
-        **data["outputs"].get("pred", {}),
-        "num_channels": len(table.names),
-        "spatial_shape": patch,
-        "value_range": [0, len(table.names)],
-        "channel_def": table.channel_def(),
-    }
-    filled = {**metadata, "name": name, "network_data_format": data, "label_classes": _classes(table.channel_def())}
-    filled["pred_classes"] = filled["label_classes"]
-    if trained_on:
-        filled["data_source"] = trained_on
-    return filled
-
-
-def _classes(channel_def: Mapping[str, str]) -> str:
-    return ", ".join(f"{value} is {name}" for value, name in channel_def.items())
-
-
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -422,80 +320,6 @@ def _write_large_files(bundle: str, name: str, base_url: str) -> None:
         ]
     with open(os.path.join(bundle, "large_files.yml"), "w", encoding="utf-8") as out:
         out.write("\n".join(lines) + "\n")
-
-
-def _write_readme(
-    bundle: str,
-    description: Mapping[str, Any],
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    trained_on: str | None,
-) -> None:
-    """Fill the README's block on the weights; where it has none, append a section."""
-    path = os.path.join(bundle, "docs", "README.md")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    text = ""
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    begin, end = README_BLOCK
-    block = f"{begin}\n{weights_table(description, metadata, tensors, trained_on)}\n{end}"
-    if begin in text and end in text:
-        text = text[: text.index(begin)] + block + text[text.index(end) + len(end) :]
-    else:
-        text = f"{text.rstrip()}\n\n## The weights in this release\n\n{block}\n"
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def weights_table(
-    description: Mapping[str, Any],
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    trained_on: str | None = None,
-) -> str:
-    """Markdown that says what the weights are: network, patch, preparation, data, and one row per target."""
-    table, preparation = table_of(description), description["preparation"]
-    annotators = {
-        target: [name for name in table.datasets if target in table.annotated(name)] for target in table.names
-    }
-    facts = {
-        "version": metadata["version"],
-        "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}",
-        "input": f"{description['network']['in_channels']} channel(s), {', '.join(description.get('modalities', []))}",
-        "patch (S, P, L)": " x ".join(map(str, description["patch_size"])),
-        "voxel spacing in mm (S, P, L)": " x ".join(f"{mm:g}" for mm in preparation["spacing_mm"]),
-        "normalization": _normalization(preparation),
-        "trained on": trained_on or ", ".join(description.get("trained_on", [])),
-        "epochs": description.get("epoch", "unknown"),
-    }
-    scores = _dice_of(metadata.get("eval_metrics", {}))
-    lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
-    lines += ["| value | target | lies in | annotated by | Dice |", "|---|---|---|---|---|"]
-    for value, target in enumerate(table.names, start=1):
-        row = (value, target, table.parent(target) or "", ", ".join(annotators[target]), scores.get(target, ""))
-        lines.append("| " + " | ".join(map(str, row)) + " |")
-    return "\n".join(lines)
-
-
-def _normalization(preparation: Mapping[str, Any]) -> str:
-    ranges = [
-        f"{modality}: clip to [{rule['lower']:g}, {rule['upper']:g}], minus {rule['mean']:g}, over {rule['sd']:g}"
-        for modality, rule in (preparation.get("intensity") or {}).items()
-    ]
-    return "; ".join([*ranges, "every other modality: z-score per image and channel"])
-
-
-def _dice_of(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Dice per target out of an evaluation summary, where it has one."""
-    targets = metrics.get("targets", metrics)
-    found = {}
-    for name, value in targets.items() if isinstance(targets, Mapping) else ():
-        value = value.get("dice") if isinstance(value, Mapping) else value
-        value = value.get("mean") if isinstance(value, Mapping) else value
-        if isinstance(value, (int, float)):
-            found[name] = f"{value:.3f}"
-    return found
 
 
 def _url(base_url: str, file: str) -> str:

@@ -261,7 +261,7 @@ class RunState:
         settings: what makes this run this run (JSON); a resumed run must have the same.
         items: the training items; bare ones (MONAI Label) are never resumed: each request is a run of its own.
         ckpt_dir: folder of the bundle's ``model.pt``, replaced when the run ends; an older one is kept as
-            ``model_previous.pt``. None: only `output_dir` gets the weights.
+            ``model_previous.pt``. "none": only `output_dir` gets the weights.
         save_interval: epochs between two writes of ``last.pt``.
         write: False on all ranks but the first.
 
@@ -372,7 +372,7 @@ class RunState:
 
     def publish(self, engine: Any) -> None:
         """Copy the best weights to the bundle's models folder."""
-        if not self.write or self.ckpt_dir is None or not os.path.exists(self.model_path):
+        if not self.write or self.ckpt_dir in (None, "none") or not os.path.exists(self.model_path):
             return
         target = os.path.join(self.ckpt_dir, "model.pt")
         if os.path.exists(target) and not _same_file_content(target, self.model_path):
