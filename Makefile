@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Idle OpenMP threads sleep instead of spinning, so that a busy machine does not slow the runs down further.
+export OMP_WAIT_POLICY = passive
 TORCH = torch==2.13.0
 
 .PHONY: demo test test-label lint format gate release bench bench-env clean
