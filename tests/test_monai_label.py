@@ -48,6 +48,9 @@ class Server:
         samples = prefix / "monailabel/sample-apps/monaibundle"
         shutil.copytree(samples, self.app, ignore=shutil.ignore_patterns("model", "logs", "__pycache__"))
         shutil.copytree(bundle, self.app / "model" / self.name)
+        config = json.loads((self.app / "model" / self.name / "configs/train.json").read_text())
+        config |= {"iterations_per_epoch": 20, "val_iterations": 2, "learning_rate": 1e-4}  # short; small steps
+        (self.app / "model" / self.name / "configs/train.json").write_text(json.dumps(config))
         if own_app:
             (self.app / "main.py").rename(self.app / "bundle_app.py")
             shutil.copy(bundle / "tsfm/label_app.py", self.app / "main.py")
@@ -185,7 +188,10 @@ def test_a_label_and_train_round_with_a_real_server(server):
         assert {key: value.shape for key, value in after.items() if key != "_extra_state"} == {
             key: value.shape for key, value in before.items() if key != "_extra_state"
         }
-        assert 0 < (after["stem.weight"] - before["stem.weight"]).abs().max() < 0.1  # other weights, but near by
+        change = (after["stem.weight"] - before["stem.weight"]).abs().mean() / before["stem.weight"].abs().mean()
+        assert (
+            0 < change < 0.3
+        )  # other weights, but near by: a fresh start would be as far away as the weights are large
         kept = torch.load(weights.with_name("model_previous.pt"), weights_only=True)
         assert torch.equal(kept["stem.weight"], before["stem.weight"])
     first = np.asarray(server.infer("case2", root / "again.nii.gz").dataobj)

@@ -144,7 +144,7 @@ def release(*args: Any, **kwargs: Any) -> None:
     """Stage a bundle around a checkpoint, self-contained, and write NAME_vX.Y.Z.zip with its checksum.
 
     Arguments: bundle_dir, checkpoint, output_dir, name, version, changelog, base_url, metrics, trained_on,
-    overlays ("['small.json']").
+    overlays ("['small.json']"), data_license (a text file).
     """
     from .release import release as run
 
@@ -174,7 +174,7 @@ def export(checkpoint: str, output_file: str, format: str = "torchscript", patch
     from .export import export as run
 
     difference = run(checkpoint, output_file, format, patch_size)
-    print(f"{output_file}: logits differ from the network's by at most {difference:.1g}")
+    print(f"{output_file}: logits differ from the network's by at most {difference:.1g} of the largest")
 
 
 def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: int = 0) -> None:

@@ -18,8 +18,11 @@ from torch import nn
 from .checkpoint import build_network, load_weights, read_description
 
 FORMATS = ("torchscript", "export", "onnx")
-TOLERANCE = 1e-3
-"""Largest difference of a logit between the exported network and the network itself; the logits reach about +-10."""
+TOLERANCE = 1e-4
+"""Largest difference of a logit between the exported network and the network itself, relative to the largest logit.
+
+float32 itself is off by 3e-5 of the largest logit, compared with float64, for weights trained on real images.
+"""
 ONNX_OPSET = 18
 ONNX_FILE_BYTES = 2**31 - 2**26  # a protobuf file ends at 2 GiB; larger weights go beside it, into FILE.onnx.data
 LARGEST_BATCH = 64
@@ -43,10 +46,10 @@ def export(
         output_file: ``.ts`` or ``.onnx`` by convention, ``.pt2`` for "export".
         format: "torchscript" (traced), "export" (torch.export) or "onnx" (needs onnx, onnxscript and onnxruntime).
         patch_size: window (S, P, L) in voxels; by default the one that the weights were trained with.
-        tolerance: largest difference of a logit that passes.
+        tolerance: largest difference of a logit that passes, relative to the largest logit.
 
     Returns:
-        the largest difference found, over batches of one and of two windows of noise.
+        the largest such difference, over batches of one and of two windows of noise.
 
     Raises:
         ExportError: an unknown format or suffix, a missing package, or a difference above `tolerance` (no file is left then).
@@ -62,20 +65,23 @@ def export(
     os.makedirs(os.path.dirname(os.path.abspath(output_file)), exist_ok=True)
     with torch.no_grad():
         run = WRITERS[format](network, torch.zeros(2, *window), output_file)
-        difference = max(_difference(network, run, (batch, *window)) for batch in (1, 2))
+        difference = max(relative_difference(network, run, (batch, *window)) for batch in (1, 2))
     if not difference <= tolerance:
         os.remove(output_file)
         raise ExportError(
-            f"{output_file}: logits differ from the network's by up to {difference:.2g}; at most {tolerance:g} may"
+            f"{output_file}: logits differ from the network's by up to {difference:.2g} of the largest; "
+            f"at most {tolerance:g} may"
         )
     with open(f"{output_file}.json", "w", encoding="utf-8") as file:
         json.dump({**description, "patch_size": list(window[1:])}, file, indent=4)
     return difference
 
 
-def _difference(network: nn.Module, run: Callable, shape: tuple[int, ...]) -> float:
+def relative_difference(network: nn.Module, run: Callable, shape: tuple[int, ...]) -> float:
+    """Largest difference between the logits of `run` and of `network` on noise, as a part of the largest logit."""
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return (run(image) - network(image)).abs().max().item()
+    expected = network(image)
+    return ((run(image) - expected).abs().max() / expected.abs().max()).item()
 
 
 def _torchscript(network: nn.Module, example: torch.Tensor, path: str) -> Callable:

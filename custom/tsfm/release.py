@@ -55,6 +55,7 @@ def release(
     metrics: str | None = None,
     trained_on: str | None = None,
     overlays: Sequence[str] = (),
+    data_license: str | None = None,
 ) -> str:
     """Stage a bundle around a checkpoint and zip it, with checksums and the Model Zoo's files.
 
@@ -70,6 +71,8 @@ def release(
         trained_on: a sentence on what the weights were trained on and what they cannot do, for metadata and README.
         overlays: overlays of the bundle that its training shall always use (``small.json`` for weights that were
             trained with it): they are merged into the staged ``train.json``, which is all that MONAI Label reads.
+        data_license: text file that becomes ``docs/data_license.txt``: the license of every data set that these weights
+            were trained on.
 
     Returns:
         path of the zip.
@@ -102,6 +105,7 @@ def stage(
     metrics: str | None = None,
     trained_on: str | None = None,
     overlays: Sequence[str] = (),
+    data_license: str | None = None,
 ) -> str:
     """Write the self-contained folder of a release (see `release`); returns its path."""
     name = name or os.path.basename(os.path.abspath(bundle_dir))
@@ -133,6 +137,8 @@ def stage(
         shutil.copytree(bundle_dir, scratch, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
         for file, content in configs.items():
             _write_json(os.path.join(scratch, "configs", file), content)
+        if data_license:
+            shutil.copyfile(data_license, os.path.join(scratch, "docs", "data_license.txt"))
         write_readme(scratch, description, metadata, tensors, trained_on)
         _write_weights(os.path.join(scratch, "models"), tensors, description)
         _copy_package(os.path.join(scratch, "tsfm"))
