@@ -174,7 +174,8 @@ def test_an_overlay_becomes_part_of_the_staged_training(source, checkpoint, tmp_
 def test_the_data_licenses_are_those_of_the_weights(source, checkpoint, tmp_path):
     write(tmp_path / "licenses.txt", "mine: CC0")
     arguments = {"data_license": str(tmp_path / "licenses.txt")}
-    staged = Path(release.stage(str(source), str(checkpoint), str(tmp_path / "dist"), **arguments))
+    release.release(str(source), str(checkpoint), str(tmp_path / "dist"), **arguments)
+    staged = tmp_path / "dist/toy"
     assert (staged / "docs/data_license.txt").read_text() == "mine: CC0"
     assert _run(staged, "data licenses")[0] == "pass"
     (staged / "docs/data_license.txt").write_text("theirs: CC0")

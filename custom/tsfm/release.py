@@ -81,7 +81,17 @@ def release(
         ReleaseError, CheckpointError: before anything is written.
     """
     bundle = stage(
-        bundle_dir, checkpoint, output_dir, name, version, changelog, base_url, metrics, trained_on, overlays
+        bundle_dir,
+        checkpoint,
+        output_dir,
+        name,
+        version,
+        changelog,
+        base_url,
+        metrics,
+        trained_on,
+        overlays,
+        data_license,
     )
     path = zip_bundle(bundle, output_dir)
     with open(path + ".sha256", "w", encoding="utf-8") as file:
