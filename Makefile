@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Idle OpenMP threads sleep instead of spinning, so that a busy machine does not slow the runs down further.
 export OMP_WAIT_POLICY = passive
+# Files and output are UTF-8, whatever the locale says.
+export PYTHONUTF8 = 1
 TORCH = torch==2.13.0
 
 .PHONY: demo test test-label lint format gate release bench bench-env clean

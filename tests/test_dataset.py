@@ -48,6 +48,8 @@ class MemoryCase:
 class MemoryStore:
     """One `MemoryCase` per item, made on first touch from the item's name."""
 
+    preparation = Preparation((1.0, 1.0, 1.0))
+
     def __init__(self, shape=(20, 24, 28), channels=1):
         self.shape, self.channels, self.cases = shape, channels, {}
 
