@@ -249,8 +249,9 @@ def _load_file(path: str) -> dict[str, Any]:
             f"{path} is refused: it is damaged, or a pickle with code in it instead of tensors and plain values only "
             f"({reason}). Ask its author for a state dict or safetensors."
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable PyTorch weight file: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the unpickler stumbles over damaged bytes in any way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path} is not a readable PyTorch weight file ({reason})") from None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a state dict")
     return dict(state)

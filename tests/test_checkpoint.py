@@ -1,0 +1,126 @@
+import os
+import pickle
+
+import pytest
+import torch
+from tsfm.checkpoint import (
+    CheckpointError,
+    atomic_write,
+    build_network,
+    describe_network,
+    load_weights,
+    matching_table,
+    read_description,
+    read_state,
+    save_weights,
+    table_of,
+)
+from tsfm.labels import LabelTable
+from tsfm.network import TSFM
+from tsfm.preprocessing import Preparation
+
+SMALL = {
+    "features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]], "img_size": [8, 8, 8],
+    "hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16,
+}  # fmt: skip
+# not in alphabetical order: the order is the label map's
+TABLE = LabelTable({"zebra": {}, "ape": {"inside": "zebra"}}, [{"name": "zoo", "labels": {"7": "ape", "2": "zebra"}}])
+PREPARATION = Preparation((3.0, 2.0, 2.0), {"CT": {"lower": -1000, "upper": 400, "mean": 50, "sd": 200}})
+
+
+@pytest.fixture
+def network():
+    return describe_network(
+        TSFM(1, 2, **SMALL), TABLE, PREPARATION, [8, 8, 8], [{"image": "a", "dataset": "zoo", "modality": "CT"}]
+    )
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_what_travels_with_the_weights_comes_back_in_order(network, tmp_path, name):
+    save_weights(network, tmp_path / name)
+    description = read_description(tmp_path / name)
+    assert list(description["targets"]) == ["zebra", "ape"]
+    table = table_of(description)
+    assert table.names == TABLE.names and table.codes == TABLE.codes
+    assert Preparation.from_dict(description["preparation"]) == PREPARATION
+    assert description["modalities"] == ["CT"] and description["trained_on"] == ["zoo"]
+    again = build_network(description)
+    load_weights(again, tmp_path / name)
+    image = torch.randn(1, 1, 8, 8, 8)
+    torch.testing.assert_close(again.eval()(image), network.eval()(image))
+
+
+def test_a_network_that_does_not_fit_its_targets_or_channels_is_refused():
+    with pytest.raises(CheckpointError, match="3 outputs, the label table 2 targets"):
+        describe_network(TSFM(1, 3, **SMALL), TABLE, PREPARATION, [8, 8, 8])
+    with pytest.raises(CheckpointError, match="takes 4 channels"):
+        describe_network(TSFM(4, 2, **SMALL), TABLE, PREPARATION, [8, 8, 8])
+
+
+def test_weights_that_do_not_fit_change_nothing(network, tmp_path):
+    save_weights(TSFM(1, 3, **SMALL), tmp_path / "other.pt")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"heads\.0.*nothing was loaded|nothing was loaded"):
+        load_weights(network, tmp_path / "other.pt")
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_labels_declared_for_other_targets_are_refused(network):
+    description = network.description
+    assert matching_table(description, TABLE) is TABLE
+    swapped = LabelTable({"ape": {}, "zebra": {}}, [])
+    with pytest.raises(CheckpointError, match=r"\['zebra', 'ape'\].*\['ape', 'zebra'\]"):
+        matching_table(description, swapped)
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch attacked",)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Attack()}, tmp_path / "bad.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Attack()))
+    for name in ("bad.pt", "raw.pt"):
+        with pytest.raises(CheckpointError, match=name):
+            read_state(tmp_path / name)
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "not a readable|refused"), (b"hello", "not a readable|refused")]
+)
+def test_files_that_are_no_weights_are_named(tmp_path, content, message):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_state(tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_state(tmp_path / "absent.pt")
+
+
+def test_weights_without_a_description_cannot_be_rebuilt(tmp_path):
+    torch.save({"w": torch.zeros(2)}, tmp_path / "plain.pt")
+    assert read_state(tmp_path / "plain.pt")[1] == {}
+    with pytest.raises(CheckpointError, match="no description"):
+        read_description(tmp_path / "plain.pt")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_wrappers_prefixes_are_dropped(tmp_path, prefix):
+    torch.save({"state_dict": {prefix + "a": torch.ones(1), prefix + "b": torch.ones(1)}}, tmp_path / "w.pt")
+    assert set(read_state(tmp_path / "w.pt")[0]) == {"a", "b"}
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "model.pt"
+    target.write_bytes(b"old")
+
+    def fail(temporary):
+        with open(temporary, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(str(target), fail)
+    assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["model.pt"]

@@ -1,0 +1,145 @@
+import csv
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ignite.engine import Events
+from monai.data import DataLoader
+from monai.engines import SupervisedTrainer
+from tsfm.checkpoint import CheckpointError, read_state
+from tsfm.network import TSFM
+from tsfm.training import Curve, RunState, TrainStep, poly_schedule, versions, write_csv
+
+SMALL = {
+    "in_channels": 1, "out_channels": 2, "features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]],
+    "img_size": [8, 8, 8], "hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16, "deep_supervision": False,
+}  # fmt: skip
+ITEM = {"image": "a.nii.gz", "label": "b.nii.gz", "dataset": "d", "case": "a"}
+
+
+def optimizer_of(parameters, lr=1.0):
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.99, nesterov=True)
+
+
+def rates(epochs, **options):
+    optimizer = optimizer_of([torch.nn.Parameter(torch.zeros(1))])
+    schedule = poly_schedule(optimizer, epochs, **options)
+    found = []
+    for _ in range(epochs):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_the_schedule_is_nnunets():
+    assert rates(10) == pytest.approx([(1 - epoch / 10) ** 0.9 for epoch in range(10)])
+
+
+def test_warming_up_is_linear_and_polynomial_decay_follows():
+    assert rates(6, warmup_epochs=2) == pytest.approx([1 / 3, 2 / 3, *((1 - epoch / 4) ** 0.9 for epoch in range(4))])
+
+
+def engine_with(network, loss=1.0, clip_norm=12.0):
+    samples = [{"image": torch.randn(1, 8, 8, 8), "label": torch.zeros(1, 8, 8, 8)} for _ in range(2)]
+    step = TrainStep(amp=False, clip_norm=clip_norm)
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"), max_epochs=2, train_data_loader=DataLoader(samples, batch_size=2), network=network,
+        optimizer=optimizer_of(network.parameters(), 0.01), loss_function=lambda pred, label: loss * pred.square().mean(),
+        iteration_update=step, decollate=False,
+    )  # fmt: skip
+    return trainer, step
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(scale):
+    network = TSFM(**SMALL)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    trainer, step = engine_with(network, scale)
+    trainer.run()
+    assert step.skipped == 2
+    assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
+
+
+def test_the_gradient_is_clipped_to_the_norm_before_the_step():
+    network = TSFM(**SMALL)
+    trainer, _ = engine_with(network, 1e6, clip_norm=0.5)
+    norms = []
+    gradients = lambda: torch.stack([p.grad.norm() for p in network.parameters()]).norm().item()  # noqa: E731
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: norms.append(gradients()))
+    trainer.run()
+    assert norms == pytest.approx([0.5, 0.5], rel=1e-4)
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="float8"):
+        TrainStep(amp_dtype="float8")
+
+
+def run_state(folder, network, **options):
+    trainer, step = engine_with(network)
+    curve = Curve(str(folder))
+    parts = {"optimizer": trainer.optimizer, "step": step}
+    settings = {"seed": 0, **options.pop("settings", {})}
+    RunState(str(folder), network, parts, curve, settings, options.pop("items", [ITEM]), **options).attach(trainer)
+    return trainer, curve
+
+
+def test_the_curve_keeps_the_moving_average_of_the_validation_dice(tmp_path):
+    curve = Curve(str(tmp_path), evaluator=None)
+    engine = SimpleNamespace(
+        state=SimpleNamespace(epoch=0, max_epochs=3), optimizer=optimizer_of([torch.nn.Parameter(torch.zeros(1))], 0.5)
+    )
+    curve.evaluator = SimpleNamespace(state=SimpleNamespace(metrics={}))
+    for epoch, dice in enumerate([0.5, 0.7, 0.1], start=1):
+        engine.state.epoch = epoch
+        curve._start(engine)
+        curve.losses, curve.iterated = [torch.tensor(float(epoch))], curve.started + 1
+        curve.evaluator.state.metrics["val_mean_dice"] = dice
+        curve._mark(engine)
+        curve(engine)
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert [float(row["ema"]) for row in rows] == pytest.approx([0.5, 0.52, 0.478])
+    assert [float(row["loss"]) for row in rows] == [1, 2, 3]
+    assert curve.average == pytest.approx(0.478)
+
+
+def test_an_older_model_is_kept_when_a_run_publishes(tmp_path):
+    published = tmp_path / "models"
+    published.mkdir()
+    (published / "model.pt").write_bytes(b"older weights")
+    trainer, _ = run_state(tmp_path / "run", TSFM(**SMALL), ckpt_dir=str(published))
+    trainer.run()
+    assert (published / "model_previous.pt").read_bytes() == b"older weights"
+    assert read_state(published / "model.pt")[1]["epoch"] == 2
+
+
+def test_bare_items_are_never_resumed(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        trainer, curve = run_state(tmp_path, TSFM(**SMALL), items=[{"image": "a", "label": "b"}])
+        trainer.run()
+        assert len(curve.rows) == 2
+    assert "resuming after epoch" not in caplog.text
+
+
+def test_a_run_with_other_settings_or_fewer_epochs_is_refused(tmp_path):
+    run_state(tmp_path, TSFM(**SMALL))[0].run()
+    with pytest.raises(CheckpointError, match="seed: was 0, is 3"):
+        run_state(tmp_path, TSFM(**SMALL), settings={"seed": 3})[0].run()
+    with pytest.raises(CheckpointError, match="cases"):
+        run_state(tmp_path, TSFM(**SMALL), items=[{**ITEM, "case": "other"}])[0].run()
+    trainer, _ = run_state(tmp_path, TSFM(**SMALL))
+    trainer.state.max_epochs = 1
+    with pytest.raises(CheckpointError, match="has 2 epochs, 1 were asked for"):
+        trainer.run()
+
+
+def test_rows_with_other_columns_share_one_table(tmp_path):
+    write_csv(str(tmp_path / "x.csv"), [{"a": 1}, {"a": 2, "b": None}, {"b": 3}])
+    assert (tmp_path / "x.csv").read_text().splitlines() == ["a,b", "1,", "2,", ",3"]
+
+
+def test_versions_name_what_decides_the_numbers():
+    assert {"tsfm", "python", "torch", "monai", "numpy"} <= set(versions())
