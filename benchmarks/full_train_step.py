@@ -43,7 +43,9 @@ def main() -> None:
     subprocess.run(command, check=True)
     wall = time.perf_counter() - start
     rows = list(csv.DictReader((folder / "output/curve.csv").open()))
-    print(f"loss {rows[-1]['loss']}, training {rows[-1]['train_s']} s for {arguments.iterations} step(s), whole run {wall:.0f} s")
+    print(
+        f"loss {rows[-1]['loss']}, training {rows[-1]['train_s']} s for {arguments.iterations} step(s), whole run {wall:.0f} s"
+    )
     if torch.cuda.is_available():
         print(torch.cuda.get_device_name())
     else:
