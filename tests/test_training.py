@@ -136,6 +136,22 @@ def test_a_run_with_other_settings_or_fewer_epochs_is_refused(tmp_path):
         trainer.run()
 
 
+def test_an_extended_run_goes_on_with_the_longer_schedules_rate(tmp_path):
+    def run(epochs):
+        network = TSFM(**SMALL)
+        trainer, step = engine_with(network)
+        trainer.state.max_epochs = epochs
+        parts = {"optimizer": trainer.optimizer, "step": step, "lr_scheduler": poly_schedule(trainer.optimizer, epochs)}
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: parts["lr_scheduler"].step())
+        curve = Curve(str(tmp_path))
+        RunState(str(tmp_path), network, parts, curve, {}, [ITEM]).attach(trainer)
+        trainer.run()
+        return [row["lr"] for row in curve.rows]
+
+    assert run(2) == pytest.approx([0.01, 0.01 * 0.5**0.9])
+    assert run(4)[2:] == pytest.approx([0.01 * 0.5**0.9, 0.01 * 0.25**0.9])
+
+
 def test_rows_with_other_columns_share_one_table(tmp_path):
     write_csv(str(tmp_path / "x.csv"), [{"a": 1}, {"a": 2, "b": None}, {"b": 3}])
     assert (tmp_path / "x.csv").read_text().splitlines() == ["a,b", "1,", "2,", ",3"]

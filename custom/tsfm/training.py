@@ -332,6 +332,7 @@ class RunState:
             unwrap(self.network).load_state_dict(state["model"])
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
+        self._set_rates()
         self.curve.load_state_dict(state["curve"])
         self.best = state["best"]
         engine.state.epoch = state["epoch"]
@@ -340,6 +341,14 @@ class RunState:
         logger.info(
             "resuming after epoch %d of %d from %s%s", state["epoch"], engine.state.max_epochs, self.last_path, done
         )
+
+    def _set_rates(self) -> None:
+        """Learning rates of the epoch to come by this run's schedule, which may be longer than the one that was saved."""
+        schedule = self.parts.get("lr_scheduler")
+        if schedule is not None:
+            groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, factor in groups:
+                group["lr"] = base * factor(schedule.last_epoch)
 
     def save(self, engine: Any) -> None:
         """Write ``model.pt`` if this epoch is the best, and ``last.pt``."""

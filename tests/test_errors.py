@@ -1,0 +1,35 @@
+import json
+
+import pytest
+from tsfm.errors import OptionError, check_options, first_cause
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"epochs": 1, "network_def": {"features": [1]}, "train#dataset": {}}))
+    return str(path)
+
+
+@pytest.mark.parametrize("listed", ["{}", "['{}']", "[{}]"])
+def test_a_mistyped_option_is_refused_with_the_nearest_name(config, listed):
+    with pytest.raises(OptionError, match=r"--epoch \(did you mean --epochs\?\)"):
+        check_options(["monai.bundle", "run", "--config_file", listed.format(config), "--epoch", "4"])
+    with pytest.raises(OptionError, match="--xyzzy"):
+        check_options(["monai.bundle", "run", f"--config_file={config}", "--xyzzy=4"])
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--network_def#features", "--train::dataset", "--tracking", "--run_id"])
+def test_known_ids_and_monais_own_options_pass(config, option):
+    check_options(["monai.bundle", "run", "--config_file", config, option, "1"])
+
+
+def test_other_programs_are_left_alone():
+    check_options(["pytest", "--anything"])
+
+
+def test_the_first_cause_is_found():
+    inner = ValueError("inner")
+    middle, outer = RuntimeError("middle"), RuntimeError("outer")
+    middle.__cause__, outer.__cause__ = inner, middle
+    assert first_cause(outer) is inner
