@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY = passive
 export PYTHONUTF8 = 1
 TORCH = torch==2.13.0
 
-.PHONY: demo test test-label lint format gate release bench bench-env clean
+.PHONY: demo test test-label lint format gate release bench-env clean
 
 demo: $(VENV)/run
 	$(BIN)/python -m tsfm demo --output_dir demo_output
@@ -62,3 +62,17 @@ release: $(VENV)/run
 gate: $(VENV)/dev
 	$(BIN)/python -m tsfm gate --bundle_dir bundles/tsfm_pretrain
 	$(BIN)/python -m tsfm gate --bundle_dir bundles/tsfm_finetune
+
+# nnU-Net 2.8.1, the other side of benchmarks/ and the source of tests/fixtures/nnunet_*; no test needs it.
+VENV_BENCH ?= .venv-bench
+
+bench-env: $(VENV_BENCH)/done
+
+$(VENV_BENCH)/done:
+	$(PYTHON) -m venv $(VENV_BENCH)
+	$(VENV_BENCH)/bin/pip install --quiet $(TORCH)
+	$(VENV_BENCH)/bin/pip install --quiet --no-deps nnunetv2==2.8.1 batchgenerators batchgeneratorsv2==0.3.6 \
+		acvl_utils==0.2.6 dynamic_network_architectures==0.4.4 fft-conv-pytorch timm==1.0.22
+	$(VENV_BENCH)/bin/pip install --quiet simpleitk blosc2 scipy scikit-image scikit-learn pandas tqdm nibabel einops \
+		tifffile connected-components-3d matplotlib seaborn pyyaml requests
+	touch $@
