@@ -4,7 +4,7 @@ Both sides load the same float16 logits from a file, resize them from 200x256x25
 label map in memory. "organs" are logits as a network gives them (each class in its own place), "noise" is the worst
 case: every class everywhere. Seconds exclude loading; peak memory is the whole process.
 
-    python benchmarks/export.py --peer /opt/envs/nnunet/bin/python
+    python benchmarks/export.py --peer .venv-bench/bin/python
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def measure(python, side, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peer", default="/opt/envs/nnunet/bin/python", help="python of the nnU-Net environment")
+    parser.add_argument("--peer", default=".venv-bench/bin/python", help="python of the nnU-Net environment")
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 32])
     parser.add_argument("--kinds", nargs="+", default=["organs", "noise"])
     parser.add_argument("--rounds", type=int, default=3)

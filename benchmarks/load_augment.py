@@ -3,7 +3,7 @@
 Both sides read the same synthetic CT (already on the target grid) from their own store and apply their own training
 augmentation. They run in turn, round by round, in one run; the table gives medians over the rounds.
 
-    python benchmarks/load_augment.py --peer /opt/envs/nnunet/bin/python
+    python benchmarks/load_augment.py --peer .venv-bench/bin/python
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def measure(pythons, patch, shape, batches, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", default="/opt/envs/nnunet/bin/python", help="Python with nnunetv2 2.8.1")
+    parser.add_argument("--peer", default=".venv-bench/bin/python", help="Python with nnunetv2 2.8.1")
     parser.add_argument("--shape", type=int, nargs=3, default=(300, 360, 360))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, help="batches per round")

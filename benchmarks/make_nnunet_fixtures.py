@@ -1,6 +1,6 @@
 """Write tests/fixtures/nnunet_preparation.npz: what nnU-Net 2.8.1 itself makes of a few small volumes.
 
-    /opt/envs/nnunet/bin/python benchmarks/make_nnunet_fixtures.py
+    .venv-bench/bin/python benchmarks/make_nnunet_fixtures.py
 
 Inputs are stored beside the results, so that the tests need neither nnU-Net nor this script.
 """

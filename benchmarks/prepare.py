@@ -1,6 +1,6 @@
 """Prepare one CT of 300x512x512 voxels at (1.5, 0.7, 0.7) mm with labels to (1.5, 1, 1) mm: nnU-Net 2.8.1 against tsfm.
 
-    python benchmarks/prepare.py --peer_python /opt/envs/nnunet/bin/python [--repeats 3] [--size 300 512 512]
+    python benchmarks/prepare.py --peer_python .venv-bench/bin/python [--repeats 3] [--size 300 512 512]
 
 Each side and each row runs in a process of its own, on the same file, with the same number of threads; the table gives
 medians and the peak resident memory of the process. Rows: `arrays` crops, normalises, resamples and samples foreground
@@ -26,7 +26,7 @@ ORGANS = 12
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--peer_python", default="/opt/envs/nnunet/bin/python")
+    parser.add_argument("--peer_python", default=".venv-bench/bin/python")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, nargs=3, default=(300, 512, 512))
     parser.add_argument("--side", choices=("nnunet", "tsfm"), help=argparse.SUPPRESS)

@@ -4,7 +4,7 @@ A U-Net of 32 outputs is first trained for a moment to tell 32 intensities apart
 real network's are. Both sides then load the same weights and image in processes of their own. nnU-Net runs fp32, as it
 does on any CPU, and returns logits; TSFM runs bf16 and returns the label map. Seconds are from image to that result.
 
-    python benchmarks/sliding_window.py --peer /opt/envs/nnunet/bin/python
+    python benchmarks/sliding_window.py --peer .venv-bench/bin/python
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def nnunet(network, image):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peer", default="/opt/envs/nnunet/bin/python", help="python of the nnU-Net environment")
+    parser.add_argument("--peer", default=".venv-bench/bin/python", help="python of the nnU-Net environment")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--weights", help="file of weights to use, made if it is not there")
