@@ -26,3 +26,9 @@ python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" -
 python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" --dataset_dir "$DATA/Task902_SarcomaMR" \
     --output_dir "$OUT/sarcoma_mr" --epochs "[1,10]" --seeds "[0,1,2]" --overlays "['small.json']" --name "sarcoma MR" \
     --splits_file benchmarks/real_data/splits_sarcoma_mr.json --patch_size "[32,64,64]" --num_workers 1
+
+# 3. Which pool: the same budget on sarcoma CT alone.
+pretrain sarcoma_ct_only --datasets "['sarcoma_ct']"
+python -m tsfm ablation_table --checkpoints "{'pool': '$OUT/without_hippocampus/model.pt', 'sarcoma CT': '$OUT/sarcoma_ct_only/model.pt'}" \
+    --dataset_dir "$DATA/Task902_SarcomaMR" --output_dir "$OUT/ablation" --epochs 2 --seeds "[0,1]" --overlays "['small.json']" \
+    --name "sarcoma MR" --splits_file benchmarks/real_data/splits_sarcoma_mr.json --patch_size "[32,64,64]" --num_workers 1
