@@ -13,7 +13,7 @@ pretrain() {
 }
 
 # 1. The whole pool, and its held-out cases.
-pretrain pool --epochs 40
+pretrain pool --epochs 32
 python -m monai.bundle run --config_file "$EVALUATE" --bundle_root bundles/tsfm_pretrain --dataset_dir "$DATA" \
     --pool_file benchmarks/real_data/pool.json --splits_file benchmarks/real_data/splits.json \
     --checkpoint "$OUT/pool/model.pt" --output_dir "$OUT/pool/evaluation" --progress False
