@@ -8,6 +8,7 @@ run that was killed at any moment goes on with the same command and ends with th
 from __future__ import annotations
 
 import csv
+import filecmp
 import hashlib
 import json
 import logging
@@ -384,7 +385,7 @@ class RunState:
         if not self.write or self.ckpt_dir in (None, "none") or not os.path.exists(self.model_path):
             return
         target = os.path.join(self.ckpt_dir, "model.pt")
-        if os.path.exists(target) and not _same_file_content(target, self.model_path):
+        if os.path.exists(target) and not filecmp.cmp(target, self.model_path, shallow=False):
             atomic_write(
                 os.path.join(self.ckpt_dir, "model_previous.pt"), lambda temporary: shutil.copyfile(target, temporary)
             )
@@ -492,18 +493,6 @@ def _digest(value: Any) -> str:
 def _dump_json(value: Any, path: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=4, default=str)
-
-
-def _same_file_content(first: str, second: str) -> bool:
-    def digest(path: str) -> str:
-        with open(path, "rb") as file:
-            return (
-                hashlib.file_digest(file, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else hashlib.sha256(file.read()).hexdigest()
-            )
-
-    return os.path.getsize(first) == os.path.getsize(second) and digest(first) == digest(second)
 
 
 def _config_files(arguments: Sequence[str]) -> dict[str, Any]:
