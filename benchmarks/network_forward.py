@@ -14,8 +14,6 @@ import resource
 import statistics
 import time
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh activations cost fewer page faults
-
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

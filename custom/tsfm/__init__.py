@@ -3,6 +3,9 @@
 from importlib import import_module
 
 from ._version import __version__
+from .memory import use_huge_pages
+
+use_huge_pages()
 
 _EXPORTS = {
     "LabelTable": "labels",

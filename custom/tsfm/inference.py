@@ -20,14 +20,12 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from .labels import LabelTable
+from .memory import reused_memory
 from .painting import Painter, Slab, check_names, threshold_logits
 from .resampling import thick_axis
 
 FULL_PRECISION_BYTES = 2**30
 """A rolling buffer that would be larger than this in float32 is kept in float16 (nnU-Net always uses float16)."""
-
-_CHUNK = 4
-"""Slices that are averaged at a time: small enough that their float copies stay in the processor's cache."""
 
 _LARGEST = 32000.0
 """Logits are clipped here, so that float16 can hold them and their differences."""
@@ -63,7 +61,8 @@ class RollingAverage:
     """Weighted mean of overlapping windows (T, S, P, L), for the slices that windows can still reach.
 
     Kept as a running mean, not as a sum, so that float16 neither overflows nor loses weak weights. Channels lie last
-    in memory, as they do in the output of a channels-last network. Row 0 holds the last finished slice.
+    in memory, as they do in the output of a channels-last network. One slice is averaged at a time, so that
+    its float copies stay in the processor's cache. Row 0 holds the last finished slice.
     """
 
     def __init__(self, channels: int, shape: Sequence[int], patch: Sequence[int], device: torch.device) -> None:
@@ -76,15 +75,17 @@ class RollingAverage:
 
     def add(self, logits: torch.Tensor, corner: Sequence[int]) -> None:
         """Take in one window's logits (T, S, P, L), whose first voxel is `corner`."""
-        logits, (top, left) = logits.permute(1, 2, 3, 0), corner[1:]
+        logits, (top, left) = logits.to(self.mean.device).permute(1, 2, 3, 0), corner[1:]
         depth, height, width = logits.shape[:3]
         box = (slice(1, None), slice(top, top + height), slice(left, left + width))
         mean, total = self.mean[box], self.total[box]
         total += self.gaussian
-        for s in range(0, depth, _CHUNK):
-            part = slice(s, s + _CHUNK)
-            share = (self.gaussian[part] / total[part])[..., None].to(mean.dtype)
-            mean[part].lerp_(logits[part].clamp(-_LARGEST, _LARGEST).to(mean.device, mean.dtype), share)
+        for s in range(depth):
+            share = (self.gaussian[s] / total[s])[..., None]
+            logit = logits[s].float().clamp(-_LARGEST, _LARGEST)
+            average = mean[s].float().lerp_(logit, share)
+            if mean.dtype != torch.float32:
+                mean[s] = average
 
     def finish(self, until: int) -> Slab:
         """The mean of the slices before `until` that were not handed over yet, and one that was."""
@@ -225,7 +226,7 @@ class SlabInferer(Inferer):
         device = network_device(network, image.device)
         average = self._average(image.shape[1:], device)
         progress = tqdm(total=math.prod(map(len, starts)), desc="windows", unit="window", disable=not self.progress)
-        with torch.no_grad(), progress:
+        with torch.no_grad(), reused_memory(), progress:
             for row, s in enumerate(starts[0]):
                 corners = list(itertools.product([s], *starts[1:]))
                 for i in range(0, len(corners), self.sw_batch_size):
