@@ -151,7 +151,9 @@ def server(request, tmp_path_factory):
         torch.nn.init.zeros_(head.conv.bias)  # so that about half of the voxels are segmented
     describe_network(network, table, Preparation((2.5, 1.2, 1.2), ct), [16, 16, 16], [{"modality": "CT"}])
     save_weights(network, root / "weights.pt")
-    bundle = release.stage(str(REPOSITORY / "bundles" / request.param), str(root / "weights.pt"), str(root / "dist"))
+    bundle = release.release(
+        str(REPOSITORY / "bundles" / request.param), str(root / "weights.pt"), str(root / "dist"), zipped=False
+    )
     _studies(root / "studies")
     running = Server(Path(bundle), root, own_app=request.param == "tsfm_finetune")
     try:

@@ -134,7 +134,7 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.fixture
 def staged(source, checkpoint, tmp_path) -> Path:
-    return Path(release.stage(str(source), str(checkpoint), str(tmp_path / "dist"), name="kidneys"))
+    return Path(release.release(str(source), str(checkpoint), str(tmp_path / "dist"), name="kidneys", zipped=False))
 
 
 def config(bundle: Path, name: str) -> dict:
@@ -162,13 +162,15 @@ def test_configs_take_network_patch_spacing_and_normalization_from_the_checkpoin
 
 def test_an_overlay_becomes_part_of_the_staged_training(source, checkpoint, tmp_path):
     write(source / "configs/short.json", {"_desc_": "short", "iterations": 25, "network_def#dropout": 0.1})
-    staged = Path(release.stage(str(source), str(checkpoint), str(tmp_path / "dist"), overlays=["short.json"]))
+    staged = Path(
+        release.release(str(source), str(checkpoint), str(tmp_path / "dist"), overlays=["short.json"], zipped=False)
+    )
     train = config(staged, "train.json")
     assert (
         train["iterations"] == 25 and train["network_def"]["features"] == NETWORK["features"] and "_desc_" not in train
     )
     with pytest.raises(release.ReleaseError, match=r"no configs/long\.json"):
-        release.stage(str(source), str(checkpoint), str(tmp_path / "dist"), overlays=["long.json"])
+        release.release(str(source), str(checkpoint), str(tmp_path / "dist"), overlays=["long.json"], zipped=False)
 
 
 def test_the_data_licenses_are_those_of_the_weights(source, checkpoint, tmp_path):
@@ -193,7 +195,7 @@ print(parser.get_parsed_content("network_def").description["network"]["out_chann
 """
     environment = {**os.environ, "PYTHONPATH": str(staged), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-W", "ignore", "-c", script, str(staged / "configs/inference.json")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
     assert done.stdout.strip() == "2", done.stderr
 
 
@@ -214,7 +216,7 @@ def test_the_pool_file_takes_the_labels_and_keeps_the_layout(staged):
 
 def test_a_data_set_without_a_layout_gets_a_plain_one_that_the_pool_reads(source, checkpoint, tmp_path):
     write(source / "configs/pool.json", {"targets": {"spleen": {}}, "datasets": []})
-    staged = Path(release.stage(str(source), str(checkpoint), str(tmp_path / "dist")))
+    staged = Path(release.release(str(source), str(checkpoint), str(tmp_path / "dist"), zipped=False))
     pool = DatasetPool(str(staged / "configs/pool.json"), str(tmp_path))
     assert pool.table.names == ("kidney", "kidney_tumor")
     assert config(staged, "pool.json")["datasets"][0]["image"] == "images/{case}.nii.gz"
@@ -238,7 +240,9 @@ def test_nothing_but_the_bundle_is_staged(staged, tmp_path):
 def test_the_vendored_package_is_the_one_that_runs(staged, tmp_path):
     script = "import tsfm; print(tsfm.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(staged), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
+    )
     assert done.stdout.strip() == str(staged / "tsfm" / "__init__.py"), done.stderr
 
 
@@ -301,13 +305,13 @@ def test_a_new_version_brings_its_own_changelog(source, checkpoint, tmp_path):
 @pytest.mark.parametrize("name", ["lung_detection", "my-model", "deepedit_kidney"])
 def test_names_that_monai_label_cannot_serve_are_refused(source, checkpoint, tmp_path, name):
     with pytest.raises(release.ReleaseError, match="name"):
-        release.stage(str(source), str(checkpoint), str(tmp_path / "dist"), name=name)
+        release.release(str(source), str(checkpoint), str(tmp_path / "dist"), name=name, zipped=False)
 
 
 def test_weights_without_a_description_are_refused(source, tmp_path):
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "bare.pt")
     with pytest.raises(release.ReleaseError, match="no description"):
-        release.stage(str(source), str(tmp_path / "bare.pt"), str(tmp_path / "dist"))
+        release.release(str(source), str(tmp_path / "bare.pt"), str(tmp_path / "dist"), zipped=False)
 
 
 def test_weights_that_do_not_fit_leave_nothing_behind(source, checkpoint, tmp_path):
@@ -315,7 +319,7 @@ def test_weights_that_do_not_fit_leave_nothing_behind(source, checkpoint, tmp_pa
     dropped = next(key for key in state if key.endswith("weight"))
     torch.save({key: value for key, value in state.items() if key != dropped}, tmp_path / "part.pt")
     with pytest.raises(release.ReleaseError, match="does not fit network_def"):
-        release.stage(str(source), str(tmp_path / "part.pt"), str(tmp_path / "dist"))
+        release.release(str(source), str(tmp_path / "part.pt"), str(tmp_path / "dist"), zipped=False)
     assert os.listdir(tmp_path / "dist") == []
 
 
@@ -339,7 +343,9 @@ def brats_weights(tmp_path) -> str:
 
 def test_a_served_bundle_trains_on_label_maps_whatever_the_raw_ids_were(brats_weights, tmp_path):
     """MONAI Label hands over bare items with the values of channel_def: 1 whole tumor, 2 core, 3 enhancing."""
-    bundle = release.stage(str(REPOSITORY / "bundles/tsfm_finetune"), brats_weights, str(tmp_path / "dist"))
+    bundle = release.release(
+        str(REPOSITORY / "bundles/tsfm_finetune"), brats_weights, str(tmp_path / "dist"), zipped=False
+    )
     label_map = np.zeros((20, 18, 16), np.uint8)
     label_map[4:16, 4:14, 4:12], label_map[7:13, 7:11, 6:10], label_map[9:11, 8:10, 7:9] = 1, 2, 3
     image = np.random.default_rng(0).normal(label_map[..., None] * 100.0, 10, (*label_map.shape, 2))
@@ -368,11 +374,17 @@ def test_a_served_bundle_trains_on_label_maps_whatever_the_raw_ids_were(brats_we
 
 def test_the_gate_finds_a_bundle_that_would_read_label_maps_wrongly(checkpoint, brats_weights, tmp_path):
     check = "label maps back (MONAI Label)"
-    staged = release.stage(str(REPOSITORY / "bundles/tsfm_pretrain"), str(checkpoint), str(tmp_path / "fits"))
+    staged = release.release(
+        str(REPOSITORY / "bundles/tsfm_pretrain"), str(checkpoint), str(tmp_path / "fits"), zipped=False
+    )
     assert _run(Path(staged), check)[0] == "pass"  # one data set, raw ids 1 and 2: the same as the map's
-    staged = release.stage(str(REPOSITORY / "bundles/tsfm_pretrain"), brats_weights, str(tmp_path / "wrong"))
+    staged = release.release(
+        str(REPOSITORY / "bundles/tsfm_pretrain"), brats_weights, str(tmp_path / "wrong"), zipped=False
+    )
     assert _run(Path(staged), check)[0] == "FAIL"
-    staged = release.stage(str(REPOSITORY / "bundles/tsfm_finetune"), brats_weights, str(tmp_path / "right"))
+    staged = release.release(
+        str(REPOSITORY / "bundles/tsfm_finetune"), brats_weights, str(tmp_path / "right"), zipped=False
+    )
     assert _run(Path(staged), check)[0] == "pass"
 
 
@@ -483,5 +495,5 @@ def test_save_weights_makes_a_checkpoint_that_can_be_released(source, checkpoint
     network.load_state_dict(tensors, strict=False)
     network.description = description
     save_weights(network, tmp_path / "model.pt")
-    staged = release.stage(str(source), str(tmp_path / "model.pt"), str(tmp_path / "dist"))
+    staged = release.release(str(source), str(tmp_path / "model.pt"), str(tmp_path / "dist"), zipped=False)
     assert release.check_weights(staged)["parameters"] == sum(p.numel() for p in network.parameters())

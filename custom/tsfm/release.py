@@ -20,7 +20,8 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def release(
     trained_on: str | None = None,
     overlays: Sequence[str] = (),
     data_license: str | None = None,
+    zipped: bool = True,
 ) -> str:
     """Stage a bundle around a checkpoint and zip it, with checksums and the Model Zoo's files.
 
@@ -73,51 +75,14 @@ def release(
             trained with it): they are merged into the staged ``train.json``, which is all that MONAI Label reads.
         data_license: text file that becomes ``docs/data_license.txt``: the license of every data set that these weights
             were trained on.
+        zipped: False stops at the folder.
 
     Returns:
-        path of the zip.
+        path of the zip, or of the folder.
 
     Raises:
         ReleaseError, CheckpointError: before anything is written.
     """
-    bundle = stage(
-        bundle_dir,
-        checkpoint,
-        output_dir,
-        name,
-        version,
-        changelog,
-        base_url,
-        metrics,
-        trained_on,
-        overlays,
-        data_license,
-    )
-    path = zip_bundle(bundle, output_dir)
-    with open(path + ".sha256", "w", encoding="utf-8") as file:
-        file.write(f"{file_hash(path, 'sha256')}  {os.path.basename(path)}\n")
-    entry = {"checksum": file_hash(path, "sha1"), "source": _url(base_url, os.path.basename(path))}
-    listing = os.path.join(output_dir, "model_info.json")
-    known = _read_json(listing) if os.path.isfile(listing) else {}
-    known[os.path.basename(path).removesuffix(".zip")] = entry
-    _write_json(listing, dict(sorted(known.items())))
-    return path
-
-
-def stage(
-    bundle_dir: str,
-    checkpoint: str,
-    output_dir: str,
-    name: str | None = None,
-    version: str | None = None,
-    changelog: str | None = None,
-    base_url: str = "",
-    metrics: str | None = None,
-    trained_on: str | None = None,
-    overlays: Sequence[str] = (),
-    data_license: str | None = None,
-) -> str:
-    """Write the self-contained folder of a release (see `release`); returns its path."""
     name = name or os.path.basename(os.path.abspath(bundle_dir))
     tensors, description = read_state(checkpoint)
     configs = _read_configs(bundle_dir)
@@ -139,28 +104,45 @@ def stage(
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
         configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
     fill_configs(configs, description, name, trained_on, sum(tensor.numel() for tensor in tensors.values()))
-
-    os.makedirs(output_dir, exist_ok=True)
-    final = os.path.join(output_dir, name)
-    scratch = tempfile.mkdtemp(prefix=f".{name}.", dir=output_dir)
-    try:
-        shutil.copytree(bundle_dir, scratch, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+    bundle = os.path.join(output_dir, name)
+    with _replaced(bundle) as folder:
+        shutil.copytree(bundle_dir, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
         for file, content in configs.items():
-            _write_json(os.path.join(scratch, "configs", file), content)
+            _write_json(os.path.join(folder, "configs", file), content)
         if data_license:
-            shutil.copyfile(data_license, os.path.join(scratch, "docs", "data_license.txt"))
-        write_readme(scratch, description, metadata, tensors, trained_on)
-        _write_weights(os.path.join(scratch, "models"), tensors, description)
-        _copy_package(os.path.join(scratch, "tsfm"))
-        _write_large_files(scratch, name, base_url)
-        check_weights(scratch)
+            shutil.copyfile(data_license, os.path.join(folder, "docs", "data_license.txt"))
+        write_readme(folder, description, metadata, tensors, trained_on)
+        _write_weights(os.path.join(folder, "models"), tensors, description)
+        _copy_package(os.path.join(folder, "tsfm"))
+        _write_large_files(folder, name, base_url)
+        check_weights(folder)
+    if not zipped:
+        return bundle
+    path = zip_bundle(bundle, output_dir)
+    with open(path + ".sha256", "w", encoding="utf-8") as file:
+        file.write(f"{file_hash(path, 'sha256')}  {os.path.basename(path)}\n")
+    entry = {"checksum": file_hash(path, "sha1"), "source": _url(base_url, os.path.basename(path))}
+    listing = os.path.join(output_dir, "model_info.json")
+    known = _read_json(listing) if os.path.isfile(listing) else {}
+    known[os.path.basename(path).removesuffix(".zip")] = entry
+    _write_json(listing, dict(sorted(known.items())))
+    return path
+
+
+@contextmanager
+def _replaced(folder: str) -> Iterator[str]:
+    """A new folder to fill, which takes the place of `folder` at the end of the block, or is gone if that fails."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+    try:
+        yield scratch
         os.chmod(scratch, 0o755)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(scratch, final)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return final
 
 
 def zip_bundle(bundle: str, output_dir: str) -> str:
