@@ -203,11 +203,14 @@ def save_weights(network: nn.Module | Mapping[str, torch.Tensor], path: str | os
     atomic_write(path, lambda temporary: _write_state(state, temporary, path.endswith(".safetensors")))
 
 
-def atomic_write(path: str, write: Any) -> None:
-    """Call ``write(temporary)`` and move the result to `path`; on any failure nothing is left and `path` is as before."""
+def atomic_write(path: str | os.PathLike, write: Any, suffix: str = ".partial") -> None:
+    """Call ``write(temporary)`` and move the result to `path`; on any failure nothing is left and `path` is as before.
+
+    `suffix` ends the temporary name, for writers that look at it.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".partial", dir=folder)
+    handle, temporary = tempfile.mkstemp(prefix=".", suffix=suffix, dir=folder)
     os.close(handle)
     try:
         write(temporary)

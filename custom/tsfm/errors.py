@@ -68,7 +68,7 @@ def check_options(arguments: Sequence[str]) -> None:
     if "config_file" not in names:
         return
     known = set(RUN_OPTIONS)
-    for path in _config_files(arguments):
+    for path in config_files(arguments):
         with open(path, encoding="utf-8") as file:
             known |= {key.lstrip("+").replace("::", "#").split("#")[0] for key in json.load(file)}
     unknown = [name for name in names if name.replace("::", "#").split("#")[0] not in known]
@@ -78,9 +78,11 @@ def check_options(arguments: Sequence[str]) -> None:
         raise OptionError(f"the config files have no id for {listed}; a mistyped option would change nothing")
 
 
-def _config_files(arguments: Sequence[str]) -> list[str]:
-    """The JSON files that ``--config_file`` names: one path, or a list of paths as text."""
-    position = next(i for i, argument in enumerate(arguments) if argument.startswith("--config_file"))
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """The JSON files that ``--config_file`` names (none without it): one path, or a list of paths as text."""
+    position = next((i for i, argument in enumerate(arguments) if argument.startswith("--config_file")), None)
+    if position is None:
+        return []
     value = arguments[position].partition("=")[2] or (arguments[position + 1] if position + 1 < len(arguments) else "")
     if value.startswith("["):
         try:

@@ -10,7 +10,6 @@ import glob
 import json
 import logging
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -25,6 +24,7 @@ from monai.data import Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.transforms import SaveImaged
 
+from .checkpoint import atomic_write
 from .labels import LabelTable
 
 logger = logging.getLogger(__name__)
@@ -312,7 +312,6 @@ class SaveLabelMapd(SaveImaged):
 
 def write_label_map(label_map: torch.Tensor, path: str | os.PathLike) -> None:
     """Write a label map (1, X, Y, Z) as NIfTI; header fields and form codes are those of its source image, if NIfTI."""
-    path = Path(path)
     array = np.asarray(label_map.detach().cpu())[0]
     affine = np.asarray(label_map.affine, float) if isinstance(label_map, MetaTensor) else np.eye(4)
     source = str(label_map.meta.get("filename_or_obj", "")) if isinstance(label_map, MetaTensor) else ""
@@ -326,19 +325,4 @@ def write_label_map(label_map: torch.Tensor, path: str | os.PathLike) -> None:
     image.set_qform(affine if q_code else None, q_code)
     image.set_data_dtype(array.dtype)
     image.header["cal_min"] = image.header["cal_max"] = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=OUTPUT_SUFFIX, dir=path.parent)
-    os.close(handle)
-    try:
-        nib.save(image, temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    atomic_write(path, lambda temporary: nib.save(image, temporary), OUTPUT_SUFFIX)

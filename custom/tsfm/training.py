@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from ._version import __version__
 from .checkpoint import CheckpointError, atomic_write, save_weights
+from .errors import config_files
 from .pool import is_bare
 from .sharding import gather_state, is_sharded, scatter_state
 
@@ -435,7 +437,7 @@ class RunRecord:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv,
             "folder": os.getcwd(),
-            "configs": _config_files(sys.argv),
+            "configs": {path: json.loads(Path(path).read_text(encoding="utf-8")) for path in config_files(sys.argv)},
             "settings": self.settings,
             "epochs": engine.state.max_epochs,
             "versions": versions(),
@@ -493,15 +495,3 @@ def _digest(value: Any) -> str:
 def _dump_json(value: Any, path: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=4, default=str)
-
-
-def _config_files(arguments: Sequence[str]) -> dict[str, Any]:
-    """Content of every JSON config named on the command line."""
-    contents = {}
-    for argument in arguments:
-        for path in argument.strip("[]").replace("'", "").replace('"', "").split(","):
-            path = path.split("=")[-1].strip()
-            if path.endswith(".json") and os.path.isfile(path):
-                with open(path, encoding="utf-8") as file:
-                    contents[path] = json.load(file)
-    return contents
