@@ -59,7 +59,7 @@ def run_bundle(bundle, configs, *, expect=0, **overrides):
         bundle_command(bundle, configs, **overrides),
         env=environment(),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=600,
         check=False,
     )
@@ -111,3 +111,26 @@ def shared_data():
     if not (SHARED / "data").is_dir():
         pytest.skip(f"{SHARED / 'data'} is absent: real images are not part of the project")
     return SHARED / "data"
+
+
+def write_dicom(folder, voxels, spacing, series="1.2.826.0.1.3680043.2.1125.1"):
+    """Write integer voxels (X, Y, Z), axes along +L, +P, +S, as one CT series, a file per slice; first voxel at (1, 2, 0)."""
+    sitk = pytest.importorskip("SimpleITK")
+    folder.mkdir(parents=True, exist_ok=True)
+    for z in range(voxels.shape[2]):
+        image = sitk.GetImageFromArray(voxels[:, :, z].T)
+        image.SetSpacing(spacing[:2])
+        for tag, value in {
+            "0008|0060": "CT",
+            "0020|000e": series,
+            "0020|000d": "1.2.3",
+            "0020|0032": f"1\\2\\{spacing[2] * z}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0013": str(z),
+            "0018|0050": str(spacing[2]),
+        }.items():
+            image.SetMetaData(tag, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{series[-1]}_{z}.dcm"))
+        writer.Execute(image)

@@ -82,7 +82,7 @@ def run(world: Path, *arguments: str, expect: int = 0) -> str:
     environment |= {"PYTHONPATH": libraries, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [str(world / "env" / "bin" / "python"), "-W", "ignore", *arguments]
     done = subprocess.run(
-        command, cwd=world / "elsewhere", env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=world / "elsewhere", env=environment, capture_output=True, encoding="utf-8", timeout=300
     )
     assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

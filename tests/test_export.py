@@ -60,7 +60,7 @@ given = np.load(folder + "/in.npz")
 np.savez(folder + "/out.npz", *[run(given[key]) for key in given.files])
 """
     command = [sys.executable, "-W", "ignore", "-c", script, path, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     network = build_network(read_description(weights)).eval()
     load_weights(network, weights)
@@ -115,7 +115,7 @@ def test_monais_own_command_traces_the_network(weights, tmp_path):
     command += ["--filepath", path, "--ckpt_file", weights, "--checkpoint", weights, "--use_trace", "True"]
     command += ["--meta_file", str(configs / "metadata.json"), "--config_file", str(configs / "inference.json")]
     command += ["--input_shape", "[1, 2, 16, 16, 8]"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     network = build_network(read_description(weights)).eval()
     load_weights(network, weights)

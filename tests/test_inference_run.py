@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_bundle
+from conftest import ROOT, run_bundle, write_dicom
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from tsfm import experiments
 from tsfm.checkpoint import CheckpointError
@@ -82,6 +82,21 @@ def test_a_single_file_with_spaces_and_letters_beyond_ascii(case, segment, tmp_p
     nib.save(case, path)
     out = segment(path, out=tmp_path / "Ergebnis für 肝臓")
     assert [file.name for file in out.iterdir()] == ["Fall 1 (nativ).nii.gz"]
+
+
+def test_a_dicom_series_gives_the_map_of_the_same_voxels_in_nifti(case, segment, tmp_path):
+    folder = tmp_path / "studies"
+    hu = np.round(turned(case, "LPS").dataobj).astype(np.int16)
+    spacing = [float(mm) for mm in case.header.get_zooms()]
+    write_dicom(folder / "patient 1", hu, spacing)
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1])
+    affine[:2, 3] = -1, -2
+    nib.save(nib.Nifti1Image(hu, affine), folder / "same.nii.gz")
+    out = segment(folder, threshold=0.45)
+    dicom, nifti = nib.load(out / "patient 1.nii.gz"), nib.load(out / "same.nii.gz")
+    assert len(np.unique(nifti.dataobj)) > 2
+    np.testing.assert_allclose(dicom.affine, affine, atol=1e-3)
+    np.testing.assert_array_equal(dicom.dataobj, nifti.dataobj)
 
 
 def test_a_datalist_names_the_cases_relative_to_itself(case, segment, tmp_path):

@@ -7,6 +7,7 @@ import warnings
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import write_dicom
 from monai.transforms import LoadImaged, Orientation
 from tsfm.cases import Preparation, file_identity, load_case
 from tsfm.labels import LabelTable
@@ -113,35 +114,13 @@ def test_without_simpleitk_and_itk_the_error_says_what_to_install(tmp_path, monk
         read_volume(tmp_path / "a.nrrd")
 
 
-def write_dicom(sitk, folder, series="1.2.826.0.1.3680043.2.1125.1"):
-    folder.mkdir(exist_ok=True)
-    for z in range(SHAPE[2]):
-        image = sitk.GetImageFromArray(HU[:, :, z].T)
-        image.SetSpacing((0.8, 0.7))
-        for tag, value in {
-            "0008|0060": "CT",
-            "0020|000e": series,
-            "0020|000d": "1.2.3",
-            "0020|0032": f"1\\2\\{2.0 * z}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
-            "0020|0013": str(z),
-            "0018|0050": "2",
-        }.items():
-            image.SetMetaData(tag, value)
-        writer = sitk.ImageFileWriter()
-        writer.KeepOriginalImageUIDOn()
-        writer.SetFileName(str(folder / f"{series[-1]}_{z}.dcm"))
-        writer.Execute(image)
-
-
 def test_a_folder_with_one_dicom_series_is_a_volume(tmp_path):
-    sitk = pytest.importorskip("SimpleITK")
-    write_dicom(sitk, tmp_path / "series")
+    write_dicom(tmp_path / "series", HU, (0.8, 0.7, 2.0))
     found = read_volume(tmp_path / "series")
     np.testing.assert_array_equal(found.array[0], HU)
     np.testing.assert_allclose(np.diag(found.affine), [-0.8, -0.7, 2.0, 1])
     assert len(file_identity({"image": tmp_path / "series"})) == SHAPE[2]
-    write_dicom(sitk, tmp_path / "series", "1.2.826.0.1.3680043.2.1125.2")
+    write_dicom(tmp_path / "series", HU, (0.8, 0.7, 2.0), "1.2.826.0.1.3680043.2.1125.2")
     with pytest.raises(CaseError, match="2 DICOM series"):
         read_volume(tmp_path / "series")
 

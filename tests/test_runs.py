@@ -97,7 +97,7 @@ def torchrun(overlays, **options):
     """Two gloo processes on the CPU."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
     command = bundle_command("tsfm_pretrain", ["train.json", *overlays], launcher=launcher, **options)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, encoding="utf-8", timeout=600, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return done.stdout + done.stderr
 
@@ -160,7 +160,7 @@ def test_the_package_runs_from_a_folder_that_is_not_the_repository(pretrained, t
         [sys.executable, "-m", "tsfm", "describe", str(pretrained / "model.pt")],
         cwd=tmp_path,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     assert json.loads(done.stdout)["network"]["features"] == [8, 16, 32]
