@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .labels import LabelTable
 from .memory import reused_memory
 from .painting import Painter, Slab, check_names, threshold_logits
+from .precision import autocast
 from .resampling import thick_axis
 
 FULL_PRECISION_BYTES = 2**30
@@ -140,7 +141,7 @@ class SlabInferer(Inferer):
         mirror: average over the eight mirrored versions of each window.
         threshold: probability above which a target is painted; a number, or target -> number (others: 0.5).
         targets: names of the only targets to compute; None for all.
-        amp: bfloat16 autocast, on the GPU and on processors that compute in it.
+        amp: bfloat16 autocast, on devices that compute in it.
         channels_last: lay tensors out as (S, P, L, C), which convolutions like best.
         progress: show a progress bar over the windows.
 
@@ -264,7 +265,7 @@ class SlabInferer(Inferer):
         batch = torch.stack(windows).to(device)
         if self.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last_3d)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp and _fast_bfloat16(device)):
+        with autocast(device, self.amp):
             logits = self._checked(network(batch, *args, **kwargs))
             if self.mirror:
                 logits = logits.float()
@@ -287,10 +288,3 @@ def network_device(network: Callable, otherwise: torch.device) -> torch.device:
     """Where the network's weights are, or `otherwise` where it has none."""
     parameters = network.parameters() if isinstance(network, torch.nn.Module) else iter(())
     return next((weights.device for weights in parameters), otherwise)
-
-
-def _fast_bfloat16(device: torch.device) -> bool:
-    """Does this device compute in bfloat16, rather than convert to and fro?"""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

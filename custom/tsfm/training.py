@@ -34,6 +34,7 @@ from ._version import __version__
 from .checkpoint import CheckpointError, atomic_write, save_weights
 from .errors import config_files
 from .pool import is_bare
+from .precision import autocast
 from .sharding import gather_state, is_sharded, scatter_state
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class AutocastStep:
     """One iteration under autocast on any device (MONAI's own engines autocast for CUDA only).
 
     Args:
-        amp: mixed precision.
+        amp: mixed precision, on devices that compute in it.
         amp_dtype: ``bfloat16`` (default), or ``float16`` with loss scaling for GPUs without bfloat16.
     """
 
@@ -67,7 +68,7 @@ class AutocastStep:
         parameter = next(engine.network.parameters())
         inputs = inputs.to(dtype=parameter.dtype, memory_format=torch.channels_last_3d)
         engine.state.output = {Keys.IMAGE: inputs, Keys.LABEL: targets}
-        with torch.autocast(engine.state.device.type, dtype=self.amp_dtype, enabled=self.amp):
+        with autocast(engine.state.device, self.amp, self.amp_dtype):
             engine.state.output[Keys.PRED] = engine.inferer(inputs, engine.network)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
 
