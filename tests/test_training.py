@@ -80,7 +80,7 @@ def test_unknown_precision_is_refused():
 def run_state(folder, network, **options):
     trainer, step = engine_with(network)
     curve = Curve(str(folder))
-    parts = {"optimizer": trainer.optimizer, "step": step}
+    parts = {"optimizer": options.pop("optimizer", trainer.optimizer), "step": step}
     settings = {"seed": 0, **options.pop("settings", {})}
     RunState(str(folder), network, parts, curve, settings, options.pop("items", [ITEM]), **options).attach(trainer)
     return trainer, curve
@@ -130,6 +130,11 @@ def test_a_run_with_other_settings_or_fewer_epochs_is_refused(tmp_path):
         run_state(tmp_path, TSFM(**SMALL), settings={"seed": 3})[0].run()
     with pytest.raises(CheckpointError, match="cases"):
         run_state(tmp_path, TSFM(**SMALL), items=[{**ITEM, "case": "other"}])[0].run()
+    with pytest.raises(CheckpointError, match="optimizer: was SGD, is AdamW"):
+        network = TSFM(**SMALL)
+        run_state(tmp_path, network, optimizer=torch.optim.AdamW(network.parameters()))[0].run()
+    with pytest.raises(CheckpointError, match="network: was"):
+        run_state(tmp_path, TSFM(**{**SMALL, "mlp_dim": 8}))[0].run()
     trainer, _ = run_state(tmp_path, TSFM(**SMALL))
     trainer.state.max_epochs = 1
     with pytest.raises(CheckpointError, match="has 2 epochs, 1 were asked for"):

@@ -253,9 +253,9 @@ class Curve:
 class RunState:
     """Handler: the run's whole state in ``last.pt`` after every epoch, and resuming from it; the best in ``model.pt``.
 
-    Attach it last; it attaches `curve` before itself. Files are replaced atomically. A folder that holds a run with other settings is refused, a finished
-    run is left as it is. ``model.pt`` is the epoch with the best moving average of the validation Dice; without
-    validation, the last epoch.
+    Attach it last; it attaches `curve` before itself. Files are replaced atomically. A folder that holds a run with other
+    settings, cases, another network or optimizer is refused, a finished run is left as it is. ``model.pt`` is the epoch
+    with the best moving average of the validation Dice; without validation, the last epoch.
 
     Args:
         output_dir: the run's folder.
@@ -288,7 +288,12 @@ class RunState:
         self.output_dir, self.network, self.parts, self.curve = output_dir, network, dict(parts), curve
         self.resumable = not is_bare(items)
         paths = [[str(item.get("dataset")), str(item.get("case", item["image"]))] for item in items]
-        self.settings = {**json.loads(json.dumps(dict(settings), default=str)), "cases": _digest(sorted(paths))}
+        self.settings = {
+            **json.loads(json.dumps(dict(settings), default=str)),
+            "cases": _digest(sorted(paths)),
+            "network": _digest([[name, *tensor.shape] for name, tensor in unwrap(network).named_parameters()]),
+            "optimizer": type(self.parts["optimizer"]).__name__ if "optimizer" in self.parts else None,
+        }
         self.ckpt_dir, self.save_interval, self.write = ckpt_dir, save_interval, write
         self.best: float | None = None
 
