@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY = passive
 export PYTHONUTF8 = 1
 TORCH = torch==2.13.0
 
-.PHONY: demo test test-label lint format gate release bench-env clean
+.PHONY: demo test test-label test-docs lint format gate release bench-env clean
 
 demo: $(VENV)/run
 	$(BIN)/python -m tsfm demo --output_dir demo_output
@@ -40,6 +40,11 @@ VENV_LABEL ?= .venv-label
 
 test-label: $(VENV)/dev $(VENV_LABEL)/done
 	OMP_NUM_THREADS=1 TSFM_LABEL_PYTHON=$(abspath $(VENV_LABEL))/bin/python $(BIN)/python -m pytest tests/test_monai_label.py -q
+
+# Every command of every page, those that build environments, run the demo and serve included: about half an hour.
+test-docs: $(VENV)/dev $(VENV_LABEL)/done
+	OMP_NUM_THREADS=1 TSFM_DOCS=all TSFM_LABEL_PYTHON=$(abspath $(VENV_LABEL))/bin/python \
+		$(BIN)/python -m pytest tests/test_docs_run.py -q
 
 $(VENV_LABEL)/done: requirements-label.txt
 	$(PYTHON) -m venv $(VENV_LABEL)

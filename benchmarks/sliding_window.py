@@ -2,9 +2,11 @@
 
 A U-Net of 32 outputs is first trained for a moment to tell 33 gray levels apart, so that its logits are decided as a
 real network's are. Both sides then load the same weights and image in processes of their own. nnU-Net runs fp32, as it
-does on any CPU, and returns logits; TSFM runs bf16 where the processor computes in it, and returns the label map. Seconds are from image to that result.
+does on any CPU, and returns logits; TSFM runs bf16 where the processor computes in it, and returns the label map.
+Seconds are from image to that result. With --profile, only TSFM's side runs, once, and says where its time goes.
 
     python benchmarks/sliding_window.py --peer .venv-bench/bin/python
+    python benchmarks/sliding_window.py --profile
 """
 
 from __future__ import annotations
@@ -93,6 +95,27 @@ def tsfm(network, image):
     return time.perf_counter() - started, label_map[0, 0]
 
 
+def profile(network, image):
+    """Seconds of one run by kind of operation, as torch's profiler sees them; what is left is Python and the rest."""
+    kinds = {
+        "conv": "convolution",
+        "norm": "normalization",
+        "leaky": "activation",
+        "lerp": "averaging",
+        "cat": "copies",
+    }
+    kinds |= {"copy": "copies", "contiguous": "copies"}
+    spent = dict.fromkeys([*kinds.values(), "other"], 0.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        seconds, _ = tsfm(network, image)
+    for event in profiler.key_averages():
+        kind = next((kind for part, kind in kinds.items() if part in event.key), "other")
+        spent[kind] += event.self_cpu_time_total / 1e6
+    for kind, part in spent.items():
+        print(f"{kind:15s} {part:6.1f} s  {part / seconds:.0%}")
+    print(f"{'all':15s} {seconds:6.1f} s")
+
+
 def nnunet(network, image):
     from types import SimpleNamespace
 
@@ -113,20 +136,25 @@ def nnunet(network, image):
     return seconds, label_map
 
 
+def load(weights):
+    """The network and the image (1, S, P, L)."""
+    network = SmallUNet().eval()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    return network, torch.from_numpy(scene(SHAPE, 12345)[0])[None]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peer", default=".venv-bench/bin/python", help="python of the nnU-Net environment")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--weights", help="file of weights to use, made if it is not there")
+    parser.add_argument("--profile", action="store_true", help="where TSFM's time goes, without the peer")
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         side, weights, out = args.side
-        network = SmallUNet().eval()
-        network.load_state_dict(torch.load(weights, weights_only=True))
-        image = torch.from_numpy(scene(SHAPE, 12345)[0])[None]
-        seconds, label_map = {"tsfm": tsfm, "nnunet": nnunet}[side](network, image)
+        seconds, label_map = {"tsfm": tsfm, "nnunet": nnunet}[side](*load(weights))
         np.save(out, label_map.numpy())
         print(json.dumps({"seconds": seconds, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
         return
@@ -134,6 +162,8 @@ def main():
         weights = args.weights or f"{folder}/weights.pt"
         if not os.path.exists(weights):
             print(f"trained to a loss of {train(weights, args.iterations):.4f}", flush=True)
+        if args.profile:
+            return profile(*load(weights))
         runs, maps = {"tsfm": [], "nnunet": []}, {}
         for _ in range(args.rounds):
             for side, python in (("tsfm", sys.executable), ("nnunet", args.peer)):
