@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow
+from tsfm.fitting import merge_overlay
 from tsfm.labels import LabelTable
 from tsfm.network import TSFM
 
@@ -79,6 +80,7 @@ def differences(name):
         ("inference.json", set(), set(), set()),
         ("multi_gpu_train.json", set(), set(), set()),
         ("fsdp_train.json", set(), set(), set()),
+        ("keep_sides.json", set(), set(), set()),
     ],
 )
 def test_both_bundles_declare_the_same_but_for_what_is_listed_here(name, differs, only_pretrain, only_finetune):
@@ -89,6 +91,18 @@ def test_the_order_of_declarations_is_the_same():
     for name in ("train.json", "evaluate.json"):
         first, second = (list(config(bundle, name)) for bundle in BUNDLES)
         assert [key for key in first if key in second] == [key for key in second if key in first]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_keep_sides_switches_off_the_mirror_along_left_right_and_nothing_else(bundle):
+    plain, sides = (
+        config(bundle, "train.json"),
+        merge_overlay(config(bundle, "train.json"), config(bundle, "keep_sides.json")),
+    )
+    flips = [t for t in sides["train"]["preprocessing"]["transforms"] if t["_target_"] == "RandFlipd"]
+    assert [(flip["spatial_axis"], flip["prob"]) for flip in flips] == [(0, 0.5), (1, 0.5), (2, 0.0)]
+    flips[2]["prob"] = 0.5
+    assert sides == plain
 
 
 def test_logging_is_the_same():

@@ -50,13 +50,13 @@ def convolution(channels=3, seed=0):
     return network.eval()
 
 
-def naive_logits(image, network, patch, mirror=False):
+def naive_logits(image, network, patch, mirror=()):
     """Gaussian mean over all windows in float64, whole volume in memory: (T, S, P, L)."""
     pad = [max(p - n, 0) for n, p in zip(image.shape[1:], patch, strict=True)]
     low = [n // 2 for n in pad]
     padded = np.pad(image, [(0, 0), *((a, n - a) for a, n in zip(low, pad, strict=True))])
     weight, total, count = gaussian_weights(patch).numpy().astype(float), 0.0, np.zeros(padded.shape[1:])
-    flips = [axes for n in range(4 if mirror else 1) for axes in itertools.combinations((2, 3, 4), n)]
+    flips = [axes for n in range(len(mirror) + 1) for axes in itertools.combinations(mirror, n)]
     for corner in itertools.product(*(window_starts(n, p) for n, p in zip(padded.shape[1:], patch, strict=True))):
         box = tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True))
         window = torch.from_numpy(padded[(slice(None), *box)])[None]
@@ -128,11 +128,16 @@ class TestSlabInferer:
         result = SlabInferer((16, 12, 10), TREE, amp=False, progress=False).logits(image, convolution())
         np.testing.assert_allclose(result[0], naive_logits(image[0].numpy(), convolution(), (16, 12, 10)), atol=1e-5)
 
-    def test_mirroring_is_the_mean_over_eight_flips(self):
+    @pytest.mark.parametrize("mirror, dimensions", [(True, (2, 3, 4)), ("SP", (2, 3)), ("L", (4,)), (False, ())])
+    def test_mirroring_is_the_mean_over_the_flips_of_its_axes(self, mirror, dimensions):
         image = prepared((14, 13, 12), (14, 13, 12))
-        result = SlabInferer((8, 8, 8), TREE, mirror=True, amp=False, progress=False).logits(image, convolution())
-        expected = naive_logits(image[0].numpy(), convolution(), (8, 8, 8), mirror=True)
+        result = SlabInferer((8, 8, 8), TREE, mirror=mirror, amp=False, progress=False).logits(image, convolution())
+        expected = naive_logits(image[0].numpy(), convolution(), (8, 8, 8), dimensions)
         np.testing.assert_allclose(result[0], expected, atol=1e-5)
+
+    def test_an_axis_that_is_none_is_refused(self):
+        with pytest.raises(ValueError, match="expected True, False, or some of the axes"):
+            SlabInferer((8, 8, 8), TREE, mirror="XY")
 
     def test_a_float16_buffer_neither_overflows_nor_loses_the_corners(self, monkeypatch):
         monkeypatch.setattr("tsfm.inference.FULL_PRECISION_BYTES", 0)

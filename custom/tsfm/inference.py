@@ -58,6 +58,15 @@ def gaussian_weights(patch: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(weights)
 
 
+def mirrored_axes(mirror: bool | str) -> list[tuple[int, ...]]:
+    """Dimensions of (B, C, S, P, L) to flip together, for every mirrored version but the plain one."""
+    axes = mirror if isinstance(mirror, str) else "SPL" if mirror else ""
+    if not set(axes) <= set("SPL"):
+        raise ValueError(f"mirror is {mirror!r}, expected True, False, or some of the axes 'SPL'")
+    dimensions = [2 + "SPL".index(axis) for axis in axes]
+    return [some for n in range(1, len(axes) + 1) for some in itertools.combinations(dimensions, n)]
+
+
 class RollingAverage:
     """Weighted mean of overlapping windows (T, S, P, L), for the slices that windows can still reach.
 
@@ -138,7 +147,7 @@ class SlabInferer(Inferer):
         table: label table, or the targets' names in the order of the outputs.
         overlap: of neighboring windows, as a fraction of the window.
         sw_batch_size: windows per forward pass.
-        mirror: average over the eight mirrored versions of each window.
+        mirror: average over the eight mirrored versions of each window; or over those along some axes, ``"SP"``.
         threshold: probability above which a target is painted; a number, or target -> number (others: 0.5).
         targets: names of the only targets to compute; None for all.
         amp: bfloat16 autocast, on devices that compute in it.
@@ -146,7 +155,7 @@ class SlabInferer(Inferer):
         progress: show a progress bar over the windows.
 
     Raises:
-        ValueError: an unknown target, a threshold outside (0, 1), inputs that are not one image (1, C, S, P, L),
+        ValueError: an unknown target or axis, a threshold outside (0, 1), inputs that are not one image (1, C, S, P, L),
             outputs that do not fit the table, NaN logits.
     """
 
@@ -156,7 +165,7 @@ class SlabInferer(Inferer):
         table: LabelTable | Sequence[str],
         overlap: float = 0.5,
         sw_batch_size: int = 1,
-        mirror: bool = False,
+        mirror: bool | str = False,
         threshold: float | Mapping[str, float] = 0.5,
         targets: Sequence[str] | str | None = None,
         amp: bool = True,
@@ -175,7 +184,7 @@ class SlabInferer(Inferer):
             raise ValueError(f"unknown targets {unknown}; choose from {list(self.names)}")
         self.channels = [i for i, name in enumerate(self.names) if name in chosen]
         window_starts(1, 1, overlap)
-        self.overlap, self.sw_batch_size, self.mirror = overlap, sw_batch_size, mirror
+        self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
         self.amp, self.channels_last, self.progress = amp, channels_last, progress
 
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -267,12 +276,11 @@ class SlabInferer(Inferer):
             batch = batch.contiguous(memory_format=torch.channels_last_3d)
         with autocast(device, self.amp):
             logits = self._checked(network(batch, *args, **kwargs))
-            if self.mirror:
+            if self.flips:
                 logits = logits.float()
-                flips = [axes for n in (1, 2, 3) for axes in itertools.combinations((2, 3, 4), n)]
-                for axes in flips:
+                for axes in self.flips:
                     logits += self._checked(network(batch.flip(axes), *args, **kwargs)).flip(axes)
-                logits /= len(flips) + 1
+                logits /= len(self.flips) + 1
         return logits
 
     def _checked(self, logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
