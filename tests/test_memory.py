@@ -39,10 +39,15 @@ def _keeps_large_blocks() -> bool:
 
 @pytest.mark.skipif(not _keeps_large_blocks(), reason="needs glibc 2.35 or newer")
 def test_tensors_of_64_mib_take_each_others_pages_and_all_go_back():
-    done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
-    usual, reused, kept, after = map(float, done.stdout.split())
+    # Several times: where the heap begins is random, and with it how blocks lie.
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+        check_resident(*map(float, done.stdout.split()))
+
+
+def check_resident(usual, reused, kept, after):
     assert reused < usual / 10
-    assert 60 < kept < 200, "one or two blocks are kept, and not one more for each tensor"
+    assert 60 < kept < 140, "one block is kept, or two, and not one more for each tensor"
     assert after < 10
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from .labels import LabelTable
+from .layout import channels_last
 from .memory import reused_memory
 from .painting import Painter, Slab, check_names, threshold_logits
 from .precision import autocast
@@ -236,7 +238,8 @@ class SlabInferer(Inferer):
         device = network_device(network, image.device)
         average = self._average(image.shape[1:], device)
         progress = tqdm(total=math.prod(map(len, starts)), desc="windows", unit="window", disable=not self.progress)
-        with torch.no_grad(), reused_memory(), progress:
+        layout = channels_last(network) if self.channels_last else nullcontext()
+        with torch.no_grad(), layout, reused_memory(), progress:
             for row, s in enumerate(starts[0]):
                 corners = list(itertools.product([s], *starts[1:]))
                 for i in range(0, len(corners), self.sw_batch_size):

@@ -19,8 +19,12 @@ _KEEP = {_MMAP: 2**28, _TRIM: 2**31 - 1}
 _USUAL = {_MMAP: 2**25, _TRIM: 2**26}
 """Where glibc's own thresholds settle once a large block was freed."""
 
+_SMALL = 2**22
+"""Room that small blocks take instead of the place behind a large one, where each would keep it from growing again."""
+
 _lock = threading.Lock()
 _users = 0
+_guard: int | None = None
 
 
 def use_huge_pages() -> None:
@@ -45,25 +49,32 @@ def reused_memory() -> Iterator[None]:
 def _glibc() -> ctypes.CDLL | None:
     try:
         libc = ctypes.CDLL(None)
-        return libc if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version") else None
     except (OSError, TypeError):
         return None
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version")):
+        return None
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    return libc
 
 
 def _enter(libc: ctypes.CDLL | None) -> None:
-    global _users
+    global _users, _guard
     with _lock:
         _users += 1
         if libc and _users == 1:
             for option, value in _KEEP.items():
                 libc.mallopt(option, value)
+            room, _guard = libc.malloc(_SMALL), libc.malloc(1)
+            libc.free(room)
 
 
 def _leave(libc: ctypes.CDLL | None) -> None:
-    global _users
+    global _users, _guard
     with _lock:
         _users -= 1
         if libc and not _users:
+            libc.free(_guard)
+            _guard = None
             for option, value in _USUAL.items():
                 libc.mallopt(option, value)
             libc.malloc_trim(0)

@@ -34,6 +34,8 @@ from monai.networks.blocks import TransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .layout import instance_norm_into
+
 AXES = "SPL"
 LEAKY_SLOPE = 0.01  # nnU-Net's LeakyReLU
 INITIAL_PROBABILITY = 0.1  # of every target in an untrained network: most voxels are in no target
@@ -68,33 +70,12 @@ class NormAct(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        if reuses_memory(x):
-            y = self.normalize_into(x if overwrite else torch.empty_like(x), x)
-        else:
-            y = F.instance_norm(
-                x, weight=self.at_least_float32(self.weight), bias=self.at_least_float32(self.bias), eps=self.eps
-            )
-        return F.leaky_relu_(y, LEAKY_SLOPE)
-
-    def normalize_into(self, y: Tensor, x: Tensor) -> Tensor:
-        """Instance normalization as batch normalization of one sample at a time, which keeps channels_last; `y` may be `x`."""
         weight, bias = self.at_least_float32(self.weight), self.at_least_float32(self.bias)
-        mean, inverse_sd = torch.empty_like(weight), torch.empty_like(weight)
-        for sample, result in zip(x.split(1), y.split(1), strict=True):
-            torch.ops.aten.native_batch_norm.out(
-                sample,
-                weight,
-                bias,
-                None,
-                None,
-                True,
-                0.0,
-                self.eps,
-                out=result,
-                save_mean=mean,
-                save_invstd=inverse_sd,
-            )
-        return y
+        if reuses_memory(x):
+            y = instance_norm_into(x if overwrite else torch.empty_like(x), x, weight, bias, self.eps)
+        else:
+            y = F.instance_norm(x, weight=weight, bias=bias, eps=self.eps)
+        return F.leaky_relu_(y, LEAKY_SLOPE)
 
     @staticmethod
     def at_least_float32(parameter: Tensor) -> Tensor:

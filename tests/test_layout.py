@@ -1,0 +1,98 @@
+"""Networks of any make keep channels_last within the block, with the same numbers, and are themselves again after it."""
+
+import copy
+
+import pytest
+import torch
+from monai.networks.nets import BasicUNet, DynUNet
+from torch import nn
+from tsfm.inference import SlabInferer
+from tsfm.layout import channels_last, instance_norm_into
+
+LAYOUT = torch.channels_last_3d
+NETWORKS = {
+    "BasicUNet": lambda: BasicUNet(3, 1, 4, features=(8, 8, 16, 16, 32, 8)),
+    "DynUNet": lambda: DynUNet(3, 1, 4, [3, 3, 3], [1, 2, 2], [2, 2], filters=[8, 16, 32], res_block=True),
+    "without affine parameters": lambda: nn.Sequential(nn.Conv3d(1, 8, 3), nn.InstanceNorm3d(8), nn.Conv3d(8, 4, 3)),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    torch.manual_seed(0)
+    return NETWORKS[request.param]().eval()
+
+
+def window(batch=1):
+    return torch.randn(batch, 1, 16, 32, 32).contiguous(memory_format=LAYOUT)
+
+
+def lies_channels_last(x):
+    return x.is_contiguous(memory_format=LAYOUT) or x.shape[1] == 1
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_every_convolution_sees_channels_last_and_the_numbers_stay(network, batch):
+    x, seen = window(batch), []
+    expected = network(x)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+            module.register_forward_pre_hook(lambda _, args: seen.append(lies_channels_last(args[0])))
+    with channels_last(network):
+        found = network(x)
+    assert seen and all(seen)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_afterwards_the_network_is_itself_also_after_an_error(network):
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(KeyError), channels_last(network), channels_last(network):
+        raise KeyError
+    assert not any("forward" in module.__dict__ for module in network.modules())
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_where_gradients_are_needed_nothing_changes(network):
+    with channels_last(network):
+        network(window()).sum().backward()
+        assert not any("forward" in module.__dict__ for module in network.modules())
+    assert all(weights.grad is not None for weights in network.parameters())
+
+
+@torch.no_grad()
+def test_running_statistics_and_what_is_no_module_are_left_alone():
+    norm = nn.InstanceNorm3d(8, track_running_stats=True).eval()
+    x = torch.randn(1, 8, 4, 4, 4).contiguous(memory_format=LAYOUT)
+    expected = norm(x)
+    with channels_last(norm), channels_last(lambda windows: windows):
+        assert torch.equal(norm(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+@torch.no_grad()
+def test_normalization_is_that_of_numpy_in_double_precision(dtype, affine):
+    x = (torch.randn(2, 3, 4, 5, 6) * 3 + 7).to(dtype).contiguous(memory_format=LAYOUT)
+    weight, bias = (torch.randn(3, dtype=dtype), torch.randn(3, dtype=dtype)) if affine else (None, None)
+    exact = x.double().numpy()
+    exact = exact - exact.mean((2, 3, 4), keepdims=True)
+    exact /= (exact.var((2, 3, 4), keepdims=True) + 1e-5) ** 0.5
+    if affine:
+        exact = exact * weight.double().numpy().reshape(3, 1, 1, 1) + bias.double().numpy().reshape(3, 1, 1, 1)
+    y = instance_norm_into(x, x, weight, bias, 1e-5)
+    assert y is x and y.is_contiguous(memory_format=LAYOUT)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(y.double(), torch.from_numpy(exact), rtol=tolerance, atol=tolerance)
+
+
+def test_the_inferer_gives_the_same_label_map_in_either_layout():
+    torch.manual_seed(0)
+    network, image = NETWORKS["BasicUNet"]().eval(), torch.randn(1, 1, 40, 48, 40)
+    maps = [
+        SlabInferer((32, 32, 32), ["a", "b", "c", "d"], channels_last=layout, progress=False)(image, network)
+        for layout in (False, True)
+    ]
+    assert maps[0].unique().numel() > 2
+    assert (maps[0] != maps[1]).float().mean() < 1e-4
