@@ -59,10 +59,13 @@ clean:
 # The Model Zoo's checks and MONAI Label, on bundles staged around the weights in WEIGHTS_PRETRAIN and WEIGHTS_FINETUNE.
 WEIGHTS_PRETRAIN ?= demo_output/pretrain/model.pt
 WEIGHTS_FINETUNE ?= demo_output/transfer/cells/pretrained-4epochs-seed0/model.pt
+TRAINED_ON ?= phantoms that make demo draws, in the layouts of real data sets; an example, of no use on real images
 
 release: $(VENV)/run
-	$(BIN)/python -m tsfm release --bundle_dir bundles/tsfm_pretrain --checkpoint $(WEIGHTS_PRETRAIN) --output_dir dist
-	$(BIN)/python -m tsfm release --bundle_dir bundles/tsfm_finetune --checkpoint $(WEIGHTS_FINETUNE) --output_dir dist
+	$(BIN)/python -m tsfm release --bundle_dir bundles/tsfm_pretrain --checkpoint $(WEIGHTS_PRETRAIN) --output_dir dist \
+		--trained_on "$(TRAINED_ON)"
+	$(BIN)/python -m tsfm release --bundle_dir bundles/tsfm_finetune --checkpoint $(WEIGHTS_FINETUNE) --output_dir dist \
+		--trained_on "$(TRAINED_ON)"
 
 gate: $(VENV)/dev
 	$(BIN)/python -m tsfm gate --bundle_dir bundles/tsfm_pretrain

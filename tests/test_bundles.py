@@ -1,5 +1,6 @@
 """What the bundles declare: the two share everything they can, and hold what MONAI and the paper ask for."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -22,7 +23,10 @@ TRAIN_DIFFERS = {
     *("settings#pool", "settings#patch_size", "described_network#patch_size", "pool#_target_", "optimizer#params"),
     *("optimizer#weight_decay", "train#dataset#patch_size", "validate#dataset#patch_size"),
 }
-ONLY_PRETRAIN_TRAINS = {"datasets", "allow_missing", "pool#datasets", "pool#allow_missing"}
+ONLY_PRETRAIN_TRAINS = {
+    *("datasets", "allow_missing", "pool#datasets", "pool#allow_missing"),
+    *("initial_weights", "described_network#initial_weights"),
+}
 ONLY_FINETUNE_TRAINS = {
     *("images", "labels", "label_ids", "regions", "modality", "pretrained", "from_scratch", "freeze", "warmup_epochs"),
     *("head_learning_rate", "encoder_learning_rate", "in_channels", "patch", "loss#reduction"),
@@ -93,16 +97,26 @@ def test_the_order_of_declarations_is_the_same():
         assert [key for key in first if key in second] == [key for key in second if key in first]
 
 
+def resolved_transforms(train):
+    """The random transforms of a train.json, the probabilities of mirroring worked out."""
+    parser, transforms = ConfigParser(train), copy.deepcopy(train["train"]["preprocessing"]["transforms"])
+    for number, transform in enumerate(transforms):
+        if transform["_target_"] == "RandFlipd":
+            transform["prob"] = parser.get_parsed_content(f"train#preprocessing#transforms#{number}#prob")
+    return transforms
+
+
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
 def test_keep_sides_switches_off_the_mirror_along_left_right_and_nothing_else(bundle):
-    plain, sides = (
-        config(bundle, "train.json"),
-        merge_overlay(config(bundle, "train.json"), config(bundle, "keep_sides.json")),
-    )
-    flips = [t for t in sides["train"]["preprocessing"]["transforms"] if t["_target_"] == "RandFlipd"]
+    plain = config(bundle, "train.json")
+    sides = merge_overlay(copy.deepcopy(plain), config(bundle, "keep_sides.json"))
+    transforms = resolved_transforms(sides)
+    flips = [transform for transform in transforms if transform["_target_"] == "RandFlipd"]
     assert [(flip["spatial_axis"], flip["prob"]) for flip in flips] == [(0, 0.5), (1, 0.5), (2, 0.0)]
     flips[2]["prob"] = 0.5
-    assert sides == plain
+    assert transforms == resolved_transforms(plain)
+    assert sides["described_network"]["mirror_axes"] == "@mirror_axes"  # inference with these weights knows it too
+    assert {**sides, "mirror_axes": "SPL"} == plain
 
 
 def test_logging_is_the_same():
@@ -136,8 +150,8 @@ def test_knobs_and_the_ids_of_monai_and_monai_label_stand_there_literally(bundle
 def test_an_inference_that_names_a_targets_choice_says_so_in_one_place():
     """The knobs of the command line and of 3D Slicer are one: the plain ids read the displayable ones."""
     inference = config(PRETRAIN, "inference.json")
-    assert set(inference["displayable_configs"]) == {"threshold", "mirroring", "overlap", "targets"}
-    for name in ("threshold", "mirror", "overlap", "targets"):
+    assert set(inference["displayable_configs"]) == {"threshold", "mirroring", "overlap", "targets", "modality"}
+    for name in ("threshold", "mirror", "overlap", "targets", "modality"):
         assert "@displayable_configs#" in inference[name]
 
 
@@ -165,7 +179,7 @@ def test_finetuning_declares_nnunets_defaults():
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
 def test_the_augmentation_is_the_one_that_is_compared_with_nnunet(bundle):
     checked = json.loads((Path(__file__).parent / "fixtures/augmentation.json").read_text())
-    assert config(bundle, "train.json")["train"]["preprocessing"]["transforms"] == checked
+    assert resolved_transforms(config(bundle, "train.json")) == checked
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)

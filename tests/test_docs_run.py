@@ -1,7 +1,7 @@
 """Every command of README.md, docs/*.md and the bundles' READMEs, taken from the page and run as it stands there.
 
-Each page runs in a copy of the repository's folders in which the networks, patches and epochs are tiny; `/data`,
-`/path/to/model.pt`, the host of a download, a port and the number of GPUs stand for the reader's own and are replaced.
+Each page runs in a copy of the repository's folders in which the networks, patches and epochs are tiny; a bundle's README
+runs as a stranger finds it, in a release under another name, with the package in it. `/data`, `/path/to/model.pt`, the host of a download, a port and the number of GPUs stand for the reader's own and are replaced.
 Blocks that build environments and the demo need minutes and the package index: `make test-docs` runs them too, and
 with them those of MONAI Label. What can't run here at all is listed, with the reason, in NOT_RUN.
 """
@@ -124,6 +124,7 @@ def world(tmp_path) -> Path:
         shutil.copytree(data / "Task03_Liver" / source, data / folder)
     shutil.copytree(data / "Task03_Liver/labelsTr", data / "mine/masks")
     write_weights(tmp_path / "weights.pt")
+    (tmp_path / "data_license.txt").write_text("msd_liver: CC BY-SA 4.0\n")
     return tmp_path
 
 
@@ -164,19 +165,20 @@ def free_port() -> int:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run(page, world):
     has_label = LABEL_PYTHON.exists() or IS_FULL
+    home, libraries = world / "repo", ""
+    if page.is_relative_to(ROOT / "bundles"):
+        source = home / page.relative_to(ROOT).parents[1]
+        release(str(source), str(world / "weights.pt"), str(world / "shelf"), name="of_mine")
+        home = world / "shelf/of_mine"
+        page, libraries = home / "docs/README.md", str(home)
     scripts = script(page, has_label)
     if not scripts:
         pytest.skip("no command of this page runs here")
-    repo = world / "repo"
-    home = repo / page.relative_to(ROOT).parents[1] if page.is_relative_to(ROOT / "bundles") else repo
-    if has_label and home != repo:  # the reader of a bundle's page has its zip
-        zipped = release(str(home), str(world / "weights.pt"), str(world / "shelf"))
-        shutil.copy(zipped, home)
-    handler = functools.partial(Quiet, directory=str(repo / "dist"))
+    handler = functools.partial(Quiet, directory=str(world / "repo/dist"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for text in scripts:
-            run(text, home, world, server.server_port)
+            run(text, home, world, server.server_port, libraries)
         server.shutdown()
 
 
@@ -185,11 +187,12 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def run(text: str, home: Path, world: Path, download_port: int) -> None:
+def run(text: str, home: Path, world: Path, download_port: int, libraries: str = "") -> None:
     """Run one heading's commands in `home`, with the reader's own things in place."""
     port = free_port()
     text = re.sub(r"(?<![\w.])/data\b", str(world / "data"), text)
     text = text.replace("/path/to/model.pt", str(world / "weights.pt"))
+    text = text.replace("/path/to/data_license.txt", str(world / "data_license.txt"))
     text = text.replace("https://host/", f"http://127.0.0.1:{download_port}/")
     text = text.replace("--nproc_per_node=8", "--nproc_per_node=2")
     text = text.replace("monailabel start_server", "start_server start_server").replace("--port 8000", f"--port {port}")
@@ -202,6 +205,7 @@ def run(text: str, home: Path, world: Path, download_port: int) -> None:
         "MAKEFLAGS": f"VENV={sys.prefix} --old-file={sys.prefix}/run --old-file={sys.prefix}/dev",
     }
     environment.pop("PYTHONPATH", None)
+    environment |= {"PYTHONPATH": libraries} if libraries else {}
     done = subprocess.run(
         ["bash", "-c", prologue + text],
         cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", timeout=1800, check=False,

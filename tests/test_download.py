@@ -1,7 +1,7 @@
 """A stranger with only the zip: download, verify, load, infer, evaluate and train, without this repository.
 
-The environment has the requirements but not the package: its interpreter finds this one's libraries through PYTHONPATH,
-which runs no editable installs. Every command starts in a folder that has nothing to do with the bundle.
+The environment has the requirements but not the package: its interpreter finds links to this one's libraries through
+PYTHONPATH, which runs no editable installs, but for those that only the tests need. Every command starts in a folder that has nothing to do with the bundle.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import http.server
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import venv
 from pathlib import Path
@@ -33,6 +32,7 @@ PATCH = [16, 16, 16]
 TINY = {"features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]]}
 TINY |= {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
 MSD_LIVER = {"name": "msd_liver", "labels": {"1": "liver", "2": "liver_tumor"}}
+DEV_ONLY = ("pytest", "skimage", "onnx", "onnxscript", "onnxruntime", "mlflow", "sqlalchemy", "alembic")
 SHORT = ["--epochs", "1", "--iterations_per_epoch", "1", "--val_iterations", "1", "--batch_size", "1"]
 
 
@@ -50,6 +50,10 @@ def world(tmp_path_factory) -> Path:
     save_weights(network, root / "weights.pt")
     venv.create(root / "env", symlinks=True, with_pip=False)
     (root / "elsewhere").mkdir()
+    (root / "libraries").mkdir()
+    for entry in Path(torch.__file__).parents[1].iterdir():
+        if not entry.name.lower().startswith(DEV_ONLY):
+            (root / "libraries" / entry.name).symlink_to(entry)
     return root
 
 
@@ -77,9 +81,8 @@ def downloaded(request, world) -> Path:
 
 def run(world: Path, *arguments: str, expect: int = 0) -> str:
     """Run the bare interpreter on `arguments` from a folder of its own; returns what it printed."""
-    libraries = str(Path(torch.__file__).parents[1])
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    environment |= {"PYTHONPATH": libraries, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"PYTHONPATH": str(world / "libraries"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [str(world / "env" / "bin" / "python"), "-W", "ignore", *arguments]
     done = subprocess.run(
         command, cwd=world / "elsewhere", env=environment, capture_output=True, encoding="utf-8", timeout=300
@@ -96,8 +99,10 @@ def bundle_run(world: Path, bundle: Path, configs: list[str], *arguments: str) -
     return run(world, "-m", "monai.bundle", "run", "--config_file", files, *common, *arguments)
 
 
-def test_the_environment_does_not_know_the_package(world):
+def test_the_environment_knows_neither_the_package_nor_what_only_the_tests_need(world):
     run(world, "-c", "import importlib.util, monai; assert importlib.util.find_spec('tsfm') is None")
+    for name in DEV_ONLY:
+        run(world, "-c", f"import {name}", expect=1)
 
 
 def test_load_and_create_workflow(world, downloaded):
@@ -163,7 +168,3 @@ def test_one_epoch_and_an_evaluation(world, downloaded):
     bundle_run(world, bundle, ["inference.json", "evaluate.json"], *common[:2], "--output_dir", str(scores))
     text = "".join(path.read_text() for path in [*scores.rglob("*.csv"), *scores.rglob("*.json")])
     assert "liver" in text and "liver_1" in text
-
-
-def test_this_interpreter_is_not_what_was_tested(world):
-    assert Path(sys.executable).resolve() == (world / "env/bin/python").resolve()  # the same binary, other libraries

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_bundle, write_dicom
+from monai.bundle import ConfigParser
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from tsfm import experiments
-from tsfm.checkpoint import CheckpointError
+from tsfm.checkpoint import CheckpointError, build_network, load_weights, read_description, save_weights
+from tsfm.inference import mirrored_axes
 from tsfm.prediction import FailedCases
 
 BUNDLE = ROOT / "bundles/tsfm_pretrain"
@@ -234,8 +236,6 @@ def test_weights_that_do_not_fit_are_an_error_and_nothing_is_written(case, segme
 def test_weights_in_a_training_checkpoint_safetensors_and_the_old_format_do_the_same(
     case, segment, pretrained, tmp_path
 ):
-    from tsfm.checkpoint import build_network, load_weights, read_description, save_weights
-
     nib.save(case, tmp_path / "case.nii.gz")
     network = build_network(read_description(pretrained / "model.pt"))
     load_weights(network, pretrained / "model.pt")
@@ -255,6 +255,43 @@ def test_weights_in_a_training_checkpoint_safetensors_and_the_old_format_do_the_
     assert results[0].any() and all(np.array_equal(results[0], other) for other in results[1:])
 
 
+# ---- what the weights know ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def options(pretrained, tmp_path):
+    """Weights trained on MR and CT without mirroring along L, and what inference.json makes of options."""
+    description = read_description(pretrained / "model.pt")
+    description |= {"modalities": ["CT", "MR"], "mirror_axes": "SP"}
+    description["preparation"]["default_modality"] = "MR"
+    network = build_network(description)
+    load_weights(network, pretrained / "model.pt")
+    save_weights(network, tmp_path / "both.pt")
+
+    def read(**chosen):
+        parser = ConfigParser(json.loads((BUNDLE / "configs/inference.json").read_text()))
+        for key, value in {"checkpoint": str(tmp_path / "both.pt"), **chosen}.items():
+            parser[key] = value
+        return parser
+
+    return read
+
+
+def test_a_viewer_offers_the_modalities_of_the_weights_the_default_first(options):
+    assert options().get_parsed_content("displayable_configs")["modality"] == ["MR", "CT"]
+    assert (
+        options().get_parsed_content("preprocessing").transforms[-1].modality is None
+    )  # the image's own, or the default
+    for chosen in ({"displayable_configs#modality": "CT"}, {"modality": "CT"}):
+        assert options(**chosen).get_parsed_content("preprocessing").transforms[-1].modality == "CT"
+
+
+def test_mirroring_keeps_to_the_axes_of_the_training(options):
+    flips = {chosen: options(mirror=chosen).get_parsed_content("inferer").flips for chosen in (True, False, "SPL")}
+    assert flips[True] == mirrored_axes("SP") and flips[False] == [] and flips["SPL"] == mirrored_axes("SPL")
+    assert options(**{"displayable_configs#mirroring": True}).get_parsed_content("inferer").flips == flips[True]
+
+
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +305,12 @@ def test_the_validation_cases_of_the_pool_are_scored_with_a_page_of_pictures(pha
     assert {row["status"] for row in rows} <= {"ok", "empty_truth"}
     assert all(0 <= float(row["dice"]) <= 1 for row in rows if row["status"] == "ok")
     assert (out / "page.png").stat().st_size > 5000 and "mean Dice" in (out / "scores.md").read_text()
+
+
+def test_targets_that_were_not_computed_are_not_scored(phantom_pool, segment):
+    settings = {"datasets": ["msd_liver"], "targets": "liver"}
+    out = segment(phantom_pool, ["inference.json", "evaluate.json"], **settings)
+    assert set(json.loads((out / "summary.json").read_text())["datasets"]["msd_liver"]) == {"liver"}
 
 
 def test_a_case_that_cannot_be_scored_is_reported_and_the_others_are(phantom_pool, segment, tmp_path):

@@ -97,6 +97,14 @@ def test_a_painted_voxel_belongs_to_all_ancestors_of_its_value(table):
     assert not membership[0].any()
 
 
+def test_viewers_get_the_display_name_and_no_two_targets_the_same():
+    table = LabelTable({"kidney_right": {"display": "Right kidney"}, "liver": {}}, [])
+    assert table.channel_def() == {"0": "background", "1": "right kidney", "2": "liver"}
+    assert table.names == ("kidney_right", "liver")
+    with pytest.raises(LabelError, match="display"):
+        LabelTable({"kidney_right": {"display": "liver"}, "liver": {}}, [])
+
+
 def test_channel_def_lists_the_label_map_from_one_to_n(table):
     assert table.channel_def() == {
         "0": "background", "1": "kidney", "2": "kidney_left", "3": "kidney_right", "4": "liver", "5": "kidney_tumor",

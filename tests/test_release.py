@@ -18,6 +18,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 from tsfm import gate, release
 from tsfm.checkpoint import describe_network, read_state, save_weights
+from tsfm.evaluation import evaluate_folder
 from tsfm.labels import LabelTable
 from tsfm.network import TSFM
 from tsfm.pool import DatasetPool
@@ -114,7 +115,14 @@ def source(tmp_path) -> Path:
     write(bundle / "configs/metadata.json", METADATA)
     write(bundle / "docs/README.md", "# Toy\n\n<!-- weights: begin -->\nnone yet\n<!-- weights: end -->\n\n# License\n")
     write(bundle / "LICENSE", "Apache License Version 2.0")
-    write(bundle / "store/case.b2nd", "a prepared case")
+    for file in (
+        "store/case.b2nd",
+        "evaluation/case.nii.gz",
+        "output_small/last.pt",
+        "models_kits/model.pt",
+        "mlruns/0",
+    ):
+        write(bundle / file, "a prepared case, a result, a run")
     write(bundle / "configs/__pycache__/x.pyc", "a cache")
     return bundle
 
@@ -154,8 +162,11 @@ def test_both_weight_files_hold_exactly_the_checkpoints_tensors(staged, checkpoi
 def test_configs_take_network_patch_spacing_and_normalization_from_the_checkpoint(staged):
     train = config(staged, "train.json")
     assert train["network_def"] == {**train["network_def"], **NETWORK}
-    assert train["patch_size"] == [16, 16, 16] and train["spacing_mm"] == [3.0, 2.0, 2.0]
+    assert train["patch_size"] == [16, 16, 16]
+    assert train["preparation"]["values"]["spacing_mm"] == [3.0, 2.0, 2.0]
     assert train["preparation"]["values"]["intensity"]["CT"]["mean"] == 80.0
+    assert "spacing_mm" not in train  # it would have no effect: --spacing_mm is refused instead
+    assert train["initial_weights"]["_target_"] == "tsfm.release.bundled_weights"  # training goes on from these weights
     assert train["network_def"]["checkpointing"] == "@checkpointing"  # a reference stays one
     assert config(staged, "small.json") == {"patch_size": [48, 64, 64]}  # an overlay stays what it is
 
@@ -230,7 +241,8 @@ def test_the_readme_names_every_target_and_keeps_its_text(staged):
 
 def test_nothing_but_the_bundle_is_staged(staged, tmp_path):
     files = release.list_files(str(staged))
-    assert not [f for f in files if "__pycache__" in f or f.endswith(".pyc") or f.startswith("store/")]
+    assert {file.split("/")[0] for file in files} == {"LICENSE", "configs", "docs", "models", "tsfm"}
+    assert not [f for f in files if "__pycache__" in f or f.endswith(".pyc")]
     assert "tsfm/network.py" in files and not (staged / "tsfm").is_symlink()
     for file in files:
         assert str(tmp_path).encode() not in (staged / file).read_bytes(), file
@@ -300,6 +312,65 @@ def test_a_new_version_brings_its_own_changelog(source, checkpoint, tmp_path):
     path = release.release(str(source), str(checkpoint), str(tmp_path / "dist"), **arguments)
     assert path.endswith("toy_v0.2.0.zip")
     assert config(tmp_path / "dist/toy", "metadata.json")["changelog"] == {"0.2.0": "four classes", "0.1.0": "first"}
+
+
+def test_the_changelog_that_is_given_is_the_one_that_is_written(source, checkpoint, tmp_path):
+    release.release(str(source), str(checkpoint), str(tmp_path / "dist"), changelog="two classes")
+    assert config(tmp_path / "dist/toy", "metadata.json")["changelog"] == {"0.1.0": "two classes"}
+
+
+def test_an_earlier_release_is_replaced_and_nothing_else_is(source, checkpoint, tmp_path):
+    photos = tmp_path / "dist/toy/photos"
+    write(photos / "one.png", "of somebody")
+    with pytest.raises(release.ReleaseError, match="no earlier release"):
+        release.release(str(source), str(checkpoint), str(tmp_path / "dist"))
+    assert (photos / "one.png").exists()
+    for place in (source.parent, checkpoint.parent.parent):
+        name = source.name if place == source.parent else checkpoint.parent.name
+        with pytest.raises(release.ReleaseError, match="it holds"):
+            release.release(str(source), str(checkpoint), str(place), name=name)
+    assert (source / "store/case.b2nd").exists() and checkpoint.exists()
+    for _ in range(2):
+        release.release(str(source), str(checkpoint), str(tmp_path / "other"), zipped=False)
+    assert os.listdir(tmp_path / "other") == ["toy"]
+
+
+def test_the_scores_of_an_evaluation_stand_in_metadata_and_readme(source, checkpoint, tmp_path):
+    table = LabelTable(TARGETS, DATASETS)
+    for kind in ("truth", "found"):
+        (tmp_path / kind).mkdir()
+        volume = np.zeros((8, 8, 8), np.uint8)
+        volume[2:6, 2:6, 2:6], volume[3:5, 3:5, 3 : 5 if kind == "truth" else 4] = 1, 2
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / kind / "case.nii.gz")
+    evaluate_folder(tmp_path / "found", tmp_path / "truth", table, tmp_path / "scores")
+    metrics = str(tmp_path / "scores/summary.json")
+    release.release(str(source), str(checkpoint), str(tmp_path / "dist"), metrics=metrics, zipped=False)
+    assert config(tmp_path / "dist/toy", "metadata.json")["eval_metrics"] == {"kidney": 1.0, "kidney_tumor": 0.6667}
+    assert "| 2 | kidney_tumor | kidney | mine | 0.667 |" in (tmp_path / "dist/toy/docs/README.md").read_text()
+    write(tmp_path / "other.json", {"dice": 0.9})
+    with pytest.raises(ValueError, match=r"no summary\.json"):
+        release.release(str(source), str(checkpoint), str(tmp_path / "d"), metrics=str(tmp_path / "other.json"))
+
+
+def test_the_readmes_commands_carry_the_name_and_version_of_the_release(source, checkpoint, tmp_path):
+    page = source / "docs/README.md"
+    page.write_text(page.read_text() + "\nunzip toy_v0.1.0.zip; serve --conf models toy; toys\n")
+    arguments = {"name": "kidneys", "version": "0.2.0", "changelog": "new"}
+    release.release(str(source), str(checkpoint), str(tmp_path / "dist"), **arguments)
+    text = (tmp_path / "dist/kidneys/docs/README.md").read_text()
+    assert "unzip kidneys_v0.2.0.zip; serve --conf models kidneys; toys" in text
+
+
+def test_the_zip_brings_the_pins_of_its_environments(brats_weights, tmp_path):
+    source = str(REPOSITORY / "bundles/tsfm_finetune")
+    staged = Path(release.release(source, brats_weights, str(tmp_path / "dist"), name="brats", zipped=False))
+    again = Path(release.release(str(staged), brats_weights, str(tmp_path / "again"), zipped=False))
+    for bundle in (staged, again):  # a release can be made from a release, without the repository
+        lines = (bundle / "docs/requirements.txt").read_text().splitlines()
+        assert "torch==2.13.0" in lines and not [line for line in lines if line.startswith("-e")]
+        assert (bundle / "docs/requirements-label.txt").is_file()
+    text = (staged / "docs/README.md").read_text()
+    assert "brats_v0.1.0.zip" in text and "tsfm_finetune" not in text and "repository's" not in text
 
 
 @pytest.mark.parametrize("name", ["lung_detection", "my-model", "deepedit_kidney"])
@@ -391,10 +462,6 @@ def test_the_gate_finds_a_bundle_that_would_read_label_maps_wrongly(checkpoint, 
 # ---- the gate -------------------------------------------------------------------------------------------------------
 
 
-def results(bundle: Path) -> dict[str, str]:
-    return {row.name: row.result for row in gate.gate(str(bundle))}
-
-
 def test_the_gate_runs_the_vendored_package_and_checks_the_weights(staged):
     rows = {row.name: row for row in gate.gate(str(staged))}
     for name in ("weights fit network_def", "verify_net_in_out", "ckpt_export", "label map (channel_def)"):
@@ -449,6 +516,10 @@ def break_cleanness(bundle: Path) -> None:
     write(bundle / "tsfm/__pycache__/x.pyc", "a cache")
 
 
+def leave_results(bundle: Path) -> None:
+    write(bundle / "evaluation/patient.nii.gz", "a label map")
+
+
 @pytest.mark.parametrize(
     "damage, check",
     [
@@ -460,6 +531,7 @@ def break_cleanness(bundle: Path) -> None:
         (break_outputs, "verify_net_in_out"),
         (break_license, "required files"),
         (break_cleanness, "self-contained and clean"),
+        (leave_results, "self-contained and clean"),
     ],
 )
 def test_each_fault_is_caught_by_its_check(staged, damage, check):
@@ -482,10 +554,24 @@ def test_the_projects_bundles_pass_the_gate(name):
     assert not failed
 
 
+@pytest.mark.parametrize("name", ["tsfm_pretrain", "tsfm_finetune"])
+def test_the_projects_bundles_staged_around_weights_pass_the_gate_whole(name, checkpoint, tmp_path):
+    write(tmp_path / "licenses.txt", "mine: CC0")
+    staged = release.release(
+        str(REPOSITORY / "bundles" / name), str(checkpoint), str(tmp_path / "dist"), name="kidneys",
+        data_license=str(tmp_path / "licenses.txt"), trained_on="nothing", zipped=False,
+    )  # fmt: skip
+    rows = gate.gate(staged)
+    assert not [f"{row.name}: {row.detail}" for row in rows if row.result not in ("pass", "not run")]
+    assert {row.name for row in rows if row.result == "not run"} == set(gate.NOT_RUN)
+
+
 def test_the_shipped_schema_is_the_one_that_metadata_names():
     with open(gate.SCHEMA, encoding="utf-8") as file:
         assert json.load(file)["$schema"].startswith("https://json-schema.org")
-    assert os.path.basename(gate.SCHEMA) == "meta_schema_20240725.json"
+    for bundle in ("tsfm_pretrain", "tsfm_finetune"):
+        named = config(REPOSITORY / "bundles" / bundle, "metadata.json")["schema"]
+        assert os.path.basename(gate.SCHEMA) == os.path.basename(named)
 
 
 def test_save_weights_makes_a_checkpoint_that_can_be_released(source, checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """Tables against numbers worked out by hand or printed in the paper; pictures against where things must appear."""
 
 import csv
+import json
 import statistics
 
 import matplotlib.image
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from tsfm import overlays, report
+from tsfm.__main__ import evaluate
 from tsfm.evaluation import evaluate_folder
 from tsfm.labels import LabelTable
 from tsfm.tables import load_rows, markdown_scores, summarize, table1, table2, table3
@@ -222,6 +224,20 @@ def test_the_page_of_an_evaluated_folder_shows_three_cases(table, tmp_path):
     assert matplotlib.image.imread(path).shape[0] > 2 * matplotlib.image.imread(one).shape[0]
     report.CasePage(str(tmp_path / "out"), items, table)(None)
     assert (tmp_path / "out" / "page.png").read_bytes() == path.read_bytes()
+
+
+def test_the_command_that_scores_a_folder_draws_the_page_too(table, tmp_path):
+    evaluated_folder(table, tmp_path)
+    (tmp_path / "pool.json").write_text(json.dumps(table.to_dict()))
+    folders = {
+        "predictions": "out",
+        "labels": "label",
+        "images": "image",
+        "pool_file": "pool.json",
+        "output_dir": "scores",
+    }
+    evaluate(**{key: str(tmp_path / name) for key, name in folders.items()}, dataset="lits")
+    assert (tmp_path / "scores/page.png").stat().st_size > 5000 and (tmp_path / "scores/scores.md").is_file()
 
 
 def test_a_page_that_cannot_be_drawn_is_only_reported(table, tmp_path, caplog):

@@ -18,6 +18,11 @@ python -m monai.bundle run --config_file "$EVALUATE" --bundle_root bundles/tsfm_
     --pool_file benchmarks/real_data/pool.json --splits_file benchmarks/real_data/splits.json \
     --checkpoint "$OUT/pool/model.pt" --output_dir "$OUT/pool/evaluation" --progress False
 
+python -m tsfm release --bundle_dir bundles/tsfm_pretrain --checkpoint "$OUT/pool/model.pt" --output_dir "$OUT/dist" \
+    --overlays "['small.json']" --metrics "$OUT/pool/evaluation/summary.json" \
+    --data_license benchmarks/real_data/data_license.txt --trained_on \
+    "45 images of soft-tissue sarcoma, 138 of the hippocampus and one abdominal CT, for minutes: an example; no organ is learnt"
+
 # 2. The pool without hippocampus, and its transfer to hippocampus and to sarcoma MR, against from scratch, three seeds.
 pretrain without_hippocampus --datasets "['sarcoma_ct','sarcoma_mr','totalseg_sample']"
 python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" --dataset_dir "$DATA/Task004_Hippocampus" \
@@ -32,3 +37,10 @@ pretrain sarcoma_ct_only --datasets "['sarcoma_ct']"
 python -m tsfm ablation_table --checkpoints "{'pool': '$OUT/without_hippocampus/model.pt', 'sarcoma CT': '$OUT/sarcoma_ct_only/model.pt'}" \
     --dataset_dir "$DATA/Task902_SarcomaMR" --output_dir "$OUT/ablation" --epochs 2 --seeds "[0,1]" --overlays "['small.json']" \
     --name "sarcoma MR" --splits_file benchmarks/real_data/splits_sarcoma_mr.json --patch_size "[32,64,64]" --num_workers 1
+
+# 4. A fine-tuning release. Its zips go through the gate and a MONAI Label server (docs/monai_label.md).
+python -m tsfm release --bundle_dir bundles/tsfm_finetune --checkpoint "$OUT/hippocampus/cells/pretrained-10epochs-seed0/model.pt" \
+    --output_dir "$OUT/dist" --overlays "['small.json']" --data_license benchmarks/real_data/data_license.txt \
+    --trained_on "138 MR of the hippocampus (MSD Task04), 250 iterations: an example"
+python -m tsfm gate --bundle_dir "$OUT/dist/tsfm_pretrain"
+python -m tsfm gate --bundle_dir "$OUT/dist/tsfm_finetune"

@@ -80,6 +80,7 @@ def evaluate(
     output_dir: str,
     dataset: str | None = None,
     tolerances_mm: float | dict[str, float] | None = None,
+    images: str | None = None,
 ) -> None:
     """Score a folder of label maps against the truth: Dice, surface Dice and lesions over annotated targets only.
 
@@ -90,10 +91,20 @@ def evaluate(
         output_dir: for cases.csv, lesions.csv, summary.json and scores.md.
         dataset: the data set of the labels, where the pool file declares several.
         tolerances_mm: of the surface Dice, one number or target -> number.
+        images: folder of NIfTI images of the same names; with it, page.png shows the best, median and worst case.
     """
     from .evaluation import evaluate_folder
+    from .labelmaps import match_predictions
+    from .report import folder_page
 
+    shown = match_predictions(images, labels, dataset) if images else []
     evaluate_folder(predictions, labels, pool_file, output_dir, dataset, tolerances_mm)
+    if shown:
+        items = [
+            {key: pair[key] for key in ("case", "dataset", "label")} | {"image": pair["prediction"]} for pair in shown
+        ]
+        page, rows = os.path.join(output_dir, "page.png"), os.path.join(output_dir, "cases.csv")
+        folder_page(page, rows, predictions, items, pool_file, dataset)
     with open(os.path.join(output_dir, "scores.md"), encoding="utf-8") as file:
         print(file.read())
 

@@ -87,14 +87,19 @@ def describe_network(
     items: Sequence[Mapping[str, Any]] = (),
     device: str | torch.device = "cpu",
     param_dtype: str = "float32",
+    mirror_axes: str = "SPL",
+    initial_weights: str | None = None,
 ) -> TSFM:
     """Give `network` the description that travels with its weights, and move it to `device`.
 
     `items` are the training items: their modalities and data sets are written down. `param_dtype` ``bfloat16`` halves
     the memory of weights, gradients and momentum, at the price of updates below 1/256 of a weight being lost.
+    `mirror_axes` are those along which training mirrors, and inference may. `initial_weights` is a weight file to start
+    from; it has to fit.
 
     Raises:
-        CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation.
+        CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation; weights that do
+            not fit the network.
     """
     arguments = network.description["network"]
     if arguments["out_channels"] != len(table.names):
@@ -105,6 +110,8 @@ def describe_network(
         raise CheckpointError(
             f"the network takes {arguments['in_channels']} channels, the preparation makes {preparation.in_channels}"
         )
+    if initial_weights:
+        load_weights(network, initial_weights)
     declared = table.to_dict()
     network.description.update(
         format=1,
@@ -115,6 +122,7 @@ def describe_network(
         patch_size=[int(size) for size in patch_size],
         modalities=sorted({item.get("modality", preparation.default_modality) for item in items}),
         trained_on=sorted({item.get("dataset", table.bare_dataset) for item in items}),
+        mirror_axes=mirror_axes,
     )
     return network.to(device, getattr(torch, param_dtype))
 
@@ -137,6 +145,12 @@ def matching_table(description: Mapping[str, Any], pool_table: LabelTable) -> La
             f"{list(pool_table.names)}: use the pool file (or label_ids) that the weights were trained with"
         )
     return pool_table
+
+
+def known_modalities(description: Mapping[str, Any]) -> list[str]:
+    """Modalities that the weights were trained on, the one of images that name none first."""
+    first = description["preparation"].get("default_modality", "CT")
+    return list(dict.fromkeys([first, *description.get("modalities", ())]))
 
 
 def build_network(description: Mapping[str, Any], **overrides: Any) -> TSFM:

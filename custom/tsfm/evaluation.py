@@ -232,6 +232,7 @@ class CaseScores:
         table: the label table.
         dataset: data set of items that name none (default: the table's only one).
         tolerances_mm, lesion_overlap: as for :func:`score_case`.
+        targets: score these alone, where inference computed no others; None for all.
         raise_on_failure: raise at the end when a case could not be scored, so that the run ends with an error (a
             `tsfm.prediction.CaseEvaluator` is told of it instead, and raises for all failed cases together).
     """
@@ -245,11 +246,13 @@ class CaseScores:
         dataset: str | None = None,
         tolerances_mm: Mapping[str, float] | float | None = None,
         lesion_overlap: float = 0.0,
+        targets: Sequence[str] | str | None = None,
         raise_on_failure: bool = True,
     ) -> None:
         self.output_dir, self.table, self.dataset = output_dir, as_table(table), dataset
         self.pred_key, self.label_key = pred_key, label_key
         self.tolerances_mm, self.lesion_overlap = tolerances_mm, lesion_overlap
+        self.targets = (targets,) if isinstance(targets, str) else targets
         self.raise_on_failure = raise_on_failure
         self.summary: dict[str, Any] = {}
 
@@ -280,7 +283,8 @@ class CaseScores:
         array = np.asarray(prediction.cpu())[0]
         check_same_grid(name, array.shape, affine, truth.shape, truth_affine)
         settings = {"tolerances_mm": self.tolerances_mm, "lesion_overlap": self.lesion_overlap, "case": name}
-        return score_case(array, truth, self.table, dataset, spacing_of(affine), **settings)
+        rows = score_case(array, truth, self.table, dataset, spacing_of(affine), **settings)
+        return [row for row in rows if self.targets is None or row["target"] in self.targets]
 
     def _finish(self, engine: Engine) -> None:
         parts = idist.all_gather((self._writer.rows, self._writer.failed)) if idist.get_world_size() > 1 else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from .checkpoint import table_of
 
+PREPARATION_IDS = ("spacing_mm", "ct_normalization")
 README_BLOCK = ("<!-- weights: begin -->", "<!-- weights: end -->")
 
 
@@ -30,10 +32,16 @@ def fill_configs(
         inference["network_def"] = network
     if train.get("network_def", {}).get("_target_") == "tsfm.TSFM":
         references = {key: value for key, value in train["network_def"].items() if str(value).startswith("@")}
+        references.pop("img_size", None)  # the grid of the position embedding is the weights', whatever the patch
         train["network_def"] = {**network, **references}
         train["preparation"] = preparation
         train["patch_size"] = description["patch_size"]
-        train["spacing_mm"] = description["preparation"]["spacing_mm"]
+        train["initial_weights"] = {
+            "_target_": "tsfm.release.bundled_weights",
+            "path": "$@bundle_root + '/models/model.pt'",
+        }
+        for config in (train, *(configs[file] for file in configs if file not in ("metadata.json", "pool.json"))):
+            _drop_decided(config)
     if train.get("network_def", {}).get("_target_") == "tsfm.planning.downstream_network":
         train["pretrained"] = {"_target_": "tsfm.release.bundled_weights", "path": train["pretrained"]}
         train["network_def"]["output_dir"] = "$@output_dir if os.path.isdir(@bundle_root + '/configs') else None"
@@ -46,6 +54,12 @@ def fill_configs(
         f"TSFM, the Tumor Segmentation Foundation Model, as a network of {parameters / 1e6:.3g} million parameters that "
         f"segments {', '.join(description['targets'])}. Trained on: {trained_on or ', '.join(description['trained_on'])}."
     )
+
+
+def _drop_decided(config: dict[str, Any]) -> None:
+    """Take out of a config, in place, what the weights decide: it would have no effect, or the weights would not fit."""
+    for key in [key for key in config if key in PREPARATION_IDS or key.startswith("network_def#")]:
+        del config[key]
 
 
 def merge_overlay(train: dict[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,10 +99,12 @@ def _fitted_metadata(
 ) -> dict[str, Any]:
     table = table_of(description)
     patch, channels = list(description["patch_size"]), description["network"]["in_channels"]
-    modality = "/".join(description.get("modalities") or ["image"])
+    modalities = description.get("modalities") or []
+    modality = "/".join(modalities or ["image"])
     data = {key: dict(value) for key, value in metadata["network_data_format"].items()}
     data["inputs"]["image"] = {
         **data["inputs"].get("image", {}),
+        "format": "hounsfield" if modalities == ["CT"] else "magnitude",
         "modality": modality,
         "num_channels": channels,
         "spatial_shape": patch,
@@ -103,6 +119,7 @@ def _fitted_metadata(
     }
     filled = {**metadata, "name": name, "network_data_format": data, "label_classes": _classes(table.channel_def())}
     filled["pred_classes"] = filled["label_classes"]
+    filled["image_classes"] = f"{channels} channel(s): {modality}, any size, spacing and orientation"
     if trained_on:
         filled["data_source"] = trained_on
     return filled
@@ -114,18 +131,25 @@ def _classes(channel_def: Mapping[str, str]) -> str:
 
 def write_readme(
     bundle: str,
+    names: tuple[str, str],
     description: Mapping[str, Any],
     metadata: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     trained_on: str | None,
 ) -> None:
-    """Fill the README's block on the weights; where it has none, append a section."""
+    """Fill the README's block on the weights (where it has none, append a section).
+
+    `names`: of the source bundle and of the release; the README's commands get the latter, and the version.
+    """
     path = os.path.join(bundle, "docs", "README.md")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     text = ""
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
             text = file.read()
+    before, name = names
+    text = re.sub(rf"\b{re.escape(before)}_v\d\.\d\.\d\b", f"{name}_v{metadata['version']}", text)
+    text = re.sub(rf"\b{re.escape(before)}\b", name, text)
     begin, end = README_BLOCK
     block = f"{begin}\n{weights_table(description, metadata, tensors, trained_on)}\n{end}"
     if begin in text and end in text:
@@ -157,7 +181,7 @@ def weights_table(
         "trained on": trained_on or ", ".join(description.get("trained_on", [])),
         "epochs": description.get("epoch", "unknown"),
     }
-    scores = _dice_of(metadata.get("eval_metrics", {}))
+    scores = {target: f"{dice:.3f}" for target, dice in metadata.get("eval_metrics", {}).items()}
     lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
     lines += ["| value | target | lies in | annotated by | Dice |", "|---|---|---|---|---|"]
     for value, target in enumerate(table.names, start=1):
@@ -174,13 +198,18 @@ def _normalization(preparation: Mapping[str, Any]) -> str:
     return "; ".join([*ranges, "every other modality: z-score per image and channel"])
 
 
-def _dice_of(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Dice per target out of an evaluation summary, where it has one."""
-    targets = metrics.get("targets", metrics)
-    found = {}
-    for name, value in targets.items() if isinstance(targets, Mapping) else ():
-        value = value.get("dice") if isinstance(value, Mapping) else value
-        value = value.get("mean") if isinstance(value, Mapping) else value
-        if isinstance(value, (int, float)):
-            found[name] = f"{value:.3f}"
-    return found
+def dice_per_target(summary: Mapping[str, Any], path: str) -> dict[str, float]:
+    """Mean Dice of every target out of an evaluation's ``summary.json``, over the data sets that annotate it.
+
+    Raises:
+        ValueError: a file that is no such summary.
+    """
+    try:
+        parts = [(target, entry["dice"]) for part in summary["datasets"].values() for target, entry in part.items()]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f'{path} is no summary.json of an evaluation: it has no "datasets" with a Dice') from None
+    values: dict[str, list[float]] = {}
+    for target, dice in parts:
+        if dice:
+            values.setdefault(target, []).append(dice["mean"])
+    return {target: round(sum(found) / len(found), 4) for target, found in values.items()}

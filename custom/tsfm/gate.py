@@ -41,6 +41,7 @@ PREFERRED = (
     *("configs/train.json", "configs/evaluate.json", "configs/multi_gpu_train.json", "configs/logging.conf"),
     *("docs/README.md", "docs/data_license.txt"),
 )
+PARTS = {"LICENSE", "configs", "docs", "models", "tsfm", "large_files.yml"}
 README_HEADINGS = (  # of the zoo's template and of the bundles in it
     *("Model Overview", "Data", "Preprocessing", "Training Configuration", "Input", "Output", "Performance"),
     *("MONAI Bundle Commands", "System Configuration", "Limitations", "References", "License"),
@@ -49,6 +50,7 @@ PACKAGE_VERSIONS = ("monai_version", "pytorch_version", "numpy_version")
 NOT_RUN = {
     "TensorRT export": "needs a GPU and torch_tensorrt",
     "multi-GPU unit tests": "needs two GPUs; the DDP overlay is tested with two CPU processes",
+    "the zoo's import path": "it checks bundles from its repository's root: PYTHONPATH has to name the bundle's folder",
     "version not released before": "the zoo compares with its own model_info.json",
 }
 TINY = (16, 24, 24)  # voxels of the phantoms that the workflows are given
@@ -155,6 +157,8 @@ def _clean(bundle: str) -> str:
         raise Skipped("the source bundle holds no package; `python -m tsfm release` adds it")
     litter = [file for file in files if "__pycache__" in file or file.endswith(".pyc") or "/." in f"/{file}"]
     links = [file for file in files if os.path.islink(os.path.join(bundle, file))]
+    strange = sorted({file.split("/")[0] for file in files} - PARTS)
+    _need(not strange, f"{strange} are no parts of a bundle: runs, images and results do not belong into a release")
     _need(not litter and not links, f"caches, hidden files or links: {(litter + links)[:5]}")
     home = os.path.join(os.path.expanduser("~"), "")
     leaks = [file for file in files if _holds(os.path.join(bundle, file), home if len(home) > 2 else None)]
@@ -218,14 +222,17 @@ def _license(bundle: str) -> str:
 def _data_license(bundle: str) -> str:
     with open(os.path.join(bundle, "docs", "data_license.txt"), encoding="utf-8") as file:
         text = file.read().lower()
+    _need(text.strip(), "docs/data_license.txt is empty")
     pool = _config(bundle, "pool.json")
     names = []
-    if os.path.isfile(pool):
+    if _has_weights(bundle):
+        trained_on = read_state(os.path.join(bundle, "models", "model.pt"))[1].get("trained_on", [])
+        names = [name for name in trained_on if name != LABEL_MAP]  # label maps from a server name no data set
+    elif os.path.isfile(pool):
         with open(pool, encoding="utf-8") as file:
             names = [entry["name"] for entry in json.load(file)["datasets"]]
     missing = [name for name in names if name.lower() not in text]
-    _need(not missing, f"docs/data_license.txt does not name the data sets {missing}")
-    _need(text.strip(), "docs/data_license.txt is empty")
+    _need(not missing, f"docs/data_license.txt does not name the data sets {missing} (release: --data_license)")
     return f"{len(names)} data sets named"
 
 
@@ -374,11 +381,11 @@ def _export(bundle: str) -> str:
     arguments = {"config_file": _config(bundle, "inference.json"), "meta_file": _config(bundle, "metadata.json")}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.ts")
-        way = "scripted"
+        way, remark = "scripted", ""
         try:
             ckpt_export("network_def", filepath=path, ckpt_file=weights, bundle_root=bundle, **arguments)
         except Exception:
-            way = "traced"
+            way, remark = "traced", "; the zoo scripts unless the bundle is in its exclude_verify_torchscript_list"
             extra = {"use_trace": True, "input_shape": shape}
             ckpt_export("network_def", filepath=path, ckpt_file=weights, bundle_root=bundle, **arguments, **extra)
         exported = torch.jit.load(path).eval()
@@ -390,7 +397,7 @@ def _export(bundle: str) -> str:
     with torch.no_grad():
         difference = relative_difference(network, exported, tuple(shape))
     _need(difference <= TOLERANCE, f"{way} network differs by {difference:.2g} of the largest logit; {TOLERANCE:g} may")
-    return f"TorchScript, {way}; outputs differ by at most {difference:.1g} of the largest logit"
+    return f"TorchScript, {way}; outputs differ by at most {difference:.1g} of the largest logit{remark}"
 
 
 CHECKS: dict[str, Callable[[str], str]] = {

@@ -43,7 +43,11 @@ class UncertaintyScoring(ScoringMethod):
         images = datastore.get_unlabeled_images()
         due = [image for image in images if datastore.get_image_info(image).get(f"{self.key}_weights") != weights]
         for image in due:
-            score = self.score(datastore.get_image_uri(image), request)
+            try:
+                score = self.score(datastore.get_image_uri(image), request)
+            except Exception:  # the others are scored all the same
+                logger.exception("%s of %s cannot be computed: it comes last", self.key, image)
+                score = 0.0
             datastore.update_image_info(image, {self.key: score, f"{self.key}_weights": weights})
             logger.info("%s of %s: %.4f", self.key, image, score)
         return {"total": len(images), "executed": len(due), "skipped": len(images) - len(due)}

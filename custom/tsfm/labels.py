@@ -14,7 +14,7 @@ import numpy as np
 
 RELATIONS = ("part_of", "inside")
 LABEL_MAP = "label_map"
-TARGET_FIELDS = {*RELATIONS, "lesion", "tolerance_mm", "_desc_"}
+TARGET_FIELDS = {*RELATIONS, "lesion", "tolerance_mm", "display", "_desc_"}
 
 
 class LabelError(ValueError):
@@ -25,9 +25,10 @@ class LabelTable:
     """Targets, their tree, and each data set's raw ids.
 
     Args:
-        targets: name -> ``{}``, ``{"part_of": parent}`` or ``{"inside": parent}``, optionally with ``"lesion"`` and
-            ``"tolerance_mm"``. The declared order is the order of the network's outputs; in a label map target ``i``
-            has the value ``i + 1``. A parent's parts make it up together; what is inside lies in it.
+        targets: name -> ``{}``, ``{"part_of": parent}`` or ``{"inside": parent}``, optionally with ``"lesion"``,
+            ``"tolerance_mm"`` and ``"display"`` (viewers' name for it). The declared order is the order of the network's
+            outputs; in a label map target ``i`` has the value ``i + 1``. A parent's parts make it up together; what is
+            inside lies in it.
         datasets: one mapping per data set: ``name``, ``labels`` (raw id, or structure name, -> target or list of
             targets), ``ignore`` (raw ids whose voxels enter no loss), ``others`` (``"background"``: ids that are
             listed nowhere count as background; without it they are an error).
@@ -93,8 +94,12 @@ class LabelTable:
         return membership
 
     def channel_def(self) -> dict[str, str]:
-        """The label map's table as bundle metadata and MONAI Label want it: ``{"0": "background", "1": ...}``."""
-        return {"0": "background", **{str(i + 1): name.lower() for i, name in enumerate(self.names)}}
+        """The label map's table as bundle metadata and MONAI Label want it: ``{"0": "background", "1": ...}``.
+
+        Names are the targets' ``display`` ("right kidney"), by which 3D Slicer and OHIF choose colors, or their own.
+        """
+        shown = [str(self._entries[name].get("display", name)).lower() for name in self.names]
+        return {"0": "background", **{str(i + 1): name for i, name in enumerate(shown)}}
 
     # ---- data sets and codes ----------------------------------------------------------------------------------
 
@@ -220,6 +225,9 @@ class LabelTable:
                     raise LabelError(f"targets refer to each other in a circle: {' -> '.join([*seen, parent])}")
                 seen.append(parent)
                 parent = self.parent(parent)
+        shown = list(self.channel_def().values())
+        if len(set(shown)) < len(shown):
+            raise LabelError(f'two targets have one name, or are shown under one ("display"): {sorted(shown)}')
         for dataset, rules in self._datasets.items():
             for raw, names in rules["labels"].items():
                 missing = [name for name in names if name not in self._entries]

@@ -13,6 +13,7 @@ repository and, like its own releases, not in the zip.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -27,12 +28,15 @@ from typing import Any
 import torch
 
 from .checkpoint import EXTRA_STATE, encode_description, read_description, read_state
-from .fitting import fill_configs, merge_overlay, write_readme
+from .fitting import dice_per_target, fill_configs, merge_overlay, write_readme
 
 LARGE_FILE_BYTES = 25 * 2**20
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can name
 WEIGHT_SUFFIXES = (".pt", ".safetensors", ".ts", ".onnx")
-LEFT_OUT = ("__pycache__", "*.pyc", ".*", "store", "output", "data", "eval", "models", "tsfm", "large_files.yml")
+STAGED = ("LICENSE", "configs/*.json", "configs/*.conf", "docs/*")
+"""What a release takes from a bundle's folder; weights and package come beside it, runs and their data never do."""
+PINS = ("requirements.txt", "requirements-label.txt")
+"""Files of the repository's root that a reader of the zip needs too; staged in ``docs/``."""
 FORBIDDEN_NAMES = (
     "detection",
     "classification",
@@ -64,7 +68,7 @@ def release(
     Args:
         bundle_dir: a bundle folder of this repository (``bundles/tsfm_finetune``).
         checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors).
-        output_dir: created if needed; an older release of the same name in it is replaced.
+        output_dir: created if needed; an older release of the same name in it is replaced, any other folder is refused.
         name: of the released bundle; the folder's name by default.
         version: by default that of ``metadata.json``.
         changelog: what is new in `version`; needed where ``metadata.json`` says nothing about it.
@@ -93,25 +97,28 @@ def release(
             f"{checkpoint}: the weights carry no description (targets, spacing, network), so no bundle can be fitted "
             "to them; release a checkpoint that was trained with these bundles"
         )
-    if changelog and (version or metadata.get("version")):
-        metadata["changelog"] = {version or metadata["version"]: changelog, **metadata.get("changelog", {})}
     metadata["version"] = version or metadata.get("version", "")
+    if changelog:
+        earlier = {key: text for key, text in metadata.get("changelog", {}).items() if key != metadata["version"]}
+        metadata["changelog"] = {metadata["version"]: changelog, **earlier}
     check_version(metadata)
     if metrics:
-        metadata["eval_metrics"] = _read_json(metrics)
+        metadata["eval_metrics"] = dice_per_target(_read_json(metrics), metrics)
     for overlay in [overlays] if isinstance(overlays, str) else overlays:
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
         configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
     fill_configs(configs, description, name, trained_on, sum(tensor.numel() for tensor in tensors.values()))
     bundle = os.path.join(output_dir, name)
+    _refuse_to_lose(bundle, bundle_dir, checkpoint)
     with _replaced(bundle) as folder:
-        shutil.copytree(bundle_dir, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+        _copy_bundle(bundle_dir, folder)
         for file, content in configs.items():
             _write_json(os.path.join(folder, "configs", file), content)
         if data_license:
             shutil.copyfile(data_license, os.path.join(folder, "docs", "data_license.txt"))
-        write_readme(folder, description, metadata, tensors, trained_on)
+        names = os.path.basename(os.path.abspath(bundle_dir)), name
+        write_readme(folder, names, description, metadata, tensors, trained_on)
         _write_weights(os.path.join(folder, "models"), tensors, description)
         _copy_package(os.path.join(folder, "tsfm"))
         _write_large_files(folder, name, base_url)
@@ -138,11 +145,47 @@ def _replaced(folder: str) -> Iterator[str]:
     try:
         yield scratch
         os.chmod(scratch, 0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
+        if os.path.isdir(folder):
+            os.replace(folder, before := f"{scratch}.before")
+            os.replace(scratch, folder)
+            shutil.rmtree(before)
+        else:
+            os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str) -> None:
+    """ReleaseError where the folder to be replaced is no earlier release, or holds what the release is made from."""
+    inside = [path for path in (bundle_dir, checkpoint) if _is_below(path, target)]
+    is_release = all(os.path.exists(os.path.join(target, part)) for part in ("configs/metadata.json", "tsfm", "models"))
+    if inside or (os.path.lexists(target) and not (is_release and not os.path.islink(target))):
+        found = f"it holds {inside[0]}" if inside else "what is there is no earlier release"
+        raise ReleaseError(
+            f"{os.path.abspath(target)} would be replaced, but {found}: choose another --output_dir or --name"
+        )
+
+
+def _is_below(path: str, folder: str) -> bool:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _copy_bundle(bundle_dir: str, folder: str) -> None:
+    """A bundle's own files, and the pins of the repository that a source bundle lies in (a staged one has them)."""
+    found = [path for pattern in STAGED for path in glob.glob(os.path.join(glob.escape(bundle_dir), pattern))]
+    for path in filter(os.path.isfile, found):
+        target = os.path.join(folder, os.path.relpath(path, bundle_dir))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copyfile(path, target)
+    repository = os.path.dirname(os.path.dirname(os.path.abspath(bundle_dir)))
+    for name in PINS:
+        source, target = os.path.join(repository, name), os.path.join(folder, "docs", name)
+        if os.path.isfile(source) and not os.path.exists(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
+                out.writelines(line for line in lines if not line.startswith("-e "))  # the package is in the bundle
 
 
 def zip_bundle(bundle: str, output_dir: str) -> str:
