@@ -253,6 +253,8 @@ def test_thick_slices_are_degraded_in_their_plane_only():
     )
     per_slice = torch.arange(5.0)[None, :, None, None].expand(1, 5, 16, 16)
     assert torch.allclose(transform({"image": per_slice})["image"], per_slice)
+    sagittal = per_slice.transpose(1, 3)
+    assert torch.allclose(transform({"image": sagittal})["image"], sagittal)
     cube = torch.arange(16.0)[None, :, None, None].expand(1, 16, 16, 16)
     assert not torch.allclose(transform({"image": cube})["image"], cube)
 
@@ -297,6 +299,15 @@ def test_patches_with_thick_slices_turn_and_scale_in_their_plane_only():
     turned = matrices[np.abs(matrices[:, 1, 2]) > 1e-9]
     assert_uniform(np.rad2deg(np.arctan2(turned[:, 2, 1], turned[:, 2, 2])), -180, 180)
     assert_rate(len(turned), 0.2, 20000)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_slices_may_lie_along_any_axis(axis):
+    patch = np.insert([160, 112], axis, 32)
+    matrices = np.array([matrix for matrix in spatial_draws(patch, 2000) if matrix is not None])
+    alone = np.eye(3)[axis]
+    assert np.allclose(matrices[:, axis], alone) and np.allclose(matrices[:, :, axis], alone)
+    assert np.abs(matrices - np.eye(3)).max() > 0.9
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -150,7 +150,7 @@ def test_knobs_and_the_ids_of_monai_and_monai_label_stand_there_literally(bundle
 def test_an_inference_that_names_a_targets_choice_says_so_in_one_place():
     """The knobs of the command line and of 3D Slicer are one: the plain ids read the displayable ones."""
     inference = config(PRETRAIN, "inference.json")
-    assert set(inference["displayable_configs"]) == {"threshold", "mirroring", "overlap", "targets", "modality"}
+    assert set(inference["displayable_configs"]) == {"threshold", "mirroring", "overlap", "targets", "normalize_as"}
     for name in ("threshold", "mirror", "overlap", "targets", "modality"):
         assert "@displayable_configs#" in inference[name]
 

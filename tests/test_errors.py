@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from tsfm.cases import CaseError
 from tsfm.errors import OptionError, check_options, first_cause
 
 
@@ -26,6 +27,13 @@ def test_known_ids_and_monais_own_options_pass(config, option):
 
 def test_other_programs_are_left_alone():
     check_options(["pytest", "--anything"])
+
+
+def test_an_error_made_for_the_user_is_not_unwrapped():
+    """MONAI wraps in RuntimeError; what the package raised from an OSError says what to do about it."""
+    inner, wrapped = CaseError("a.nii.gz ends too early: copy it again"), RuntimeError("component failed")
+    inner.__cause__, wrapped.__cause__ = EOFError("compressed file ended"), inner
+    assert first_cause(wrapped) is inner
 
 
 def test_the_first_cause_is_found():

@@ -184,6 +184,18 @@ class TestSlabInferer:
         assert inferer(image, Fake((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))).unique().tolist() == [1]
         assert inferer(image, Fake((-1.0, 1.0, 1.0), (0.0, 0.0, 0.0))).unique().tolist() == [2]
 
+    @pytest.mark.parametrize("source_spacing", [(1.5, 1, 4), (1.5, 4, 4)], ids=["thick", "coarse"])
+    def test_what_lies_between_the_voxels_of_a_coarser_grid_is_painted_as_by_resizing_the_whole(self, source_spacing):
+        shape = (6, 40, 40)
+        source = tuple(round(n * a / b) for n, a, b in zip(shape, (1.5, 1, 1), source_spacing, strict=True))
+        for column in range(0, 40, 3):
+            logits = np.full((1, *shape), -5, np.float32)
+            logits[0, 3, column, 39 - column] = 50
+            thick = thick_axis((1.5, 1, 1), source_spacing) if source_spacing[1] == 1 else None
+            painted = export_logits(logits, source, thick=thick)
+            expected = naive_resize(logits, source, thick)[0] > 0
+            assert np.array_equal(painted.numpy() > 0, expected)
+
     def test_targets_limit_what_is_painted_and_keep_their_values(self):
         image = prepared((9, 20, 25), (14, 40, 20))
         every = SlabInferer((16, 12, 10), TREE, amp=False, progress=False)(image, convolution())

@@ -278,11 +278,11 @@ def options(pretrained, tmp_path):
 
 
 def test_a_viewer_offers_the_modalities_of_the_weights_the_default_first(options):
-    assert options().get_parsed_content("displayable_configs")["modality"] == ["MR", "CT"]
+    assert options().get_parsed_content("displayable_configs")["normalize_as"] == ["MR", "CT"]
     assert (
         options().get_parsed_content("preprocessing").transforms[-1].modality is None
     )  # the image's own, or the default
-    for chosen in ({"displayable_configs#modality": "CT"}, {"modality": "CT"}):
+    for chosen in ({"displayable_configs#normalize_as": "CT"}, {"modality": "CT"}):
         assert options(**chosen).get_parsed_content("preprocessing").transforms[-1].modality == "CT"
 
 

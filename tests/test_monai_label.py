@@ -171,7 +171,7 @@ def test_a_label_and_train_round_with_a_real_server(server):
     assert info["config"]["targets"] == ["all", *VALUES]
 
     reference = nib.load(root / "studies/case2.nii.gz")
-    for options in ({}, {"mirroring": True, "targets": "organ"}, {"threshold": 0.9999}):
+    for options in ({"normalize_as": "CT"}, {"mirroring": True, "targets": "organ"}, {"threshold": 0.9999}):
         result = server.infer("case2", root / "result.nii.gz", **options)
         assert result.shape == reference.shape
         np.testing.assert_allclose(result.affine, reference.affine, atol=1e-3)

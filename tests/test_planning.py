@@ -7,10 +7,11 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from tsfm import planning
 from tsfm.cases import Preparation
-from tsfm.checkpoint import CheckpointError, describe_network, save_weights
+from tsfm.checkpoint import EXTRA_STATE, CheckpointError, describe_network, encode_description, read_state, save_weights
 from tsfm.errors import first_cause
 from tsfm.labels import LabelTable
 from tsfm.network import TSFM
@@ -155,6 +156,48 @@ def test_a_fingerprint_is_measured_once_and_anew_when_a_file_changes(pool, folde
         planning.dataset_pool(str(folders), label_ids={"1": "liver"}), store, "auto", "fingerprint"
     )
     assert len(measured) == 2
+
+
+def test_the_fingerprint_knows_modalities(folders, tmp_path):
+    """MR declared as CT by mistake must not stay in the CT statistics once it is put right."""
+    write(folders, "c")
+    image = nib.load(folders / "images/c.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 5000, image.affine), folders / "images/c.nii.gz")
+    layout = {"name": "x", "folder": ".", "image": "images/{case}.nii.gz", "label": "labels/{case}.nii.gz"}
+    plans = {}
+    for modality in ("CT", {"default": "CT", "c": "MR"}, "MR"):
+        declared = {"targets": {"liver": {}}, "datasets": [{**layout, "modality": modality, "labels": {"1": "liver"}}]}
+        pool = DatasetPool(declared, folders)
+        plans[str(modality)] = planning.plan_preparation(pool, str(tmp_path), (4, 2, 2), "fingerprint")
+    first, mended, none = plans.values()
+    assert first.intensity["CT"]["upper"] > 4000 > mended.intensity["CT"]["upper"]
+    assert none.intensity == {}
+    assert mended.masked == {"MR": False}  # nnU-Net's one decision for all cases, from the median crop
+
+
+def test_ct_that_the_weights_never_saw_is_normalized_by_its_own_fingerprint(pool, weights, tmp_path, caplog):
+    tensors, description = read_state(weights)
+    description["preparation"]["intensity"] = {}
+    torch.save({**tensors, EXTRA_STATE: encode_description(description)}, tmp_path / "mr.pt")
+    found = planning.plan_preparation(pool, str(tmp_path), pretrained=str(tmp_path / "mr.pt"))
+    assert set(found.intensity) == {"CT"} and "never saw CT" in caplog.text
+
+
+def test_ct_without_a_labelled_voxel_is_a_clear_error(folders, tmp_path):
+    for path in (folders / "labels").glob("*"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
+    pool = planning.dataset_pool(str(folders), label_ids={"1": "liver"})
+    with pytest.raises(PoolError, match="no CT case has a labelled voxel"):
+        planning.plan_preparation(pool, str(tmp_path), (4, 2, 2), "fingerprint")
+
+
+def test_channels_are_counted_in_other_formats_too(tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        volume = SimpleITK.GetImageFromArray(np.ones((6, 8, 8), np.int16))
+        SimpleITK.WriteImage(volume, str(tmp_path / kind / "a.nrrd"))
+    assert planning.count_channels(planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})) == 1
 
 
 def test_several_channels_are_measured_too(tmp_path, weights):

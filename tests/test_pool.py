@@ -29,6 +29,18 @@ def one_dataset(**fields):
     return {"targets": {"a": {}}, "datasets": [{"name": "own", "folder": "own", "labels": {"1": "a"}, **fields}]}
 
 
+def test_cases_without_a_label_file_are_left_out_where_the_data_set_says_so(tmp_path):
+    """KiTS19 unpacks 300 images of which 210 have labels, BraTS2020 one case whose label has another name."""
+    touch(tmp_path, "own/case_0/imaging.nii.gz", "own/case_0/segmentation.nii.gz", "own/case_1/imaging.nii.gz")
+    layout = {"image": "{case}/imaging.nii.gz", "label": "{case}/segmentation.nii.gz"}
+    pool = DatasetPool(one_dataset(**layout, unlabelled="skip"), tmp_path)
+    assert [item["case"] for item in pool.cases] == ["case_0"]
+    with pytest.raises(PoolError, match=r"case_1.segmentation\.nii\.gz"):
+        _ = DatasetPool(one_dataset(**layout), tmp_path).cases
+    with pytest.raises(PoolError, match='only choice is "skip"'):
+        DatasetPool(one_dataset(**layout, unlabelled="keep"), tmp_path)
+
+
 @pytest.fixture(scope="module")
 def all_ten(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ten")

@@ -168,6 +168,8 @@ def test_structure_masks_merge_into_one_map(tmp_path):
     assert [int((codes == i).sum()) for i in (1, 2)] == [3 * 56, 2 * 56]
     with pytest.raises(CaseError, match="pancreas"):
         load_case({**item, "label": {"pancreas": item["label"]["liver"]}}, TABLE, CT)
+    with pytest.raises(CaseError, match="would count as absent"):
+        load_case({**item, "label": {"liver": item["label"]["liver"]}}, TABLE, CT)
 
 
 def test_image_and_label_in_different_axis_order_but_one_place_fit(case, tmp_path):

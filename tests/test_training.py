@@ -133,12 +133,38 @@ def test_a_run_with_other_settings_or_fewer_epochs_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="optimizer: was SGD, is AdamW"):
         network = TSFM(**SMALL)
         run_state(tmp_path, network, optimizer=torch.optim.AdamW(network.parameters()))[0].run()
+    with pytest.raises(CheckpointError, match=r"'momentum': 0\.99.*'momentum': 0\.9"):
+        network = TSFM(**SMALL)
+        changed = torch.optim.SGD(network.parameters(), momentum=0.9, nesterov=True)
+        run_state(tmp_path, network, optimizer=changed)[0].run()
     with pytest.raises(CheckpointError, match="network: was"):
         run_state(tmp_path, TSFM(**{**SMALL, "mlp_dim": 8}))[0].run()
     trainer, _ = run_state(tmp_path, TSFM(**SMALL))
     trainer.state.max_epochs = 1
     with pytest.raises(CheckpointError, match="has 2 epochs, 1 were asked for"):
         trainer.run()
+
+
+def test_dropout_is_the_same_whether_a_run_was_resumed_or_not(tmp_path):
+    def run(folder, epochs, seed):
+        torch.manual_seed(0)
+        network = TSFM(**{**SMALL, "dropout": 0.5})
+        trainer, _ = run_state(folder, network)
+        trainer.state.max_epochs = epochs
+        torch.manual_seed(seed)  # whatever was drawn before
+        trainer.run()
+        return network.state_dict()
+
+    whole = run(tmp_path / "whole", 3, 1)
+    run(tmp_path / "parts", 1, 2)
+    parts = run(tmp_path / "parts", 3, 3)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole if name != "_extra_state")
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".abc.partial").write_bytes(b"half a checkpoint")
+    run_state(tmp_path, TSFM(**SMALL))[0].run()
+    assert not list(tmp_path.glob(".*.partial")) and (tmp_path / "last.pt").exists()
 
 
 def test_an_extended_run_goes_on_with_the_longer_schedules_rate(tmp_path):

@@ -15,13 +15,17 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Randomizable, RandomizableTransform, Transform
 
-THICK_RATIO = 3  # nnU-Net: a patch whose longest side is more than 3 times its first is augmented slice by slice
+THICK_RATIO = 3  # nnU-Net: a patch whose longest side is more than 3 times its shortest is augmented slice by slice
 SLAB = 8  # output slices resampled at a time: their sampling grid stays in the processor's cache
 
 
-def has_thick_slices(patch_size: Sequence[int]) -> bool:
-    """Whether a patch of (S, P, L) voxels is rotated, scaled and degraded in its slices only (nnU-Net's rule)."""
-    return max(patch_size) / patch_size[0] > THICK_RATIO
+def thick_patch_axis(patch_size: Sequence[int]) -> int | None:
+    """Axis across whose slices a patch is not rotated, scaled or degraded, or None (nnU-Net's rule).
+
+    nnU-Net turns the axis with the thickest voxels to the front; here axes stay, and it is the patch's shortest.
+    """
+    axis = int(np.argmin(patch_size))
+    return axis if max(patch_size) / patch_size[axis] > THICK_RATIO else None
 
 
 class RandRotateScale:
@@ -54,17 +58,17 @@ class RandRotateScale:
     def draw(self, rng: np.random.Generator, patch_size: Sequence[int]) -> np.ndarray | None:
         """Matrix (3, 3) from patch to case voxel offsets about the patch centre, or None where nothing was drawn."""
         rotate, scale = rng.random() < self.rotation_prob, rng.random() < self.scale_prob
-        thick = has_thick_slices(patch_size)
+        thick = thick_patch_axis(patch_size)
         matrix = np.eye(3)
         if rotate:
-            limit = np.deg2rad(180.0 if thick else self.rotation_degrees)
+            limit = np.deg2rad(self.rotation_degrees if thick is None else 180.0)
             angles = rng.uniform(-limit, limit, size=3)
-            for axis in (0,) if thick else (0, 1, 2):
+            for axis in (0, 1, 2) if thick is None else (thick,):
                 matrix = _rotation(axis, angles[axis]) @ matrix
         if scale:
             lower, upper = self.scale_range
             factor = rng.uniform(lower, 1) if rng.random() < 0.5 else rng.uniform(1, upper)
-            matrix = matrix @ np.diag([1.0 if thick else factor, factor, factor])
+            matrix = matrix @ np.diag([1.0 if axis == thick else factor for axis in range(3)])
         return matrix if rotate or scale else None
 
 
@@ -153,7 +157,7 @@ class RandPerChanneld(RandomizableTransform, MapTransform):
         transform: a MONAI array transform that always acts (``prob`` 1 where it has one).
         prob: probability that the image is touched at all.
         channel_prob: then, probability of each channel.
-        thick_in_plane: show slices alone, (S, 1, P, L), to the transform where the patch has thick slices.
+        thick_in_plane: show slices alone, as channels one voxel thick, to the transform where the patch has thick slices.
 
     Example:
         ``RandPerChanneld("image", RandSimulateLowResolution(prob=1.0), prob=0.25, channel_prob=0.5)``
@@ -193,8 +197,9 @@ class RandPerChanneld(RandomizableTransform, MapTransform):
         return d
 
     def _apply(self, channel: torch.Tensor) -> torch.Tensor:
-        if self.thick_in_plane and has_thick_slices(channel.shape[1:]):
-            return self.transform(channel.transpose(0, 1)).transpose(0, 1)
+        thick = thick_patch_axis(channel.shape[1:]) if self.thick_in_plane else None
+        if thick is not None:
+            return self.transform(channel.transpose(0, thick + 1)).transpose(0, thick + 1)
         return self.transform(channel)
 
 

@@ -134,6 +134,12 @@ def _load_codes(item: Mapping[str, Any], table: LabelTable, image: RawVolume) ->
             f"{image.source}: label masks for {unknown}, which data set '{item['dataset']}' does not list; "
             f"it lists {list(ids[1:])}"
         )
+    missing = [name for name in ids[1:] if isinstance(name, str) and name not in item["label"]]
+    if missing:
+        raise CaseError(
+            f"{image.source}: no label masks for {missing}, which data set '{item['dataset']}' lists; without them these "
+            "structures would count as absent"
+        )
     codes = np.zeros(image.array.shape[1:], table.code_dtype)
     for name in sorted(item["label"], key=ids.index):
         codes[_load_labels(item["label"][name], image)[0] != 0] = ids.index(name)

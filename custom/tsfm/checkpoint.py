@@ -23,6 +23,7 @@ from .labels import LabelTable
 from .network import TSFM
 
 EXTRA_STATE = "_extra_state"
+PARTIAL = ".partial"  # ends the names of files that are being written
 NESTED_KEYS = ("model", "state_dict", "network", "network_weights")
 PREFIXES = ("module.", "_orig_mod.", "network.")
 
@@ -217,7 +218,7 @@ def save_weights(network: nn.Module | Mapping[str, torch.Tensor], path: str | os
     atomic_write(path, lambda temporary: _write_state(state, temporary, path.endswith(".safetensors")))
 
 
-def atomic_write(path: str | os.PathLike, write: Any, suffix: str = ".partial") -> None:
+def atomic_write(path: str | os.PathLike, write: Any, suffix: str = PARTIAL) -> None:
     """Call ``write(temporary)`` and move the result to `path`; on any failure nothing is left and `path` is as before.
 
     `suffix` ends the temporary name, for writers that look at it.

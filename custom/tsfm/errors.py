@@ -41,8 +41,8 @@ class OptionError(ValueError):
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """The exception that the chain of ``raise ... from ...`` began with."""
-    while error.__cause__ is not None:
+    """The exception under the RuntimeErrors that MONAI wraps around those of components and transforms."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 

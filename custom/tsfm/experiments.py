@@ -132,6 +132,9 @@ def _cell(
     settings = json.loads(
         json.dumps({"run": dict(run), "dataset_dir": os.path.abspath(dataset_dir), "overlays": list(overlays)})
     )
+    if os.path.isfile(str(run.get("pretrained"))):  # a pretraining that ran again left other weights under this name
+        state = os.stat(run["pretrained"])
+        settings["pretrained"] = [state.st_size, state.st_mtime_ns]
     done = folder / "cell.json"
     if done.is_file():
         kept = json.loads(done.read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYOUT = torch.channels_last_3d
@@ -39,6 +40,15 @@ def channels_last(network: Callable) -> Iterator[None]:
     finally:
         for module in changed:
             vars(module).pop("forward", None)
+
+
+def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Instance normalization of x (B,C,S,P,L), with gradients, in the layout of x.
+
+    As batch normalization of one sample at a time; PyTorch's own goes through channels-first.
+    """
+    samples = [F.batch_norm(sample, None, None, weight, bias, True, 0.0, eps) for sample in x.split(1)]
+    return torch.cat(samples) if len(samples) > 1 else samples[0]
 
 
 def instance_norm_into(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

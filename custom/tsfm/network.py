@@ -34,7 +34,7 @@ from monai.networks.blocks import TransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layout import instance_norm_into
+from .layout import instance_norm, instance_norm_into
 
 AXES = "SPL"
 LEAKY_SLOPE = 0.01  # nnU-Net's LeakyReLU
@@ -73,6 +73,8 @@ class NormAct(nn.Module):
         weight, bias = self.at_least_float32(self.weight), self.at_least_float32(self.bias)
         if reuses_memory(x):
             y = instance_norm_into(x if overwrite else torch.empty_like(x), x, weight, bias, self.eps)
+        elif is_eager_on_cpu(x):
+            y = instance_norm(x, weight, bias, self.eps)
         else:
             y = F.instance_norm(x, weight=weight, bias=bias, eps=self.eps)
         return F.leaky_relu_(y, LEAKY_SLOPE)
@@ -276,7 +278,7 @@ class TSFM(nn.Module):
             self.check_size(x.shape[2:], x.shape)
         recompute = self.checkpointing and self.training
         x = self.stem(x)
-        if reuses_memory(x):  # bfloat16 convolutions on the CPU are half as fast again in this layout
+        if is_eager_on_cpu(x):  # where convolutions take half the time in this layout
             x = x.contiguous(memory_format=torch.channels_last_3d)
         skips = []
         for level, blocks in enumerate(self.encoder):
@@ -340,8 +342,12 @@ def reuses_memory(x: Tensor) -> bool:
 
     Gradients need the overwritten values; graphs (tracing, export, torch.compile) plan their own memory.
     """
-    eager = not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-    return eager and x.device.type == "cpu" and not torch.is_grad_enabled()
+    return is_eager_on_cpu(x) and not torch.is_grad_enabled()
+
+
+def is_eager_on_cpu(x: Tensor) -> bool:
+    """Whether layout and memory are ours to choose."""
+    return x.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
 
 
 def run(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:

@@ -102,6 +102,8 @@ class Painter:
             if box is None:
                 continue
             rows = [_rows(axis, *span) for axis, span in zip(self.axes[1:], box, strict=True)]
+            if any(first == last for first, last in rows):  # it lies between the voxels of a coarser source grid
+                continue
             spans = [axis.needed(*row) for axis, row in zip(self.axes[1:], rows, strict=True)]
             where = (slice(None), *(slice(*span) for span in spans))
             plane = logits[channel][where].float()

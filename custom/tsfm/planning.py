@@ -19,11 +19,12 @@ from typing import Any
 import nibabel as nib
 import torch
 
-from .cases import Preparation
+from .cases import Preparation, file_identity
 from .checkpoint import CheckpointError, atomic_write, build_network, read_description
 from .network import TSFM
 from .pool import DatasetPool, PoolError
 from .preprocessing import Fingerprint, fingerprint, fit_patch, plan_spacing
+from .reading import read_volume
 from .store import CaseStore
 from .transfer import freeze as freeze_parts
 from .transfer import load_pretrained
@@ -47,9 +48,10 @@ def dataset_pool(
     """The pool of a downstream task, from whatever the user has.
 
     A `pool_file` (path or content) is used as it is. Otherwise `dataset_dir` holds an MSD ``dataset.json``, whose labels
-    are the targets unless `label_ids` (raw id -> target) and `regions` (the targets with their tree) are given, or two folders `images` and `labels` with the same file
-    names, for which `label_ids` (``{"1": "liver"}``) are needed. Where `dataset_dir` holds nothing of the kind (a MONAI
-    Label server hands items in by itself), the targets are those of the `pretrained` weights.
+    are the targets unless `label_ids` (raw id -> target) and `regions` (the targets with their tree) are given; or two
+    folders `images` and `labels` with the same file names, for which `label_ids` (``{"1": "liver"}``) are needed. Where
+    `dataset_dir` holds nothing of the kind (a MONAI Label server hands items in by itself), the targets are those of the
+    `pretrained` weights.
 
     Raises:
         PoolError: a folder that is none of these, two folders without `label_ids`.
@@ -88,12 +90,14 @@ def dataset_pool(
 
 
 def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
-    """Image channels of the pool's cases, from the first case's header; of the weights where the pool has no cases."""
+    """Image channels of the pool's first case; of the weights where the pool has no cases."""
     if not pool.entries:
         return _pretrained_description(pretrained)["network"]["in_channels"]
     image = pool.cases[0]["image"]
     if isinstance(image, list | tuple):
         return len(image)
+    if not str(image).lower().endswith((".nii", ".nii.gz")):
+        return len(read_volume(image).array)
     try:
         shape = nib.load(image).shape
     except (nib.filebasedimages.ImageFileError, OSError, EOFError) as error:
@@ -127,20 +131,33 @@ def plan_preparation(
         found = _fingerprint(pool, store_dir)
         spacing = plan_spacing(found.spacings_mm, found.shapes)
         logger.info("target spacing by nnU-Net's rule: %s mm (S, P, L)", [round(float(side), 3) for side in spacing])
+    masked = dict(known.get("masked", {}))
+    has_ct = bool(pool.entries) and any(item["modality"] == "CT" for item in pool.cases)
+    if ct_normalization == "checkpoint" and has_ct and "CT" not in known["intensity"]:
+        logger.warning(
+            "the pretrained weights never saw CT: its normalization follows from the fingerprint of this data"
+        )
+        ct_normalization = "fingerprint"
     if ct_normalization == "checkpoint":
         intensity = dict(known["intensity"])
     elif isinstance(ct_normalization, Mapping):
         intensity = {"CT": dict(ct_normalization)}
     elif ct_normalization == "fingerprint":
-        has_ct = any(item["modality"] == "CT" for item in pool.cases)
-        found = _fingerprint(pool, store_dir).intensity["CT"] if has_ct else {}
-        intensity = {"CT": {key: found[key] for key in ("lower", "upper", "mean", "sd")}} if has_ct else {}
+        found = _fingerprint(pool, store_dir)
+        masked |= {name: share for name, share in found.masked.items() if name != "CT"}
+        if has_ct and "CT" not in found.intensity:
+            raise PoolError(
+                f"{pool.source}: no CT case has a labelled voxel, so there is nothing to normalize CT by; check the labels, "
+                "or give --ct_normalization \"{'lower': ..., 'upper': ..., 'mean': ..., 'sd': ...}\""
+            )
+        ct = found.intensity.get("CT", {})
+        intensity = {"CT": {key: ct[key] for key in ("lower", "upper", "mean", "sd")}} if has_ct else {}
     else:
         raise ValueError(
             f"ct_normalization is {ct_normalization!r}; expected 'checkpoint', 'fingerprint' or four numbers"
         )
     modality = known.get("default_modality") if not pool.entries else pool.cases[0]["modality"]
-    return Preparation(tuple(spacing), intensity, in_channels, modality)
+    return Preparation(tuple(spacing), intensity, in_channels, modality, masked)
 
 
 def plan_patch(
@@ -246,10 +263,7 @@ def _fingerprint(pool: DatasetPool, store_dir: str) -> Fingerprint:
 
 
 def _read_or_measure(pool: DatasetPool, store_dir: str) -> Fingerprint:
-    files = [
-        [str(item["image"]), str(item["label"]), _modified(item["image"]), _modified(item["label"])]
-        for item in pool.cases
-    ]
+    files = [[item["modality"], file_identity(item)] for item in pool.cases]
     key = json.dumps([files, pool.table.to_dict()["datasets"]], sort_keys=True)
     path = os.path.join(store_dir, f"fingerprint-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
     if os.path.isfile(path):
@@ -273,12 +287,6 @@ def _read_or_measure(pool: DatasetPool, store_dir: str) -> Fingerprint:
     return found
 
 
-def _modified(paths: Any) -> int:
-    if isinstance(paths, Mapping):
-        paths = list(paths.values())
-    return max(os.stat(path).st_mtime_ns for path in (paths if isinstance(paths, list | tuple) else [paths]))
-
-
 def _plain_name(name: str) -> str:
     """Lower case with underscores, as label tables and MONAI Label have it."""
     return re.sub(r"[^0-9a-z]+", "_", str(name).lower()).strip("_")
@@ -298,6 +306,8 @@ def _msd_labels(content: Mapping[str, Any], path: str) -> dict[str, str]:
 
 def _msd_modality(content: Mapping[str, Any]) -> str:
     names = list((content.get("modality") or content.get("channel_names") or {"0": "CT"}).values())
+    if len(names) > 1 and "CT" in (str(name).upper() for name in names):
+        logger.warning("channels %s: with several channels each is z-scored per case, CT too", names)
     return "CT" if len(names) == 1 and str(names[0]).upper() == "CT" else "MR"
 
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 SPLIT_SEED = 12345  # nnU-Net's
 DATASET_FIELDS = {
     *("name", "folder", "format", "image", "label", "modality", "labels", "ignore", "others", "exclude", "patient"),
-    *("reference", "licence", "_desc_"),
+    *("unlabelled", "reference", "licence", "_desc_"),
 }
 
 
@@ -45,7 +45,8 @@ class DatasetPool:
     Args:
         pool_file: path of a pool file, or its content: ``targets`` and ``datasets`` (see `LabelTable`), each data set
             with ``folder`` (relative to `dataset_dir`), its layout, ``modality`` (a name, or name patterns of cases
-            with a ``default``), optionally ``exclude`` (case names) and ``patient`` (``{"group", "pattern"}``: cases
+            with a ``default``), optionally ``exclude`` (case names), ``"unlabelled": "skip"`` (cases without a label file
+            are left out, not missed) and ``patient`` (``{"group", "pattern"}``: cases
             of the same patient, also across the data sets of a group, stay in one fold).
         dataset_dir: folder that holds the data sets' folders.
         datasets: use only these (their names); default all.
@@ -126,17 +127,23 @@ class DatasetPool:
             raise PoolError(f"folder {folder} does not exist")
         pairs = _msd_pairs(folder) if entry.get("format") == "msd" else _pattern_pairs(folder, entry)
         excluded = set(entry.get("exclude", ()))
-        items, absent = [], []
+        items, absent, unlabelled = [], [], 0
+        skips = entry.get("unlabelled") == "skip"
         for case, image, label in sorted(pairs, key=lambda pair: pair[0]):
             if case in excluded:
                 continue
             paths = [*_paths(image), *_paths(label)]
+            if skips and not any(os.path.isfile(path) for path in _paths(label)):
+                unlabelled += 1
+                continue
             absent += [path for path in paths if not os.path.isfile(path)]
             modality = _modality(entry.get("modality", "CT"), case)
             items.append({"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case})
         if absent:
             shown = "\n    ".join(absent[:10])
             raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
+        if unlabelled:
+            logger.info("%s: %d cases without a label file are left out", entry["name"], unlabelled)
         if not items:
             raise PoolError(f"folder {folder} holds no case in the layout {_layout(entry)}")
         return items
@@ -333,6 +340,10 @@ def _check_entry(source: str, entry: Mapping[str, Any]) -> None:
     if unknown:
         raise PoolError(
             f"{source}, data set '{entry['name']}': unknown fields {sorted(unknown)}; known: {sorted(DATASET_FIELDS)}"
+        )
+    if entry.get("unlabelled") not in (None, "skip"):
+        raise PoolError(
+            f'{source}, data set \'{entry["name"]}\': "unlabelled" is {entry["unlabelled"]!r}; the only choice is "skip"'
         )
     kind = entry.get("format", "patterns")
     if kind not in ("msd", "patterns"):

@@ -25,6 +25,7 @@ from monai.engines import SupervisedEvaluator
 from monai.transforms import SaveImaged
 
 from .checkpoint import atomic_write
+from .errors import first_cause
 from .labels import LabelTable
 
 logger = logging.getLogger(__name__)
@@ -248,8 +249,7 @@ def _case_of(batchdata: Mapping[str, Any], number: int) -> str:
 
 def root_cause(error: BaseException) -> str:
     """The message of an exception, without the RuntimeError that MONAI wraps around a transform's own."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
+    error = first_cause(error)
     return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
@@ -31,7 +32,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ._version import __version__
-from .checkpoint import CheckpointError, atomic_write, save_weights
+from .checkpoint import PARTIAL, CheckpointError, atomic_write, save_weights
 from .errors import config_files
 from .pool import is_bare
 from .precision import autocast
@@ -289,11 +290,13 @@ class RunState:
         self.resumable = not is_bare(items)
         paths = [[str(item.get("dataset")), str(item.get("case", item["image"]))] for item in items]
         self.settings = {
-            **json.loads(json.dumps(dict(settings), default=str)),
+            **settings,
             "cases": _digest(sorted(paths)),
             "network": _digest([[name, *tensor.shape] for name, tensor in unwrap(network).named_parameters()]),
-            "optimizer": type(self.parts["optimizer"]).__name__ if "optimizer" in self.parts else None,
+            "optimizer": type(self.parts["optimizer"]).__name__,
+            "optimizer_options": {key: value for key, value in self.parts["optimizer"].defaults.items() if key != "lr"},
         }
+        self.settings = json.loads(json.dumps(self.settings, default=str))
         self.ckpt_dir, self.save_interval, self.write = ckpt_dir, save_interval, write
         self.best: float | None = None
 
@@ -310,9 +313,21 @@ class RunState:
     def attach(self, engine: Engine) -> None:
         """Resume when `engine` starts; at the end of its epochs complete the curve, then save; publish at its end."""
         self.curve.attach(engine)
+        engine.add_event_handler(Events.STARTED, self._sweep)
         engine.add_event_handler(Events.STARTED, self.resume)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._seed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.COMPLETED, self.publish)
+
+    def _sweep(self, engine: Any) -> None:
+        """Remove half-written files of a run that was killed."""
+        if self.write:
+            for path in Path(self.output_dir).glob(f".*{PARTIAL}"):
+                path.unlink()
+
+    def _seed(self, engine: Any) -> None:
+        """Dropout's random numbers follow from (seed, iteration, rank), whether the run was resumed or not."""
+        torch.manual_seed(int(_digest([self.settings.get("seed"), engine.state.iteration, idist.get_rank()])[:15], 16))
 
     def resume(self, engine: Any) -> None:
         """Go on from ``last.pt`` where there is one."""
