@@ -6,7 +6,6 @@ what goes stale, and a mistake is named without running anything. test_docs_run.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 import re
@@ -17,12 +16,11 @@ from pathlib import Path
 import monai.bundle
 import pytest
 from monai.bundle import ConfigParser
-from tsfm.__main__ import COMMANDS
+from tsfm.__main__ import COMMANDS, command
 from tsfm.release import PINS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("bundles/*/docs/*.md")])
-IMPLEMENTED_IN = {"release": "release", "transfer_table": "experiments", "ablation_table": "experiments"}
 RUN_OPTIONS = {"config_file", "meta_file", "logging_file", "tracking", "args_file", "run_id", "init_id", "final_id"}
 MONAI_LABEL = {  # of monailabel 0.8.5
     "apps": {"--download", "--name", "--output", "--prefix"},
@@ -128,12 +126,9 @@ def _bundle(folder: Path, name: str, words: list[str]) -> list[str]:
 def _tsfm(folder: Path, name: str, words: list[str]) -> list[str]:
     if name not in COMMANDS:
         return [f"python -m tsfm has no {name}"]
-    function = COMMANDS[name]
-    if name in IMPLEMENTED_IN:
-        function = getattr(importlib.import_module(f"tsfm.{IMPLEMENTED_IN[name]}"), name)
     positional, options = _arguments(words)
     try:
-        inspect.signature(function).bind(*positional, **options)
+        inspect.signature(command(name)).bind(*positional, **options)
     except TypeError as error:
         return [f"python -m tsfm {name}: {error}"]
     values = [*positional, *(value for key, value in options.items() if "output" not in key)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import fire
@@ -131,37 +132,6 @@ def postprocessing(predictions: str, labels: str, pool_file: str, output_file: s
     print(f"{len(plan['steps'])} steps, written to {output_file}")
 
 
-def transfer_table(*args: Any, **kwargs: Any) -> None:
-    """Fine-tune pretrained and from scratch over a grid of epochs and seeds, and write the paper's Table 2.
-
-    Arguments: pretrained, dataset_dir, output_dir, bundle_dir, epochs, seeds, overlays, name, and any id of train.json.
-    """
-    from .experiments import transfer_table as run
-
-    run(*args, **kwargs)
-
-
-def ablation_table(*args: Any, **kwargs: Any) -> None:
-    """Fine-tune from several pretrainings and write the paper's Table 3.
-
-    Arguments: checkpoints (``{'pool': 'a.pt', 'amos22': 'b.pt'}``), dataset_dir, output_dir, and those of transfer_table.
-    """
-    from .experiments import ablation_table as run
-
-    run(*args, **kwargs)
-
-
-def release(*args: Any, **kwargs: Any) -> None:
-    """Stage a bundle around a checkpoint, self-contained, and write NAME_vX.Y.Z.zip with its checksum.
-
-    Arguments: bundle_dir, checkpoint, output_dir, name, version, changelog, base_url, metrics, trained_on,
-    overlays ("['small.json']"), data_license (a text file).
-    """
-    from .release import release as run
-
-    print(run(*args, **kwargs))
-
-
 def gate(bundle_dir: str) -> None:
     """Run the Model Zoo's checks that can run here on a bundle's folder; exit code 1 if one fails."""
     from .gate import format_table
@@ -188,11 +158,17 @@ def export(checkpoint: str, output_file: str, format: str = "torchscript", patch
     print(f"{output_file}: logits differ from the network's by at most {difference:.1g} of the largest")
 
 
-def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: int = 0) -> None:
-    """Prepare, pretrain, transfer, infer, score and draw pictures on phantoms, all below `output_dir`."""
-    from .demo import demo as run
+def curve(curve_file: str, output_file: str) -> None:
+    """Draw loss and Dice over the epochs of a run.
 
-    run(output_dir, bundles_dir, seed)
+    Args:
+        curve_file: the run's curve.csv.
+        output_file: the picture (PNG).
+    """
+    from .report import curve_png
+
+    curve_png(curve_file, output_file)
+    print(output_file)
 
 
 def _write_json(path: str, content: Any) -> None:
@@ -208,19 +184,29 @@ COMMANDS = {
     "describe": describe,
     "evaluate": evaluate,
     "postprocessing": postprocessing,
-    "transfer_table": transfer_table,
-    "ablation_table": ablation_table,
-    "release": release,
+    "curve": curve,
+    "transfer_table": "experiments",
+    "ablation_table": "experiments",
+    "release": "release",
     "gate": gate,
     "export": export,
-    "demo": demo,
+    "demo": "demo",
 }
+"""Functions, or the module that holds the function of this name: most import torch, which takes a second."""
+
+
+def command(name: str) -> Callable[..., Any]:
+    """The function behind a command."""
+    found = COMMANDS[name]
+    return getattr(import_module(f".{found}", __package__), name) if isinstance(found, str) else found
 
 
 def main() -> None:
     """Run one command; an error the user can mend is one message, not a traceback."""
+    asked = sys.argv[1:2]
+    names = asked if asked and asked[0] in COMMANDS else COMMANDS
     try:
-        fire.Fire(COMMANDS, name="tsfm")
+        fire.Fire({name: command(name) for name in names}, name="tsfm")
     except (ValueError, OSError) as error:
         sys.exit(f"tsfm: {error}")
 

@@ -96,7 +96,7 @@ class PatchDataset(Dataset):
     """Patches of prepared cases; only the voxels a patch needs are read, so memory does not grow with the pool.
 
     Index it with a :class:`Draw`, as :class:`PoolSampler` gives. A plain integer gives that case's one fixed patch,
-    around foreground: the same every epoch, for validation.
+    around foreground: the same every epoch.
 
     Args:
         data: datalist items; bare ``{"image", "label"}`` items belong to the table's only data set.

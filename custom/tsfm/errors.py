@@ -12,26 +12,9 @@ from types import TracebackType
 
 # options of `monai.bundle run` itself, and of its tracking
 RUN_OPTIONS = {
-    *(
-        "run_id",
-        "init_id",
-        "final_id",
-        "meta_file",
-        "config_file",
-        "logging_file",
-        "tracking",
-        "args_file",
-        "bundle_root",
-    ),
-    *(
-        "tracking_uri",
-        "experiment_name",
-        "run_name",
-        "workflow_type",
-        "workflow_name",
-        "save_execute_config",
-        "is_not_rank0",
-    ),
+    *("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file"),
+    *("bundle_root", "tracking_uri", "experiment_name", "run_name", "workflow_type", "workflow_name"),
+    *("save_execute_config", "is_not_rank0"),
 }
 OWN_MODULE = __package__
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +68,20 @@ def transfer_table(
     Returns:
         the table as Markdown.
     """
+    from .report import write_table2
+
     arms = {"pretrained": {"from_scratch": False}, "scratch": {"from_scratch": True}}
-    results = []
-    for epoch in sorted(epochs):
-        for arm, choice in arms.items():
-            for seed in seeds:
-                cell = Path(output_dir, "cells", f"{arm}-{epoch}epochs-seed{seed}")
-                run = {
-                    **settings,
-                    **choice,
-                    "epochs": int(epoch),
-                    "seed": int(seed),
-                    "pretrained": os.path.abspath(pretrained),
-                }
-                score = _cell(cell, bundle_dir, dataset_dir, overlays, run, Path(output_dir, "store"))
-                results.append(
-                    {
-                        "dataset": name or Path(dataset_dir).resolve().name,
-                        "initialization": arm,
-                        "epochs": int(epoch),
-                        "seed": int(seed),
-                        **score,
-                    }
-                )
-                table = _write_table(results, output_dir, 2)
-    print(table)
-    return table
+    cells = [
+        (
+            f"{arm}-{epoch}epochs-seed{seed}",
+            {"initialization": arm, "epochs": int(epoch), "seed": int(seed)},
+            {**choice, "epochs": int(epoch), "seed": int(seed), "pretrained": os.path.abspath(pretrained)},
+        )
+        for epoch in sorted(epochs)
+        for arm, choice in arms.items()
+        for seed in seeds
+    ]
+    return _grid(cells, bundle_dir, dataset_dir, output_dir, overlays, name, settings, write_table2)
 
 
 def ablation_table(
@@ -111,17 +99,37 @@ def ablation_table(
 
     The other arguments are those of `transfer_table`.
     """
-    results = []
-    for label, path in checkpoints.items():
-        for seed in seeds:
-            cell = Path(output_dir, "cells", f"{label}-{epochs}epochs-seed{seed}")
-            run = {**settings, "epochs": int(epochs), "seed": int(seed), "pretrained": os.path.abspath(path)}
-            score = _cell(cell, bundle_dir, dataset_dir, overlays, run, Path(output_dir, "store"))
-            results.append(
-                {"dataset": name or Path(dataset_dir).resolve().name, "pretraining": label, "seed": int(seed), **score}
-            )
-            table = _write_table(results, output_dir, 3)
-    print(table)
+    from .report import write_table3
+
+    cells = [
+        (
+            f"{label}-{epochs}epochs-seed{seed}",
+            {"pretraining": label, "seed": int(seed)},
+            {"epochs": int(epochs), "seed": int(seed), "pretrained": os.path.abspath(path)},
+        )
+        for label, path in checkpoints.items()
+        for seed in seeds
+    ]
+    return _grid(cells, bundle_dir, dataset_dir, output_dir, overlays, name, settings, write_table3)
+
+
+def _grid(
+    cells: Sequence[tuple[str, dict[str, Any], dict[str, Any]]],
+    bundle_dir: str,
+    dataset_dir: str,
+    output_dir: str,
+    overlays: Sequence[str],
+    name: str | None,
+    settings: Mapping[str, Any],
+    write: Callable[[list[dict[str, Any]], str], Path],
+) -> str:
+    """Run the cells (folder, the table's columns, the run's options) one after the other; the table as Markdown."""
+    results, table = [], ""
+    for folder, columns, options in cells:
+        run, store = {**settings, **options}, Path(output_dir, "store")
+        score = _cell(Path(output_dir, "cells", folder), bundle_dir, dataset_dir, overlays, run, store)
+        results.append({"dataset": name or Path(dataset_dir).resolve().name, **columns, **score})
+        table = write(results, output_dir).read_text(encoding="utf-8").strip()
     return table
 
 
@@ -169,14 +177,3 @@ def _cell(
     content = json.dumps({"settings": settings, "score": score}, indent=4)
     atomic_write(str(done), lambda temporary: Path(temporary).write_text(content, encoding="utf-8"))
     return score
-
-
-def _write_table(results: Sequence[Mapping[str, Any]], output_dir: str, number: int) -> str:
-    from . import report, tables
-
-    if number == 3:
-        report.write_table3(results, output_dir)
-        return tables.table3(results)
-    report.write_table2(results, output_dir)
-    report.transfer_png(results, Path(output_dir) / "table2.png")
-    return tables.table2(results)

@@ -33,7 +33,7 @@ from .labels import LABEL_MAP, LabelTable
 from .network import TSFM
 from .phantoms import write_all_ten, write_pool
 from .preprocessing import Preparation
-from .release import FORBIDDEN_NAMES, LARGE_FILE_BYTES, ReleaseError, check_version, check_weights, list_files
+from .release import LARGE_FILE_BYTES, ReleaseError, check_name, check_version, check_weights, list_files
 
 SCHEMA = os.path.join(os.path.dirname(__file__), "meta_schema_20240725.json")
 REQUIRED = ("configs/metadata.json", "configs/inference.json", "LICENSE")
@@ -131,10 +131,8 @@ def format_table(rows: list[Check]) -> str:
 
 
 def _name(bundle: str) -> str:
-    name = os.path.basename(bundle)
-    wrong = [word for word in FORBIDDEN_NAMES if word in name.lower()]
-    _need(not wrong and name.replace("_", "").isalnum(), f"{name!r} is not a name that MONAI Label serves")
-    return name
+    check_name(os.path.basename(bundle))
+    return os.path.basename(bundle)
 
 
 def _files(bundle: str) -> str:

@@ -85,7 +85,7 @@ class Prepared:
 
 
 def crop_box(image) -> tuple[tuple[int, int], ...]:
-    """Half-open bounding box (S, P, L) of voxels that are non-zero in any channel of (C, S, P, L), numpy or torch.
+    """Half-open bounding box (S, P, L) of voxels that are non-zero in any channel of a numpy (C, S, P, L).
 
     nnU-Net fills holes first, which does not move the box. Raises CaseError for an all-zero image.
     """

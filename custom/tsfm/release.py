@@ -37,12 +37,8 @@ STAGED = ("LICENSE", "configs/*.json", "configs/*.conf", "docs/*")
 """What a release takes from a bundle's folder; weights and package come beside it, runs and their data never do."""
 PINS = ("requirements.txt", "requirements-label.txt")
 """Files of the repository's root that a reader of the zip needs too; staged in ``docs/``."""
-FORBIDDEN_NAMES = (
-    "detection",
-    "classification",
-    "deepedit",
-    "deepgrow",
-)  # MONAI Label takes them for other kinds of app
+# MONAI Label takes them for other kinds of app
+FORBIDDEN_NAMES = ("detection", "classification", "deepedit", "deepgrow")
 
 
 class ReleaseError(ValueError):
@@ -91,7 +87,7 @@ def release(
     tensors, description = read_state(checkpoint)
     configs = _read_configs(bundle_dir)
     metadata = configs["metadata.json"]
-    _check_name(name)
+    check_name(name)
     if "targets" not in description:
         raise ReleaseError(
             f"{checkpoint}: the weights carry no description (targets, spacing, network), so no bundle can be fitted "
@@ -308,7 +304,8 @@ def _declared_network(bundle: str) -> torch.nn.Module:
         return parser.get_parsed_content("network_def")
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise ReleaseError for a name that MONAI Label could not serve."""
     wrong = [word for word in FORBIDDEN_NAMES if word in name.lower()]
     if wrong or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise ReleaseError(

@@ -168,13 +168,8 @@ class Curve:
         per_target: Any = None, write: bool = True,
     ) -> None:  # fmt: skip
         self.path = os.path.join(output_dir, "curve.csv")
-        self.metric, self.evaluator, self.alpha, self.per_target, self.write = (
-            metric,
-            evaluator,
-            alpha,
-            per_target,
-            write,
-        )
+        self.metric, self.evaluator, self.alpha = metric, evaluator, alpha
+        self.per_target, self.write = per_target, write
         self.rows: list[dict[str, Any]] = []
         self.losses: list[torch.Tensor] = []
         self.started = self.waiting_since = time.perf_counter()
