@@ -64,7 +64,8 @@ def _enter(libc: ctypes.CDLL | None) -> None:
         if libc and _users == 1:
             for option, value in _KEEP.items():
                 libc.mallopt(option, value)
-            room, _guard = libc.malloc(_SMALL), libc.malloc(1)
+            # The upper of the two stays, untouched, so that the lower one does not melt into the heap's free end.
+            room, _guard = sorted((libc.malloc(_SMALL), libc.malloc(_SMALL)))
             libc.free(room)
 
 
