@@ -57,7 +57,7 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
           "--epochs '[1,4]' --overlays \"['kits2019.json']\"")  # fmt: skip
     transfer_table(
         str(checkpoint), str(new_data), str(out / "transfer"), str(finetune), epochs=(1, 4), overlays=["kits2019.json"],
-        name="kits19 phantoms", iterations_per_epoch=15, val_iterations=4, num_workers=1, checkpointing=False,
+        name="kits19 phantoms", iterations_per_epoch=10, val_iterations=4, num_workers=1, checkpointing=False,
     )  # fmt: skip
 
     best = out / "transfer/cells/pretrained-4epochs-seed0/model.pt"
