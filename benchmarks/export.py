@@ -44,7 +44,7 @@ def write_logits(path, classes, kind):
 def tsfm(path):
     import numpy as np
     import torch
-    from tsfm.painting import export_logits
+    from tsfm.inference.painting import export_logits
 
     logits = torch.from_numpy(np.load(path))
     started = time.perf_counter()

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from tsfm import phantoms
+from tsfm_tools.phantoms import layouts as phantoms
 
 BUNDLE = Path(__file__).parents[1] / "bundles/tsfm_pretrain"
 

@@ -62,8 +62,8 @@ def prepare_tsfm(folder, shape):
 def batches_tsfm(folder, patch):
     from monai.bundle import ConfigParser
     from torch.utils.data import DataLoader
-    from tsfm.augmentation import RandRotateScale
-    from tsfm.dataset import PatchDataset, PoolSampler
+    from tsfm.patches.augmentation import RandRotateScale
+    from tsfm.patches.dataset import PatchDataset, PoolSampler
 
     store, items = _tsfm_store(folder)
     transforms = json.loads((ROOT / "tests/fixtures/augmentation.json").read_text())
@@ -78,9 +78,9 @@ def batches_tsfm(folder, patch):
 
 
 def _tsfm_store(folder):
+    from tsfm.cases.cases import Preparation
     from tsfm.labels import LabelTable
-    from tsfm.preprocessing import Preparation
-    from tsfm.store import CaseStore
+    from tsfm.patches.store import CaseStore
 
     names = [f"organ_{i}" for i in range(1, 5)]
     table = LabelTable({name: {} for name in names}, [{"name": "ct", "labels": dict(zip("1234", names, strict=True))}])

@@ -43,7 +43,7 @@ def make_step(name: str, logits: torch.Tensor, labels: torch.Tensor):
     """A function without arguments: one forward and backward pass. One-hot volumes are built inside, as in training."""
     targets = logits.shape[1]
     if name.startswith("PartialLabelLoss"):
-        from tsfm.loss import PartialLabelLoss
+        from tsfm.network.loss import PartialLabelLoss
 
         loss = PartialLabelLoss(table(targets, partial="all" not in name))
         labels[1::2] += targets + 1  # every other sample is of the second data set

@@ -17,7 +17,7 @@ import time
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tsfm import TSFM
+from tsfm.network.tsfm_net import TSFM
 
 
 def count() -> tuple[int, dict[str, tuple[int, ...]]]:

@@ -89,10 +89,11 @@ def run_tsfm(row: str, folder: str, repeats: int) -> list[float]:
     import shutil
 
     import torch
+    from tsfm.cases.cases import Preparation, load_case
     from tsfm.labels import LabelTable
-    from tsfm.preprocessing import Preparation, load_case, prepare_image, resample_labels
-    from tsfm.resampling import thick_axis
-    from tsfm.store import CaseStore, sample_foreground
+    from tsfm.patches.store import CaseStore, sample_foreground
+    from tsfm.preparation.preprocessing import prepare_image
+    from tsfm.preparation.resampling import resample_labels, thick_axis
 
     names = [f"organ_{i}" for i in range(1, ORGANS + 1)]
     table = LabelTable(

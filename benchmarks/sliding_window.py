@@ -87,7 +87,7 @@ def train(path, iterations):
 
 
 def tsfm(network, image):
-    from tsfm.inference import SlabInferer
+    from tsfm.inference.windows import SlabInferer
 
     inferer = SlabInferer(PATCH, [f"target_{i}" for i in range(CLASSES)], progress=False)
     started = time.perf_counter()

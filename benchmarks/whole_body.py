@@ -27,15 +27,17 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from tsfm import TSFM, LabelTable, Preparation
-from tsfm.checkpoint import describe_network, save_weights
-from tsfm.inference import SlabInferer
-from tsfm.preprocessing import Grid
+from tsfm.cases.cases import Preparation
+from tsfm.inference.windows import SlabInferer
+from tsfm.labels import LabelTable
+from tsfm.network.tsfm_net import TSFM
+from tsfm.preparation.preprocessing import Grid
+from tsfm.training.checkpoint import describe_network, save_weights
 
 SPACING_MM = (1.5, 1.0, 1.0)
 PATCH = (112, 160, 192)
 INFERENCE = Path(__file__).parents[1] / "bundles/tsfm_pretrain/configs/inference.json"
-IMPORTS = "import monai.bundle, torch, tsfm.inference, tsfm.prediction, tsfm.reading"
+IMPORTS = "import monai.bundle, torch, tsfm.inference.windows, tsfm.inference.prediction, tsfm.cases.volumes"
 
 
 def gib() -> float:

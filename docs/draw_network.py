@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import FancyBboxPatch
-from tsfm import TSFM
+from tsfm.network.tsfm_net import TSFM
 
 COLORS = {"A": "#cfe3f5", "B": "#dbe9d3", "C": "#f9dcc4", "D": "#e2d4ee", "E": "#fbeeb8", "F": "#f3cfd4"}
 NAMES = {

@@ -79,7 +79,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def phantom_pool(tmp_path_factory):
     """Folder with the demo's data sets, two cases each, in the layouts of the paper's pool."""
-    from tsfm import phantoms
+    from tsfm_tools.phantoms import layouts as phantoms
 
     folder = tmp_path_factory.mktemp("phantoms")
     phantoms.write_pool(str(folder), cases_per_dataset=3, size=(32, 48, 48), seed=0)

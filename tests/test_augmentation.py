@@ -16,7 +16,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose, RandAdjustContrast, RandScaleIntensityFixedMean, RandSimulateLowResolution
 from scipy import ndimage, stats
 from scipy.spatial.transform import Rotation
-from tsfm.augmentation import (
+from tsfm.patches.augmentation import (
     RandGaussianBlur,
     RandPerChanneld,
     RandRotateScale,
@@ -25,7 +25,7 @@ from tsfm.augmentation import (
     seed_transforms,
     source_box,
 )
-from tsfm.dataset import plain_tensors
+from tsfm.patches.dataset import plain_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LIST = json.loads((FIXTURES / "augmentation.json").read_text())

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow
-from tsfm.fitting import merge_overlay
 from tsfm.labels import LabelTable
-from tsfm.network import TSFM
+from tsfm.network.tsfm_net import TSFM
+from tsfm_tools.release.fitting import merge_overlay
 
 PRETRAIN, FINETUNE = (ROOT / "bundles" / name for name in ("tsfm_pretrain", "tsfm_finetune"))
 BUNDLES = (PRETRAIN, FINETUNE)

@@ -3,9 +3,12 @@ import pickle
 
 import pytest
 import torch
-from tsfm.checkpoint import (
+from tsfm.cases.cases import Preparation
+from tsfm.files import atomic_write
+from tsfm.labels import LabelTable
+from tsfm.network.tsfm_net import TSFM
+from tsfm.training.checkpoint import (
     CheckpointError,
-    atomic_write,
     build_network,
     describe_network,
     load_weights,
@@ -15,9 +18,6 @@ from tsfm.checkpoint import (
     save_weights,
     table_of,
 )
-from tsfm.labels import LabelTable
-from tsfm.network import TSFM
-from tsfm.preprocessing import Preparation
 
 SMALL = {
     "features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]], "img_size": [8, 8, 8],

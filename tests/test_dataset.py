@@ -16,11 +16,11 @@ from monai.bundle import ConfigParser
 from monai.data import DataLoader as MonaiDataLoader
 from monai.engines import Trainer
 from torch.utils.data import DataLoader
-from tsfm.augmentation import RandRotateScale
-from tsfm.dataset import Draw, PatchDataset, PoolSampler, patch_origin
+from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
-from tsfm.preprocessing import Preparation
-from tsfm.store import CaseStore
+from tsfm.patches.augmentation import RandRotateScale
+from tsfm.patches.dataset import Draw, PatchDataset, PoolSampler, patch_origin
+from tsfm.patches.store import CaseStore
 
 AUGMENTATION = Path(__file__).parent / "fixtures" / "augmentation.json"
 TABLE = LabelTable(
@@ -30,7 +30,7 @@ TABLE = LabelTable(
 
 
 class MemoryCase:
-    """What `tsfm.store.StoredCase` promises, in memory; remembers the boxes that were read."""
+    """What `tsfm.patches.store.StoredCase` promises, in memory; remembers the boxes that were read."""
 
     def __init__(self, image, codes):
         self.image, self.codes, self.boxes = image, codes, []

@@ -17,7 +17,7 @@ import monai.bundle
 import pytest
 from monai.bundle import ConfigParser
 from tsfm.__main__ import COMMANDS, command
-from tsfm.release import PINS
+from tsfm_tools.release.release import PINS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("bundles/*/docs/*.md")])

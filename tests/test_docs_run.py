@@ -24,12 +24,12 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, TINY
-from tsfm import phantoms
-from tsfm.checkpoint import describe_network, save_weights
+from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
-from tsfm.network import TSFM
-from tsfm.preprocessing import Preparation
-from tsfm.release import release
+from tsfm.network.tsfm_net import TSFM
+from tsfm.training.checkpoint import describe_network, save_weights
+from tsfm_tools.phantoms import layouts as phantoms
+from tsfm_tools.release.release import release
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("bundles/*/docs/*.md")])
 NOT_RUN = {

@@ -20,12 +20,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from tsfm import release
-from tsfm.checkpoint import describe_network, save_weights
+from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
-from tsfm.network import TSFM
-from tsfm.phantoms import write_pool
-from tsfm.preprocessing import Preparation
+from tsfm.network.tsfm_net import TSFM
+from tsfm.training.checkpoint import describe_network, save_weights
+from tsfm_tools.phantoms.layouts import write_pool
+from tsfm_tools.release import release
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 PATCH = [16, 16, 16]

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from tsfm.cases import CaseError
+from tsfm.cases.volumes import CaseError
 from tsfm.errors import OptionError, check_options, first_cause
 
 

@@ -9,10 +9,10 @@ import SimpleITK as sitk
 import torch
 from monai.data import DataLoader, MetaTensor
 from monai.engines import SupervisedEvaluator
-from tsfm.evaluation import CaseScores, ScoreWriter, count_voxels, evaluate_folder, score_case
-from tsfm.labelmaps import grid_difference, stem
+from tsfm.evaluation.evaluation import CaseScores, ScoreWriter, count_voxels, evaluate_folder, score_case
+from tsfm.evaluation.label_maps import grid_difference, stem
+from tsfm.evaluation.tables import load_rows, summarize
 from tsfm.labels import LabelTable
-from tsfm.tables import load_rows, summarize
 
 TARGETS = {
     "kidney": {"tolerance_mm": 3.0},

@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tsfm import export
 from tsfm.__main__ import main
-from tsfm.checkpoint import build_network, describe_network, load_weights, read_description, save_weights
+from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
-from tsfm.network import TSFM
-from tsfm.preprocessing import Preparation
+from tsfm.network.tsfm_net import TSFM
+from tsfm.training.checkpoint import build_network, describe_network, load_weights, read_description, save_weights
+from tsfm_tools.release import export
 
 TINY = {"features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]]}
 TINY |= {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_bundle
-from tsfm import experiments, phantoms
-from tsfm.checkpoint import CheckpointError, read_state
-from tsfm.pool import PoolError
+from tsfm.cases.folders import PoolError
+from tsfm.training.checkpoint import CheckpointError, read_state
+from tsfm_tools.paper import grids as experiments
+from tsfm_tools.phantoms import layouts as phantoms
 
 BUNDLE = ROOT / "bundles/tsfm_finetune"
 SHORT = {
@@ -107,7 +108,7 @@ def test_a_downstream_task_trains_and_is_scored_in_its_own_layout(
 
 
 def test_brats_regions_are_nested_and_the_excluded_case_stays_out(tmp_path):
-    from tsfm.pool import DatasetPool
+    from tsfm.cases.pool import DatasetPool
 
     phantoms.write_brats2020(str(tmp_path), cases=1)
     shutil.copytree(tmp_path / "BraTS20_Training_001", tmp_path / "BraTS20_Training_355")
@@ -229,7 +230,7 @@ def test_from_scratch_takes_the_architecture_and_no_weight(pretrained, tmp_path)
 
 @pytest.mark.parametrize(("freeze", "moves"), [("encoder", {"decoder", "heads"}), ("all_but_heads", {"heads"})])
 def test_frozen_parts_do_not_move(freeze, moves, pretrained, tmp_path):
-    from tsfm.transfer import part_of
+    from tsfm.planning.transfer import part_of
 
     data = two_folders(tmp_path / "data", 2)
     weights, _ = finetune(tmp_path / "run", pretrained, freeze=freeze, learning_rate=0.1, **data)
@@ -279,7 +280,7 @@ def test_a_run_goes_on_where_it_stopped_and_refuses_other_settings(pretrained, t
 
 
 def interrupted(folder, pretrained, settings, data):
-    from tsfm.training import RunState
+    from tsfm.training.run_state import RunState
 
     def save_and_stop(self, engine, save=RunState.save):
         save(self, engine)

@@ -11,13 +11,15 @@ import torch
 from monai.data import MetaTensor, ThreadDataLoader
 from monai.transforms import Compose, EnsureTyped, Invertd, LoadImaged, Orientationd, SaveImaged
 from skimage.transform import resize
-from tsfm.inference import RollingAverage, SlabInferer, gaussian_weights, window_starts
+from tsfm.cases.cases import Preparation
+from tsfm.cases.folders import find_images
+from tsfm.cases.volumes import Reader
+from tsfm.inference.painting import export_logits
+from tsfm.inference.prediction import CaseDataset, CaseEvaluator, FailedCases, SaveLabelMapd
+from tsfm.inference.windows import RollingAverage, SlabInferer, gaussian_weights, window_starts
 from tsfm.labels import LabelTable
-from tsfm.painting import export_logits
-from tsfm.prediction import CaseDataset, CaseEvaluator, FailedCases, SaveLabelMapd, find_images
-from tsfm.preprocessing import Preparation, PrepareImaged
-from tsfm.reading import Reader
-from tsfm.resampling import thick_axis
+from tsfm.preparation.preprocessing import PrepareImaged
+from tsfm.preparation.resampling import thick_axis
 
 NNUNET = np.load(Path(__file__).parent / "fixtures" / "inference.npz")
 EXPORTS = sorted(name.removesuffix("_regions") for name in NNUNET if name.endswith("_regions"))
@@ -140,7 +142,7 @@ class TestSlabInferer:
             SlabInferer((8, 8, 8), TREE, mirror="XY")
 
     def test_a_float16_buffer_neither_overflows_nor_loses_the_corners(self, monkeypatch):
-        monkeypatch.setattr("tsfm.inference.FULL_PRECISION_BYTES", 0)
+        monkeypatch.setattr("tsfm.inference.windows.FULL_PRECISION_BYTES", 0)
         image = prepared((40, 20, 25), (40, 20, 25))
         inferer = SlabInferer((16, 12, 10), ["a", "b"], amp=False, progress=False)
         expected = torch.cat([(20000 * image).clamp(-32000, 32000), 0.01 * image], 1)
@@ -221,7 +223,7 @@ class TestSlabInferer:
                 super().__init__(*args)
                 sizes.append(self.mean.numel())
 
-        monkeypatch.setattr("tsfm.inference.RollingAverage", Spy)
+        monkeypatch.setattr("tsfm.inference.windows.RollingAverage", Spy)
         for slices in (16, 300):
             SlabInferer((8, 8, 8), ["a"], progress=False)(torch.zeros(1, 1, slices, 8, 8), Fake())
         assert sizes[0] == sizes[1]

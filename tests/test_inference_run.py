@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT, run_bundle, write_dicom
 from monai.bundle import ConfigParser
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from tsfm import experiments
-from tsfm.checkpoint import CheckpointError, build_network, load_weights, read_description, save_weights
-from tsfm.inference import mirrored_axes
-from tsfm.prediction import FailedCases
+from tsfm.inference.prediction import FailedCases
+from tsfm.inference.windows import mirrored_axes
+from tsfm.training.checkpoint import CheckpointError, build_network, load_weights, read_description, save_weights
+from tsfm_tools.paper import grids as experiments
 
 BUNDLE = ROOT / "bundles/tsfm_pretrain"
 
@@ -316,7 +316,7 @@ def test_targets_that_were_not_computed_are_not_scored(phantom_pool, segment):
 def test_a_case_that_cannot_be_scored_is_reported_and_the_others_are(phantom_pool, segment, tmp_path):
     pool = tmp_path / "pool"
     shutil.copytree(phantom_pool / "Task03_Liver", pool / "Task03_Liver")
-    from tsfm.pool import DatasetPool
+    from tsfm.cases.pool import DatasetPool
 
     kept = DatasetPool(BUNDLE / "configs/pool.json", pool, datasets=["msd_liver"])
     held_out = kept.val_items(0)[0]

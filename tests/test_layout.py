@@ -6,8 +6,8 @@ import pytest
 import torch
 from monai.networks.nets import BasicUNet, DynUNet
 from torch import nn
-from tsfm.inference import SlabInferer
-from tsfm.layout import channels_last, instance_norm_into
+from tsfm.inference.windows import SlabInferer
+from tsfm.network.cpu import channels_last, instance_norm_into
 
 LAYOUT = torch.channels_last_3d
 NETWORKS = {

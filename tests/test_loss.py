@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-import tsfm.loss
-from tsfm.loss import PartialLabelLoss, level_weights
+import tsfm.network.loss
+from tsfm.network.loss import PartialLabelLoss, level_weights
 
 # Codes 0-2: data set A (background, target 0, targets 0 and 1), annotates targets 0 and 1; code 3: an ignored id of A.
 # Codes 4-6: data set B (background, target 1, target 2), annotates 1 and 2. Target 3 is annotated by code 7 alone.
@@ -50,7 +50,7 @@ def batch(samples, shape=(5, 6, 7), seed=0, dtype=torch.float64):
 
 @pytest.fixture(params=[17, 1 << 20], ids=["small blocks", "one block"])
 def block(request, monkeypatch):
-    monkeypatch.setitem(tsfm.loss.BLOCK_VOXELS, "cpu", request.param)
+    monkeypatch.setitem(tsfm.network.loss.BLOCK_VOXELS, "cpu", request.param)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

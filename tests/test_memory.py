@@ -6,7 +6,7 @@ import sys
 import threading
 
 import pytest
-from tsfm import memory
+from tsfm.network import cpu as memory
 
 RESIDENT = """
 import resource, torch

@@ -8,8 +8,9 @@ import torch.multiprocessing as mp
 from monai.engines import SupervisedEvaluator
 from monai.handlers import from_engine
 from monai.metrics import compute_surface_dice
+from tsfm.evaluation.metrics import lesions, surface_dice
 from tsfm.labels import LabelTable
-from tsfm.metrics import PooledDice, lesions, surface_dice
+from tsfm.training.pooled_dice import PooledDice
 
 TARGETS = {
     "kidney": {},

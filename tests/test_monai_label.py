@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
-from tsfm import release
-from tsfm.checkpoint import describe_network, save_weights
+from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
-from tsfm.network import TSFM
-from tsfm.preprocessing import Preparation
+from tsfm.network.tsfm_net import TSFM
+from tsfm.training.checkpoint import describe_network, save_weights
+from tsfm_tools.release import release
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LABEL_PYTHON = os.environ.get("TSFM_LABEL_PYTHON", str(REPOSITORY / ".venv-label/bin/python"))

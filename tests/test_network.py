@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tsfm.network import TSFM, Head, NormAct, ResBlock, TransformerBottleneck, Up, interpolate_positions
+from tsfm.network.tsfm_net import TSFM, Head, NormAct, ResBlock, TransformerBottleneck, Up, interpolate_positions
 
 TINY = {
     "out_channels": 3,

@@ -10,7 +10,7 @@ import os
 import nibabel as nib
 import numpy as np
 import pytest
-from tsfm import phantoms
+from tsfm_tools.phantoms import layouts as phantoms
 
 POOL_FILE = os.path.join(os.path.dirname(__file__), "..", "bundles", "tsfm_pretrain", "configs", "pool.json")
 SMALL = (24, 40, 48)
@@ -204,7 +204,7 @@ def test_kits19_and_abdomenct1k(tmp_path):
 
 def test_the_pool_file_reads_every_layout(ten):
     """The bundle's own declaration finds every case in the folders that the phantoms write."""
-    pool = pytest.importorskip("tsfm.pool")
+    pool = pytest.importorskip("tsfm.cases.pool")
     if not os.path.isfile(POOL_FILE):
         pytest.skip("the pretraining bundle has no pool.json")
     found: dict[str, set[str]] = {}

@@ -9,13 +9,21 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from tsfm import planning
-from tsfm.cases import Preparation
-from tsfm.checkpoint import EXTRA_STATE, CheckpointError, describe_network, encode_description, read_state, save_weights
+from tsfm.cases.cases import Preparation
+from tsfm.cases.folders import PoolError
+from tsfm.cases.pool import DatasetPool
 from tsfm.errors import first_cause
 from tsfm.labels import LabelTable
-from tsfm.network import TSFM
-from tsfm.pool import DatasetPool, PoolError
+from tsfm.network.tsfm_net import TSFM
+from tsfm.planning import plan as planning
+from tsfm.training.checkpoint import (
+    EXTRA_STATE,
+    CheckpointError,
+    describe_network,
+    encode_description,
+    read_state,
+    save_weights,
+)
 
 NETWORK = {
     "in_channels": 1, "out_channels": 2, "features": [4, 8, 16], "depths_down": [1, 1, 1], "depths_up": [1, 1],

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tsfm import phantoms
-from tsfm.pool import DatasetPool, PoolError, complete_items, is_bare, sampling_weights
+from tsfm.cases.folders import PoolError
+from tsfm.cases.pool import DatasetPool, complete_items, is_bare, sampling_weights
+from tsfm_tools.phantoms import layouts as phantoms
 
 PAPER_POOL = Path(__file__).parents[1] / "bundles/tsfm_pretrain/configs/pool.json"
 PAPER_COUNTS = {

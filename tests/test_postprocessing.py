@@ -9,8 +9,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
+from tsfm.evaluation.postprocessing_plan import determine
+from tsfm.inference.postprocessing import PostProcessd, apply
 from tsfm.labels import LabelTable
-from tsfm.postprocessing import PostProcessd, apply, determine
 
 STORED = np.load(Path(__file__).parent / "fixtures" / "postprocessing_nnunet.npz")
 NOTES = json.loads(str(STORED["notes"]))

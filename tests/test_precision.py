@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from tsfm import precision
+from tsfm.network import cpu as precision
 
 CPU = torch.device("cpu")
 

@@ -10,20 +10,12 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, LoadImaged, Orientationd
 from scipy import ndimage
+from tsfm.cases.cases import Preparation
+from tsfm.cases.volumes import CaseError, Reader
 from tsfm.labels import LabelTable
-from tsfm.preprocessing import (
-    CaseError,
-    Preparation,
-    PrepareImaged,
-    Reader,
-    crop_box,
-    fingerprint,
-    fit_patch,
-    plan_spacing,
-    prepare_case,
-    prepare_image,
-)
-from tsfm.resampling import (
+from tsfm.preparation.fingerprint import fingerprint, fit_patch, plan_spacing
+from tsfm.preparation.preprocessing import PrepareImaged, crop_box, prepare_case, prepare_image
+from tsfm.preparation.resampling import (
     AxisResampler,
     label_box,
     nearest,

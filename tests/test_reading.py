@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import write_dicom
 from monai.transforms import LoadImaged, Orientation
-from tsfm.cases import Preparation, file_identity, load_case
+from tsfm.cases.cases import Preparation, file_identity, load_case
+from tsfm.cases.volumes import CaseError, CaseWarning, Reader, read_volume, to_spl
 from tsfm.labels import LabelTable
-from tsfm.reading import CaseError, CaseWarning, Reader, read_volume, to_spl
 
 TABLE = LabelTable(
     {"liver": {}, "spleen": {}, "lesion": {"inside": "liver"}},

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
-from tsfm import gate, release
-from tsfm.checkpoint import describe_network, read_state, save_weights
-from tsfm.evaluation import evaluate_folder
+from tsfm.cases.cases import Preparation
+from tsfm.cases.pool import DatasetPool
+from tsfm.evaluation.evaluation import evaluate_folder
 from tsfm.labels import LabelTable
-from tsfm.network import TSFM
-from tsfm.pool import DatasetPool
-from tsfm.preprocessing import Preparation
+from tsfm.network.tsfm_net import TSFM
+from tsfm.training.checkpoint import describe_network, read_state, save_weights
+from tsfm_tools.release import gate, release
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TARGETS = {"kidney": {}, "kidney_tumor": {"inside": "kidney"}}
@@ -91,7 +91,7 @@ def write(path: Path, content) -> None:
 def source(tmp_path) -> Path:
     """A source bundle with what a release touches."""
     bundle = tmp_path / "toy"
-    definition = {"_target_": "tsfm.TSFM", "out_channels": 31, "checkpointing": "@checkpointing"}
+    definition = {"_target_": "tsfm.network.tsfm_net.TSFM", "out_channels": 31, "checkpointing": "@checkpointing"}
     common = {
         "imports": ["$import os"],
         "bundle_root": ".",
@@ -105,8 +105,8 @@ def source(tmp_path) -> Path:
     )
     by_weights = {
         "checkpoint": "$@bundle_root + '/models/model.pt'",
-        "description": {"_target_": "tsfm.read_description", "path": "@checkpoint"},
-        "network_def": {"_target_": "tsfm.checkpoint.build_network", "description": "@description"},
+        "description": {"_target_": "tsfm.training.checkpoint.read_description", "path": "@checkpoint"},
+        "network_def": {"_target_": "tsfm.training.checkpoint.build_network", "description": "@description"},
     }
     write(bundle / "configs/inference.json", {**common, **by_weights})
     write(bundle / "configs/small.json", {"patch_size": [48, 64, 64]})
@@ -166,7 +166,9 @@ def test_configs_take_network_patch_spacing_and_normalization_from_the_checkpoin
     assert train["preparation"]["values"]["spacing_mm"] == [3.0, 2.0, 2.0]
     assert train["preparation"]["values"]["intensity"]["CT"]["mean"] == 80.0
     assert "spacing_mm" not in train  # it would have no effect: --spacing_mm is refused instead
-    assert train["initial_weights"]["_target_"] == "tsfm.release.bundled_weights"  # training goes on from these weights
+    assert (
+        train["initial_weights"]["_target_"] == "tsfm.training.checkpoint.bundled_weights"
+    )  # training goes on from these weights
     assert train["network_def"]["checkpointing"] == "@checkpointing"  # a reference stays one
     assert config(staged, "small.json") == {"patch_size": [48, 64, 64]}  # an overlay stays what it is
 

@@ -9,11 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from tsfm import overlays, report
 from tsfm.__main__ import evaluate
-from tsfm.evaluation import evaluate_folder
+from tsfm.evaluation import overlays
+from tsfm.evaluation import pages as report
+from tsfm.evaluation.evaluation import evaluate_folder
+from tsfm.evaluation.tables import load_rows, markdown_scores, summarize, table1
 from tsfm.labels import LabelTable
-from tsfm.tables import load_rows, markdown_scores, summarize, table1, table2, table3
+from tsfm_tools.paper.tables import table2, table3
 
 TARGETS = {"liver": {}, "liver_tumor": {"inside": "liver"}, "kidney": {}, "kidney_tumor": {"inside": "kidney"}}
 DATASETS = [

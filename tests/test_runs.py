@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, bundle_command, environment, pretrain_options, run_bundle
-from tsfm.checkpoint import read_state
-from tsfm.network import TSFM
+from tsfm.network.tsfm_net import TSFM
+from tsfm.training.checkpoint import read_state
 
 
 def weights(folder):

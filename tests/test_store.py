@@ -14,11 +14,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from tsfm.cases import CaseError
+from tsfm.cases.cases import Preparation
+from tsfm.cases.volumes import CaseError
 from tsfm.labels import LabelTable
-from tsfm.parallel import WorkerDied, run_all
-from tsfm.preprocessing import Preparation, prepare_case
-from tsfm.store import CaseStore, StoreError, quantize, sample_foreground
+from tsfm.patches.store import CaseStore, StoreError, quantize, sample_foreground
+from tsfm.preparation.parallel import WorkerDied, run_all
+from tsfm.preparation.preprocessing import prepare_case
 
 TARGETS = {"liver": {}, "lesion": {"inside": "liver"}}
 ONE = {"name": "one", "labels": {"1": "liver", "2": "lesion"}, "ignore": [3]}

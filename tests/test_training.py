@@ -7,9 +7,12 @@ import torch
 from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
-from tsfm.checkpoint import CheckpointError, read_state
-from tsfm.network import TSFM
-from tsfm.training import Curve, RunState, TrainStep, poly_schedule, versions, write_csv
+from tsfm.network.tsfm_net import TSFM
+from tsfm.training.checkpoint import CheckpointError, read_state
+from tsfm.training.curve import Curve, write_csv
+from tsfm.training.record import versions
+from tsfm.training.run_state import RunState
+from tsfm.training.steps import TrainStep, poly_schedule
 
 SMALL = {
     "in_channels": 1, "out_channels": 2, "features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]],

@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 from torch import nn
-from tsfm.checkpoint import CheckpointError, load_weights, save_weights
-from tsfm.network import TSFM
-from tsfm.transfer import freeze, load_pretrained, parameter_groups
+from tsfm.network.tsfm_net import TSFM
+from tsfm.planning.transfer import freeze, load_pretrained, parameter_groups
+from tsfm.training.checkpoint import CheckpointError, load_weights, save_weights
 
 SMALL = {
     "features": (4, 8, 16), "depths_down": (1, 1, 1), "depths_up": (1, 1), "strides": ((2, 2, 2), (2, 2, 2)), "img_size": (16, 16, 16),

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import fire
+from tsfm_tools.commands import export, gate, phantoms
 
 
 def pool(
@@ -27,7 +28,7 @@ def pool(
         fold: also print how many cases of each data set train and validate in this fold.
         output_file: also write the summary as JSON.
     """
-    from .pool import DatasetPool
+    from .cases.pool import DatasetPool
 
     found = DatasetPool(pool_file, dataset_dir, datasets, allow_missing=True)
     print(found.describe())
@@ -40,36 +41,11 @@ def pool(
         _write_json(output_file, found.summary())
 
 
-def phantoms(output_dir: str, cases_per_dataset: int = 6, seed: int = 0, layouts: str = "demo") -> None:
-    """Write a pool of CT-like and MR-like phantoms as NIfTI files in the layouts of the real data sets.
-
-    Args:
-        output_dir: folder for the data sets.
-        cases_per_dataset: cases of each.
-        seed: the same seed gives the same files.
-        layouts: "demo" (four data sets), "all_ten" (every layout of the paper's pool) or "downstream" (BraTS2020,
-            KiTS2019 and AbdomenCT-1K).
-    """
-    from . import phantoms as writers
-
-    if layouts == "demo":
-        writers.write_pool(output_dir, cases_per_dataset=cases_per_dataset, seed=seed)
-    elif layouts == "all_ten":
-        writers.write_all_ten(output_dir)
-    elif layouts == "downstream":
-        writers.write_brats2020(output_dir, cases=cases_per_dataset, seed=seed)
-        writers.write_kits19(output_dir, cases=cases_per_dataset, seed=seed)
-        writers.write_abdomenct1k(output_dir, cases=cases_per_dataset, seed=seed)
-    else:
-        raise ValueError(f"layouts is {layouts!r}; expected 'demo', 'all_ten' or 'downstream'")
-    print(f"phantoms written below {os.path.abspath(output_dir)}")
-
-
 def describe(checkpoint: str) -> None:
     """Print what travels with a weight file: network, targets, preparation, patch, what it was trained on."""
     import json
 
-    from .checkpoint import read_description
+    from .training.checkpoint import read_description
 
     print(json.dumps(read_description(checkpoint), indent=4))
 
@@ -94,9 +70,9 @@ def evaluate(
         tolerances_mm: of the surface Dice, one number or target -> number.
         images: folder of NIfTI images of the same names; with it, page.png shows the best, median and worst case.
     """
-    from .evaluation import evaluate_folder
-    from .labelmaps import match_predictions
-    from .report import folder_page
+    from .evaluation.evaluation import evaluate_folder
+    from .evaluation.label_maps import match_predictions
+    from .evaluation.pages import folder_page
 
     shown = match_predictions(images, labels, dataset) if images else []
     evaluate_folder(predictions, labels, pool_file, output_dir, dataset, tolerances_mm)
@@ -122,40 +98,15 @@ def postprocessing(predictions: str, labels: str, pool_file: str, output_file: s
         output_file: where the plan goes (JSON).
         dataset: the data set of the labels, where the pool file declares several.
     """
-    from .labelmaps import as_table, match_predictions
-    from .postprocessing import determine
+    from .evaluation.label_maps import match_predictions
+    from .evaluation.postprocessing_plan import determine
+    from .labels import as_table
 
     table = as_table(pool_file)
     pairs = match_predictions(predictions, labels, dataset)
     plan = determine([pair["prediction"] for pair in pairs], [pair["label"] for pair in pairs], table, dataset)
     _write_json(output_file, plan)
     print(f"{len(plan['steps'])} steps, written to {output_file}")
-
-
-def gate(bundle_dir: str) -> None:
-    """Run the Model Zoo's checks that can run here on a bundle's folder; exit code 1 if one fails."""
-    from .gate import format_table
-    from .gate import gate as run
-
-    rows = run(bundle_dir)
-    print(format_table(rows))
-    if any(row.result == "FAIL" for row in rows):
-        sys.exit(1)
-
-
-def export(checkpoint: str, output_file: str, format: str = "torchscript", patch_size: Any = None) -> None:
-    """Export the network of a weight file and compare the outputs: TorchScript, torch.export (.pt2) or ONNX.
-
-    Args:
-        checkpoint: model.pt, a training checkpoint or safetensors.
-        output_file: what to write; the weights' description goes beside it as JSON.
-        format: "torchscript", "export" or "onnx".
-        patch_size: the window (S, P, L); by default the one that the weights were trained with.
-    """
-    from .export import export as run
-
-    difference = run(checkpoint, output_file, format, patch_size)
-    print(f"{output_file}: logits differ from the network's by at most {difference:.1g} of the largest")
 
 
 def curve(curve_file: str, output_file: str) -> None:
@@ -165,7 +116,7 @@ def curve(curve_file: str, output_file: str) -> None:
         curve_file: the run's curve.csv.
         output_file: the picture (PNG).
     """
-    from .report import curve_png
+    from .evaluation.pages import curve_png
 
     curve_png(curve_file, output_file)
     print(output_file)

@@ -16,6 +16,7 @@ RUN_OPTIONS = {
     *("bundle_root", "tracking_uri", "experiment_name", "run_name", "workflow_type", "workflow_name"),
     *("save_execute_config", "is_not_rank0"),
 }
+
 OWN_MODULE = __package__
 
 

@@ -7,13 +7,17 @@ over all targets with 1 (is), 0 (is not) or -1 (this data set does not annotate 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 RELATIONS = ("part_of", "inside")
+
 LABEL_MAP = "label_map"
+
 TARGET_FIELDS = {*RELATIONS, "lesion", "tolerance_mm", "display", "_desc_"}
 
 
@@ -280,3 +284,12 @@ def _dataset_rules(entry: Mapping[str, Any]) -> dict[str, Any]:
     if others not in (None, "background"):
         raise LabelError(f'data set \'{name}\': "others" is {others!r}; the only choice is "background"')
     return {"labels": labels, "ignore": ignore, "others": others}
+
+
+def as_table(table: LabelTable | Mapping[str, Any] | str | Path) -> LabelTable:
+    """A label table from itself, its dict, or the path of a JSON file with ``targets`` and ``datasets``."""
+    if isinstance(table, LabelTable):
+        return table
+    if isinstance(table, Mapping):
+        return LabelTable.from_dict(table)
+    return LabelTable.from_dict(json.loads(Path(table).read_text(encoding="utf-8")))

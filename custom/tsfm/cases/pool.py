@@ -1,0 +1,364 @@
+"""The data set pool: a pool file and folders become one datalist with data set, modality, folds and sampling weights.
+
+Paper section 2.1: ten data sets, one label table, a sampling probability per case proportional to 1/sqrt(n).
+How a data set's folder is read is declared, not coded:
+
+* ``"format": "msd"``: the ``training`` list of a ``dataset.json`` (Medical Segmentation Decathlon);
+* ``"image"`` and ``"label"`` patterns relative to the folder, where ``{case}`` stands for the case's name (``*`` is a
+  wildcard): ``"{case}/imaging.nii.gz"``. A list of image patterns is one case with one file per channel; a label
+  pattern with ``{structure}`` is one mask file per structure, and ``labels`` then maps structure names.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..labels import LabelTable
+from .folders import PoolError, _msd_pairs, _paths, _pattern_pairs, _read_json
+
+logger = logging.getLogger(__name__)
+
+SPLIT_SEED = 12345  # nnU-Net's
+
+DATASET_FIELDS = {
+    *("name", "folder", "format", "image", "label", "modality", "labels", "ignore", "others", "exclude", "patient"),
+    *("unlabelled", "reference", "licence", "_desc_"),
+}
+
+
+class DatasetPool:
+    """Ten data sets (or one) as a single datalist.
+
+    Args:
+        pool_file: path of a pool file, or its content: ``targets`` and ``datasets`` (see `LabelTable`), each data set
+            with ``folder`` (relative to `dataset_dir`), its layout, ``modality`` (a name, or name patterns of cases
+            with a ``default``), optionally ``exclude`` (case names), ``"unlabelled": "skip"`` (cases without a label file
+            are left out, not missed) and ``patient`` (``{"group", "pattern"}``: cases
+            of the same patient, also across the data sets of a group, stay in one fold).
+        dataset_dir: folder that holds the data sets' folders.
+        datasets: use only these (their names); default all.
+        allow_missing: go on with the data sets that are there; otherwise missing ones are one error that lists them.
+        folds: number of folds for cross-validation (nnU-Net: 5).
+        splits_file: JSON ``{data set: [{"train": [case, ...], "val": [...]}, ...]}`` in place of drawn folds.
+
+    Raises:
+        PoolError: unknown fields or formats at once; missing folders and files when the cases are first needed.
+    """
+
+    def __init__(
+        self,
+        pool_file: str | os.PathLike | Mapping[str, Any],
+        dataset_dir: str | os.PathLike = ".",
+        datasets: Sequence[str] | str | None = None,
+        allow_missing: bool = False,
+        folds: int = 5,
+        splits_file: str | None = None,
+    ) -> None:
+        self.source, declared = _read_pool(pool_file)
+        self.dataset_dir = os.path.abspath(os.path.expanduser(os.fspath(dataset_dir)))
+        self.allow_missing, self.folds = allow_missing, folds
+        self.table = LabelTable(declared["targets"], declared["datasets"])
+        self.entries = {entry["name"]: entry for entry in declared["datasets"]}
+        chosen = [datasets] if isinstance(datasets, str) else list(datasets or self.entries)
+        unknown = [name for name in chosen if name not in self.entries]
+        if unknown:
+            raise PoolError(f"{self.source}: no data sets named {unknown}; there are {list(self.entries)}")
+        self.chosen = chosen
+        for name in chosen:
+            _check_entry(self.source, self.entries[name])
+        self.splits = _read_json(splits_file) if splits_file else None
+
+    # ---- cases ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def scan(self) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+        """(items per data set found, reason per data set missing)."""
+        found, missing = {}, {}
+        for name in self.chosen:
+            try:
+                found[name] = self._read_dataset(self.entries[name])
+            except PoolError as error:
+                missing[name] = str(error)
+        return found, missing
+
+    @cached_property
+    def cases(self) -> list[dict[str, Any]]:
+        """All items: ``image``, ``label``, ``dataset``, ``modality``, ``case``.
+
+        Raises:
+            PoolError: missing data sets, all in one message, unless `allow_missing`; no case at all.
+        """
+        found, missing = self.scan
+        listing = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
+        if missing and not self.allow_missing:
+            raise PoolError(
+                f"{len(missing)} of {len(self.chosen)} data sets of {self.source} are not there:\n{listing}\n"
+                "Put them in place, name the ones to use (--datasets \"['a','b']\"), or ask for training on those that "
+                "are there (--allow_missing True)."
+            )
+        if missing:
+            logger.warning("going on without %d data sets:\n%s", len(missing), listing)
+        cases = [item for items in found.values() for item in items]
+        if not self.entries:
+            raise PoolError(
+                f"{self.dataset_dir} holds no data set: neither dataset.json (Medical Segmentation Decathlon) nor folders "
+                "of images and labels, and no pool file or item was given; check --dataset_dir"
+            )
+        if not cases:
+            raise PoolError(f"{self.source}: no case found below {self.dataset_dir}\n{listing}")
+        return cases
+
+    def _read_dataset(self, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+        folder = os.path.join(self.dataset_dir, entry.get("folder", ""))
+        if not os.path.isdir(folder):
+            raise PoolError(f"folder {folder} does not exist")
+        pairs = _msd_pairs(folder) if entry.get("format") == "msd" else _pattern_pairs(folder, entry)
+        excluded = set(entry.get("exclude", ()))
+        items, absent, unlabelled = [], [], 0
+        skips = entry.get("unlabelled") == "skip"
+        for case, image, label in sorted(pairs, key=lambda pair: pair[0]):
+            if case in excluded:
+                continue
+            paths = [*_paths(image), *_paths(label)]
+            if skips and not any(os.path.isfile(path) for path in _paths(label)):
+                unlabelled += 1
+                continue
+            absent += [path for path in paths if not os.path.isfile(path)]
+            modality = _modality(entry.get("modality", "CT"), case)
+            items.append({"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case})
+        if absent:
+            shown = "\n    ".join(absent[:10])
+            raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
+        if unlabelled:
+            logger.info("%s: %d cases without a label file are left out", entry["name"], unlabelled)
+        if not items:
+            raise PoolError(f"folder {folder} holds no case in the layout {_layout(entry)}")
+        return items
+
+    # ---- folds ------------------------------------------------------------------------------------------------
+
+    def split(self, fold: int | str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """(training items, validation items) of one fold by nnU-Net's rule, drawn per data set (per patient group).
+
+        ``"all"`` trains on everything and validates on nothing. A data set with a single case has no validation case.
+
+        Raises:
+            PoolError: a fold that does not exist; a splits file that names unknown cases or shares one.
+        """
+        if fold == "all":
+            return list(self.cases), []
+        if self.splits is not None:
+            return self._declared_split(int(fold))
+        if not 0 <= int(fold) < self.folds:
+            raise PoolError(f"fold {fold} does not exist: folds are 0..{self.folds - 1}, or 'all'")
+        groups: dict[str, set[str]] = {}
+        for item in self.cases:
+            group, patient = self._patient(item)
+            groups.setdefault(group, set()).add(patient)
+        validation = {group: _fold_keys(sorted(keys), int(fold), self.folds) for group, keys in groups.items()}
+        train, val = [], []
+        for item in self.cases:
+            group, patient = self._patient(item)
+            (val if patient in validation[group] else train).append(item)
+        return train, val
+
+    def train_items(self, fold: int | str = 0) -> list[dict[str, Any]]:
+        """Training items of one fold."""
+        return self.split(fold)[0]
+
+    def val_items(self, fold: int | str = 0) -> list[dict[str, Any]]:
+        """Validation items of one fold."""
+        return self.split(fold)[1]
+
+    def _patient(self, item: Mapping[str, Any]) -> tuple[str, str]:
+        rule = self.entries[item["dataset"]].get("patient")
+        if rule is None:
+            return item["dataset"], item["case"]
+        match = re.search(rule["pattern"], item["case"])
+        if match is None:
+            raise PoolError(
+                f"data set '{item['dataset']}': patient pattern {rule['pattern']!r} does not fit {item['case']!r}"
+            )
+        return rule.get("group", item["dataset"]), match.group(match.lastindex or 0)
+
+    def _declared_split(self, fold: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        parts: dict[str, list] = {"train": [], "val": []}
+        for name in self.chosen:
+            items = {item["case"]: item for item in self.cases if item["dataset"] == name}
+            if not items:
+                continue
+            folds = self.splits.get(name, []) if isinstance(self.splits, dict) else self.splits
+            if fold >= len(folds):
+                raise PoolError(
+                    f"the splits file has {len(folds)} folds for data set '{name}', fold {fold} was asked for"
+                )
+            shared = set(folds[fold]["train"]) & set(folds[fold]["val"])
+            unknown = (set(folds[fold]["train"]) | set(folds[fold]["val"])) - set(items)
+            if shared or unknown:
+                raise PoolError(
+                    f"splits file, data set '{name}', fold {fold}: cases in both parts {sorted(shared)}, "
+                    f"cases that do not exist {sorted(unknown)}"
+                )
+            for part, chosen in parts.items():
+                chosen += [items[case] for case in folds[fold][part]]
+        return parts["train"], parts["val"]
+
+    # ---- what was found ---------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """What was found, as plain JSON: cases, modalities, labels and sampling share per data set; who annotates what."""
+        found, missing = self.scan
+        items = [item for name in found for item in found[name]]
+        shares = Counter()
+        for item, weight in zip(items, sampling_weights(items), strict=True):
+            shares[item["dataset"]] += float(weight)
+        datasets = {
+            name: {
+                "cases": len(found[name]),
+                "modalities": dict(Counter(item["modality"] for item in found[name])),
+                "labels": {
+                    str(raw): "background" if raw == 0 else self._meaning(name, raw)
+                    for raw in self.table.local_ids(name)
+                },
+                "annotated": list(self.table.annotated(name)),
+                "sampling_share": shares[name],
+            }
+            for name in found
+        }
+        targets = {name: [other for other in found if name in self.table.annotated(other)] for name in self.table.names}
+        return {"datasets": datasets, "missing": missing, "targets": targets, "cases": len(items)}
+
+    def describe(self) -> str:
+        """The summary as text for a terminal."""
+        summary = self.summary()
+        lines = [
+            f"{self.source}: {summary['cases']} cases in {len(summary['datasets'])} data sets below {self.dataset_dir}",
+            "",
+        ]
+        lines.append(f"{'data set':<24}{'cases':>6}  {'modality':<16}{'share':>6}  labels")
+        for name, entry in summary["datasets"].items():
+            modalities = ", ".join(f"{count} {modality}" for modality, count in entry["modalities"].items())
+            labels = ", ".join(f"{raw} {target}" for raw, target in entry["labels"].items() if raw != "0")
+            lines.append(f"{name:<24}{entry['cases']:>6}  {modalities:<16}{entry['sampling_share']:>6.3f}  {labels}")
+        lines += ["", f"{len(self.table.names)} targets, annotated in:"]
+        for value, (target, where) in enumerate(summary["targets"].items(), start=1):
+            relation = next(
+                (
+                    f" ({key} {self.table.parent(target)})"
+                    for key in ("part_of", "inside")
+                    if key in self.table.entry(target)
+                ),
+                "",
+            )
+            lines.append(f"{value:>4} {target + relation:<48}{', '.join(where) or '-'}")
+        if summary["missing"]:
+            lines += ["", f"missing ({len(summary['missing'])}):"]
+            lines += [f"  {name}: {reason}" for name, reason in summary["missing"].items()]
+        return "\n".join(lines)
+
+    def _meaning(self, dataset: str, raw: int | str) -> str:
+        code = self.table.offset(dataset) + self.table.local_ids(dataset).index(raw)
+        positive = [i for i, value in enumerate(self.table.targets[code]) if value == 1]
+        inner = [i for i in positive if not any(i in self.table.ancestors(j) for j in positive)]
+        return " + ".join(self.table.names[i] for i in inner) or "ignored"
+
+
+def sampling_weights(items: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Sampling probability of every item, float64, sum 1: proportional to 1/sqrt(n), n the cases of its data set.
+
+    Source: paper section 2.1. A data set's share of the draws is therefore proportional to sqrt(n).
+    """
+    counts = Counter(item.get("dataset") for item in items)
+    weights = np.array([counts[item.get("dataset")] ** -0.5 for item in items], np.float64)
+    return weights / weights.sum() if len(weights) else weights
+
+
+def complete_items(items: Sequence[Mapping[str, Any]], table: LabelTable, modality: str = "CT") -> list[dict[str, Any]]:
+    """Datalist items with `dataset`, `modality` and `case` filled in where they are bare ``{image, label}`` pairs.
+
+    Raises:
+        PoolError: an item without an image, or of a data set that the table does not know.
+    """
+    completed = []
+    for item in items:
+        if "image" not in item:
+            raise PoolError(f"a datalist item has no 'image': {dict(item)}")
+        dataset = item.get("dataset", table.bare_dataset)
+        if dataset not in (*table.datasets, table.bare_dataset):
+            raise PoolError(
+                f"item {item['image']}: unknown data set '{dataset}'; the table knows {list(table.datasets)}"
+            )
+        first = _paths(item["image"])[0]
+        case = item.get("case") or re.sub(r"\.nii(\.gz)?$|\.[^.]+$", "", os.path.basename(os.fspath(first)))
+        completed.append({"modality": modality, **item, "dataset": dataset, "case": case})
+    return completed
+
+
+def is_bare(items: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the items were handed in from outside (MONAI Label) instead of coming from a pool."""
+    return any("dataset" not in item for item in items)
+
+
+def _read_pool(pool_file: str | os.PathLike | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    is_path = isinstance(pool_file, str | os.PathLike)
+    source = os.path.basename(os.fspath(pool_file)) if is_path else "the pool declaration"
+    declared = _read_json(pool_file) if is_path else pool_file
+    absent = [key for key in ("targets", "datasets") if not isinstance(declared, Mapping) or key not in declared]
+    if absent:
+        raise PoolError(f'{source} lacks {absent}: a pool needs "targets" and "datasets"')
+    return source, declared
+
+
+def _check_entry(source: str, entry: Mapping[str, Any]) -> None:
+    unknown = set(entry) - DATASET_FIELDS
+    if unknown:
+        raise PoolError(
+            f"{source}, data set '{entry['name']}': unknown fields {sorted(unknown)}; known: {sorted(DATASET_FIELDS)}"
+        )
+    if entry.get("unlabelled") not in (None, "skip"):
+        raise PoolError(
+            f'{source}, data set \'{entry["name"]}\': "unlabelled" is {entry["unlabelled"]!r}; the only choice is "skip"'
+        )
+    kind = entry.get("format", "patterns")
+    if kind not in ("msd", "patterns"):
+        raise PoolError(f"{source}, data set '{entry['name']}': format {kind!r} is neither 'msd' nor 'patterns'")
+    if kind == "patterns" and not {"image", "label"} <= set(entry):
+        raise PoolError(
+            f'{source}, data set \'{entry["name"]}\': give "format": "msd", or "image" and "label" patterns'
+        )
+    images = _paths(entry.get("image", "{case}"))
+    if kind == "patterns" and "{case}" not in images[0]:
+        raise PoolError(f"{source}, data set '{entry['name']}': the image pattern {images[0]!r} has no {{case}}")
+
+
+def _layout(entry: Mapping[str, Any]) -> str:
+    return "dataset.json" if entry.get("format") == "msd" else f"image {entry['image']}, label {entry['label']}"
+
+
+def _modality(declared: str | Mapping[str, str], case: str) -> str:
+    if isinstance(declared, str):
+        return declared
+    matches = [name for pattern, name in declared.items() if pattern != "default" and fnmatch.fnmatch(case, pattern)]
+    return matches[0] if matches else declared["default"]
+
+
+def _fold_keys(keys: list[str], fold: int, folds: int) -> set[str]:
+    """Validation keys of one fold: scikit-learn's KFold(folds, shuffle=True, random_state=12345) over sorted keys.
+
+    With fewer keys than folds each fold holds out one key, and folds beyond their number hold out none.
+    """
+    count = min(folds, len(keys))
+    if len(keys) < 2 or fold >= count:
+        return set()
+    order = np.arange(len(keys))
+    np.random.RandomState(SPLIT_SEED).shuffle(order)
+    return {keys[index] for index in np.array_split(order, count)[fold]}

@@ -1,0 +1,277 @@
+"""Overlays of image, truth and prediction, drawn as radiologists hang pictures.
+
+Axial slices seen from the feet: the patient's right on the left, anterior on top, in true proportions, with a scale.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from scipy import ndimage
+
+from ..labels import LabelTable
+from .evaluation import is_lesion
+from .label_maps import spacing_of
+
+CT_WINDOW_HU = (-160.0, 240.0)
+"""Soft tissue: level 40, width 400."""
+
+LUNG_WINDOW_HU = (-1350.0, 150.0)
+"""Lung: level -600, width 1500; the choice for cases whose only targets are in the lung."""
+
+# Far apart from each other and from gray in CIELAB; warm hues are left to the lesions.
+ORGAN_COLORS = (
+    "#29c2ff", "#57a51a", "#b37aff", "#1a9475", "#c2f0a3", "#1a75f0", "#d1a36b", "#1aff94", "#9429ff", "#f0b3ff",
+    "#b3d147", "#1affff", "#946629", "#7566a3", "#1ab31a", "#3857ff", "#b34794", "#a3a366", "#1a75a3", "#47c275",
+    "#ffd185", "#c2941a", "#a3ff1a", "#c275ff",
+)  # fmt: skip
+
+LESION_COLORS = ("#ff3333", "#ff9a1a", "#ff44cc", "#ffdd33", "#ff8080")
+
+ROW_INCHES, TITLE_INCHES = 3.4, 0.3
+
+EDGE = [withStroke(linewidth=1.6, foreground="black")]  # keeps letters readable on bright fat
+
+
+def truth_map(codes: np.ndarray, table: LabelTable, dataset: str) -> np.ndarray:
+    """Local codes of `dataset` painted like a prediction: values 0 to N, the innermost annotated target on top."""
+    start, values = table.offset(dataset), []
+    for code in range(start, start + len(table.local_ids(dataset))):
+        painted = [target + 1 for target in table.paint_order() if table.targets[code, target] == 1]
+        values.append(painted[-1] if painted else 0)
+    return np.array(values, np.uint8 if len(table.names) < 256 else np.uint16)[codes]
+
+
+def is_warm(table: LabelTable, target: str) -> bool:
+    """Whether a target is drawn and weighted like a lesion: declared or named so, or inside another target."""
+    return is_lesion(table, target) or "inside" in table.entry(target)
+
+
+def colors_of(table: LabelTable) -> dict[int, str]:
+    """Label-map value -> color; lesions and what lies inside another target get the warm ones."""
+    organs, warm, colors = itertools.cycle(ORGAN_COLORS), itertools.cycle(LESION_COLORS), {}
+    for value, name in enumerate(table.names, start=1):
+        colors[value] = next(warm if is_warm(table, name) else organs)
+    return colors
+
+
+def overlay_png(
+    path: str | Path,
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    prediction: np.ndarray,
+    table: LabelTable,
+    affine: np.ndarray,
+    modality: str = "CT",
+    window: tuple[float, float] | None = None,
+    slices: int = 3,
+    title: str = "",
+    dice: Mapping[str, float | None] | None = None,
+    annotated: Sequence[str] | None = None,
+) -> Path:
+    """One case: a row of image, truth and prediction for each of the most informative axial slices.
+
+    Args:
+        image, truth, prediction: three axes on one grid; truth and prediction hold label-map values (see `truth_map`);
+            no truth gives two columns.
+        affine: (4, 4) to RAS+ mm, decides which slices are axial, their orientation and proportions.
+        window: gray values shown as black and white; default: soft tissue for a CT, 1st to 99.5th percentile else.
+        dice: target -> Dice, added to the legend.
+        annotated: targets that the truth's data set annotates; the legend marks others that are predicted.
+
+    Raises:
+        ValueError: arrays whose shapes differ.
+    """
+    return page_png(path, [{
+        "image": image, "truth": truth, "prediction": prediction, "affine": affine, "modality": modality,
+        "window": window, "title": title, "dice": dice, "annotated": annotated, "slices": slices,
+    }], table)  # fmt: skip
+
+
+def page_png(path: str | Path, cases: Sequence[Mapping[str, Any]], table: LabelTable, heading: str = "") -> Path:
+    """A page of cases below each other, one row per slice; each case is a dict of `overlay_png`'s arguments."""
+    rows, shown = [], set()
+    for case in cases:
+        panels = _upright(case)
+        for number, index in enumerate(informative_slices(panels, case.get("slices", 1), _weights(table, case))):
+            rows.append((panels, index, case.get("title", "") if number == 0 else ""))
+            for key in {"truth", "prediction"} & panels.keys():
+                shown |= {int(value) for value in np.unique(panels[key][index]) if value}
+    columns = max(2 + ("truth" in row[0]) for row in rows)
+    handles = _legend_entries(table, shown, cases)
+    header = 0.34 + (0.36 if heading else 0)
+    footer = 0.26 + 0.25 * -(-max(len(handles), 1) // (columns + 1))
+    tall = [TITLE_INCHES * bool(title) + ROW_INCHES * _crop_of(panels)[2] for panels, _, title in rows]
+    width, height = ROW_INCHES * columns, header + footer + sum(tall)
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="black")
+    FigureCanvasAgg(figure)
+    top = height - header
+    figure.text(0.5, 1 - 0.08 / height, heading, color="white", ha="center", va="top", fontsize=12, weight="bold")
+    for column, name in enumerate(("image", "truth", "prediction") if columns == 3 else ("image", "prediction")):
+        figure.text((column + 0.5) / columns, (top + 0.08) / height, name, color="white", ha="center", fontsize=11)
+    for (panels, index, title), row_height in zip(rows, tall, strict=True):
+        figure.text(0.008, (top - 0.06) / height, title, color="white", va="top", fontsize=10)
+        picture = row_height - TITLE_INCHES * bool(title)
+        _draw_row(figure, panels, index, colors_of(table), ((top - row_height) / height, picture / height, columns))
+        top -= row_height
+    style = {"loc": "lower center", "frameon": False, "labelcolor": "white", "fontsize": 9}
+    if handles:
+        figure.legend(handles=handles, ncols=min(columns + 1, len(handles)), **style)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="black")
+    return Path(path)
+
+
+def _weights(table: LabelTable, case: Mapping[str, Any]) -> dict[int, float]:
+    """Lesions count twice; what the truth's data set does not annotate is no reason to show a slice."""
+    known = case.get("annotated") or table.names
+    return {v: (1.0 + is_warm(table, name)) * (name in known) for v, name in enumerate(table.names, start=1)}
+
+
+def _upright(case: Mapping[str, Any]) -> dict[str, Any]:
+    """The case's arrays with axes (superior, posterior, left), their spacing in that order, and the gray window."""
+    image, affine = np.asarray(case["image"]), np.asarray(case["affine"], float)
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(("S", "P", "L"))
+    )
+    panels: dict[str, Any] = {}
+    for key in ("image", "truth", "prediction"):
+        if case.get(key) is None:
+            continue
+        array = np.asarray(case[key])
+        if array.shape != image.shape:
+            raise ValueError(f"{case.get('title', 'case')}: {key} has shape {array.shape}, the image {image.shape}")
+        panels[key] = nib.orientations.apply_orientation(array, turn)
+    spacing = np.empty(3)
+    spacing[turn[:, 0].astype(int)] = spacing_of(affine)
+    panels["spacing"], panels["window"] = spacing, case.get("window") or _window(panels["image"], case)
+    return panels
+
+
+def _window(image: np.ndarray, case: Mapping[str, Any]) -> tuple[float, float]:
+    if (case.get("modality") or "CT").upper() == "CT":
+        known = case.get("annotated") or ()
+        return LUNG_WINDOW_HU if known and all("lung" in name for name in known) else CT_WINDOW_HU
+    values = image[image > image.min()]
+    low, high = np.percentile(values[:: max(1, values.size // 500_000)], (1, 99.5)) if values.size else (0, 1)
+    return float(low), float(max(high, low + 1e-6))
+
+
+def informative_slices(panels: Mapping[str, Any], number: int, weights: Mapping[int, float] | None = None) -> list[int]:
+    """The axial slices that show most, from head to foot.
+
+    Each target counts by the share of its largest cross-section in the slice, so small ones count as much as large
+    ones; what is only predicted counts half. What a chosen slice shows, and slices near it, count less for the next.
+
+    Args:
+        weights: label-map value -> weight (default 1).
+    """
+    size = panels["image"].shape[0]
+    shares, worth = [np.zeros(size)], [0.0]
+    for key, part in (("truth", 1.0), ("prediction", 0.5)):
+        for value in np.unique(panels[key]).tolist() if key in panels else ():
+            if value and (weights or {}).get(value, 1.0):
+                area = (panels[key] == value).sum((1, 2))
+                shares.append(area / area.max())
+                worth.append(part * (weights or {}).get(value, 1.0))
+    if len(shares) == 1:
+        return sorted({int(at) for at in np.linspace(0, size - 1, number + 2)[1:-1].round()}, reverse=True)
+    shares, worth, near = np.stack(shares), np.array(worth), np.ones(size)
+    chosen: list[int] = []
+    while len(chosen) < number and ((worth @ shares) * near).any():
+        chosen.append(int(((worth @ shares) * near).argmax()))
+        worth = worth * (1 - 0.7 * shares[:, chosen[-1]])
+        apart = np.abs(np.arange(size) - chosen[-1]) * panels["spacing"][0]
+        near = near * np.clip(apart / 30, 0, 1)  # 30 mm away a slice is as good as new
+    return sorted(chosen, reverse=True)
+
+
+def _crop_of(panels: Mapping[str, Any]) -> tuple[slice, slice, float]:
+    """In-plane box of the body (not the couch) with a margin, and its height over its width in mm."""
+    image, (_, step_p, step_l) = panels["image"], panels["spacing"]
+    low, high = panels["window"]
+    pieces, _ = ndimage.label((image > low + 0.1 * (high - low)).mean(0) > 0.3)
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    body = (sizes >= max(1, 0.2 * sizes.max()))[pieces]
+    for key in {"truth", "prediction"} & panels.keys():
+        body |= panels[key].any(0)
+    box = []
+    for axis, step in ((1, step_p), (0, step_l)):
+        where = np.flatnonzero(body.any(axis))
+        margin = round(6 / step)
+        box.append(slice(max(0, where[0] - margin), where[-1] + 1 + margin) if where.size else slice(None))
+    shape = body[box[0], box[1]].shape
+    return box[0], box[1], float(np.clip(shape[0] * step_p / (shape[1] * step_l), 0.4, 1.6))
+
+
+def _draw_row(figure: Figure, panels: Mapping[str, Any], index: int, colors, place: tuple[float, float, int]) -> None:
+    """Image, truth and prediction of one slice side by side; `place`: bottom and height in the figure, columns."""
+    bottom, tall, columns = place
+    rows, cols, _ = _crop_of(panels)
+    spacing, gray = panels["spacing"], panels["image"][index][rows, cols]
+    shades = {"cmap": "gray", "vmin": panels["window"][0], "vmax": panels["window"][1], "interpolation": "bilinear"}
+    for column, name in enumerate(name for name in ("image", "truth", "prediction") if name in panels):
+        axes = figure.add_axes((column / columns + 0.003, bottom + 0.02 * tall, 1 / columns - 0.006, 0.96 * tall))
+        axes.imshow(gray, aspect=spacing[1] / spacing[2], **shades)
+        axes.set_axis_off()
+        for text, x, y, ha, va in (
+            ("A", 0.5, 0.99, "center", "top"), ("P", 0.5, 0.01, "center", "bottom"),
+            ("R", 0.012, 0.5, "left", "center"), ("L", 0.988, 0.5, "right", "center"),
+        ):  # fmt: skip
+            axes.text(
+                x, y, text, transform=axes.transAxes, color="#ffe680", fontsize=8, ha=ha, va=va, path_effects=EDGE
+            )
+        if name == "image":
+            note = f"slice {index + 1}/{len(panels['image'])}, {spacing[0]:.3g} mm"
+            style = {"color": "white", "fontsize": 7, "va": "bottom", "path_effects": EDGE}
+            axes.text(0.012, 0.012, note, transform=axes.transAxes, **style)
+            _scale_bar(axes, gray.shape, spacing)
+        else:
+            _paint(axes, panels[name][index][rows, cols], colors)
+
+
+def _paint(axes, values: np.ndarray, colors: Mapping[int, str]) -> None:
+    """Faint fill and a crisp outline of every target in the slice."""
+    for value in np.unique(values[values > 0]).tolist():
+        mask = np.pad(values == value, 1).astype(float)
+        grid = np.arange(-1, values.shape[1] + 1), np.arange(-1, values.shape[0] + 1)
+        axes.contourf(*grid, mask, levels=(0.5, 1.5), colors=[colors[value]], alpha=0.22)
+        axes.contour(*grid, mask, levels=(0.5,), colors=[colors[value]], linewidths=1.1)
+    axes.set_xlim(-0.5, values.shape[1] - 0.5)
+    axes.set_ylim(values.shape[0] - 0.5, -0.5)
+
+
+def _scale_bar(axes, shape: tuple[int, int], spacing: np.ndarray) -> None:
+    """A bar of 5 mm to 10 cm, at most a quarter of the picture's width."""
+    length = max((mm for mm in (5, 10, 20, 50, 100) if mm <= shape[1] * spacing[2] / 4), default=5)
+    right, bottom, pixels = 0.96 * shape[1], 0.95 * shape[0], length / spacing[2]
+    edge = [withStroke(linewidth=3.5, foreground="black")]
+    axes.plot(
+        [right - pixels, right], [bottom] * 2, color="white", linewidth=2, solid_capstyle="butt", path_effects=edge
+    )
+    label = f"{length // 10} cm" if length >= 10 else f"{length} mm"
+    style = {"color": "white", "fontsize": 7, "ha": "center", "va": "bottom", "path_effects": EDGE}
+    axes.text(right - pixels / 2, bottom - 0.015 * shape[0], label, **style)
+
+
+def _legend_entries(table: LabelTable, shown: set[int], cases: Sequence[Mapping[str, Any]]) -> list[Patch]:
+    """Color and name of every target in the picture; its Dice where one case is shown; what no truth annotates."""
+    dice = (cases[0].get("dice") or {}) if len(cases) == 1 else {}
+    known = [case.get("annotated") for case in cases]
+    colors, entries = colors_of(table), []
+    for value in sorted(shown):
+        name = table.names[value - 1]
+        label = name.replace("_", " ") + (f", Dice {dice[name]:.3f}" if dice.get(name) is not None else "")
+        unknown = all(names is not None and name not in names for names in known)
+        entries.append(Patch(color=colors[value], label=label + (" (not annotated)" if unknown else "")))
+    return entries

@@ -1,0 +1,160 @@
+"""What people look at after a run: the page of best, median and worst case, training curves, transfer tables.
+
+The single overlay is drawn by :mod:`tsfm.evaluation.overlays`, tables by :mod:`tsfm.evaluation.tables` (formats of results are described
+there); both are offered here too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from ignite import distributed as idist
+from ignite.engine import Engine, Events
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..labels import LabelTable, as_table
+from .label_maps import load_map, load_truth, match_predictions
+from .overlays import page_png, truth_map
+from .tables import load_rows
+
+logger = logging.getLogger(__name__)
+
+
+def choose_cases(rows: Sequence[Mapping[str, Any]], targets: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Best, median and worst case by the mean Dice over their targets (or over `targets` alone, e.g. the lesions).
+
+    Returns:
+        ``{"best" | "median" | "worst": {"dataset", "case", "dice"}}``; fewer entries where there are fewer cases.
+    """
+    scores: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["dice"] is not None and (targets is None or row["target"] in targets):
+            scores.setdefault((row["dataset"], row["case"]), []).append(row["dice"])
+    ranked = sorted(scores, key=lambda key: (np.mean(scores[key]), key))
+    entries = [{"dataset": d, "case": c, "dice": float(np.mean(scores[d, c]))} for d, c in ranked]
+    if not entries:
+        return {}
+    places = {"best": len(entries) - 1, "median": len(entries) // 2, "worst": 0}
+    distinct = {place: name for name, place in reversed(places.items())}
+    return {name: entries[place] for name, place in places.items() if distinct[place] == name}
+
+
+def folder_page(
+    path: str | Path,
+    rows: Sequence[Mapping[str, Any]] | str | Path,
+    predictions: str | Path,
+    items: Sequence[Mapping[str, Any]],
+    table: LabelTable | Mapping | str,
+    dataset: str | None = None,
+    modality: str = "CT",
+    targets: Sequence[str] | None = None,
+    slices: int = 1,
+) -> Path:
+    """The page of best, median and worst case of an evaluated folder.
+
+    Args:
+        rows: scored rows, or the ``cases.csv`` that the evaluation wrote.
+        predictions, dataset: as for :func:`tsfm.evaluation.evaluation.evaluate_folder`.
+        items: the cases' pool items with ``image`` (the first channel is shown), ``label`` and, if known, ``modality``.
+        targets: rank by these targets alone.
+    """
+    table, rows = as_table(table), load_rows(rows) if isinstance(rows, (str, Path)) else rows
+    chosen = choose_cases(rows, targets)
+    wanted = {(entry["dataset"], entry["case"]) for entry in chosen.values()}
+    owner = dataset or table.datasets[0]
+    items = [i for i in items if "case" not in i or (i.get("dataset") or owner, str(i["case"])) in wanted]
+    if not wanted:
+        raise ValueError("no case has a Dice to rank by: the truths hold nothing of these targets")
+    pairs = match_predictions(predictions, items, dataset)
+    found = {(pair["dataset"] or owner, pair["case"]): (pair, item) for pair, item in zip(pairs, items, strict=True)}
+    cases = []
+    for name, entry in chosen.items():
+        pair, item = found[entry["dataset"], entry["case"]]
+        files = item["image"] if isinstance(item["image"], (list, tuple)) else [item["image"]]
+        image = nib.load(files[0])
+        array = np.asarray(image.dataobj, np.float32)
+        cases.append({
+            "image": array[..., 0] if array.ndim == 4 else array, "affine": image.affine, "slices": slices,
+            "truth": truth_map(load_truth(pair["label"], table, entry["dataset"])[0], table, entry["dataset"]),
+            "annotated": table.annotated(entry["dataset"]),
+            "prediction": load_map(pair["prediction"])[0], "modality": item.get("modality") or modality,
+            "title": f"{name}: {entry['dataset']} {entry['case']}, mean Dice {entry['dice']:.3f}",
+        })  # fmt: skip
+    return page_png(path, cases, table)
+
+
+class CasePage:
+    """Handler for evaluate.json: ``page.png`` with best, median and worst case; declare it after `CaseScores`.
+
+    Args:
+        output_dir: folder of ``cases.csv`` and of the saved label maps; the picture goes there too.
+        items: the evaluated pool items.
+        table, dataset, modality, targets: as for :func:`folder_page`.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        items: Sequence[Mapping[str, Any]],
+        table: LabelTable | Mapping | str,
+        dataset: str | None = None,
+        modality: str = "CT",
+        targets: Sequence[str] | None = None,
+    ) -> None:
+        self.output_dir, self.items, self.table = Path(output_dir), items, table
+        self.settings = {"dataset": dataset, "modality": modality, "targets": targets}
+
+    def attach(self, engine: Engine) -> None:
+        """Draw when the last case is done."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Draw the page; a page that cannot be drawn is reported and spoils nothing."""
+        if idist.get_rank() != 0:
+            return
+        try:
+            files = self.output_dir / "page.png", self.output_dir / "cases.csv", self.output_dir
+            folder_page(*files, self.items, self.table, **self.settings)
+        except (ValueError, OSError) as error:
+            logger.warning("No page of pictures in %s: %s", self.output_dir, error)
+
+
+def curve_png(csv_path: str | Path, path: str | Path, x: str = "epoch") -> Path:
+    """Loss (left) and Dice (right) over epochs from the ``curve.csv`` of a run.
+
+    Columns with "loss" in their name go left; the validation Dice and its moving average ("ema") right, with the single
+    targets ("dice_NAME") as thin lines.
+    """
+    rows = load_rows(csv_path)
+    names = list(dict.fromkeys(name for row in rows for name in row if name != x))
+    targets = [name for name in names if name.startswith("dice_")]
+    means = [name for name in names if name == "ema" or ("dice" in name and name not in targets)]
+    figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for axes, columns, width in (
+        (left, [n for n in names if "loss" in n], 1.8),
+        (right, targets, 0.8),
+        (right, means, 2),
+    ):
+        for name in columns:
+            points = [(row[x], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+            label = {"ema": "moving average"}.get(name, name.removeprefix("dice_").replace("_", " "))
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), label=label, linewidth=width, marker="." if len(points) < 40 else None
+                )
+    for axes, label in ((left, "loss"), (right, "Dice")):
+        axes.set(xlabel=x, ylabel=label)
+        axes.grid(alpha=0.3)
+        if 0 < len(axes.lines) <= 12:
+            axes.legend(fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return Path(path)

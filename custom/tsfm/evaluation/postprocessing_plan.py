@@ -1,0 +1,98 @@
+"""nnU-Net's choice of post-processing: keep largest components where cross-validation shows that it helps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cases.volumes import as_label_map
+from ..inference.postprocessing import apply
+from ..labels import LabelTable, as_table
+from .evaluation import count_voxels, only_dataset
+from .label_maps import load_map, load_truth
+
+FOREGROUND = "all foreground"
+
+
+def determine(
+    predictions: Sequence[np.ndarray | str | Path],
+    truths: Sequence[Any],
+    table: LabelTable | Mapping | str,
+    datasets: Sequence[str] | str | None = None,
+    fill: str = "parent",
+) -> dict[str, Any]:
+    """The plan that cross-validation supports.
+
+    Args:
+        predictions: label maps with values 0 to N, as arrays or NIfTI files (read one at a time).
+        truths: raw ids of the same cases, as arrays, NIfTI files, or one mask file per structure.
+        table: the label table, its dict, or the path of a pool.json.
+        datasets: data set of each case, or of all (default: the table's only one). Dice counts annotated targets only;
+            a case without the target in both prediction and truth counts nowhere, as in nnU-Net.
+        fill: what a removed voxel becomes: ``"parent"`` (the target that contains the removed one: a false tumor in the
+            liver is liver again) or ``"background"`` (nnU-Net's choice; the same for targets without a parent).
+
+    Raises:
+        ValueError: lists of different length, an empty list, maps that do not fit the table.
+    """
+    table = as_table(table)
+    if fill not in ("parent", "background"):
+        raise ValueError(f'fill is {fill!r}, expected "parent" or "background"')
+    if not predictions or len(predictions) != len(truths):
+        raise ValueError(f"{len(predictions)} predictions and {len(truths)} truths: expected one of each per case")
+    owners = (
+        [datasets or only_dataset(table)] * len(truths) if datasets is None or isinstance(datasets, str) else datasets
+    )
+    cases = list(zip(predictions, truths, owners, strict=True))
+    plan: dict[str, Any] = {"targets": list(table.names), "steps": [], "evidence": []}
+    before = _mean_dice(cases, table, plan["steps"])
+    for candidate in _candidates(table, fill):
+        after = _mean_dice(cases, table, [*plan["steps"], candidate])
+        helps = _helps_all if candidate["target"] == FOREGROUND else _helps_one(candidate["target"])
+        kept = helps(before, after)
+        plan["evidence"].append({"target": candidate["target"], "kept": kept, "before": before, "after": after})
+        if kept:
+            plan["steps"].append(candidate)
+            before = after
+    return plan
+
+
+def _candidates(table: LabelTable, fill: str) -> list[dict[str, Any]]:
+    """All foreground, then every target in declared order; a single target is all foreground already."""
+    number, member = len(table.names), table.map_membership()
+    steps = [{"target": FOREGROUND, "values": list(range(1, number + 1)), "fill": 0}]
+    for target, name in enumerate(table.names if number > 1 else ()):
+        values = np.flatnonzero(member[:, target]).tolist()
+        parent = table.parent(name) if fill == "parent" else None
+        steps.append({"target": name, "values": values, "fill": table.names.index(parent) + 1 if parent else 0})
+    return steps
+
+
+def _helps_all(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """The mean rises and no target falls; a target left without any Dice to compare forbids it."""
+    means = [float(np.mean(list(dice.values()))) if dice else 0.0 for dice in (before, after)]
+    same = before.keys() == after.keys()
+    return same and means[1] > means[0] and all(after[name] >= before[name] for name in before)
+
+
+def _helps_one(target: str) -> Callable[[Mapping[str, float], Mapping[str, float]], bool]:
+    """That target strictly rises."""
+    return lambda before, after: target in before and target in after and after[target] > before[target]
+
+
+def _mean_dice(cases: Sequence[tuple], table: LabelTable, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Target -> mean Dice over the cases where truth or the *processed* prediction holds it."""
+    values: dict[str, list[float]] = {}
+    for prediction, truth, dataset in cases:
+        array = load_map(prediction)[0] if isinstance(prediction, (str, Path)) else prediction
+        array = as_label_map(
+            array, len(table.names), str(prediction) if isinstance(prediction, (str, Path)) else "case"
+        )
+        codes, _ = load_truth(truth, table, dataset)
+        for name, (tp, fp, fn) in count_voxels(apply(array, {"steps": steps}), codes, table, dataset).items():
+            if tp + fp + fn:
+                values.setdefault(name, []).append(2 * tp / (2 * tp + fp + fn))
+    return {name: float(np.mean(dice)) for name, dice in values.items()}

@@ -1,0 +1,143 @@
+"""Tables: the summary of scored rows, and Markdown in the shape of the paper's Tables 1, 2 and 3.
+
+Rows are the plain dicts of :mod:`tsfm.evaluation.evaluation`. Results of transfer and ablation are plain dicts too:
+
+- Table 2: ``{"dataset", "initialization", "epochs", "seed", "dice"}``; ``initialization`` is ``"pretrained"``,
+  ``"scratch"`` or the name of another method; ``epochs: None`` stands for a reference that has one value only.
+- Table 3: ``{"dataset", "pretraining", "seed", "dice"}``; ``pretraining`` names what it was pretrained on.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def load_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows (or results) back from a CSV file; empty cells are None, numbers are numbers."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(key: str, text: str) -> Any:
+    if key in ("case", "dataset", "target", "status", "kind", "initialization", "pretraining"):
+        return text
+    if text == "":
+        return None
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Per data set and target: counts, Dice and surface Dice (mean, sd, median, min, max), volumes, lesions.
+
+    Cases without the target are counted under ``empty_truth`` with the volume that was predicted there, and enter no
+    mean. ``mean`` is over the (data set, target) pairs that have a value. Everything is plain JSON, never NaN.
+    """
+    groups: dict[str, dict[str, list]] = {}
+    for row in rows:
+        groups.setdefault(row["dataset"], {}).setdefault(row["target"], []).append(row)
+    datasets = {name: {target: _summary(part) for target, part in parts.items()} for name, parts in groups.items()}
+    entries = [entry for parts in datasets.values() for entry in parts.values()]
+    means = {key: _mean([entry[key]["mean"] for entry in entries if entry[key]]) for key in ("dice", "nsd")}
+    cases = len({(row["dataset"], row["case"]) for row in rows})
+    return {"cases": cases, "mean": means, "datasets": datasets}
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    empty = [row for row in rows if row["status"] == "empty_truth"]
+    false_ml = [row["volume_predicted_ml"] for row in empty]
+    entry: dict[str, Any] = {"cases": len(rows) - len(empty), "empty_truth": len(empty)}
+    entry["empty_truth_predicted_ml"] = sum(false_ml)
+    entry["empty_truth_clean"] = sum(volume == 0 for volume in false_ml)
+    entry["tolerance_mm"] = sorted({row["tolerance_mm"] for row in rows})
+    for key in ("dice", "nsd", "volume_predicted_ml", "volume_true_ml"):
+        entry[key] = _statistics([row[key] for row in rows if row["status"] == "ok" and row[key] is not None])
+    if any(row.get("lesions_true") is not None for row in rows):
+        counted = [row for row in rows if row.get("lesions_true") is not None]
+        true, found, missed, false = (
+            sum(int(row[f"lesions_{kind}"]) for row in counted) for kind in ("true", "found", "missed", "false")
+        )
+        entry["lesions"] = {"true": true, "found": found, "missed": missed, "false": false}
+        entry["lesions"]["sensitivity"] = found / true if true else None
+        entry["lesions"]["false_per_case"] = false / len(counted)
+    return entry
+
+
+def _statistics(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    array = np.asarray(values, float)
+    parts = {"mean": array.mean(), "median": np.median(array), "min": array.min(), "max": array.max()}
+    # One case has no spread; a sample's standard deviation divides by n - 1.
+    parts["sd"] = array.std(ddof=1) if len(array) > 1 else 0.0
+    return {key: float(value) for key, value in parts.items()}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    clean = lambda cells: "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"  # noqa: E731
+    return "\n".join([clean(header), "|---|" + "---:|" * (len(header) - 1), *map(clean, rows)])
+
+
+def markdown_scores(summary: Mapping[str, Any]) -> str:
+    """One line per data set and target: cases, Dice, surface Dice, lesions."""
+    lines = []
+    for dataset, parts in summary["datasets"].items():
+        for target, entry in parts.items():
+            lesions = entry.get("lesions")
+            tolerance = "/".join(f"{value:g}" for value in entry["tolerance_mm"])
+            lines.append([
+                f"{dataset}: {target}", entry["cases"], entry["empty_truth"], _with_spread(entry["dice"]),
+                f"{entry['dice']['median']:.4f}" if entry["dice"] else "-", _with_spread(entry["nsd"]), tolerance,
+                f"{lesions['found']}/{lesions['true']}" if lesions else "-",
+                f"{lesions['false_per_case']:.2f}" if lesions else "-",
+            ])  # fmt: skip
+    header = [
+        "data set: target", "cases", "without it", "Dice, mean ± sd", "median", "surface Dice, mean ± sd",
+        "tolerance mm", "lesions found", "false per case",
+    ]  # fmt: skip
+    return markdown(header, lines)
+
+
+def _with_spread(statistics: Mapping[str, float] | None) -> str:
+    return f"{statistics['mean']:.4f} ± {statistics['sd']:.4f}" if statistics else "-"
+
+
+def table1(
+    rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
+    method: str = "TSFM",
+    lesion_targets: Sequence[str] | None = None,
+) -> str:
+    """Mean Dice per data set and target, one line per method, the mean over tumors last: the paper's Table 1.
+
+    As there, only data sets with a lesion target are listed; where there is none, all are.
+
+    Args:
+        rows: scored rows of one method, or method -> rows.
+        lesion_targets: targets in the last column's mean (default: those whose rows count lesions).
+    """
+    methods = {method: rows} if not isinstance(rows, Mapping) else rows
+    summaries = {name: summarize(part)["datasets"] for name, part in methods.items()}
+    columns = list(dict.fromkeys((d, t) for part in summaries.values() for d, ts in part.items() for t in ts))
+    if lesion_targets is None:
+        entries = [entry for part in summaries.values() for targets in part.values() for entry in targets.items()]
+        lesion_targets = {target for target, entry in entries if "lesions" in entry}
+    with_lesion = {dataset for dataset, target in columns if target in lesion_targets}
+    columns = [column for column in columns if not with_lesion or column[0] in with_lesion]
+    lines = []
+    for name, part in summaries.items():
+        dice = {(d, t): (part.get(d, {}).get(t) or {}).get("dice") for d, t in columns}
+        means = {column: entry["mean"] for column, entry in dice.items() if entry}
+        chosen = [value for column, value in means.items() if not with_lesion or column[1] in lesion_targets]
+        cells = [f"{means[column]:.4f}" if column in means else "-" for column in columns]
+        lines.append([name, *cells, f"{np.mean(chosen):.4f}" if chosen else "-"])
+    last = "mean Dice for tumor" if with_lesion else "mean Dice"
+    return markdown(["", *(f"{dataset}: {target}" for dataset, target in columns), last], lines)

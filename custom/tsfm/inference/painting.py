@@ -1,0 +1,211 @@
+"""From averaged logits to a label map on the source grid, slab by slab along S.
+
+Resizing, cutting at the threshold and painting are one step for each slab and target, so that no volume of logits or
+probabilities ever exists on the source grid. Axis letters: T targets, S P L the prepared grid, s p l the source grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..labels import LabelTable
+from ..preparation.resampling import AxisResampler, axis_resampler, one_thread
+
+_PART = 16
+"""Source slices that one thread paints at a time: tight boxes, and intermediate values that stay in the cache."""
+
+
+class Slab(NamedTuple):
+    """Averaged logits (T, n, P, L) of prepared slices start to start + n; the first may have come before."""
+
+    logits: torch.Tensor
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.logits.shape[1]
+
+
+class Painter:
+    """Paints slabs of averaged logits into a label map on the source grid (s, p, l).
+
+    Each target is resized only inside the box where it exceeds its threshold: a linear interpolation never exceeds
+    the largest of its neighbors, so nothing else can be painted.
+
+    Args:
+        shape, source_shape: of the prepared grid and of the label map.
+        paint: (channel, value) in painting order; later ones paint over earlier ones.
+        levels: threshold of each channel, as a logit.
+        thick: axis along which the nearest slice is taken (nnU-Net's rule for thick slices), or None.
+        exclusive: softmax networks: channel 0 is the background, the largest logit wins, `levels` are not used.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        source_shape: Sequence[int],
+        paint: Sequence[tuple[int, int]],
+        levels: Sequence[float],
+        thick: int | None = None,
+        exclusive: bool = False,
+    ) -> None:
+        self.axes = [
+            axis_resampler(n, m, 0 if a == thick else 1)
+            for a, (n, m) in enumerate(zip(shape, source_shape, strict=True))
+        ]
+        self.paint, self.levels, self.exclusive = paint, levels, exclusive
+        largest = max((value for _, value in paint), default=0)
+        self.label_map = torch.zeros(tuple(source_shape), dtype=torch.uint8 if largest < 256 else torch.int16)
+        self._last = self.axes[0].index.max(1)
+        self._done = 0
+
+    def add(self, slab: Slab) -> None:
+        """Paint the source slices that are determined by the slices up to the end of this slab.
+
+        Raises:
+            ValueError: the logits hold NaN.
+        """
+        begin, end = self._done, int(np.searchsorted(self._last, slab.stop))
+        threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+        if slab.logits.device.type != "cpu" or threads == 1:
+            for start in range(begin, end, _PART):
+                self._paint(slab, start, min(start + _PART, end))
+        else:
+
+            def paint(start: int) -> None:
+                with torch.inference_mode(inference), torch.no_grad():
+                    self._paint(slab, start, min(start + _PART, end))
+
+            with one_thread(), ThreadPoolExecutor(threads) as pool:
+                list(pool.map(paint, range(begin, end, _PART)))
+        self._done = end
+
+    def _paint(self, slab: Slab, begin: int, end: int) -> None:
+        """Paint the source slices begin to end."""
+        low, high = self.axes[0].needed(begin, end)
+        logits = slab.logits[:, low - slab.start : high - slab.start]
+        peaks = _peaks(logits, self.exclusive)
+        if peaks.isnan().any():
+            raise ValueError(f"the network's output is NaN in slices {low} to {high}: check the weights and the image")
+        painted = self.label_map[begin:end].to(logits.device)
+        best = torch.zeros(painted.shape, device=logits.device) if self.exclusive else None
+        background = logits[0].float() if self.exclusive else None
+        for channel, value in self.paint:
+            level = 0.0 if self.exclusive else self.levels[channel]
+            box = _box(peaks[channel] > level)
+            if box is None:
+                continue
+            rows = [_rows(axis, *span) for axis, span in zip(self.axes[1:], box, strict=True)]
+            if any(first == last for first, last in rows):  # it lies between the voxels of a coarser source grid
+                continue
+            spans = [axis.needed(*row) for axis, row in zip(self.axes[1:], rows, strict=True)]
+            where = (slice(None), *(slice(*span) for span in spans))
+            plane = logits[channel][where].float()
+            if background is not None:
+                plane = plane - background[where]
+            for axis in (2, 1):  # fewest voxels first
+                plane = self.axes[axis].apply(plane.contiguous(), axis, *rows[axis - 1], spans[axis - 1][0])
+            view = tuple(slice(*row) for row in rows)
+            for s in range(begin, end):
+                one = self._between(plane, s, low)
+                if best is None:
+                    wins = one > level
+                else:
+                    record = best[s - begin][view]
+                    wins = one > record
+                    torch.maximum(record, one, out=record)
+                # torch fills by a mask twenty times slower than it computes.
+                painted[s - begin][view].mul_(~wins).add_(wins, alpha=value)
+        if painted.device != self.label_map.device:
+            self.label_map[begin:end] = painted.cpu()
+
+    def _between(self, planes: torch.Tensor, s: int, low: int) -> torch.Tensor:
+        """Source slice s (p, l) from slices that begin with prepared slice `low`: small enough to stay in the cache."""
+        index, weights = self.axes[0].index[s] - low, self.axes[0].weights[s]
+        if len(index) == 1 or weights[1] == 0:
+            return planes[index[0]]
+        return torch.lerp(planes[index[0]], planes[index[1]], float(weights[1]))
+
+
+def _peaks(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
+    """Largest logit (above the background's, if exclusive) along S, float32 (T, P, L), one slice at a time: torch
+    reduces float16 and strided tensors many times slower than it converts and compares them."""
+    peaks = None
+    for i in range(logits.shape[1]):
+        one = logits[:, i].float()
+        if exclusive:
+            one = one - one[:1]
+        peaks = one.clone() if peaks is None else torch.maximum(peaks, one, out=peaks)
+    return peaks
+
+
+def _rows(axis: AxisResampler, start: int, stop: int) -> tuple[int, int]:
+    """Half-open range of output voxels that see an input voxel from start to stop."""
+    seen = np.flatnonzero(((axis.index >= start) & (axis.index < stop)).any(1))
+    return (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 0)
+
+
+def _box(mask: torch.Tensor) -> list[tuple[int, int]] | None:
+    """Half-open bounding box of a bool (P, L), or None."""
+    box = []
+    for other in (1, 0):
+        found = mask.any(other).nonzero()
+        if not len(found):
+            return None
+        box.append((int(found[0]), int(found[-1]) + 1))
+    return box
+
+
+def export_logits(
+    logits: torch.Tensor | np.ndarray,
+    source_shape: Sequence[int],
+    table: LabelTable | Sequence[str] | None = None,
+    threshold: float | Mapping[str, float] = 0.5,
+    thick: int | None = None,
+    exclusive: bool = False,
+    depth: int = 32,
+) -> torch.Tensor:
+    """A whole volume of logits (T, S, P, L) to its label map on the source grid, `depth` slices at a time.
+
+    Without a table the channels are painted in their order (with `exclusive`: background first, then values 1 to T - 1).
+
+    Returns:
+        uint8 (s, p, l).
+    """
+    logits = torch.as_tensor(logits)
+    names = check_names(table, len(logits) - 1 if exclusive else len(logits))
+    order = table.paint_order() if isinstance(table, LabelTable) else range(len(names))
+    paint = [(i + exclusive, i + 1) for i in order]
+    painter = Painter(logits.shape[1:], source_shape, paint, threshold_logits(threshold, names), thick, exclusive)
+    for start in range(0, logits.shape[1], depth):
+        first = max(start - 1, 0)
+        painter.add(Slab(logits[:, first : start + depth], first))
+    return painter.label_map
+
+
+def check_names(table: LabelTable | Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Names of the targets, checked against the number of channels."""
+    if table is None:
+        return tuple(str(i + 1) for i in range(count))
+    names = table.names if isinstance(table, LabelTable) else tuple(table)
+    if len(names) != count:
+        raise ValueError(f"the network has {count} outputs, the label table {len(names)} targets: {list(names)}")
+    return names
+
+
+def threshold_logits(threshold: float | Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """Threshold of each target as a logit."""
+    if isinstance(threshold, Mapping):
+        unknown = set(threshold) - set(names)
+        if unknown:
+            raise ValueError(f"thresholds for unknown targets {sorted(unknown)}; the targets are {list(names)}")
+    values = [threshold.get(name, 0.5) if isinstance(threshold, Mapping) else threshold for name in names]
+    if not all(0 < value < 1 for value in values):
+        raise ValueError(f"thresholds must lie between 0 and 1 (probabilities), found {values}")
+    return [math.log(value / (1 - value)) for value in values]

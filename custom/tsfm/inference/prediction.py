@@ -1,0 +1,190 @@
+"""Whole folders of images to label maps: one broken case is reported and the rest goes on.
+
+In inference.json: `dataset` is a :class:`CaseDataset` over :func:`find_images`, `postprocessing` ends with
+:class:`SaveLabelMapd`, `evaluator` is a :class:`CaseEvaluator`; everything else is MONAI's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator
+from monai.transforms import SaveImaged
+
+from ..cases.folders import OUTPUT_SUFFIX, _first, _stem, output_path
+from ..errors import first_cause
+from ..files import atomic_write
+from ..labels import LabelTable
+
+logger = logging.getLogger(__name__)
+
+
+class FailedCases(RuntimeError):
+    """Some cases of a run failed; the others are done. The message lists them."""
+
+
+class CaseDataset(Dataset):
+    """MONAI's Dataset, but a case whose transforms fail gives ``{"case", "error"}`` in place of an exception.
+
+    So it gets through a DataLoader's worker, and :class:`CaseEvaluator` reports it.
+    """
+
+    def _transform(self, index: int) -> Any:
+        item = self.data[index]
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            case = item.get("case") or _stem(_first(item["image"]))
+            logger.debug("case %s", case, exc_info=True)
+            return {"case": case, "error": root_cause(error)}
+
+
+class CaseEvaluator(SupervisedEvaluator):
+    """SupervisedEvaluator that survives a bad case, says how each went, and fails at the end if one did.
+
+    Handlers see an empty list in ``state.batch`` and ``state.output`` for a case that failed. ``results`` holds one
+    dict per case: case, seconds (waiting for it included), and ml per target or error.
+
+    Args:
+        table: label table or target names, to name the label map's values in the summary.
+        summary: print the table of cases at the end.
+        others: as for SupervisedEvaluator; batches of one case. `amp` belongs to the inferer.
+
+    Raises:
+        FailedCases: by `run`, after the last case, if some failed.
+    """
+
+    def __init__(
+        self, *args: Any, table: LabelTable | Sequence[str] | None = None, summary: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.names = table.names if isinstance(table, LabelTable) else tuple(table or ())
+        self.summary = summary
+        self.results: list[dict[str, Any]] = []
+
+    def run(self, global_epoch: int = 1) -> None:
+        self.results, self._mark = [], time.perf_counter()
+        super().run(global_epoch)
+        if self.summary and self.results:
+            print(format_results(self.results))
+        failed = [row for row in self.results if "error" in row]
+        if failed:
+            listed = "\n".join(f"  {row['case']}: {row['error']}" for row in failed)
+            raise FailedCases(f"{len(failed)} of {len(self.results)} cases failed:\n{listed}")
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> Any:
+        case = _case_of(batchdata, len(self.results) + 1)
+        row: dict[str, Any] = {"case": case}
+        try:
+            if "error" in batchdata:
+                row["error"] = batchdata["error"][0]
+            else:
+                output = super()._iteration(engine, batchdata)
+                prediction = output[0].get("pred") if isinstance(output, list) and output else None
+                row["ml"] = {} if prediction is None else volumes_ml(prediction, self.names)
+        except Exception as error:
+            logger.debug("case %s", case, exc_info=True)
+            row["error"] = root_cause(error)
+        if "error" in row:
+            logger.error("%s: %s", case, row["error"])
+            engine.state.batch = output = []
+        now = time.perf_counter()
+        row["seconds"], self._mark = now - self._mark, now
+        self.results.append(row)
+        return output
+
+
+def _case_of(batchdata: Mapping[str, Any], number: int) -> str:
+    """Name of the one case in a batch."""
+    if "case" in batchdata:
+        return str(batchdata["case"][0])
+    meta = getattr(batchdata.get("image"), "meta", {})
+    names = meta.get("filename_or_obj", [])
+    return _stem(names[0] if isinstance(names, (list, tuple)) else names) if names else f"case {number}"
+
+
+def root_cause(error: BaseException) -> str:
+    """The message of an exception, without the RuntimeError that MONAI wraps around a transform's own."""
+    error = first_cause(error)
+    return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
+
+
+def volumes_ml(label_map: torch.Tensor, names: Sequence[str] = ()) -> dict[str, float]:
+    """Volume of each value of a label map (1, X, Y, Z) that occurs, in ml; values without a name are numbered."""
+    counts = np.zeros(65536, np.int64)
+    for plane in np.asarray(label_map.detach().cpu())[0]:
+        found = np.bincount(plane.ravel())
+        counts[: len(found)] += found
+    affine = np.asarray(label_map.affine) if isinstance(label_map, MetaTensor) else np.eye(4)
+    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+    values = np.flatnonzero(counts[1:]) + 1
+    return {names[v - 1] if v <= len(names) else str(v): float(counts[v] * voxel_ml) for v in values}
+
+
+def format_results(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table of cases: seconds and ml per target, or the error."""
+    width = max(len("case"), *(len(row["case"]) for row in results))
+    lines = [f"{'case':{width}}  seconds  result"]
+    for row in results:
+        ml = ", ".join(f"{name} {value:.1f} ml" for name, value in row.get("ml", {}).items()) or "nothing found"
+        outcome = f"FAILED: {row['error']}" if "error" in row else ml
+        lines.append(f"{row['case']:{width}}  {row['seconds']:7.1f}  {outcome}")
+    return "\n".join(lines)
+
+
+class SaveLabelMapd(SaveImaged):
+    """Writes ``output_dir/<case>.nii.gz`` with the image's affine and header, whole or not at all.
+
+    A SaveImaged, so that MONAI Label leaves it out. The item's "case" names the file, else the image file's name does.
+
+    Args:
+        keys: label maps (1, X, Y, Z) on the image's own grid, that is, after Invertd.
+        overwrite: replace a file that is there; without it that is an error.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, output_dir: str = "./", overwrite: bool = False, allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(
+            keys, output_dir=output_dir, output_postfix="", output_dtype=np.uint8, separate_folder=False,
+            print_log=False, allow_missing_keys=allow_missing_keys,
+        )  # fmt: skip
+        self.output_dir, self.overwrite = output_dir, overwrite
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        for key in self.key_iterator(item):
+            source = str(item[key].meta.get("filename_or_obj", "")) if isinstance(item[key], MetaTensor) else ""
+            case = item.get("case") or _stem(source) or "prediction"
+            path = output_path(self.output_dir, case)
+            if path.exists() and not self.overwrite:
+                raise FileExistsError(f"{path} is already there; remove it, or allow to overwrite it")
+            write_label_map(item[key], path)
+        return item
+
+
+def write_label_map(label_map: torch.Tensor, path: str | os.PathLike) -> None:
+    """Write a label map (1, X, Y, Z) as NIfTI; header fields and form codes are those of its source image, if NIfTI."""
+    array = np.asarray(label_map.detach().cpu())[0]
+    affine = np.asarray(label_map.affine, float) if isinstance(label_map, MetaTensor) else np.eye(4)
+    source = str(label_map.meta.get("filename_or_obj", "")) if isinstance(label_map, MetaTensor) else ""
+    header = nib.load(source).header.copy() if source.lower().endswith((".nii", ".nii.gz")) else None
+    if header is not None:
+        header.set_data_shape(array.shape)
+    image = nib.Nifti1Image(array, affine, header)
+    codes = [0, 0] if header is None else [int(header.get(key, 0)) for key in ("sform_code", "qform_code")]
+    s_code, q_code = codes if any(codes) else (1, 1)
+    image.set_sform(affine if s_code else None, s_code)
+    image.set_qform(affine if q_code else None, q_code)
+    image.set_data_dtype(array.dtype)
+    image.header["cal_min"] = image.header["cal_max"] = 0
+    atomic_write(path, lambda temporary: nib.save(image, temporary), OUTPUT_SUFFIX)

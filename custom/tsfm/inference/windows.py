@@ -1,0 +1,293 @@
+"""From a network's windows to one label map on the image's own grid, in memory that does not grow with its length.
+
+Windows go along S, so slices that no further window covers are finished: their averaged logits are resized to the
+source slices that they determine, cut at the threshold, painted, and forgotten. Positions, Gaussian, averaging of
+logits and their resizing are nnU-Net's (2.8.1). Axis letters: T targets, S P L the prepared grid, s p l the source grid.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from scipy.ndimage import gaussian_filter
+from tqdm import tqdm
+
+from ..labels import LabelTable
+from ..network.cpu import autocast, channels_last, reused_memory
+from ..preparation.resampling import thick_axis
+from .painting import Painter, Slab, check_names, threshold_logits
+
+FULL_PRECISION_BYTES = 2**30
+"""A rolling buffer that would be larger than this in float32 is kept in float16 (nnU-Net always uses float16)."""
+
+_LARGEST = 32000.0
+"""Logits are clipped here, so that float16 can hold them and their differences."""
+
+
+def window_starts(size: int, patch: int, overlap: float = 0.5) -> list[int]:
+    """First voxels of the windows along one axis: evenly spread, at most (1 - overlap) patches apart (nnU-Net)."""
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap is {overlap}, expected 0 <= overlap < 1 (a fraction of the patch)")
+    if size <= patch:
+        return [0]
+    count = math.ceil((size - patch) / (patch * (1 - overlap))) + 1
+    return [int(np.round((size - patch) / (count - 1) * i)) for i in range(count)]
+
+
+def gaussian_weights(patch: Sequence[int]) -> torch.Tensor:
+    """Weight of each voxel of a window, float32 (S, P, L): sigma an eighth of the side, 10 at the center (nnU-Net).
+
+    Rounded to float16 as nnU-Net does; what rounds to zero takes the smallest weight, so that no sum is zero.
+    """
+    impulse = np.zeros(tuple(patch))
+    impulse[tuple(side // 2 for side in patch)] = 1
+    weights = gaussian_filter(impulse, [side / 8 for side in patch], mode="constant")
+    weights = (weights * (10 / weights.max())).astype(np.float16).astype(np.float32)
+    weights[weights == 0] = weights[weights > 0].min()
+    return torch.from_numpy(weights)
+
+
+def mirrored_axes(mirror: bool | str) -> list[tuple[int, ...]]:
+    """Dimensions of (B, C, S, P, L) to flip together, for every mirrored version but the plain one."""
+    axes = mirror if isinstance(mirror, str) else "SPL" if mirror else ""
+    if not set(axes) <= set("SPL"):
+        raise ValueError(f"mirror is {mirror!r}, expected True, False, or some of the axes 'SPL'")
+    dimensions = [2 + "SPL".index(axis) for axis in axes]
+    return [some for n in range(1, len(axes) + 1) for some in itertools.combinations(dimensions, n)]
+
+
+class RollingAverage:
+    """Weighted mean of overlapping windows (T, S, P, L), for the slices that windows can still reach.
+
+    Kept as a running mean, not as a sum, so that float16 neither overflows nor loses weak weights. Channels lie last
+    in memory, as they do in the output of a channels-last network. One slice is averaged at a time, so that
+    its float copies stay in the processor's cache. Row 0 holds the last finished slice.
+    """
+
+    def __init__(self, channels: int, shape: Sequence[int], patch: Sequence[int], device: torch.device) -> None:
+        size = (min(patch[0], shape[0]) + 1, *shape[1:], channels)
+        small = math.prod(size) * 4 <= FULL_PRECISION_BYTES
+        self.mean = torch.zeros(size, dtype=torch.float32 if small else torch.float16, device=device)
+        self.total = torch.zeros(size[:3], device=device)
+        self.gaussian = gaussian_weights(patch).to(device)
+        self.start = 0
+
+    def add(self, logits: torch.Tensor, corner: Sequence[int]) -> None:
+        """Take in one window's logits (T, S, P, L), whose first voxel is `corner`."""
+        logits, (top, left) = logits.to(self.mean.device).permute(1, 2, 3, 0), corner[1:]
+        depth, height, width = logits.shape[:3]
+        box = (slice(1, None), slice(top, top + height), slice(left, left + width))
+        mean, total = self.mean[box], self.total[box]
+        total += self.gaussian
+        for s in range(depth):
+            share = (self.gaussian[s] / total[s])[..., None]
+            logit = logits[s].float().clamp(-_LARGEST, _LARGEST)
+            average = mean[s].float().lerp_(logit, share)
+            if mean.dtype != torch.float32:
+                mean[s] = average
+
+    def finish(self, until: int) -> Slab:
+        """The mean of the slices before `until` that were not handed over yet, and one that was."""
+        count, first = until - self.start, 0 if self.start else 1
+        return Slab(self.mean[first : count + 1].permute(3, 0, 1, 2), self.start + first - 1)
+
+    def advance(self, until: int) -> None:
+        """Forget the slices before `until` but for the last."""
+        step, depth = until - self.start, len(self.mean) - 1
+        for row in range(depth - step + 1):
+            self.mean[row].copy_(self.mean[row + step])
+        for row in range(1, depth + 1):
+            self.total[row] = self.total[row + step] if row + step <= depth else 0
+        self.start = until
+
+
+class SourceGrid(NamedTuple):
+    """The grid before resampling: shape, and the axis that is resampled apart (or None)."""
+
+    shape: tuple[int, ...]
+    thick: int | None
+
+
+def source_grid(inputs: torch.Tensor) -> SourceGrid:
+    """The cropped source grid that `PrepareImaged` noted on a prepared image (1, C, S, P, L), else the image's own."""
+    operations = getattr(inputs, "applied_operations", None) or []
+    if operations and isinstance(operations[0], (list, tuple)):
+        operations = operations[0]
+    for operation in reversed(operations):
+        if operation.get("class") == "PrepareImaged":
+            grid = operation["extra_info"]
+            if tuple(grid["shape"]) != tuple(inputs.shape[2:]):
+                raise ValueError(
+                    f"the image is {tuple(inputs.shape[2:])} voxels, PrepareImaged made it {grid['shape']}: "
+                    "no transform between it and the inferer may change the shape"
+                )
+            return SourceGrid(tuple(grid["cropped_shape"]), thick_axis(grid["spacing_mm"], grid["source_spacing_mm"]))
+    return SourceGrid(tuple(inputs.shape[2:]), None)
+
+
+class SlabInferer(Inferer):
+    """Sliding windows to a label map: value i + 1 for target i, on the grid before resampling.
+
+    Args:
+        roi_size: window (S, P, L), the patch the network was trained with.
+        table: label table, or the targets' names in the order of the outputs.
+        overlap: of neighboring windows, as a fraction of the window.
+        sw_batch_size: windows per forward pass.
+        mirror: average over the eight mirrored versions of each window; or over those along some axes, ``"SP"``.
+        threshold: probability above which a target is painted; a number, or target -> number (others: 0.5).
+        targets: names of the only targets to compute; None for all.
+        amp: bfloat16 autocast, on devices that compute in it.
+        channels_last: lay tensors out as (S, P, L, C), which convolutions like best.
+        progress: show a progress bar over the windows.
+
+    Raises:
+        ValueError: an unknown target or axis, a threshold outside (0, 1), inputs that are not one image (1, C, S, P, L),
+            outputs that do not fit the table, NaN logits.
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int],
+        table: LabelTable | Sequence[str],
+        overlap: float = 0.5,
+        sw_batch_size: int = 1,
+        mirror: bool | str = False,
+        threshold: float | Mapping[str, float] = 0.5,
+        targets: Sequence[str] | str | None = None,
+        amp: bool = True,
+        channels_last: bool = True,
+        progress: bool = True,
+    ) -> None:
+        self.roi_size = tuple(int(side) for side in roi_size)
+        if len(self.roi_size) != 3 or min(self.roi_size) < 1:
+            raise ValueError(f"roi_size is {roi_size}, expected three positive numbers of voxels (S, P, L)")
+        self.table = table if isinstance(table, LabelTable) else tuple(table)
+        self.names = check_names(table, len(table.names if isinstance(table, LabelTable) else self.table))
+        self.levels = threshold_logits(threshold, self.names)
+        chosen = [targets] if isinstance(targets, str) else self.names if targets is None else list(targets)
+        unknown = [name for name in chosen if name not in self.names]
+        if unknown or not chosen:
+            raise ValueError(f"unknown targets {unknown}; choose from {list(self.names)}")
+        self.channels = [i for i, name in enumerate(self.names) if name in chosen]
+        window_starts(1, 1, overlap)
+        self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
+        self.amp, self.channels_last, self.progress = amp, channels_last, progress
+
+    def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Label map (1, 1, s, p, l), uint8, of one prepared image (1, C, S, P, L), with the image's metadata."""
+        image, grid = self._image(inputs), source_grid(inputs)
+        order = self.table.paint_order() if isinstance(self.table, LabelTable) else range(len(self.names))
+        paint = [(self.channels.index(i), i + 1) for i in order if i in self.channels]
+        levels = [self.levels[i] for i in self.channels]
+        painter = Painter(image.shape[1:], grid.shape, paint, levels, grid.thick)
+        for slab in self.slabs(image, network, *args, **kwargs):
+            painter.add(slab)
+        label_map = painter.label_map[None, None]
+        if not isinstance(inputs, MetaTensor):
+            return label_map
+        return MetaTensor(label_map).copy_meta_from(inputs, copy_attr=False)
+
+    def logits(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Averaged logits (1, T, S, P, L), float32, on the prepared grid; this one does hold the whole volume."""
+        image = self._image(inputs)
+        whole = torch.empty((len(self.channels), *image.shape[1:]))
+        for slab in self.slabs(image, network, *args, **kwargs):
+            whole[:, slab.start : slab.stop] = slab.logits.float().cpu()
+        return whole[None]
+
+    def uncertainty(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> float:
+        """Mean binary entropy (bits) of all targets over the voxels where some target is painted, 0 where none is."""
+        total, count, done = 0.0, 0, 0
+        for slab in self.slabs(self._image(inputs), network, *args, **kwargs):
+            logits, done = slab.logits[:, done - slab.start :].float(), slab.stop
+            logits = logits[:, (logits > 0).any(0)]
+            p = torch.sigmoid(logits)
+            entropy = torch.nn.functional.softplus(logits) - p * logits
+            total, count = total + float(entropy.sum()) / math.log(2), count + p.numel()
+        return total / count if count else 0.0
+
+    def slabs(self, image: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Iterator[Slab]:
+        """Averaged logits of an image (C, S, P, L), finished slices first; a slab is valid until the next is asked for."""
+        shape = image.shape[1:]
+        before = [max(patch - size, 0) // 2 for size, patch in zip(shape, self.roi_size, strict=True)]
+        after = [max(patch - size, 0) - low for size, patch, low in zip(shape, self.roi_size, before, strict=True)]
+        if any(after):
+            image = torch.nn.functional.pad(
+                image, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
+            )
+        starts = [
+            window_starts(size, patch, self.overlap) for size, patch in zip(image.shape[1:], self.roi_size, strict=True)
+        ]
+        kept = tuple(slice(low, low + size) for low, size in zip(before[1:], shape[1:], strict=True))
+        device = network_device(network, image.device)
+        average = self._average(image.shape[1:], device)
+        progress = tqdm(total=math.prod(map(len, starts)), desc="windows", unit="window", disable=not self.progress)
+        layout = channels_last(network) if self.channels_last else nullcontext()
+        with torch.no_grad(), layout, reused_memory(), progress:
+            for row, s in enumerate(starts[0]):
+                corners = list(itertools.product([s], *starts[1:]))
+                for i in range(0, len(corners), self.sw_batch_size):
+                    some = corners[i : i + self.sw_batch_size]
+                    logits = self._forward(image, some, network, device, *args, **kwargs)
+                    for one, corner in zip(logits, some, strict=True):
+                        average.add(one if len(self.channels) == len(one) else one[self.channels], corner)
+                    progress.update(len(some))
+                until = starts[0][row + 1] if row + 1 < len(starts[0]) else image.shape[1]
+                slab = average.finish(until)
+                top = max(before[0] - slab.start, 0)
+                bottom = min(slab.stop, before[0] + shape[0]) - slab.start
+                yield Slab(slab.logits[(slice(None), slice(top, bottom), *kept)], slab.start + top - before[0])
+                if until < image.shape[1]:
+                    average.advance(until)
+
+    def _image(self, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.ndim != 5 or len(inputs) != 1:
+            raise ValueError(f"inputs have the shape {tuple(inputs.shape)}, expected one image (1, C, S, P, L)")
+        return (inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)[0]
+
+    def _average(self, shape: Sequence[int], device: torch.device) -> RollingAverage:
+        """The buffer, on the network's device where it takes at most half of the memory that is free there."""
+        if device.type == "cuda":
+            needed = 4 * len(self.channels) * self.roi_size[0] * math.prod(shape[1:])
+            if min(needed, max(needed // 2, FULL_PRECISION_BYTES)) > torch.cuda.mem_get_info(device)[0] // 2:
+                device = torch.device("cpu")
+        return RollingAverage(len(self.channels), shape, self.roi_size, device)
+
+    def _forward(self, image, corners, network, device: torch.device, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Logits (B, T, *roi_size) of the windows at these corners."""
+        windows = [
+            image[(slice(None), *(slice(c, c + n) for c, n in zip(at, self.roi_size, strict=True)))] for at in corners
+        ]
+        batch = torch.stack(windows).to(device)
+        if self.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last_3d)
+        with autocast(device, self.amp):
+            logits = self._checked(network(batch, *args, **kwargs))
+            if self.flips:
+                logits = logits.float()
+                for axes in self.flips:
+                    logits += self._checked(network(batch.flip(axes), *args, **kwargs)).flip(axes)
+                logits /= len(self.flips) + 1
+        return logits
+
+    def _checked(self, logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        """The finest output, plain; ValueError where it does not fit the table."""
+        logits = logits[0] if isinstance(logits, (list, tuple)) else logits
+        check_names(self.names, logits.shape[1])
+        if tuple(logits.shape[2:]) != self.roi_size:
+            raise ValueError(f"the network turns windows {self.roi_size} into {tuple(logits.shape[2:])}; same expected")
+        return logits.as_tensor() if isinstance(logits, MetaTensor) else logits
+
+
+def network_device(network: Callable, otherwise: torch.device) -> torch.device:
+    """Where the network's weights are, or `otherwise` where it has none."""
+    parameters = network.parameters() if isinstance(network, torch.nn.Module) else iter(())
+    return next((weights.device for weights in parameters), otherwise)

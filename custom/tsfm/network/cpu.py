@@ -1,0 +1,183 @@
+"""What a processor wants of a network: memory layout, precision and the reuse of memory."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = torch.channels_last_3d
+
+
+@contextmanager
+def channels_last(network: Callable) -> Iterator[None]:
+    """Within the block a network on the CPU keeps channels_last; its numbers do not change but for rounding.
+
+    The weights stay in it afterwards. Nothing happens on other devices, with gradients, or to what is no module.
+    """
+    modules = list(network.modules()) if isinstance(network, nn.Module) else []
+    if torch.is_grad_enabled() or any(weights.device.type != "cpu" for m in modules[:1] for weights in m.parameters()):
+        modules = []
+    if modules:
+        network.to(memory_format=LAYOUT)
+    changed = [module for module in modules if "forward" not in vars(module)]
+    for module in changed:
+        if type(module) in (nn.Conv3d, nn.ConvTranspose3d):
+            module.forward = partial(_convolve, module)
+        elif type(module) is nn.InstanceNorm3d and not module.track_running_stats:
+            module.forward = partial(_normalize, module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            vars(module).pop("forward", None)
+
+
+def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Instance normalization of x (B,C,S,P,L), with gradients, in the layout of x.
+
+    As batch normalization of one sample at a time; PyTorch's own goes through channels-first.
+    """
+    samples = [F.batch_norm(sample, None, None, weight, bias, True, 0.0, eps) for sample in x.split(1)]
+    return torch.cat(samples) if len(samples) > 1 else samples[0]
+
+
+def instance_norm_into(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Instance normalization of x (B,C,S,P,L) into `y`, which may be `x`; no gradient.
+
+    As batch normalization of one sample at a time, which keeps channels_last; statistics are at least float32.
+    """
+    kind = torch.promote_types(x.dtype, torch.float32)
+    weight = torch.ones(x.shape[1], dtype=kind, device=x.device) if weight is None else weight.to(kind)
+    bias = torch.zeros_like(weight) if bias is None else bias.to(kind)
+    mean, inverse_sd = torch.empty_like(weight), torch.empty_like(weight)
+    for sample, result in zip(x.split(1), y.split(1), strict=True):
+        torch.ops.aten.native_batch_norm.out(
+            sample, weight, bias, None, None, True, 0.0, eps, out=result, save_mean=mean, save_invstd=inverse_sd
+        )
+    return y
+
+
+def _convolve(convolution: nn.Module, *args: Any) -> Tensor:
+    y = type(convolution).forward(convolution, *args)
+    return y.contiguous(memory_format=LAYOUT) if y.ndim == 5 else y
+
+
+def _normalize(norm: nn.InstanceNorm3d, x: Tensor) -> Tensor:
+    if x.ndim == 5 and x.is_contiguous(memory_format=LAYOUT):
+        norm._check_input_dim(x)
+        return instance_norm_into(torch.empty_like(x), x, norm.weight, norm.bias, norm.eps)
+    return nn.InstanceNorm3d.forward(norm, x)
+
+
+_TRIM, _MMAP = -1, -3
+
+_KEEP = {_MMAP: 2**28, _TRIM: 2**31 - 1}
+"""Blocks up to 256 MiB are kept; larger ones still come and go, so that gaps between them can't add up."""
+
+_USUAL = {_MMAP: 2**25, _TRIM: 2**26}
+"""Where glibc's own thresholds settle once a large block was freed."""
+
+_SMALL = 2**22
+"""Room that small blocks take instead of the place behind a large one, where each would keep it from growing again."""
+
+_lock = threading.Lock()
+
+_users = 0
+
+_guard: int | None = None
+
+
+def use_huge_pages() -> None:
+    """Ask torch to back tensors of 2 MiB and more with huge pages (Linux); its first large tensor fixes the choice."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+@contextmanager
+def reused_memory() -> Iterator[None]:
+    """Within the block, freed memory stays with the process; afterwards what is free goes back to the system.
+
+    Blocks may nest and overlap between threads. Without glibc 2.35 or newer nothing changes.
+    """
+    libc = _glibc()
+    _enter(libc)
+    try:
+        yield
+    finally:
+        _leave(libc)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version")):
+        return None
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    return libc
+
+
+def _enter(libc: ctypes.CDLL | None) -> None:
+    global _users, _guard
+    with _lock:
+        _users += 1
+        if libc and _users == 1:
+            for option, value in _KEEP.items():
+                libc.mallopt(option, value)
+            # The upper of the two stays, untouched, so that the lower one does not melt into the heap's free end.
+            room, _guard = sorted((libc.malloc(_SMALL), libc.malloc(_SMALL)))
+            libc.free(room)
+
+
+def _leave(libc: ctypes.CDLL | None) -> None:
+    global _users, _guard
+    with _lock:
+        _users -= 1
+        if libc and not _users:
+            libc.free(_guard)
+            _guard = None
+            for option, value in _USUAL.items():
+                libc.mallopt(option, value)
+            libc.malloc_trim(0)
+
+
+_INSTRUCTIONS = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "avx10_2", "fp16_arith"},
+}
+"""What a processor must have to compute in a type, as ``torch.cpu.get_capabilities`` names it (x86, then Arm)."""
+
+
+def autocast(device: torch.device, amp: bool = True, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
+    """``torch.autocast``, switched off (float32) without `amp` and on devices that do not compute in `dtype`."""
+    return torch.autocast(device.type, dtype=dtype, enabled=amp and computes_in(device.type, dtype))
+
+
+@lru_cache
+def computes_in(device_type: str, dtype: torch.dtype) -> bool:
+    """Does a device of this type have arithmetic in `dtype`? If not, this is logged, once."""
+    if device_type == "cuda":
+        found = dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+        kind, advice = "GPU", "; --amp_dtype float16 trains in mixed precision on it"
+    elif device_type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        found = any(capabilities.get(name, False) for name in _INSTRUCTIONS[dtype])
+        kind, advice = "processor", ""
+    else:
+        return True
+    if not found:
+        name = str(dtype).removeprefix("torch.")
+        logger.warning("this %s has no %s arithmetic: computing in float32%s", kind, name, advice)
+    return found

@@ -1,0 +1,334 @@
+"""Prepared cases on disk: written once and whole, read in part.
+
+A case is a folder `<store>/<data set>/<case>-<key>` with `image.b2nd`, `codes.b2nd`, `foreground.npy` and `case.json`.
+It is written beside its place and renamed into it, so a folder that exists is complete. The key is made of the input
+files' identity, the preparation, the data set's own label rules and `FORMAT`; whatever changes leads to a new folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import blosc2
+import numpy as np
+from tqdm import tqdm
+
+from ..cases.cases import Preparation, file_identity
+from ..cases.pool import complete_items
+from ..cases.volumes import CaseError
+from ..labels import LabelTable
+from ..preparation.parallel import WorkerDied, run_all
+from ..preparation.preprocessing import prepare_case
+
+FORMAT = 1
+"""Raise it whenever the same input would be prepared or stored differently."""
+
+LEVELS = 2**14 - 1
+"""Steps between a channel's smallest and largest value: voxels are stored as uint16 levels. Rounding errs by at most
+3e-5 of the range, where float16 errs by up to 5e-4, and takes no more space."""
+
+CHUNK = (64, 64, 64)
+
+BLOCK = (32, 32, 32)
+"""Voxels (S, P, L) that blosc2 keeps together in a file, and those it decompresses at least. A patch of 112x160x192
+takes about 10 ms, and from half to twice these sizes little changes; LZ4 in place of ZSTD takes 7 ms and a third more
+space."""
+
+FOREGROUND_VOXELS = 10_000
+
+FOREGROUND_SHARE = 0.01
+"""nnU-Net keeps max(min(10000, N), 1% of N) voxels of each class."""
+
+Box = Sequence[tuple[int, int]]
+
+
+class StoreError(OSError):
+    """The store cannot be written (full, read-only, not a folder); nothing half-written is left in it."""
+
+
+@dataclass
+class PrepareReport:
+    """What `CaseStore.prepare` did: counts, cases whose label map is empty, and (item, message) of each failure."""
+
+    prepared: int = 0
+    reused: int = 0
+    empty_labels: list[str] = field(default_factory=list)
+    failed: list[tuple[Mapping[str, Any], str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.prepared} cases prepared, {self.reused} reused, {len(self.failed)} failed, "
+            f"{len(self.empty_labels)} with an empty label map"
+        ]
+        return "\n".join([*lines, *(f"  failed: {message}" for _, message in self.failed)])
+
+    def raise_failures(self) -> None:
+        """Raise one CaseError that lists every failure, if there is any."""
+        if self.failed:
+            raise CaseError(str(self))
+
+
+class CaseStore:
+    """Prepared cases under one folder; cheap to pickle, so workers and processes share it.
+
+    `readonly` turns a missing case into an error instead of preparing it.
+    """
+
+    def __init__(
+        self, store_dir: str | os.PathLike, table: LabelTable, preparation: Preparation, readonly: bool = False
+    ) -> None:
+        self.store_dir = os.path.abspath(os.fspath(store_dir))
+        self.table, self.preparation, self.readonly = table, preparation, readonly
+
+    def key(self, item: Mapping[str, Any]) -> str:
+        """Hex digest of everything that decides an item's stored bytes. Raises CaseError for a missing file."""
+        item = self._complete(item)
+        label = item.get("label")
+        facts = {
+            "format": FORMAT,
+            "files": file_identity(item),
+            "structures": list(label) if isinstance(label, Mapping) else None,
+            "modality": item["modality"],
+            "preparation": self.preparation.to_dict(),
+            "labels": self.table.label_rules(item["dataset"]),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+    def path(self, item: Mapping[str, Any]) -> str:
+        """Folder of an item, whether it exists or not."""
+        item = self._complete(item)
+        return os.path.join(self.store_dir, _plain(item["dataset"]), f"{_plain(item['case'])}-{self.key(item)}")
+
+    def open(self, item: Mapping[str, Any]) -> StoredCase:
+        """The stored case; prepares it on first touch.
+
+        Raises:
+            CaseError: the item cannot be prepared, or is missing in a read-only store.
+            StoreError: the store cannot be written.
+        """
+        return StoredCase(self._ensure(self._complete(item))[0], self.table)
+
+    def prepare(self, items: Sequence[Mapping[str, Any]], num_workers: int = 0, progress: bool = True) -> PrepareReport:
+        """Prepare all items that are not stored yet. A bad case is reported at the end; the others go on.
+
+        Raises:
+            StoreError: the store cannot be written (at once, since every other case would fail too).
+        """
+        self._sweep()
+        report = PrepareReport()
+        with tqdm(total=len(items), desc="prepare", disable=not progress) as bar:
+            for index, outcome in run_all(_prepare_one, [(self, item) for item in items], num_workers):
+                bar.update()
+                if isinstance(outcome, (ValueError, WorkerDied)):
+                    report.failed.append((items[index], str(outcome)))
+                    continue
+                case, was_there, empty = outcome
+                report.reused += was_there
+                report.prepared += not was_there
+                if empty:
+                    report.empty_labels.append(case)
+        report.empty_labels.sort()
+        return report
+
+    def _complete(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        return complete_items([item], self.table, self.preparation.default_modality)[0]
+
+    def _ensure(self, item: Mapping[str, Any]) -> tuple[str, bool]:
+        """Path of the stored case, and whether it was there before."""
+        path = self.path(item)
+        if os.path.isdir(path):
+            return path, True
+        if self.readonly:
+            raise CaseError(f"{item['image']}: not in the read-only store {self.store_dir}; prepare it first")
+        prepared = prepare_case(item, self.table, self.preparation)
+        _write_folder(self.store_dir, path, _files_of(prepared))
+        return path, False
+
+    def _sweep(self) -> None:
+        """Remove what processes of this host that no longer live, or of any host a day ago, left half-written."""
+        scratch = os.path.join(self.store_dir, ".writing")
+        for name in os.listdir(scratch) if os.path.isdir(scratch) else []:
+            path = os.path.join(scratch, name)
+            host, pid = name.rsplit("_", 2)[:2]
+            here = host == socket.gethostname()
+            if (here and not _alive(int(pid))) or (not here and time.time() - os.path.getmtime(path) > 86400):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class StoredCase:
+    """One prepared case on disk; reads boxes, holds no voxels. Boxes are ((s0, s1), (p0, p1), (l0, l1)), inside."""
+
+    def __init__(self, path: str, table: LabelTable) -> None:
+        self.path, self._table = path, table
+        with open(os.path.join(path, "case.json"), encoding="utf-8") as file:
+            index = json.load(file)
+        self.properties: dict[str, Any] = index["properties"]
+        self._foreground, self._steps = index["foreground"], index["steps"]
+        self.channels: int = len(self._steps)
+        self.shape: tuple[int, int, int] = tuple(self.properties["shape"])
+
+    def read_image(self, box: Box | None = None) -> np.ndarray:
+        """float32 (C, s, p, l)."""
+        image = self._read("image.b2nd", (slice(0, self.channels), *self._slices(box))).astype(np.float32)
+        for channel, (start, step) in zip(image, self._steps, strict=True):
+            channel *= np.float32(step)
+            channel += np.float32(start)
+        return image
+
+    def read_codes(self, box: Box | None = None) -> np.ndarray:
+        """Local label codes (s, p, l)."""
+        return self._read("codes.b2nd", self._slices(box))
+
+    @cached_property
+    def foreground(self) -> dict[int, np.ndarray]:
+        """Local code -> voxel coordinates (n, 3), a sample per code; background and ignored codes left out."""
+        voxels = np.load(os.path.join(self.path, "foreground.npy"), mmap_mode="r")
+        ignored = self._table.ignored(self.properties["dataset"])
+        return {code: voxels[start:stop] for code, start, stop in self._foreground if code not in ignored}
+
+    def _read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        """A part of one array. It is opened anew each time: thousands of cases would use up the open files."""
+        path = os.path.join(self.path, name)
+        return blosc2.open(path, mode="r", mmap_mode="r", dparams={"nthreads": 1})[slices]
+
+    def _slices(self, box: Box | None) -> tuple[slice, ...]:
+        if box is None:
+            return tuple(slice(0, size) for size in self.shape)
+        if any(not 0 <= start < stop <= size for (start, stop), size in zip(box, self.shape, strict=True)):
+            raise ValueError(f"{self.path}: box {tuple(box)} is empty or reaches beyond the volume {self.shape}")
+        return tuple(slice(int(start), int(stop)) for start, stop in box)
+
+
+def _prepare_one(store: CaseStore, item: Mapping[str, Any]) -> tuple[str, bool, bool]:
+    """Prepare one item: its name, whether it was stored already, and whether its label map is empty."""
+    item = store._complete(item)
+    path, was_there = store._ensure(item)
+    with open(os.path.join(path, "case.json"), encoding="utf-8") as file:
+        return f"{item['dataset']}/{item['case']}", was_there, bool(json.load(file)["properties"]["empty_label"])
+
+
+def sample_foreground(codes: np.ndarray, seed: int = 1234) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    """Coordinates (n, 3) of foreground voxels, and (code, first row, last row + 1) of each code but 0.
+
+    max(min(10000, N), 1% of N) voxels per code, drawn without replacement.
+    """
+    random = np.random.RandomState(seed)
+    flat = np.flatnonzero(codes)
+    values = codes.reshape(-1)[flat]
+    by_code = flat[np.argsort(values, kind="stable")]
+    rows, spans, start, first = [], [], 0, 0
+    for code, count in enumerate(np.bincount(values)) if flat.size else []:
+        if not count:
+            continue
+        wanted = max(min(FOREGROUND_VOXELS, count), int(np.ceil(FOREGROUND_SHARE * count)))
+        chosen = by_code[first + np.sort(random.choice(count, wanted, replace=False))]
+        rows.append(np.stack(np.unravel_index(chosen, codes.shape), 1))
+        spans.append((code, start, start + wanted))
+        start, first = start + wanted, first + count
+    dtype = np.uint16 if max(codes.shape) < 65536 else np.uint32
+    return (np.concatenate(rows) if rows else np.empty((0, 3))).astype(dtype), spans
+
+
+def _files_of(prepared) -> dict[str, bytes]:
+    """File name -> content of a stored case."""
+    codes = prepared.codes
+    if codes is None:
+        raise CaseError(f"{prepared.properties['source']}: no label in this item; the store holds labelled cases")
+    levels, steps = quantize(prepared.image)
+    voxels, spans = sample_foreground(codes)
+    index = {"format": FORMAT, "properties": prepared.properties, "steps": steps, "foreground": spans}
+    header = json.dumps(index, indent=4, default=_plain_number).encode()
+    return {
+        "image.b2nd": _compress(levels),
+        "codes.b2nd": _compress(codes),
+        "foreground.npy": _npy(voxels),
+        "case.json": header,
+    }
+
+
+def quantize(image: np.ndarray) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """float32 (C, S, P, L) -> uint16 levels and, per channel, the value of level 0 and the step between levels."""
+    levels = np.empty(image.shape, np.uint16)
+    steps = []
+    for channel, out in zip(image, levels, strict=True):
+        low, high = float(channel.min()), float(channel.max())
+        step = (high - low) / LEVELS or 1.0
+        for plane, target in zip(channel, out, strict=True):
+            np.rint((plane - np.float32(low)) / np.float32(step), out=target, casting="unsafe")
+        steps.append((low, step))
+    return levels, steps
+
+
+def _compress(array: np.ndarray) -> bytes:
+    """A blosc2 frame, chunked for reading patches. One thread: with more, the order of blocks in a chunk varies."""
+    extra = array.ndim - 3
+    stored = blosc2.asarray(
+        array,
+        chunks=(1,) * extra + tuple(min(c, n) for c, n in zip(CHUNK, array.shape[extra:], strict=True)),
+        blocks=(1,) * extra + tuple(min(b, n) for b, n in zip(BLOCK, array.shape[extra:], strict=True)),
+        cparams={"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
+    )
+    return stored.to_cframe()
+
+
+def _write_folder(store_dir: str, path: str, files: Mapping[str, bytes]) -> None:
+    """Write files into a new folder and move it to `path` in one step; on failure leave nothing behind."""
+    scratch = os.path.join(store_dir, ".writing", f"{socket.gethostname()}_{os.getpid()}_{uuid.uuid4().hex}")
+    try:
+        os.makedirs(scratch)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        for name, content in files.items():
+            with open(os.path.join(scratch, name), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        try:
+            os.rename(scratch, path)
+        except OSError:
+            if not os.path.isdir(path):
+                raise
+    except OSError as error:
+        raise StoreError(
+            error.errno,
+            f"cannot write the store at {store_dir} ({error.strerror or error}); free some space, or set store_dir to "
+            "a folder that can be written",
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def _plain(name: str) -> str:
+    """A name that any file system takes."""
+    return re.sub(r"[^\w.-]+", "_", str(name)).strip(".") or "_"
+
+
+def _plain_number(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

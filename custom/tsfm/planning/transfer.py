@@ -1,0 +1,387 @@
+"""Pretrained weights into a network of another shape (paper section 2.4), with a report of what went where.
+
+| tensor                                   | where shapes differ                                                                 |
+|------------------------------------------|-------------------------------------------------------------------------------------|
+| stem, to other input channels            | the sum over the old channels, spread evenly over the new ones                      |
+| kernel of a Down's shortcut (its stride) | the same along each axis whose stride differs                                       |
+| position embedding                       | interpolated to the new token grid                                                  |
+| heads                                    | taken over per target that both sides know by *name*; the others keep their start   |
+| Transformer or coarser heads             | may be missing as a whole on either side: then they start anew, or stay unused      |
+| anything else                            | an error; the network is as it was before                                           |
+
+The rule for stem and shortcut keeps the sum of activations: an image repeated in all channels gives the same features
+whether there is one channel or several (from one to n: weight / n repeated; from several to one: their sum).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..files import atomic_write
+from ..network.tsfm_net import interpolate_positions
+from ..training.checkpoint import EXTRA_STATE, CheckpointError, read_state
+
+PARTS = {"encoder": ("stem.", "encoder.", "down.", "bottleneck."), "heads": ("heads.",)}
+
+FREEZE = ("none", "encoder", "all_but_heads")
+
+SHOWN = 10  # names that an error or a report spells out
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the network: how it got its values, and how many of them come from the checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    how: str  # loaded | adapted | new
+    reused: int
+    new: int
+    note: str = ""
+
+
+@dataclass
+class TransferReport:
+    """What `load_pretrained` did; `str()` is the text that it prints."""
+
+    checkpoint: str
+    entries: list[Entry]
+    unused: dict[str, tuple[int, ...]]
+    checkpoint_parameters: int
+    targets: dict[str, list[str]]
+    mismatches: list[str] = field(default_factory=list)
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Tensors, parameters and per cent: of the network for loaded, adapted, new; of the checkpoint for unused.
+
+        An adapted tensor's values that are new (heads of new targets) count as new parameters.
+        """
+        parameters = {
+            "loaded": sum(entry.reused for entry in self.entries if entry.how == "loaded"),
+            "adapted": sum(entry.reused for entry in self.entries if entry.how == "adapted"),
+            "new": sum(entry.new for entry in self.entries),
+        }
+        whole = sum(parameters.values())
+        totals = {
+            how: {
+                "tensors": sum(entry.how == how for entry in self.entries),
+                "parameters": count,
+                "percent": 100 * count / max(whole, 1),
+            }
+            for how, count in parameters.items()
+        }
+        unused = sum(_count(shape) for shape in self.unused.values())
+        percent = 100 * unused / max(self.checkpoint_parameters, 1)
+        return {**totals, "unused": {"tensors": len(self.unused), "parameters": unused, "percent": percent}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {**asdict(self), "totals": self.totals()}
+
+    def __str__(self) -> str:
+        lines = [
+            f"Pretrained weights from {self.checkpoint}",
+            f"{'':10}{'tensors':>9}{'parameters':>15}{'per cent':>10}",
+        ]
+        for how, total in self.totals().items():
+            of = "of the checkpoint" if how == "unused" else "of the network"
+            lines.append(
+                f"{how:10}{total['tensors']:>9}{total['parameters']:>15,}{_percent(total['percent']):>10} {of}"
+            )
+        adapted = [f"{entry.name}: {entry.note}" for entry in self.entries if entry.how == "adapted"]
+        lines += _listed("adapted", adapted) + _listed("new", [e.name for e in self.entries if e.how == "new"])
+        lines += _listed("unused", list(self.unused))
+        lines += [f"targets {kind}: {', '.join(names) or '-'}" for kind, names in self.targets.items()]
+        lines += [f"note: {mismatch}" for mismatch in self.mismatches]
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """JSON at `path`, and the text beside it with the suffix ``.txt``."""
+        path = os.fspath(path)
+        for name, text in (
+            (path, json.dumps(self.to_dict(), indent=4)),
+            (os.path.splitext(path)[0] + ".txt", str(self)),
+        ):
+            atomic_write(name, lambda temporary, text=text: _write(temporary, text + "\n"))
+
+
+def load_pretrained(
+    network: nn.Module,
+    checkpoint: str | os.PathLike,
+    report_path: str | os.PathLike | None = None,
+    task: Mapping[str, Any] | None = None,
+    reinitialize: Sequence[str] = (),
+) -> TransferReport:
+    """Put the weights of `checkpoint` into `network`, whose channels, targets, patch or strides may differ.
+
+    Target names, spacing, normalization and modality of the checkpoint are compared with those of the new task; what
+    differs is named in the report and stops nothing.
+
+    Args:
+        network: a `TSFM` (its ``description["targets"]`` names the outputs), not yet wrapped for several processes.
+        checkpoint: any weight file that `checkpoint.read_state` takes.
+        report_path: JSON file for the report; a ``.txt`` goes beside it.
+        task: description of the new task where the network does not carry one yet: ``targets`` (names in order),
+            ``preparation``, ``modalities``. Its entries go before those of ``network.description``.
+        reinitialize: beginnings of names that shall keep their fresh start ("bottleneck", "heads.0").
+
+    Raises:
+        CheckpointError: an unreadable or unsafe file, or weights that do not fit; the network is then unchanged.
+    """
+    path = os.fspath(checkpoint)
+    found, theirs = read_state(path)
+    ours = {**getattr(network, "description", {}), **(task or {})}
+    own = {name: value for name, value in network.state_dict().items() if not name.endswith(EXTRA_STATE)}
+    heads = _HeadMap(list(theirs.get("targets", ())), list(ours.get("targets", ())))
+
+    entries, values, problems = [], {}, []
+    for name, current in own.items():
+        fresh = name.startswith(tuple(reinitialize))
+        source = None if fresh else found.get(name)
+        if source is None:
+            if not fresh and not _may_be_absent(name, found):
+                problems.append(f"{name} {tuple(current.shape)}: not in the checkpoint")
+            entries.append(Entry(name, tuple(current.shape), "new", 0, current.numel()))
+            continue
+        adapted = _adapt(name, source, current, heads)
+        if adapted is None:
+            problems.append(f"{name}: checkpoint {tuple(source.shape)}, network {tuple(current.shape)}")
+            continue
+        entry, values[name] = adapted
+        entries.append(entry)
+    unused = {name: tuple(value.shape) for name, value in found.items() if values.get(name) is None}
+    superfluous = [name for name in found if name not in own and not _may_be_absent(name, own)]
+    problems += [f"{name} {unused[name]}: not in the network" for name in superfluous]
+    if not any(entry.reused for entry in entries):
+        problems.insert(0, "not a single tensor fits")
+    if problems:
+        raise CheckpointError(_misfit(path, problems, theirs, ours))
+
+    with torch.no_grad():
+        for name, value in values.items():
+            if value is not None:
+                own[name].copy_(value)  # entries of a state dict share the network's memory
+    report = TransferReport(
+        path,
+        entries,
+        unused,
+        sum(value.numel() for value in found.values()),
+        heads.summary(),
+        _mismatches(theirs, ours),
+    )
+    if (
+        not torch.distributed.is_available()
+        or not torch.distributed.is_initialized()
+        or torch.distributed.get_rank() == 0
+    ):
+        print(report, flush=True)
+        if report_path is not None:
+            report.save(report_path)
+    return report
+
+
+def freeze(network: nn.Module, what: str) -> None:
+    """Switch training off for ``"encoder"`` (stem, encoder, down, Transformer), for ``"all_but_heads"``, or ``"none"``.
+
+    Raises:
+        ValueError: another word, or a network without parts of these names.
+    """
+    if what not in FREEZE:
+        raise ValueError(f"freeze is {what!r}; expected one of {', '.join(FREEZE)}")
+    parts = [part_of(name) for name, _ in network.named_parameters()]
+    if what != "none" and not set(PARTS) <= set(parts):
+        raise ValueError(f"freeze={what!r} needs a network with the parts of TSFM; {type(network).__name__} lacks them")
+    for part, parameter in zip(parts, network.parameters(), strict=True):
+        frozen = part != "heads" if what == "all_but_heads" else part == what
+        parameter.requires_grad_(not frozen)
+
+
+def part_of(name: str) -> str:
+    """``"encoder"``, ``"decoder"`` or ``"heads"``: the part of the network that a parameter's `name` belongs to."""
+    for wrapper in ("module.", "_orig_mod."):
+        name = name.removeprefix(wrapper)
+    return next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), "decoder")
+
+
+def parameter_groups(
+    network: nn.Module, learning_rate: float, head_lr: float | None = None, encoder_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer, each with its own learning rate; frozen parameters and empty groups are left out.
+
+    `head_lr` and `encoder_lr` are `learning_rate` unless given.
+
+    Raises:
+        ValueError: a negative rate, or nothing left to train.
+    """
+    rates = {"encoder": encoder_lr, "decoder": learning_rate, "heads": head_lr}
+    rates = {part: learning_rate if rate is None else rate for part, rate in rates.items()}
+    if min(rates.values()) < 0:
+        raise ValueError(f"learning rates are {rates}; expected none below 0")
+    groups: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups[part_of(name)].append(parameter)
+    if not any(groups.values()):
+        raise ValueError(
+            f"{type(network).__name__} has no parameter that requires a gradient: nothing would be trained"
+        )
+    return [{"params": group, "lr": rates[part], "name": part} for part, group in groups.items() if group]
+
+
+class _HeadMap:
+    """Which output of the checkpoint becomes which output of the network, by the names of the targets."""
+
+    def __init__(self, theirs: list[str], ours: list[str]) -> None:
+        self.theirs, self.ours = theirs, ours
+        shared = [name for name in ours if name in theirs]
+        self.from_index = [theirs.index(name) for name in shared]
+        self.to_index = [ours.index(name) for name in shared]
+
+    def take(self, source: Tensor, current: Tensor) -> tuple[Tensor | None, int]:
+        """`current` with the rows of the shared targets replaced (None where there are none), and the values replaced."""
+        if not self.to_index:
+            return None, 0
+        value = current.detach().clone()
+        value[self.to_index] = source[self.from_index].to(value)
+        return value, len(self.to_index) * current[0].numel()
+
+    def fits(self, source: Tensor, current: Tensor) -> bool:
+        """Whether both tensors have one row per target of their side, where that side names its targets."""
+        rows = (not self.theirs or len(source) == len(self.theirs)) and (
+            not self.ours or len(current) == len(self.ours)
+        )
+        return rows and source.shape[1:] == current.shape[1:]
+
+    @property
+    def same(self) -> bool:
+        return self.theirs == self.ours
+
+    def summary(self) -> dict[str, list[str]]:
+        return {
+            "taken over": [self.ours[i] for i in self.to_index],
+            "new": [name for name in self.ours if name not in self.theirs],
+            "unused": [name for name in self.theirs if name not in self.ours],
+        }
+
+
+def _adapt(name: str, source: Tensor, current: Tensor, heads: _HeadMap) -> tuple[Entry, Tensor | None] | None:
+    """The entry and the value for one tensor of the network (value None: keep the start); None where it cannot fit."""
+    shape, size = tuple(current.shape), current.numel()
+    if source.ndim != current.ndim:
+        return None
+    if name.startswith("heads.") and ".conv." in name and not (heads.same and source.shape == current.shape):
+        if not heads.fits(source, current):
+            return None
+        value, reused = heads.take(source, current)
+        note = f"{len(heads.to_index)} of {len(current)} targets by name"
+        return Entry(name, shape, "adapted" if reused else "new", reused, size - reused, note), value
+    if source.shape == current.shape:
+        return Entry(name, shape, "loaded", size, 0), source
+    if name == "stem.weight" and _differ_only_in(source, current, (1,)):
+        note = f"{source.shape[1]} to {current.shape[1]} input channels"
+        return Entry(name, shape, "adapted", size, 0, note), _spread(source, shape)
+    if name.startswith("down.") and ".shortcut." in name and _differ_only_in(source, current, (2, 3, 4)):
+        note = f"stride {tuple(source.shape[2:])} to {shape[2:]}"
+        return Entry(name, shape, "adapted", size, 0, note), _spread(source, shape)
+    if name == "bottleneck.position_embedding" and _differ_only_in(source, current, (2, 3, 4)):
+        note = f"token grid {tuple(source.shape[2:])} to {shape[2:]}"
+        return Entry(name, shape, "adapted", size, 0, note), interpolate_positions(source, shape[2:])
+    return None
+
+
+def _spread(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """`weight` in another shape with the same sum along every axis that differs: summed, then divided evenly."""
+    weight = weight.double()
+    for axis, (old, new) in enumerate(zip(weight.shape, shape, strict=True)):
+        if old != new:
+            weight = weight.sum(axis, keepdim=True) / new
+    return weight.expand(*shape)
+
+
+def _differ_only_in(source: Tensor, current: Tensor, axes: tuple[int, ...]) -> bool:
+    return all(a == b or i in axes for i, (a, b) in enumerate(zip(source.shape, current.shape, strict=True)))
+
+
+def _may_be_absent(name: str, other: Mapping[str, Any]) -> bool:
+    """Whether the side `other` may lack `name`: the whole Transformer, or the head of one level."""
+    if name.startswith("bottleneck."):
+        return not any(key.startswith("bottleneck.") for key in other)
+    if name.startswith("heads."):
+        head = ".".join(name.split(".")[:2]) + "."
+        return head != "heads.0." and not any(key.startswith(head) for key in other)
+    return False
+
+
+def _misfit(path: str, problems: list[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    lines = [f"{path} does not fit the network ({len(problems)} problems); the network was not changed:"]
+    was, now = theirs.get("network", {}), ours.get("network", {})
+    lines += [
+        f"  {key}: checkpoint {was[key]}, network {now[key]}"
+        for key in ("features", "depths_down", "depths_up", "hidden_size", "num_layers", "mlp_dim")
+        if key in was and key in now and was[key] != now[key]
+    ]
+    lines += [f"  {problem}" for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"  ... and {len(problems) - SHOWN} more")
+    lines.append(
+        "Declare the network with the checkpoint's features and depths (its channels, targets, patch and strides may "
+        "differ), or name parts that shall start anew in reinitialize, for example ['bottleneck']."
+    )
+    return "\n".join(lines)
+
+
+def _mismatches(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """In words, what the checkpoint was trained on and the new task does differently."""
+    if "network" not in theirs:
+        return ["the checkpoint carries no description: targets, spacing and normalization could not be compared"]
+    found = []
+    if ours.get("targets") and not theirs.get("targets"):
+        found.append("the checkpoint does not name its targets: all heads start anew")
+    if theirs.get("version") not in (None, __version__):
+        found.append(f"the checkpoint was written by tsfm {theirs['version']}, this is {__version__}")
+    was, now = theirs.get("network", {}), ours.get("network", {})
+    for key, meaning in (("in_channels", "input channels"), ("img_size", "patch (S, P, L)"), ("strides", "strides")):
+        if key in was and key in now and was[key] != now[key]:
+            found.append(f"{meaning}: {was[key]} in the checkpoint, {now[key]} now")
+    before, after = theirs.get("preparation") or {}, ours.get("preparation") or {}
+    modalities = {*(ours.get("modalities") or [after[key] for key in ("default_modality",) if key in after])}
+    if before and after:
+        if list(before["spacing_mm"]) != list(after["spacing_mm"]):
+            found.append(
+                f"spacing (S, P, L): {before['spacing_mm']} mm in the checkpoint, {after['spacing_mm']} mm now"
+            )
+        was, now = before.get("intensity", {}), after.get("intensity", {})
+        for modality in sorted(modalities):
+            if was.get(modality) != now.get(modality):
+                shown = [values.get(modality, "z-score per case") for values in (was, now)]
+                found.append(f"normalization of {modality}: {shown[0]} in the checkpoint, {shown[1]} now")
+    unseen = sorted(modalities - {*theirs.get("modalities", ())})
+    if unseen and theirs.get("modalities"):
+        found.append(f"modality {', '.join(unseen)} is new: the checkpoint saw {', '.join(theirs['modalities'])}")
+    return found
+
+
+def _listed(title: str, names: list[str]) -> list[str]:
+    more = f", ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return [f"{title}: {', '.join(names[:SHOWN])}{more}"] if names else []
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f}" if value < 99.995 or value == 100 else "99.99"
+
+
+def _count(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)

@@ -1,0 +1,93 @@
+"""Running one function over many jobs in worker processes that may die."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_all_start_methods, get_context
+from typing import Any
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended without an answer; most often the system killed it for its memory."""
+
+
+def run_all(function: Callable, jobs: Sequence[tuple], num_workers: int = 0) -> Iterator[tuple[int, Any]]:
+    """(index, result) of `function(*jobs[index])` as they come; a ValueError raised by a job is its result.
+
+    With workers (one thread each) a job whose worker dies gets a WorkerDied, and the others go on: whatever
+    was in flight is tried again, one process per job, to find the one that kills. Other errors end the whole run.
+    On an interrupt the workers are ended before it is passed on.
+    """
+    if num_workers <= 0:
+        for index, job in enumerate(jobs):
+            yield index, _guarded(function, job)
+        return
+    waiting = deque(range(len(jobs)))
+    while waiting:
+        suspects: list[int] = []
+        yield from _run_pool(function, jobs, waiting, num_workers, suspects)
+        for index in suspects:
+            alone: list[int] = []
+            yield from _run_pool(function, jobs, deque([index]), 1, alone)
+            if alone:
+                yield (
+                    index,
+                    WorkerDied(
+                        f"the worker process died on {jobs[index][0]!r} (out of memory?): try fewer "
+                        "workers, or look at this case"
+                    ),
+                )
+
+
+def _run_pool(function, jobs, waiting: deque[int], workers: int, suspects: list[int]) -> Iterator[tuple[int, Any]]:
+    """Run what waits until all is done or a worker dies; what was in flight then is left in `suspects`."""
+    pool = ProcessPoolExecutor(min(workers, len(waiting)), mp_context=_context(), initializer=_start_worker)
+    flight: dict[Future, int] = {}
+    try:
+        while waiting or flight:
+            while waiting and len(flight) < workers:
+                future = pool.submit(_guarded, function, jobs[waiting[0]])
+                flight[future] = waiting.popleft()
+            done, _ = wait(flight, return_when=FIRST_COMPLETED)
+            finished = [(flight.pop(future), future.result()) for future in done if future.exception() is None]
+            yield from finished
+            for error in (future.exception() for future in done if future in flight):
+                if not isinstance(error, BrokenProcessPool):
+                    raise error
+                raise BrokenProcessPool
+    except BrokenProcessPool:
+        suspects.extend(sorted(flight.values()))
+    except BaseException:
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _context():
+    """Workers begin from a clean server that has imported this package once (fork would copy torch's locks)."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tsfm.patches.store"])
+    return context
+
+
+def _start_worker() -> None:
+    """Workers leave interrupts to the main process, and share the cores among themselves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _guarded(function: Callable, job: tuple) -> Any:
+    try:
+        return function(*job)
+    except ValueError as error:
+        return error

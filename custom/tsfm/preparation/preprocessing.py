@@ -1,0 +1,218 @@
+"""Deterministic preparation: crop to non-zero, normalise, resample; nnU-Net 2.8.1's numbers on (S, P, L) arrays.
+
+nnU-Net 2 normalises on the cropped source grid and resamples afterwards, and so does this module. Reading and checking
+is in cases.py and reading.py, the resizing itself in resampling.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cc3d
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, MapTransform
+
+from ..cases.cases import Preparation, check_image, load_case
+from ..cases.volumes import CaseError, spacing_of
+from ..labels import LabelTable
+from .resampling import label_box, nearest, new_shape, one_thread, resample, resample_labels, thick_axis
+
+MASKED_BELOW = 0.75
+"""A crop that keeps less than this share of the voxels makes the z-score look at the non-zero region only."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a prepared image lies in its source: sizes in voxels (S, P, L), `crop` half-open per axis."""
+
+    source_shape: tuple[int, int, int]
+    crop: tuple[tuple[int, int], ...]
+    cropped_shape: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    source_spacing_mm: tuple[float, float, float]
+    spacing_mm: tuple[float, float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, as MONAI's transform records and JSON want them."""
+        return {name: _lists(value) for name, value in asdict(self).items()}
+
+    def affine(self) -> np.ndarray:
+        """(4, 4) from prepared voxel indices to source voxel indices (voxel edges stay where they are)."""
+        matrix = np.eye(4)
+        for axis, ((start, _), old, new) in enumerate(zip(self.crop, self.cropped_shape, self.shape, strict=True)):
+            matrix[axis, axis] = old / new
+            matrix[axis, 3] = start + 0.5 * old / new - 0.5
+        return matrix
+
+
+@dataclass
+class Prepared:
+    """image float32 (C, S, P, L), local codes (S, P, L) or None, and what is known of the case (plain JSON)."""
+
+    image: np.ndarray
+    codes: np.ndarray | None
+    properties: dict[str, Any]
+
+
+def crop_box(image) -> tuple[tuple[int, int], ...]:
+    """Half-open bounding box (S, P, L) of voxels that are non-zero in any channel of a numpy (C, S, P, L).
+
+    nnU-Net fills holes first, which does not move the box. Raises CaseError for an all-zero image.
+    """
+    boxes = [box for box in (label_box(channel) for channel in image) if box is not None]
+    if not boxes:
+        raise CaseError("every voxel is zero, so there is no box to crop to")
+    return tuple((min(b[a][0] for b in boxes), max(b[a][1] for b in boxes)) for a in range(3))
+
+
+def filled_mask(image: np.ndarray) -> np.ndarray:
+    """Bool (S, P, L): non-zero in any channel of (C, S, P, L), holes filled (face-connected, as in nnU-Net)."""
+    mask = (image != 0).any(0)
+    outside = np.pad(~mask, 1, constant_values=True)
+    components = cc3d.connected_components(outside, connectivity=6)
+    return components[1:-1, 1:-1, 1:-1] != components[0, 0, 0]
+
+
+def normalize(image: torch.Tensor, preparation: Preparation, modality: str, cropped_share: float = 1.0) -> torch.Tensor:
+    """Normalise float (C, S, P, L) in place on the cropped source grid, and return it.
+
+    Listed modalities (CT) are clipped to [lower, upper], shifted by mean and divided by sd. Others are z-scored per
+    channel; `cropped_share` (what the crop kept of the volume) then decides on the mask where the plan does not.
+    """
+    values = preparation.intensity.get(modality)
+    if values is not None:
+        image.clamp_(values["lower"], values["upper"])
+        return image.sub_(values["mean"]).div_(max(values["sd"], 1e-8))
+    mask = None
+    if preparation.masked.get(modality, cropped_share < MASKED_BELOW):
+        mask = torch.from_numpy(filled_mask(image.cpu().numpy())).to(image.device)
+    for channel in image:
+        sd, mean = torch.std_mean(channel if mask is None else channel[mask], correction=0)
+        scaled = channel.sub(mean).div_(sd.clamp_min(1e-8))
+        channel.copy_(scaled if mask is None else torch.where(mask, scaled, channel))
+    return image
+
+
+def prepare_image(
+    image: torch.Tensor, spacing_mm: Sequence[float], preparation: Preparation, modality: str, own: bool = False
+) -> tuple[torch.Tensor, Grid]:
+    """Crop, normalise and resample float32 (C, S, P, L); `own` allows to overwrite the input.
+
+    The same bits for any number of threads.
+    """
+    crop = crop_box(image.cpu().numpy())
+    inside = (slice(None), *(slice(*span) for span in crop))
+    cropped = image[inside] if own else image[inside].clone()
+    share = cropped[0].numel() / image[0].numel()
+    shape = new_shape(cropped.shape[1:], spacing_mm, preparation.spacing_mm)
+    grid = Grid(
+        tuple(image.shape[1:]), crop, tuple(cropped.shape[1:]), shape, tuple(spacing_mm), preparation.spacing_mm
+    )
+    with one_thread():
+        cropped = normalize(cropped, preparation, modality, share)
+    thick = thick_axis(spacing_mm, preparation.spacing_mm)
+    if len(cropped) == 1:
+        return resample(cropped[0], shape, 3, thick)[None], grid
+    return torch.stack([resample(channel, shape, 3, thick) for channel in cropped]), grid
+
+
+def prepare_case(item: Mapping[str, Any], table: LabelTable | None, preparation: Preparation) -> Prepared:
+    """A datalist item on the target grid, normalised, with its label codes resampled likewise.
+
+    Raises:
+        CaseError: what `load_case` finds wrong.
+    """
+    case = load_case(item, table, preparation)
+    spacing, affine = case.spacing_mm, case.affine
+    codes, case.codes = case.codes, None
+    image, grid = prepare_image(torch.from_numpy(case.image), spacing, preparation, case.modality, own=True)
+    if codes is not None:
+        codes = codes[tuple(slice(*span) for span in grid.crop)]
+        codes = np.ascontiguousarray(resample_labels(codes, grid.shape, thick_axis(spacing, preparation.spacing_mm)))
+    properties = {
+        **grid.to_dict(),
+        "source": case.source,
+        "dataset": case.dataset,
+        "case": case.name,
+        "modality": case.modality,
+        "source_affine": _lists(affine.tolist()),
+        "empty_label": None if codes is None else not codes.any(),
+    }
+    return Prepared(np.ascontiguousarray(image.numpy()), codes, properties)
+
+
+class PrepareImaged(MapTransform, InvertibleTransform):
+    """`prepare_image` as a MONAI transform, and the way back.
+
+    Takes what `Orientationd(axcodes="SPL", labels=None)` gives: a MetaTensor (C, S, P, L). `preparation` may be its
+    `to_dict`. The modality is the argument, else `data["modality"]`, else the preparation's default.
+
+    `inverse` accepts a tensor on the prepared grid (brought back by nearest voxel) or already on the cropped source
+    grid, told apart by shape, and fills what was cropped with 0.
+
+    Raises:
+        CaseError: wrong channel count, NaN, infinite or only zero voxels; the message names the file if known.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        preparation: Preparation | Mapping[str, Any],
+        modality: str | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        given = isinstance(preparation, Preparation)
+        self.preparation = preparation if given else Preparation.from_dict(preparation)
+        self.modality = modality
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        out = dict(data)
+        modality = self.modality or data.get("modality") or self.preparation.default_modality
+        for key in self.key_iterator(out):
+            out[key] = self._prepare(out[key], modality, str(key))
+        return out
+
+    def _prepare(self, image: Any, modality: str, key: str) -> MetaTensor:
+        image = image if isinstance(image, MetaTensor) else MetaTensor(image)
+        source = str(image.meta.get("filename_or_obj", key))
+        if image.ndim != 4:
+            raise CaseError(f"{source}: {tuple(image.shape)} voxels; expected (channels, S, P, L)")
+        plain = image.as_tensor()
+        check_image(plain, self.preparation, modality, source)
+        affine = image.affine.detach().cpu().numpy().astype(float)
+        own = plain.dtype != torch.float32
+        prepared, grid = prepare_image(plain.float(), spacing_of(affine), self.preparation, modality, own)
+        result = MetaTensor(prepared, meta={**image.meta, "affine": torch.from_numpy(affine @ grid.affine())})
+        result.applied_operations = list(image.applied_operations)
+        record = {**grid.to_dict(), "source_affine": _lists(affine.tolist())}
+        return self.push_transform(result, orig_size=grid.source_shape, extra_info=record)
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The tensors of `keys` on the source grid (C, S, P, L) that the transform was given."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            record = self.pop_transform(out[key])["extra_info"]
+            tensor = out[key]
+            found, shape, cropped = tuple(tensor.shape[1:]), tuple(record["shape"]), tuple(record["cropped_shape"])
+            if found not in (shape, cropped):
+                raise ValueError(
+                    f"{key}: shape {found}; expected the prepared grid {shape} or the cropped one {cropped}"
+                )
+            plain = nearest(tensor.as_tensor(), cropped)
+            full = plain.new_zeros((len(plain), *record["source_shape"]))
+            full[(slice(None), *(slice(*span) for span in record["crop"]))] = plain
+            affine = torch.tensor(record["source_affine"], dtype=torch.float64)
+            result = MetaTensor(full, meta={**tensor.meta, "affine": affine})
+            result.applied_operations = list(tensor.applied_operations)
+            out[key] = result
+        return out
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(v) for v in value] if isinstance(value, (list, tuple)) else value

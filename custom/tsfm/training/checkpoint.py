@@ -1,0 +1,274 @@
+"""Weight files: what they hold, what travels with them, and how they are read without executing anything.
+
+A network's description (its constructor arguments, targets, label table, preparation, patch) is part of its state dict
+as ``_extra_state``, a uint8 tensor of JSON. So one plain ``model.pt`` or ``model.safetensors`` is enough to rebuild the
+network, prepare an image for it and name its outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._version import __version__
+from ..files import atomic_write
+from ..labels import LabelTable
+from ..network.tsfm_net import TSFM
+
+EXTRA_STATE = "_extra_state"
+
+NESTED_KEYS = ("model", "state_dict", "network", "network_weights")
+
+PREFIXES = ("module.", "_orig_mod.", "network.")
+
+
+class CheckpointError(ValueError):
+    """A weight file that is missing, unsafe, or does not hold what is needed."""
+
+
+def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and description of a weight file; the tensors of ``.pt`` files are mapped, not copied.
+
+    Reads a plain state dict, a training checkpoint (``{"model": ...}``), ``{"state_dict": ...}``-style files and
+    safetensors; prefixes of wrappers (``module.``) are dropped. The description is empty where the file has none.
+
+    Raises:
+        CheckpointError: no such file, not a weight file, or a pickle that holds more than tensors and plain values.
+    """
+    state = _load_file(os.fspath(path))
+    for key in NESTED_KEYS:
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    while prefix := next((p for p in PREFIXES if state and all(str(key).startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    extra = tensors.pop(EXTRA_STATE, None)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors (keys: {list(state)[:8]}); expected a state dict")
+    return tensors, decode_description(extra)
+
+
+def read_description(path: str | os.PathLike) -> dict[str, Any]:
+    """What travels with the weights in `path`.
+
+    Raises:
+        CheckpointError: as `read_state`, and for a file without a description (not written by these bundles).
+    """
+    description = read_state(path)[1]
+    if "network" not in description:
+        raise CheckpointError(
+            f"{path}: the weights carry no description of their network, so nothing can be built from them alone. "
+            "Use a model.pt that tsfm's bundles wrote, or load_pretrained() into a network that you declare."
+        )
+    return description
+
+
+def encode_description(description: Mapping[str, Any]) -> torch.Tensor:
+    """JSON as a uint8 tensor, so that every weight format can hold it."""
+    return torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
+
+
+def decode_description(extra: torch.Tensor | None) -> dict[str, Any]:
+    """Inverse of `encode_description`; empty where there is none."""
+    return {} if extra is None else json.loads(bytes(extra.cpu().tolist()))
+
+
+def describe_network(
+    network: TSFM,
+    table: LabelTable,
+    preparation: Any,
+    patch_size: Sequence[int],
+    items: Sequence[Mapping[str, Any]] = (),
+    device: str | torch.device = "cpu",
+    param_dtype: str = "float32",
+    mirror_axes: str = "SPL",
+    initial_weights: str | None = None,
+) -> TSFM:
+    """Give `network` the description that travels with its weights, and move it to `device`.
+
+    `items` are the training items: their modalities and data sets are written down. `param_dtype` ``bfloat16`` halves
+    the memory of weights, gradients and momentum, at the price of updates below 1/256 of a weight being lost.
+    `mirror_axes` are those along which training mirrors, and inference may. `initial_weights` is a weight file to start
+    from; it has to fit.
+
+    Raises:
+        CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation; weights that do
+            not fit the network.
+    """
+    arguments = network.description["network"]
+    if arguments["out_channels"] != len(table.names):
+        raise CheckpointError(
+            f"the network has {arguments['out_channels']} outputs, the label table {len(table.names)} targets"
+        )
+    if arguments["in_channels"] != preparation.in_channels:
+        raise CheckpointError(
+            f"the network takes {arguments['in_channels']} channels, the preparation makes {preparation.in_channels}"
+        )
+    if initial_weights:
+        load_weights(network, initial_weights)
+    declared = table.to_dict()
+    network.description.update(
+        format=1,
+        version=__version__,
+        targets=declared["targets"],
+        dataset_labels=declared["datasets"],
+        preparation=preparation.to_dict(),
+        patch_size=[int(size) for size in patch_size],
+        modalities=sorted({item.get("modality", preparation.default_modality) for item in items}),
+        trained_on=sorted({item.get("dataset", table.bare_dataset) for item in items}),
+        mirror_axes=mirror_axes,
+    )
+    return network.to(device, getattr(torch, param_dtype))
+
+
+def table_of(description: Mapping[str, Any]) -> LabelTable:
+    """The label table that travels with the weights."""
+    return LabelTable(description["targets"], description["dataset_labels"])
+
+
+def matching_table(description: Mapping[str, Any], pool_table: LabelTable) -> LabelTable:
+    """`pool_table`, once it is sure that the weights' outputs are its targets, in its order.
+
+    Raises:
+        CheckpointError: weights that were trained for other targets.
+    """
+    trained = tuple(description["targets"])
+    if trained != pool_table.names:
+        raise CheckpointError(
+            f"the weights were trained for the targets {list(trained)}, the labels are declared for "
+            f"{list(pool_table.names)}: use the pool file (or label_ids) that the weights were trained with"
+        )
+    return pool_table
+
+
+def known_modalities(description: Mapping[str, Any]) -> list[str]:
+    """Modalities that the weights were trained on, the one of images that name none first."""
+    first = description["preparation"].get("default_modality", "CT")
+    return list(dict.fromkeys([first, *description.get("modalities", ())]))
+
+
+def build_network(description: Mapping[str, Any], **overrides: Any) -> TSFM:
+    """The network that `description` names, without its weights; `overrides` change constructor arguments (dropout)."""
+    network = TSFM(**{**description["network"], **overrides})
+    network.description = {**description, "network": network.description["network"]}
+    return network
+
+
+class WeightLoader:
+    """Handler: loads a weight file strictly when the engine starts; nothing is ever loaded in part.
+
+    Args:
+        path: weight file (any format that `read_state` takes).
+        network: the network to fill.
+
+    Raises:
+        CheckpointError: tensors that are missing, superfluous or of another shape, with their names.
+    """
+
+    def __init__(self, path: str | os.PathLike, network: nn.Module) -> None:
+        self.path, self.network = path, network
+
+    def attach(self, engine: Any) -> None:
+        """Load when `engine` starts."""
+        from ignite.engine import Events
+
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Any = None) -> None:
+        """Load now."""
+        load_weights(self.network, self.path)
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
+    """Fill `network` with the weights in `path`; every tensor has to fit, or nothing is changed.
+
+    Raises:
+        CheckpointError: what is missing, superfluous or of another shape.
+    """
+    tensors, _ = read_state(path)
+    own = {key: value for key, value in network.state_dict().items() if key != EXTRA_STATE}
+    problems = [f"missing {key}" for key in own if key not in tensors]
+    problems += [f"unexpected {key}" for key in tensors if key not in own]
+    problems += [
+        f"{key}: file {tuple(tensors[key].shape)}, network {tuple(own[key].shape)}"
+        for key in own
+        if key in tensors and tensors[key].shape != own[key].shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:12])
+        raise CheckpointError(
+            f"{path} does not fit the network ({len(problems)} tensors differ); nothing was loaded:\n  {shown}\n"
+            "Build the network from the file itself (tsfm.training.checkpoint.build_network), or adapt with load_pretrained()."
+        )
+    network.load_state_dict(tensors, strict=False)
+
+
+def save_weights(network: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Write a network's (or its state's) plain state dict, description included, to ``.pt`` or ``.safetensors``, atomically."""
+    path = os.fspath(path)
+    state = network.state_dict() if isinstance(network, nn.Module) else network
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    atomic_write(path, lambda temporary: _write_state(state, temporary, path.endswith(".safetensors")))
+
+
+def _write_state(state: dict[str, torch.Tensor], path: str, safetensors: bool) -> None:
+    if safetensors:
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+
+
+def _load_file(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"weight file {os.path.abspath(path)} does not exist")
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+    try:
+        # Files in the format before torch 1.6 cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or a pickle with code in it instead of tensors and plain values only "
+            f"({reason}). Ask its author for a state dict or safetensors."
+        ) from None
+    except Exception as error:  # the unpickler stumbles over damaged bytes in any way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path} is not a readable PyTorch weight file ({reason})") from None
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    return dict(state)
+
+
+def bundle_description(path: str) -> dict[str, Any]:
+    """What travels with the weights at `path`, or else with those of the bundle that this package lies in.
+
+    Raises:
+        CheckpointError: as `read_description`.
+    """
+    return read_description(bundled_weights(path))
+
+
+def bundled_weights(path: str) -> str:
+    """`path` where there is a file, or else the weights of the bundle that this package lies in, if it lies in one.
+
+    `monai.bundle.load` builds the network without saying where the bundle is, so that a released config's relative
+    path leads nowhere from another working folder.
+    """
+    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models", "model.pt")
+    return beside if not os.path.isfile(path) and os.path.isfile(beside) else path

@@ -1,0 +1,127 @@
+"""The curve of a run: loss, Dice and learning rate per epoch, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.utils import CommonKeys as Keys
+
+from ..files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+class Curve:
+    """Handler: one row per epoch (loss, learning rate, validation Dice, its moving average, seconds, waiting for data).
+
+    It writes ``curve.csv`` whole after each epoch and logs a line. `RunState` attaches it, after validation.
+
+    Args:
+        output_dir: where ``curve.csv`` goes.
+        metric: name of the validation metric in the evaluator's state.
+        evaluator: the validation engine, None without validation.
+        alpha: weight of the past in the moving average (nnU-Net: 0.9).
+        per_target: the metric object whose ``per_target`` dict gets a column per target.
+    """
+
+    def __init__(
+        self, output_dir: str, metric: str = "val_mean_dice", evaluator: Engine | None = None, alpha: float = 0.9,
+        per_target: Any = None, write: bool = True,
+    ) -> None:  # fmt: skip
+        self.path = os.path.join(output_dir, "curve.csv")
+        self.metric, self.evaluator, self.alpha = metric, evaluator, alpha
+        self.per_target, self.write = per_target, write
+        self.rows: list[dict[str, Any]] = []
+        self.losses: list[torch.Tensor] = []
+        self.started = self.waiting_since = time.perf_counter()
+        self.waited = 0.0
+        self.validated = False
+
+    def attach(self, engine: Engine) -> None:
+        """Collect losses and times of every iteration of `engine`, write at the end of its epochs."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._wait)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._got)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        if self.evaluator is not None:
+            self.evaluator.add_event_handler(Events.COMPLETED, self._mark)
+
+    def _start(self, engine: Engine) -> None:
+        self.losses, self.waited, self.validated, self.started = [], 0.0, False, time.perf_counter()
+        self.learning_rate = float(engine.optimizer.param_groups[0]["lr"])  # the schedule steps at the epoch's end
+
+    def _wait(self, engine: Engine) -> None:
+        self.waiting_since = time.perf_counter()
+
+    def _got(self, engine: Engine) -> None:
+        self.waited += time.perf_counter() - self.waiting_since
+
+    def _collect(self, engine: Engine) -> None:
+        self.losses.append(engine.state.output[0][Keys.LOSS])
+        self.iterated = time.perf_counter()
+
+    def _mark(self, engine: Engine) -> None:
+        self.validated = True
+
+    @property
+    def average(self) -> float | None:
+        """Moving average of the validation metric so far."""
+        return next((row["ema"] for row in reversed(self.rows) if row["ema"] is not None), None)
+
+    def __call__(self, engine: Any) -> None:
+        """Add this epoch's row."""
+        training_s = max(self.iterated - self.started, 1e-9)
+        row: dict[str, Any] = {
+            "epoch": engine.state.epoch,
+            "lr": self.learning_rate,
+            "loss": float(torch.stack(self.losses).float().mean()),
+            self.metric: None,
+            "ema": None,
+            "train_s": round(training_s, 3),
+            "data_wait_s": round(self.waited, 3),
+        }
+        if self.validated:
+            value = float(self.evaluator.state.metrics[self.metric])
+            before = self.average
+            row[self.metric] = value
+            row["ema"] = value if before is None else self.alpha * before + (1 - self.alpha) * value
+            row |= {f"dice_{name}": score for name, score in getattr(self.per_target, "per_target", {}).items()}
+        self.rows.append(row)
+        if not self.write:
+            return
+        write_csv(self.path, self.rows)
+        dice = f", {self.metric} {row[self.metric]:.4f} (average {row['ema']:.4f})" if self.validated else ""
+        share = 100 * self.waited / training_s
+        logger.info(
+            "epoch %d/%d: loss %.4f%s, lr %.2e, %.1f s, %.1f%% of it waiting for data",
+            row["epoch"], engine.state.max_epochs, row["loss"], dice, row["lr"], training_s, share,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.rows = [dict(row) for row in state["rows"]]
+
+
+def write_csv(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows (their keys together are the columns) atomically; None becomes an empty cell."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    atomic_write(path, write)

@@ -1,0 +1,108 @@
+"""The record of a run: settings, versions, cases and times, beside its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+
+from .._version import __version__
+from ..cases.pool import is_bare
+from ..errors import config_files
+from ..files import atomic_write
+
+RECORDED_PACKAGES = ("monai", "torch", "numpy", "pytorch-ignite", "nibabel", "blosc2", "scipy")
+
+
+class RunRecord:
+    """Handler: writes ``run.json`` when the run starts: command, configs, settings, versions, pool summary.
+
+    Args:
+        output_dir: the run's folder; created, and tried for writing, before anything long starts.
+        settings: the run's settings.
+        pool: the `DatasetPool`, or None.
+        items: training items (counted where there is no pool).
+
+    Raises:
+        OSError: a folder that cannot be written.
+    """
+
+    def __init__(
+        self, output_dir: str, settings: Mapping[str, Any], pool: Any = None, items: Sequence[Any] = ()
+    ) -> None:
+        self.path, self.settings, self.pool, self.items = (
+            os.path.join(output_dir, "run.json"),
+            dict(settings),
+            pool,
+            items,
+        )
+        try:
+            os.makedirs(output_dir, exist_ok=True)
+            atomic_write(os.path.join(output_dir, ".writable"), lambda temporary: None)
+            os.remove(os.path.join(output_dir, ".writable"))
+        except OSError as error:
+            raise OSError(
+                f"output folder {os.path.abspath(output_dir)} cannot be written ({error}); choose another --output_dir"
+            ) from None
+
+    def attach(self, engine: Engine) -> None:
+        """Write when `engine` starts."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Write the record; an earlier one of a resumed run is kept in its ``earlier`` list."""
+        bare = is_bare(self.items)
+        record = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": sys.argv,
+            "folder": os.getcwd(),
+            "configs": {path: json.loads(Path(path).read_text(encoding="utf-8")) for path in config_files(sys.argv)},
+            "settings": self.settings,
+            "epochs": engine.state.max_epochs,
+            "versions": versions(),
+            "pool": None if bare or self.pool is None else self.pool.summary(),
+            "training_cases": len(self.items),
+        }
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as file:
+                before = json.load(file)
+            record["earlier"] = [*before.pop("earlier", []), before]
+        atomic_write(self.path, lambda temporary: _dump_json(record, temporary))
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package (with its git commit where it is a checkout), Python, the machine and key packages."""
+    found = {"tsfm": __version__, "python": platform.python_version(), "machine": platform.platform()}
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        commit = subprocess.run(
+            ["git", "-C", folder, "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+        if commit.returncode == 0:
+            found["git"] = commit.stdout.strip()
+    except OSError:
+        pass
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _dump_json(value: Any, path: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=4, default=str)

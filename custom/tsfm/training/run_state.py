@@ -1,0 +1,207 @@
+"""What MONAI's trainer lacks for this recipe: the training step, the run's record, its checkpoints and its curve.
+
+Everything here is a handler or a callable that a bundle config names; the loop itself is MONAI's SupervisedTrainer.
+A run's state is written whole after every epoch and every random number is a function of (seed, epoch, position), so a
+run that was killed at any moment goes on with the same command and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite import distributed as idist
+from ignite.engine import Engine, Events
+from torch import nn
+
+from ..cases.pool import is_bare
+from ..files import PARTIAL, atomic_write
+from ..network.sharding import gather_state, is_sharded, scatter_state
+from .checkpoint import CheckpointError, save_weights
+from .curve import Curve
+
+logger = logging.getLogger(__name__)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel or torch.compile."""
+    while hasattr(network, "module") or hasattr(network, "_orig_mod"):
+        network = network.module if hasattr(network, "module") else network._orig_mod
+    return network
+
+
+class RunState:
+    """Handler: the run's whole state in ``last.pt`` after every epoch, and resuming from it; the best in ``model.pt``.
+
+    Attach it last; it attaches `curve` before itself. Files are replaced atomically. A folder that holds a run with other
+    settings, cases, another network or optimizer is refused, a finished run is left as it is. ``model.pt`` is the epoch
+    with the best moving average of the validation Dice; without validation, the last epoch.
+
+    Args:
+        output_dir: the run's folder.
+        network: the network, wrapped or not.
+        parts: everything else with ``state_dict`` that has to go on where it stopped: ``optimizer``, schedule, step.
+        curve: the run's `Curve`.
+        settings: what makes this run this run (JSON); a resumed run must have the same.
+        items: the training items; bare ones (MONAI Label) are never resumed: each request is a run of its own.
+        ckpt_dir: folder of the bundle's ``model.pt``, replaced when the run ends; an older one is kept as
+            ``model_previous.pt``. "none": only `output_dir` gets the weights.
+        save_interval: epochs between two writes of ``last.pt``.
+        write: False on all ranks but the first.
+
+    Raises:
+        CheckpointError: when the run starts in a folder that holds a run with other settings.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        network: nn.Module,
+        parts: Mapping[str, Any],
+        curve: Curve,
+        settings: Mapping[str, Any],
+        items: Sequence[Mapping[str, Any]] = (),
+        ckpt_dir: str | None = None,
+        save_interval: int = 1,
+        write: bool = True,
+    ) -> None:
+        self.output_dir, self.network, self.parts, self.curve = output_dir, network, dict(parts), curve
+        self.resumable = not is_bare(items)
+        paths = [[str(item.get("dataset")), str(item.get("case", item["image"]))] for item in items]
+        self.settings = {
+            **settings,
+            "cases": _digest(sorted(paths)),
+            "network": _digest([[name, *tensor.shape] for name, tensor in unwrap(network).named_parameters()]),
+            "optimizer": type(self.parts["optimizer"]).__name__,
+            "optimizer_options": {key: value for key, value in self.parts["optimizer"].defaults.items() if key != "lr"},
+        }
+        self.settings = json.loads(json.dumps(self.settings, default=str))
+        self.ckpt_dir, self.save_interval, self.write = ckpt_dir, save_interval, write
+        self.best: float | None = None
+
+    @property
+    def last_path(self) -> str:
+        """The file to resume from."""
+        return os.path.join(self.output_dir, "last.pt")
+
+    @property
+    def model_path(self) -> str:
+        """The best weights so far."""
+        return os.path.join(self.output_dir, "model.pt")
+
+    def attach(self, engine: Engine) -> None:
+        """Resume when `engine` starts; at the end of its epochs complete the curve, then save; publish at its end."""
+        self.curve.attach(engine)
+        engine.add_event_handler(Events.STARTED, self._sweep)
+        engine.add_event_handler(Events.STARTED, self.resume)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._seed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, self.publish)
+
+    def _sweep(self, engine: Any) -> None:
+        """Remove half-written files of a run that was killed."""
+        if self.write:
+            for path in Path(self.output_dir).glob(f".*{PARTIAL}"):
+                path.unlink()
+
+    def _seed(self, engine: Any) -> None:
+        """Dropout's random numbers follow from (seed, iteration, rank), whether the run was resumed or not."""
+        torch.manual_seed(int(_digest([self.settings.get("seed"), engine.state.iteration, idist.get_rank()])[:15], 16))
+
+    def resume(self, engine: Any) -> None:
+        """Go on from ``last.pt`` where there is one."""
+        if not self.resumable or not os.path.exists(self.last_path):
+            return
+        state = torch.load(self.last_path, map_location="cpu", weights_only=True)
+        changed = {
+            key: (state["settings"].get(key), self.settings.get(key))
+            for key in {*state["settings"], *self.settings}
+            if state["settings"].get(key) != self.settings.get(key)
+        }
+        if changed:
+            listing = "; ".join(f"{key}: was {old}, is {new}" for key, (old, new) in sorted(changed.items()))
+            raise CheckpointError(
+                f"{self.output_dir} holds a run with other settings ({listing}). Give this run its own --output_dir, "
+                "or use the settings of the run that is there to go on with it."
+            )
+        if state["epoch"] > engine.state.max_epochs:
+            raise CheckpointError(
+                f"{self.output_dir}: the run there has {state['epoch']} epochs, {engine.state.max_epochs} were asked for"
+            )
+        parts = dict(self.parts)
+        if is_sharded(self.network):
+            scatter_state(self.network, parts.pop("optimizer"), state["model"], state["parts"]["optimizer"])
+        else:
+            unwrap(self.network).load_state_dict(state["model"])
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        self._set_rates()
+        self.curve.load_state_dict(state["curve"])
+        self.best = state["best"]
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = state["epoch"] * engine.state.epoch_length
+        done = " (the run is complete)" if state["epoch"] == engine.state.max_epochs else ""
+        logger.info(
+            "resuming after epoch %d of %d from %s%s", state["epoch"], engine.state.max_epochs, self.last_path, done
+        )
+
+    def _set_rates(self) -> None:
+        """Learning rates of the epoch to come by this run's schedule, which may be longer than the one that was saved."""
+        schedule = self.parts.get("lr_scheduler")
+        if schedule is not None:
+            groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, factor in groups:
+                group["lr"] = base * factor(schedule.last_epoch)
+
+    def save(self, engine: Any) -> None:
+        """Write ``model.pt`` if this epoch is the best, and ``last.pt``."""
+        network = unwrap(self.network)
+        network.description["epoch"] = engine.state.epoch
+        parts = {name: part.state_dict() for name, part in self.parts.items() if name != "optimizer"}
+        if is_sharded(network):
+            model, parts["optimizer"] = gather_state(network, self.parts["optimizer"])
+        else:
+            model, parts["optimizer"] = network.state_dict(), self.parts["optimizer"].state_dict()
+        if not self.write:
+            return
+        average = self.curve.average
+        is_best = average is None or (
+            self.curve.rows[-1]["ema"] is not None and (self.best is None or average > self.best)
+        )
+        if is_best:
+            self.best = average
+            save_weights(model, self.model_path)
+        if engine.state.epoch % self.save_interval == 0 or engine.state.epoch == engine.state.max_epochs:
+            state = {
+                "epoch": engine.state.epoch,
+                "model": model,
+                "parts": parts,
+                "curve": self.curve.state_dict(),
+                "best": self.best,
+                "settings": self.settings,
+            }
+            atomic_write(self.last_path, lambda temporary: torch.save(state, temporary))
+
+    def publish(self, engine: Any) -> None:
+        """Copy the best weights to the bundle's models folder."""
+        if not self.write or self.ckpt_dir in (None, "none") or not os.path.exists(self.model_path):
+            return
+        target = os.path.join(self.ckpt_dir, "model.pt")
+        if os.path.exists(target) and not filecmp.cmp(target, self.model_path, shallow=False):
+            atomic_write(
+                os.path.join(self.ckpt_dir, "model_previous.pt"), lambda temporary: shutil.copyfile(target, temporary)
+            )
+        atomic_write(target, lambda temporary: shutil.copyfile(self.model_path, temporary))
+        logger.info("weights: %s (copied to %s)", self.model_path, target)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

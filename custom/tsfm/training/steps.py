@@ -1,0 +1,117 @@
+"""One optimisation step and one validation step, and the learning rate over the epochs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys as Keys
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..network.cpu import autocast
+
+logger = logging.getLogger(__name__)
+
+
+class AutocastStep:
+    """One iteration under autocast on any device (MONAI's own engines autocast for CUDA only).
+
+    Args:
+        amp: mixed precision, on devices that compute in it.
+        amp_dtype: ``bfloat16`` (default), or ``float16`` with loss scaling for GPUs without bfloat16.
+    """
+
+    def __init__(self, amp: bool = True, amp_dtype: str = "bfloat16") -> None:
+        if amp_dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"amp_dtype is {amp_dtype!r}; expected 'bfloat16' or 'float16'")
+        self.amp, self.amp_dtype = amp, getattr(torch, amp_dtype)
+
+    def forward(self, engine: Any, batch: Any) -> None:
+        """Move the batch to the device, run the network, put image, label and prediction into ``state.output``."""
+        inputs, targets = engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
+        parameter = next(engine.network.parameters())
+        inputs = inputs.to(dtype=parameter.dtype, memory_format=torch.channels_last_3d)
+        engine.state.output = {Keys.IMAGE: inputs, Keys.LABEL: targets}
+        with autocast(engine.state.device, self.amp, self.amp_dtype):
+            engine.state.output[Keys.PRED] = engine.inferer(inputs, engine.network)
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+
+
+class TrainStep(AutocastStep):
+    """One optimisation step: forward, loss, backward, gradient clipping, optimiser (nnU-Net's order).
+
+    A step whose gradient is not finite changes nothing and is counted in ``skipped``.
+
+    Args:
+        clip_norm: largest gradient norm (nnU-Net: 12); 0 switches clipping off.
+    """
+
+    def __init__(self, amp: bool = True, amp_dtype: str = "bfloat16", clip_norm: float = 12.0) -> None:
+        super().__init__(amp, amp_dtype)
+        self.clip_norm, self.skipped = clip_norm, 0
+        self.scaler = torch.amp.GradScaler(enabled=amp and amp_dtype == "float16")
+
+    def __call__(self, engine: Any, batch: Any) -> list[dict[str, Any]]:
+        """The iteration_update of SupervisedTrainer.
+
+        Returns image, label, prediction and loss of the batch, in a list as MONAI's handlers expect of a decollated output.
+        """
+        engine.network.train()
+        engine.optimizer.zero_grad(set_to_none=True)
+        self.forward(engine, batch)
+        output = engine.state.output
+        output[Keys.LOSS] = engine.loss_function(output[Keys.PRED], output[Keys.LABEL])
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        self.scaler.scale(output[Keys.LOSS]).backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        self.scaler.unscale_(engine.optimizer)
+        parameters = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.scaler.is_enabled() or torch.isfinite(norm):
+            self.scaler.step(engine.optimizer)
+        else:
+            self.skipped += 1
+            logger.warning("iteration %d: gradient norm is %s, step skipped", engine.state.iteration, float(norm))
+        self.scaler.update()
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        output[Keys.LOSS] = output[Keys.LOSS].detach()
+        return [output]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"skipped": self.skipped, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.skipped = state["skipped"]
+        self.scaler.load_state_dict(state["scaler"])
+
+
+class EvalStep(AutocastStep):
+    """One validation iteration without gradients."""
+
+    def __call__(self, engine: Any, batch: Any) -> dict[str, Any]:
+        """The iteration_update of SupervisedEvaluator."""
+        engine.network.eval()
+        with torch.no_grad():
+            self.forward(engine, batch)
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output
+
+
+def poly_schedule(
+    optimizer: torch.optim.Optimizer, epochs: int, power: float = 0.9, warmup_epochs: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """lr (1 - e/E)^0.9 per epoch (nnU-Net), after a linear warm-up over `warmup_epochs` (MultiTalent's fine-tuning)."""
+
+    def factor(epoch: int) -> float:
+        if epoch < warmup_epochs:
+            return (epoch + 1) / (warmup_epochs + 1)
+        return max(1 - (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1), 0.0) ** power
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,58 @@
+"""Commands that a release does not carry: phantoms, gate, export."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+
+def phantoms(output_dir: str, cases_per_dataset: int = 6, seed: int = 0, layouts: str = "demo") -> None:
+    """Write a pool of CT-like and MR-like phantoms as NIfTI files in the layouts of the real data sets.
+
+    Args:
+        output_dir: folder for the data sets.
+        cases_per_dataset: cases of each.
+        seed: the same seed gives the same files.
+        layouts: "demo" (four data sets), "all_ten" (every layout of the paper's pool) or "downstream" (BraTS2020,
+            KiTS2019 and AbdomenCT-1K).
+    """
+    from .phantoms import layouts as writers
+
+    if layouts == "demo":
+        writers.write_pool(output_dir, cases_per_dataset=cases_per_dataset, seed=seed)
+    elif layouts == "all_ten":
+        writers.write_all_ten(output_dir)
+    elif layouts == "downstream":
+        writers.write_brats2020(output_dir, cases=cases_per_dataset, seed=seed)
+        writers.write_kits19(output_dir, cases=cases_per_dataset, seed=seed)
+        writers.write_abdomenct1k(output_dir, cases=cases_per_dataset, seed=seed)
+    else:
+        raise ValueError(f"layouts is {layouts!r}; expected 'demo', 'all_ten' or 'downstream'")
+    print(f"phantoms written below {os.path.abspath(output_dir)}")
+
+
+def gate(bundle_dir: str) -> None:
+    """Run the Model Zoo's checks that can run here on a bundle's folder; exit code 1 if one fails."""
+    from .release.gate import format_table
+    from .release.gate import gate as run
+
+    rows = run(bundle_dir)
+    print(format_table(rows))
+    if any(row.result == "FAIL" for row in rows):
+        sys.exit(1)
+
+
+def export(checkpoint: str, output_file: str, format: str = "torchscript", patch_size: Any = None) -> None:
+    """Export the network of a weight file and compare the outputs: TorchScript, torch.export (.pt2) or ONNX.
+
+    Args:
+        checkpoint: model.pt, a training checkpoint or safetensors.
+        output_file: what to write; the weights' description goes beside it as JSON.
+        format: "torchscript", "export" or "onnx".
+        patch_size: the window (S, P, L); by default the one that the weights were trained with.
+    """
+    from .release.export import export as run
+
+    difference = run(checkpoint, output_file, format, patch_size)
+    print(f"{output_file}: logits differ from the network's by at most {difference:.1g} of the largest")

@@ -1,0 +1,358 @@
+"""Turns a bundle and any checkpoint trained with it into a release: a folder that needs nothing else, and its zip.
+
+`release` writes into `output_dir`:
+
+* ``NAME/``: the bundle with the package as a real copy (``NAME/tsfm``), the weights as ``models/model.pt`` (a plain
+  state dict) and ``models/model.safetensors``, and configs, metadata and README that fit these weights;
+* ``NAME_vX.Y.Z.zip``: the same folder, byte for byte the same whenever its content is; and its ``.sha256``;
+* ``model_info.json``: the entry under which the Model Zoo lists it (SHA-1 and address), merged with what is there.
+
+Weights over 25 MB are also named in ``NAME/large_files.yml``, which the Model Zoo wants beside the configs in its
+repository and, like its own releases, not in the zip.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
+
+from .fitting import dice_per_target, fill_configs, merge_overlay, write_readme
+
+LARGE_FILE_BYTES = 25 * 2**20
+
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can name
+
+WEIGHT_SUFFIXES = (".pt", ".safetensors", ".ts", ".onnx")
+
+STAGED = ("LICENSE", "configs/*.json", "configs/*.conf", "docs/*")
+"""What a release takes from a bundle's folder; weights and package come beside it, runs and their data never do."""
+
+PINS = ("requirements.txt", "requirements-label.txt")
+"""Files of the repository's root that a reader of the zip needs too; staged in ``docs/``."""
+
+# MONAI Label takes them for other kinds of app
+FORBIDDEN_NAMES = ("detection", "classification", "deepedit", "deepgrow")
+
+
+class ReleaseError(ValueError):
+    """A bundle or checkpoint that cannot be released, with what to change."""
+
+
+def release(
+    bundle_dir: str,
+    checkpoint: str,
+    output_dir: str,
+    name: str | None = None,
+    version: str | None = None,
+    changelog: str | None = None,
+    base_url: str = "",
+    metrics: str | None = None,
+    trained_on: str | None = None,
+    overlays: Sequence[str] = (),
+    data_license: str | None = None,
+    zipped: bool = True,
+) -> str:
+    """Stage a bundle around a checkpoint and zip it, with checksums and the Model Zoo's files.
+
+    Args:
+        bundle_dir: a bundle folder of this repository (``bundles/tsfm_finetune``).
+        checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors).
+        output_dir: created if needed; an older release of the same name in it is replaced, any other folder is refused.
+        name: of the released bundle; the folder's name by default.
+        version: by default that of ``metadata.json``.
+        changelog: what is new in `version`; needed where ``metadata.json`` says nothing about it.
+        base_url: where the files will be downloadable; goes into ``large_files.yml`` and ``model_info.json``.
+        metrics: JSON summary of an evaluation, for metadata and README.
+        trained_on: a sentence on what the weights were trained on and what they cannot do, for metadata and README.
+        overlays: overlays of the bundle that its training shall always use (``small.json`` for weights that were
+            trained with it): they are merged into the staged ``train.json``, which is all that MONAI Label reads.
+        data_license: text file that becomes ``docs/data_license.txt``: the license of every data set that these weights
+            were trained on.
+        zipped: False stops at the folder.
+
+    Returns:
+        path of the zip, or of the folder.
+
+    Raises:
+        ReleaseError, CheckpointError: before anything is written.
+    """
+    name = name or os.path.basename(os.path.abspath(bundle_dir))
+    tensors, description = read_state(checkpoint)
+    configs = _read_configs(bundle_dir)
+    metadata = configs["metadata.json"]
+    check_name(name)
+    if "targets" not in description:
+        raise ReleaseError(
+            f"{checkpoint}: the weights carry no description (targets, spacing, network), so no bundle can be fitted "
+            "to them; release a checkpoint that was trained with these bundles"
+        )
+    metadata["version"] = version or metadata.get("version", "")
+    if changelog:
+        earlier = {key: text for key, text in metadata.get("changelog", {}).items() if key != metadata["version"]}
+        metadata["changelog"] = {metadata["version"]: changelog, **earlier}
+    check_version(metadata)
+    if metrics:
+        metadata["eval_metrics"] = dice_per_target(_read_json(metrics), metrics)
+    for overlay in [overlays] if isinstance(overlays, str) else overlays:
+        if overlay not in configs:
+            raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
+        configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
+    fill_configs(configs, description, name, trained_on, sum(tensor.numel() for tensor in tensors.values()))
+    bundle = os.path.join(output_dir, name)
+    _refuse_to_lose(bundle, bundle_dir, checkpoint)
+    with _replaced(bundle) as folder:
+        _copy_bundle(bundle_dir, folder)
+        for file, content in configs.items():
+            _write_json(os.path.join(folder, "configs", file), content)
+        if data_license:
+            shutil.copyfile(data_license, os.path.join(folder, "docs", "data_license.txt"))
+        names = os.path.basename(os.path.abspath(bundle_dir)), name
+        write_readme(folder, names, description, metadata, tensors, trained_on)
+        _write_weights(os.path.join(folder, "models"), tensors, description)
+        _copy_package(os.path.join(folder, "tsfm"))
+        _write_large_files(folder, name, base_url)
+        check_weights(folder)
+    if not zipped:
+        return bundle
+    path = zip_bundle(bundle, output_dir)
+    with open(path + ".sha256", "w", encoding="utf-8") as file:
+        file.write(f"{file_hash(path, 'sha256')}  {os.path.basename(path)}\n")
+    entry = {"checksum": file_hash(path, "sha1"), "source": _url(base_url, os.path.basename(path))}
+    listing = os.path.join(output_dir, "model_info.json")
+    known = _read_json(listing) if os.path.isfile(listing) else {}
+    known[os.path.basename(path).removesuffix(".zip")] = entry
+    _write_json(listing, dict(sorted(known.items())))
+    return path
+
+
+@contextmanager
+def _replaced(folder: str) -> Iterator[str]:
+    """A new folder to fill, which takes the place of `folder` at the end of the block, or is gone if that fails."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+    try:
+        yield scratch
+        os.chmod(scratch, 0o755)
+        if os.path.isdir(folder):
+            os.replace(folder, before := f"{scratch}.before")
+            os.replace(scratch, folder)
+            shutil.rmtree(before)
+        else:
+            os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str) -> None:
+    """ReleaseError where the folder to be replaced is no earlier release, or holds what the release is made from."""
+    inside = [path for path in (bundle_dir, checkpoint) if _is_below(path, target)]
+    is_release = all(os.path.exists(os.path.join(target, part)) for part in ("configs/metadata.json", "tsfm", "models"))
+    if inside or (os.path.lexists(target) and not (is_release and not os.path.islink(target))):
+        found = f"it holds {inside[0]}" if inside else "what is there is no earlier release"
+        raise ReleaseError(
+            f"{os.path.abspath(target)} would be replaced, but {found}: choose another --output_dir or --name"
+        )
+
+
+def _is_below(path: str, folder: str) -> bool:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _copy_bundle(bundle_dir: str, folder: str) -> None:
+    """A bundle's own files, and the pins of the repository that a source bundle lies in (a staged one has them)."""
+    found = [path for pattern in STAGED for path in glob.glob(os.path.join(glob.escape(bundle_dir), pattern))]
+    for path in filter(os.path.isfile, found):
+        target = os.path.join(folder, os.path.relpath(path, bundle_dir))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copyfile(path, target)
+    repository = os.path.dirname(os.path.dirname(os.path.abspath(bundle_dir)))
+    for name in PINS:
+        source, target = os.path.join(repository, name), os.path.join(folder, "docs", name)
+        if os.path.isfile(source) and not os.path.exists(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
+                out.writelines(line for line in lines if not line.startswith("-e "))  # the package is in the bundle
+
+
+def zip_bundle(bundle: str, output_dir: str) -> str:
+    """Zip a staged folder as ``NAME_vX.Y.Z.zip``: sorted names, one fixed time, fixed permissions; returns the path."""
+    name, version = os.path.basename(os.path.abspath(bundle)), _read_json(_metadata_path(bundle))["version"]
+    path = os.path.join(output_dir, f"{name}_v{version}.zip")
+    with zipfile.ZipFile(path + ".partial", "w") as archive:
+        for file in list_files(bundle):
+            if file == "large_files.yml":
+                continue
+            entry = zipfile.ZipInfo(f"{name}/{file}", ZIP_TIME)
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            is_weight = file.endswith(WEIGHT_SUFFIXES)  # float noise does not shrink
+            entry.compress_type = zipfile.ZIP_STORED if is_weight else zipfile.ZIP_DEFLATED
+            entry.file_size = os.path.getsize(os.path.join(bundle, file))
+            with open(os.path.join(bundle, file), "rb") as source, archive.open(entry, "w") as target:
+                shutil.copyfileobj(source, target, 2**20)
+    os.replace(path + ".partial", path)
+    return path
+
+
+def check_version(metadata: Mapping[str, Any]) -> None:
+    """Version and changelog as the Model Zoo wants them, the version first in the changelog.
+
+    Raises:
+        ReleaseError: a version that is not three one-digit parts (the zoo sorts versions as strings), or a changelog
+            that does not begin with it.
+    """
+    version, changelog = metadata.get("version", ""), metadata.get("changelog", {})
+    if not re.fullmatch(r"\d\.\d\.\d", version):
+        raise ReleaseError(f"metadata.json: version {version!r}; expected three parts of one digit each, like 0.1.0")
+    if version not in changelog:
+        raise ReleaseError(
+            f"metadata.json: the changelog is stale: it knows {list(changelog)}, not {version}. Add an entry that says "
+            "what is new, or give --changelog."
+        )
+    if max(changelog) != version:
+        raise ReleaseError(
+            f"metadata.json: the changelog already holds {max(changelog)}, which is newer than {version}"
+        )
+
+
+def check_weights(bundle: str) -> dict[str, int]:
+    """Hold both weight files against the network that ``inference.json`` defines, key by key.
+
+    Returns:
+        number of tensors and parameters.
+
+    Raises:
+        ReleaseError: tensors that are missing, superfluous, of another shape, or differ between the two files.
+    """
+    network = _declared_network(bundle)
+    expected = {key: tuple(value.shape) for key, value in network.state_dict().items() if key != EXTRA_STATE}
+    first, _ = read_state(os.path.join(bundle, "models", "model.pt"))
+    for file in ("model.pt", "model.safetensors"):
+        path = os.path.join(bundle, "models", file)
+        tensors, _ = read_state(path)
+        found = {key: tuple(value.shape) for key, value in tensors.items()}
+        wrong = [f"{k}: {found.get(k)}, network_def has {expected.get(k)}" for k in {**expected, **found}
+                 if found.get(k) != expected.get(k)]  # fmt: skip
+        wrong += [
+            f"{key}: differs from model.pt" for key in tensors if not wrong and not tensors[key].equal(first[key])
+        ]
+        if wrong:
+            raise ReleaseError(f"{path} does not fit network_def of inference.json ({len(wrong)} tensors): {wrong[:5]}")
+    return {"tensors": len(expected), "parameters": sum(value.numel() for value in first.values())}
+
+
+def list_files(folder: str) -> list[str]:
+    """Every file below `folder`, relative, with forward slashes, sorted."""
+    found = []
+    for root, _, names in os.walk(folder):
+        found += [os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/") for name in names]
+    return sorted(found)
+
+
+def file_hash(path: str, kind: str) -> str:
+    """Hex digest of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest() if hasattr(hashlib, "file_digest") else _digest(file, kind)
+
+
+def _digest(file: Any, kind: str) -> str:  # Python 3.10
+    digest = hashlib.new(kind)
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _declared_network(bundle: str) -> torch.nn.Module:
+    """What ``network_def`` of inference.json builds, on the meta device: no memory, whatever its size."""
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config(os.path.join(bundle, "configs", "inference.json"))
+    parser["bundle_root"] = bundle
+    with torch.device("meta"):
+        return parser.get_parsed_content("network_def")
+
+
+def check_name(name: str) -> None:
+    """Raise ReleaseError for a name that MONAI Label could not serve."""
+    wrong = [word for word in FORBIDDEN_NAMES if word in name.lower()]
+    if wrong or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+        raise ReleaseError(
+            f"bundle name {name!r}: use letters, digits and underscores, and none of {FORBIDDEN_NAMES}, by which MONAI "
+            "Label recognizes other kinds of bundles"
+        )
+
+
+def _read_configs(bundle_dir: str) -> dict[str, Any]:
+    folder = os.path.join(bundle_dir, "configs")
+    if not os.path.isfile(os.path.join(folder, "metadata.json")):
+        raise ReleaseError(f"{os.path.abspath(bundle_dir)} is not a bundle: it has no configs/metadata.json")
+    return {
+        file: _read_json(os.path.join(folder, file)) for file in sorted(os.listdir(folder)) if file.endswith(".json")
+    }
+
+
+def _write_weights(folder: str, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
+    """Both weight files; a file object as target keeps the file's name out of the bytes of model.pt."""
+    from safetensors.torch import save_file
+
+    os.makedirs(folder)
+    state = {key: value.contiguous() for key, value in sorted(tensors.items())}
+    state[EXTRA_STATE] = encode_description(description)
+    with open(os.path.join(folder, "model.pt"), "wb") as file:
+        torch.save(state, file)
+    save_file(state, os.path.join(folder, "model.safetensors"))
+
+
+def _copy_package(target: str) -> None:
+    """The package as a real copy: a link would be dropped or broken by what packs and unpacks bundles."""
+    source = os.path.dirname(os.path.abspath(__file__))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+
+
+def _write_large_files(bundle: str, name: str, base_url: str) -> None:
+    large = [file for file in list_files(bundle) if os.path.getsize(os.path.join(bundle, file)) > LARGE_FILE_BYTES]
+    if not large:
+        return
+    lines = ["large_files:"]
+    for file in large:
+        lines += [
+            f'  - path: "{file}"',
+            f'    url: "{_url(base_url, f"{name}/{file}")}"',
+            f'    hash_val: "{file_hash(os.path.join(bundle, file), "sha256")}"',
+            '    hash_type: "sha256"',
+        ]
+    with open(os.path.join(bundle, "large_files.yml"), "w", encoding="utf-8") as out:
+        out.write("\n".join(lines) + "\n")
+
+
+def _url(base_url: str, file: str) -> str:
+    return f"{base_url.rstrip('/')}/{file}" if base_url else file
+
+
+def _metadata_path(bundle: str) -> str:
+    return os.path.join(bundle, "configs", "metadata.json")
+
+
+def _read_json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _write_json(path: str, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=4, ensure_ascii=False) + "\n")
