@@ -53,7 +53,7 @@ class Server:
         (self.app / "model" / self.name / "configs/train.json").write_text(json.dumps(config))
         if own_app:
             (self.app / "main.py").rename(self.app / "bundle_app.py")
-            shutil.copy(bundle / "tsfm/label_app.py", self.app / "main.py")
+            shutil.copy(REPOSITORY / "custom/tsfm_tools/label_app.py", self.app / "main.py")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

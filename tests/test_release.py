@@ -244,8 +244,9 @@ def test_the_readme_names_every_target_and_keeps_its_text(staged):
 def test_nothing_but_the_bundle_is_staged(staged, tmp_path):
     files = release.list_files(str(staged))
     assert {file.split("/")[0] for file in files} == {"LICENSE", "configs", "docs", "models", "tsfm"}
+    assert not [f for f in files if f.startswith("tsfm_tools") or "phantoms" in f or "gate" in f]
     assert not [f for f in files if "__pycache__" in f or f.endswith(".pyc")]
-    assert "tsfm/network.py" in files and not (staged / "tsfm").is_symlink()
+    assert "tsfm/network/tsfm_net.py" in files and not (staged / "tsfm").is_symlink()
     for file in files:
         assert str(tmp_path).encode() not in (staged / file).read_bytes(), file
         assert str(REPOSITORY).encode() not in (staged / file).read_bytes(), file

@@ -15,6 +15,7 @@ from tsfm.evaluation import pages as report
 from tsfm.evaluation.evaluation import evaluate_folder
 from tsfm.evaluation.tables import load_rows, markdown_scores, summarize, table1
 from tsfm.labels import LabelTable
+from tsfm_tools.paper import tables
 from tsfm_tools.paper.tables import table2, table3
 
 TARGETS = {"liver": {}, "liver_tumor": {"inside": "liver"}, "kidney": {}, "kidney_tumor": {"inside": "kidney"}}
@@ -107,7 +108,7 @@ def test_table2_has_the_papers_shape_with_mean_and_spread_over_seeds(tmp_path):
     assert lines[1] == ["TSFM, pretrained", *["0.7100 ± 0.0100"] * 2, "-"]
     assert lines[2][0] == "TSFM, from scratch"
     assert lines[3] == ["nnU-Net", "-", "-", "0.8000"]
-    path = report.write_table2(results(), tmp_path / "new")
+    path = tables.write_table2(results(), tmp_path / "new")
     assert path.read_text().strip() == table2(results())
     assert load_rows(path.with_suffix(".csv")) == results()
     assert matplotlib.image.imread(path.with_suffix(".png")).std() > 0
@@ -127,15 +128,15 @@ def test_table3_crosses_pretraining_and_data_set(tmp_path):
     ]
     lines = cells(table3(entries))
     assert lines[:2] == [["pretrained on", "brats", "kits"], ["pool", *["0.8100 ± 0.0141"] * 2]]
-    assert load_rows(report.write_table3(entries, tmp_path).with_suffix(".csv"))[0] == {
+    assert load_rows(tables.write_table3(entries, tmp_path).with_suffix(".csv"))[0] == {
         "dataset": "brats", "pretraining": "pool", "seed": 0, "dice": 0.8
     }  # fmt: skip
 
 
 def test_truth_is_painted_with_the_innermost_annotated_target(table):
     codes = np.array([0, 1, 2, 3])  # background, liver, tumor, ignored
-    assert report.truth_map(codes, table, "lits").tolist() == [0, 1, 2, 0]
-    assert report.truth_map(codes[:3], table, "kits").tolist() == [0, 3, 4]
+    assert overlays.truth_map(codes, table, "lits").tolist() == [0, 1, 2, 0]
+    assert overlays.truth_map(codes[:3], table, "kits").tolist() == [0, 3, 4]
 
 
 def test_every_target_has_a_color_of_its_own_and_lesions_are_warm():
@@ -165,7 +166,7 @@ def body_with_marks(axcodes, spacing_spl=(4.0, 1.0, 2.0)):
 def test_pictures_are_radiological_whatever_the_files_axes(axcodes, table, tmp_path):
     image, truth, affine = body_with_marks(axcodes)
     assert nib.aff2axcodes(affine) == tuple(axcodes)
-    path = report.overlay_png(tmp_path / "x.png", image, truth, truth * 0, table, affine, slices=1, title="case")
+    path = overlays.overlay_png(tmp_path / "x.png", image, truth, truth * 0, table, affine, slices=1, title="case")
     pixels = matplotlib.image.imread(path)[..., :3]
     width = pixels.shape[1] // 3
     blue = np.abs(pixels - to_rgb(overlays.colors_of(table)[1])).sum(-1) < 0.15
@@ -222,7 +223,7 @@ def test_the_page_of_an_evaluated_folder_shows_three_cases(table, tmp_path):
     items = evaluated_folder(table, tmp_path)
     path = report.folder_page(tmp_path / "page.png", tmp_path / "out" / "cases.csv", tmp_path / "out", items, table)
     image, truth, affine = body_with_marks("LPS")
-    one = report.overlay_png(tmp_path / "one.png", image, truth, truth, table, affine, slices=1)
+    one = overlays.overlay_png(tmp_path / "one.png", image, truth, truth, table, affine, slices=1)
     assert matplotlib.image.imread(path).shape[0] > 2 * matplotlib.image.imread(one).shape[0]
     report.CasePage(str(tmp_path / "out"), items, table)(None)
     assert (tmp_path / "out" / "page.png").read_bytes() == path.read_bytes()
@@ -250,7 +251,7 @@ def test_a_page_that_cannot_be_drawn_is_only_reported(table, tmp_path, caplog):
 def test_arrays_that_do_not_fit_are_an_error(table, tmp_path):
     image, truth, affine = body_with_marks("LPS")
     with pytest.raises(ValueError, match="truth has shape"):
-        report.overlay_png(tmp_path / "no.png", image, truth[:-1], truth, table, affine)
+        overlays.overlay_png(tmp_path / "no.png", image, truth[:-1], truth, table, affine)
 
 
 def test_training_curves_come_from_the_runs_csv(tmp_path):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from functools import partial
+from importlib.metadata import entry_points
 from typing import Any
 
 import fire
-from tsfm_tools.commands import export, gate, phantoms
 
 
 def pool(
@@ -129,35 +129,24 @@ def _write_json(path: str, content: Any) -> None:
         json.dump(content, file, indent=4)
 
 
-COMMANDS = {
-    "pool": pool,
-    "phantoms": phantoms,
-    "describe": describe,
-    "evaluate": evaluate,
-    "postprocessing": postprocessing,
-    "curve": curve,
-    "transfer_table": "experiments",
-    "ablation_table": "experiments",
-    "release": "release",
-    "gate": gate,
-    "export": export,
-    "demo": "demo",
-}
-"""Functions, or the module that holds the function of this name: most import torch, which takes a second."""
+COMMANDS = {function.__name__: function for function in (pool, describe, evaluate, postprocessing, curve)}
 
 
-def command(name: str) -> Callable[..., Any]:
-    """The function behind a command."""
-    found = COMMANDS[name]
-    return getattr(import_module(f".{found}", __package__), name) if isinstance(found, str) else found
+def commands() -> dict[str, Callable[[], Callable[..., Any]]]:
+    """Name -> what loads the function: the package's own, and those that installed packages add (``tsfm.commands``).
+
+    They are loaded one by one: most import torch, which takes a second.
+    """
+    added = {entry.name: entry.load for entry in entry_points(group="tsfm.commands")}
+    return added | {name: partial(COMMANDS.get, name) for name in COMMANDS}
 
 
 def main() -> None:
     """Run one command; an error the user can mend is one message, not a traceback."""
-    asked = sys.argv[1:2]
-    names = asked if asked and asked[0] in COMMANDS else COMMANDS
+    found, asked = commands(), sys.argv[1:2]
+    names = asked if asked and asked[0] in found else found
     try:
-        fire.Fire({name: command(name) for name in names}, name="tsfm")
+        fire.Fire({name: found[name]() for name in names}, name="tsfm")
     except (ValueError, OSError) as error:
         sys.exit(f"tsfm: {error}")
 

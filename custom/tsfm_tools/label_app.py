@@ -4,7 +4,7 @@ MONAI Label's own bundle app serves these bundles as it is, with the strategies 
 whose ``main.py`` belongs to whoever runs the server, so this file goes in its place, and the original beside it:
 
     mv apps/monaibundle/main.py apps/monaibundle/bundle_app.py
-    cp apps/monaibundle/model/NAME/tsfm/label_app.py apps/monaibundle/main.py
+    cp custom/tsfm_tools/label_app.py apps/monaibundle/main.py
 
 Scores are computed when the server starts and after every training, and kept with the images. Runs only in MONAI
 Label's environment.

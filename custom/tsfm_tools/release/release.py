@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import tsfm
 from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 
 from .fitting import dice_per_target, fill_configs, merge_overlay, write_readme
@@ -320,7 +321,7 @@ def _write_weights(folder: str, tensors: Mapping[str, torch.Tensor], description
 
 def _copy_package(target: str) -> None:
     """The package as a real copy: a link would be dropped or broken by what packs and unpacks bundles."""
-    source = os.path.dirname(os.path.abspath(__file__))
+    source = os.path.dirname(os.path.abspath(tsfm.__file__))
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
 
 
