@@ -16,7 +16,7 @@ from pathlib import Path
 import monai.bundle
 import pytest
 from monai.bundle import ConfigParser
-from tsfm.__main__ import commands
+from tsfm.__main__ import commands as tsfm_commands
 from tsfm_tools.release.release import PINS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,11 +124,11 @@ def _bundle(folder: Path, name: str, words: list[str]) -> list[str]:
 
 
 def _tsfm(folder: Path, name: str, words: list[str]) -> list[str]:
-    if name not in commands():
+    if name not in tsfm_commands():
         return [f"python -m tsfm has no {name}"]
     positional, options = _arguments(words)
     try:
-        inspect.signature(commands()[name]()).bind(*positional, **options)
+        inspect.signature(tsfm_commands()[name]()).bind(*positional, **options)
     except TypeError as error:
         return [f"python -m tsfm {name}: {error}"]
     values = [*positional, *(value for key, value in options.items() if "output" not in key)]

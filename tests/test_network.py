@@ -276,8 +276,6 @@ class TestBlocks:
             output = norm(x)
         assert output.dtype == dtype
         assert torch.equal(x, before), "the input must not be overwritten"
-        with torch.no_grad():
-            assert torch.equal(norm(x.clone(memory_format=torch.preserve_format), overwrite=True), norm(x))
         tolerance = 1e-4 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(output.double(), expected.double(), atol=tolerance, rtol=tolerance)
 

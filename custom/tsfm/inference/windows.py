@@ -21,7 +21,7 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from ..labels import LabelTable
-from ..network.cpu import autocast, channels_last, reused_memory
+from ..network.cpu import autocast, channels_last
 from ..preparation.resampling import thick_axis
 from .painting import Painter, Slab, check_names, threshold_logits
 
@@ -231,7 +231,7 @@ class SlabInferer(Inferer):
         average = self._average(image.shape[1:], device)
         progress = tqdm(total=math.prod(map(len, starts)), desc="windows", unit="window", disable=not self.progress)
         layout = channels_last(network) if self.channels_last else nullcontext()
-        with torch.no_grad(), layout, reused_memory(), progress:
+        with torch.no_grad(), layout, progress:
             for row, s in enumerate(starts[0]):
                 corners = list(itertools.product([s], *starts[1:]))
                 for i in range(0, len(corners), self.sw_batch_size):

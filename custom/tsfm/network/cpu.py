@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -44,29 +43,17 @@ def channels_last(network: Callable) -> Iterator[None]:
             vars(module).pop("forward", None)
 
 
-def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Instance normalization of x (B,C,S,P,L), with gradients, in the layout of x.
+def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Instance normalization of x (B,C,S,P,L) in the layout of x, with gradients.
 
-    As batch normalization of one sample at a time; PyTorch's own goes through channels-first.
-    """
-    samples = [F.batch_norm(sample, None, None, weight, bias, True, 0.0, eps) for sample in x.split(1)]
-    return torch.cat(samples) if len(samples) > 1 else samples[0]
-
-
-def instance_norm_into(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Instance normalization of x (B,C,S,P,L) into `y`, which may be `x`; no gradient.
-
-    As batch normalization of one sample at a time, which keeps channels_last; statistics are at least float32.
+    As batch normalization of one sample at a time; PyTorch's own goes through channels-first. Statistics are at least
+    float32, whatever the type of x.
     """
     kind = torch.promote_types(x.dtype, torch.float32)
     weight = torch.ones(x.shape[1], dtype=kind, device=x.device) if weight is None else weight.to(kind)
     bias = torch.zeros_like(weight) if bias is None else bias.to(kind)
-    mean, inverse_sd = torch.empty_like(weight), torch.empty_like(weight)
-    for sample, result in zip(x.split(1), y.split(1), strict=True):
-        torch.ops.aten.native_batch_norm.out(
-            sample, weight, bias, None, None, True, 0.0, eps, out=result, save_mean=mean, save_invstd=inverse_sd
-        )
-    return y
+    samples = [F.batch_norm(sample, None, None, weight, bias, True, 0.0, eps) for sample in x.split(1)]
+    return torch.cat(samples) if len(samples) > 1 else samples[0]
 
 
 def _convolve(convolution: nn.Module, *args: Any) -> Tensor:
@@ -77,80 +64,28 @@ def _convolve(convolution: nn.Module, *args: Any) -> Tensor:
 def _normalize(norm: nn.InstanceNorm3d, x: Tensor) -> Tensor:
     if x.ndim == 5 and x.is_contiguous(memory_format=LAYOUT):
         norm._check_input_dim(x)
-        return instance_norm_into(torch.empty_like(x), x, norm.weight, norm.bias, norm.eps)
+        return instance_norm(x, norm.weight, norm.bias, norm.eps)
     return nn.InstanceNorm3d.forward(norm, x)
 
 
-_TRIM, _MMAP = -1, -3
+def keep_freed_memory() -> None:
+    """For a process of one's own: huge pages for large tensors, and freed blocks kept for the next tensor.
 
-_KEEP = {_MMAP: 2**28, _TRIM: 2**31 - 1}
-"""Blocks up to 256 MiB are kept; larger ones still come and go, so that gaps between them can't add up."""
-
-_USUAL = {_MMAP: 2**25, _TRIM: 2**26}
-"""Where glibc's own thresholds settle once a large block was freed."""
-
-_SMALL = 2**22
-"""Room that small blocks take instead of the place behind a large one, where each would keep it from growing again."""
-
-_lock = threading.Lock()
-
-_users = 0
-
-_guard: int | None = None
-
-
-def use_huge_pages() -> None:
-    """Ask torch to back tensors of 2 MiB and more with huge pages (Linux); its first large tensor fixes the choice."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-@contextmanager
-def reused_memory() -> Iterator[None]:
-    """Within the block, freed memory stays with the process; afterwards what is free goes back to the system.
-
-    Blocks may nest and overlap between threads. Without glibc 2.35 or newer nothing changes.
+    glibc gives each freed block above 32 MiB back to the system and a new one comes page by page, each at the price of a
+    fault; a network's activations come and go at every layer. It holds until the process ends, so bundles call it in
+    ``initialize`` and nothing calls it by itself. The same for a process that is not one's own, from outside:
+    ``THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_THRESHOLD_=268435456 MALLOC_TRIM_THRESHOLD_=2147483647``.
+    Without Linux and glibc nothing changes.
     """
-    libc = _glibc()
-    _enter(libc)
-    try:
-        yield
-    finally:
-        _leave(libc)
-
-
-def _glibc() -> ctypes.CDLL | None:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it with its first large tensor
     try:
         libc = ctypes.CDLL(None)
-    except (OSError, TypeError):
-        return None
-    if not (hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version")):
-        return None
-    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    return libc
-
-
-def _enter(libc: ctypes.CDLL | None) -> None:
-    global _users, _guard
-    with _lock:
-        _users += 1
-        if libc and _users == 1:
-            for option, value in _KEEP.items():
-                libc.mallopt(option, value)
-            # The upper of the two stays, untouched, so that the lower one does not melt into the heap's free end.
-            room, _guard = sorted((libc.malloc(_SMALL), libc.malloc(_SMALL)))
-            libc.free(room)
-
-
-def _leave(libc: ctypes.CDLL | None) -> None:
-    global _users, _guard
-    with _lock:
-        _users -= 1
-        if libc and not _users:
-            libc.free(_guard)
-            _guard = None
-            for option, value in _USUAL.items():
-                libc.mallopt(option, value)
-            libc.malloc_trim(0)
+        libc.gnu_get_libc_version  # noqa: B018
+    except (OSError, TypeError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    libc.mallopt(mmap_threshold, 2**28)
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 _INSTRUCTIONS = {

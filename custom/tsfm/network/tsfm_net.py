@@ -34,7 +34,7 @@ from monai.networks.blocks import TransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cpu import instance_norm, instance_norm_into
+from .cpu import instance_norm
 
 AXES = "SPL"
 
@@ -60,10 +60,7 @@ class Conv(nn.Conv3d):
 
 
 class NormAct(nn.Module):
-    """Instance normalization with scale and shift, then LeakyReLU: (B,C,S,P,L) -> the same; statistics in float32.
-
-    `overwrite` allows the output to take the memory of the input where no gradient needs it.
-    """
+    """Instance normalization with scale and shift, then LeakyReLU: (B,C,S,P,L) -> the same; statistics in float32."""
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
@@ -71,15 +68,10 @@ class NormAct(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
 
-    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.at_least_float32(self.weight), self.at_least_float32(self.bias)
-        if reuses_memory(x):
-            y = instance_norm_into(x if overwrite else torch.empty_like(x), x, weight, bias, self.eps)
-        elif is_eager_on_cpu(x):
-            y = instance_norm(x, weight, bias, self.eps)
-        else:
-            y = F.instance_norm(x, weight=weight, bias=bias, eps=self.eps)
-        return F.leaky_relu_(y, LEAKY_SLOPE)
+        norm = instance_norm if is_eager_on_cpu(x) else F.instance_norm
+        return F.leaky_relu_(norm(x, weight=weight, bias=bias, eps=self.eps), LEAKY_SLOPE)
 
     @staticmethod
     def at_least_float32(parameter: Tensor) -> Tensor:
@@ -111,7 +103,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.conv1(self.norm1(x))
-        branch = self.conv2(self.dropout(self.norm2(branch, overwrite=True)))
+        branch = self.conv2(self.dropout(self.norm2(branch)))
         return branch.add_(self.shortcut(x))
 
 
@@ -169,10 +161,7 @@ class TransformerBottleneck(nn.Module):
 
 
 class Up(nn.Module):
-    """Block E and the skip: (B,2C,S/2,P/2,L/2) and the encoder's (B,C,S,P,L) -> (B,C,S,P,L).
-
-    Where no gradient needs the skip, the sum takes its memory.
-    """
+    """Block E and the skip: (B,2C,S/2,P/2,L/2) and the encoder's (B,C,S,P,L) -> (B,C,S,P,L)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int], interpolation: str = "nearest"):
         super().__init__()
@@ -182,12 +171,6 @@ class Up(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.conv(x)
-        if self.interpolation == "nearest" and reuses_memory(x):
-            s, p, l = self.stride  # noqa: E741
-            skip.unflatten(4, (-1, l)).unflatten(3, (-1, p)).unflatten(2, (-1, s)).add_(
-                x[:, :, :, None, :, None, :, None]
-            )
-            return skip
         return skip + F.interpolate(x, scale_factor=tuple(map(float, self.stride)), mode=self.interpolation)
 
 
@@ -339,16 +322,8 @@ def interpolate_positions(position_embedding: Tensor, grid: Sequence[int]) -> Te
     return resized.to(position_embedding.dtype)
 
 
-def reuses_memory(x: Tensor) -> bool:
-    """Whether to work in place: eager evaluation on the CPU, where fresh memory costs as much as arithmetic.
-
-    Gradients need the overwritten values; graphs (tracing, export, torch.compile) plan their own memory.
-    """
-    return is_eager_on_cpu(x) and not torch.is_grad_enabled()
-
-
 def is_eager_on_cpu(x: Tensor) -> bool:
-    """Whether layout and memory are ours to choose."""
+    """Whether the layout is ours to choose: graphs (tracing, export, torch.compile) plan their own."""
     return x.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
 
 
