@@ -95,7 +95,7 @@ class TrainStep(AutocastStep):
         if self.skipped_in_epoch == state.epoch_length and self.scaler.get_scale() <= 1:
             raise AllStepsSkipped(
                 f"all {state.epoch_length} steps of epoch {state.epoch} were skipped: no gradient was finite (last loss: "
-                f"{float(state.output[Keys.LOSS]):.4g}), so nothing is learned. Try a tenth of --learning_rate, or --amp "
+                f"{float(state.output[Keys.LOSS].detach()):.4g}), so nothing is learned. Try a tenth of --learning_rate, or --amp "
                 "False (float32), in a new --output_dir; if that fails from the first epoch on, look at the images' values."
             )
 
