@@ -1,6 +1,10 @@
 """Autocast only where the device computes in the type; a processor that would only convert is told once."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,3 +57,59 @@ def test_a_gpu_that_only_emulates_bfloat16_is_told_of_float16(monkeypatch, caplo
     assert not precision.computes_in("cuda", torch.bfloat16) and precision.computes_in("cuda", torch.float16)
     assert "--amp_dtype float16" in caplog.text
     precision.computes_in.cache_clear()
+
+
+FLAT = """
+import json, torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tsfm import precision
+
+CONV, CPU = nn.Conv3d, torch.device("cpu")
+
+class Recomputed(nn.Sequential):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+LAYERS = {  # name: layer, slices of the input
+    "3x3x3": (CONV(16, 16, 3, padding=1), 2), "in plane stride": (CONV(16, 16, 3, (1, 2, 2), 1), 2),
+    "groups": (CONV(16, 16, 3, padding=1, groups=2), 2), "5x5x5": (CONV(16, 16, 5, padding=2), 4),
+    "transposed": (nn.ConvTranspose3d(16, 16, 3, padding=1), 2),
+    "recomputed": (Recomputed(CONV(16, 16, 3, padding=1), nn.InstanceNorm3d(16), CONV(16, 16, 3, padding=1)), 2),
+    "three slices": (CONV(16, 16, 3, padding=1), 3), "one slice": (CONV(16, 16, 3, padding=1), 1),
+}
+
+def gradients(layer, x, context):
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    with context:
+        y = layer(x)
+    (y.float() * torch.linspace(-1, 2, y.numel()).view_as(y)).sum().backward()
+    return [x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+def error(context):
+    found = {}
+    for name, (layer, slices) in LAYERS.items():
+        x = torch.randn(2, 16, slices, 6, 6, generator=torch.Generator().manual_seed(0))
+        exact = gradients(layer, x, torch.autocast("cpu", enabled=False))
+        pairs = zip(gradients(layer, x, context()), exact)
+        found[name] = max(float((a - b).norm() / b.norm().clamp(min=1)) for a, b in pairs)
+    return found
+
+torch.manual_seed(0)
+print(json.dumps([precision.weight_gradient_is_wrong(), error(lambda: torch.autocast("cpu", torch.bfloat16)),
+                  error(lambda: precision.autocast(CPU)), precision.weight_gradient_is_wrong()]))
+"""
+
+
+def test_gradients_of_flat_convolutions_are_those_of_float32():
+    """In a process that is held to avx512_bf16, since oneDNN's kernels for AMX are right."""
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        pytest.skip("this processor has no avx512_bf16, whose convolutions are the wrong ones")
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+    done = subprocess.run([sys.executable, "-c", FLAT], env=limited, capture_output=True, encoding="utf-8", check=True)
+    found, before, after, left = json.loads(done.stdout)
+    if not found:
+        pytest.skip(f"torch {torch.__version__} has right gradients: tsfm.network.cpu.mend_weight_gradients can go")
+    assert not before["3x3x3"] < 0.3 and before["three slices"] < 0.02, "the probe finds what is not there"
+    assert not left and {name: value for name, value in after.items() if not value < 0.1} == {}  # rounding: .04

@@ -11,7 +11,7 @@ from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import CheckpointError, read_state
 from tsfm.training.curve import Curve, write_csv
 from tsfm.training.record import versions
-from tsfm.training.run_state import RunState
+from tsfm.training.run_state import AllStepsSkipped, RunState
 from tsfm.training.steps import TrainStep, poly_schedule
 
 SMALL = {
@@ -44,13 +44,13 @@ def test_warming_up_is_linear_and_polynomial_decay_follows():
     assert rates(6, warmup_epochs=2) == pytest.approx([1 / 3, 2 / 3, *((1 - epoch / 4) ** 0.9 for epoch in range(4))])
 
 
-def engine_with(network, loss=1.0, clip_norm=12.0):
+def engine_with(network, loss=1.0, clip_norm=12.0, epoch_length=None):
     samples = [{"image": torch.randn(1, 8, 8, 8), "label": torch.zeros(1, 8, 8, 8)} for _ in range(2)]
     step = TrainStep(amp=False, clip_norm=clip_norm)
     trainer = SupervisedTrainer(
         device=torch.device("cpu"), max_epochs=2, train_data_loader=DataLoader(samples, batch_size=2), network=network,
         optimizer=optimizer_of(network.parameters(), 0.01), loss_function=lambda pred, label: loss * pred.square().mean(),
-        iteration_update=step, decollate=False,
+        iteration_update=step, decollate=False, epoch_length=epoch_length,
     )  # fmt: skip
     return trainer, step
 
@@ -60,9 +60,27 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(scale):
     network = TSFM(**SMALL)
     before = {name: value.clone() for name, value in network.named_parameters()}
     trainer, step = engine_with(network, scale)
-    trainer.run()
-    assert step.skipped == 2
+    with pytest.raises(AllStepsSkipped, match=r"all 1 steps of epoch 1 .* --learning_rate"):
+        trainer.run()
+    assert step.skipped == 1
     assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
+
+
+def test_a_run_ends_with_the_number_of_its_skipped_steps_also_when_it_was_resumed(tmp_path, caplog):
+    def run(epochs, *bad):
+        trainer, _ = run_state(tmp_path, TSFM(**SMALL), epoch_length=2)
+        trainer.state.max_epochs = epochs
+        good = trainer.loss_function
+        trainer.loss_function = lambda *pair: good(*pair) * (float("nan") if trainer.state.iteration in bad else 1)
+        trainer.run()
+
+    run(1, 1)
+    assert caplog.messages[-1].startswith("1 of 2 steps (50%) were skipped") and "--amp False" in caplog.messages[-1]
+    with pytest.raises(AllStepsSkipped, match="epoch 3"):
+        run(3, 4, 5, 6)
+    caplog.clear()
+    run(22)
+    assert caplog.messages == ["2 of 44 steps (5%) were skipped, since their gradient was not finite"]
 
 
 def test_the_gradient_is_clipped_to_the_norm_before_the_step():
@@ -81,7 +99,7 @@ def test_unknown_precision_is_refused():
 
 
 def run_state(folder, network, **options):
-    trainer, step = engine_with(network)
+    trainer, step = engine_with(network, epoch_length=options.pop("epoch_length", None))
     curve = Curve(str(folder))
     parts = {"optimizer": options.pop("optimizer", trainer.optimizer), "step": step}
     settings = {"seed": 0, **options.pop("settings", {})}

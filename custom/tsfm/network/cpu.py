@@ -96,7 +96,12 @@ _INSTRUCTIONS = {
 
 
 def autocast(device: torch.device, amp: bool = True, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
-    """``torch.autocast``, switched off (float32) without `amp` and on devices that do not compute in `dtype`."""
+    """``torch.autocast``, switched off (float32) without `amp` and on devices that do not compute in `dtype`.
+
+    Before gradients are computed on a processor, its convolutions' are mended where they are wrong.
+    """
+    if device.type == "cpu" and torch.is_grad_enabled():
+        mend_weight_gradients()
     return torch.autocast(device.type, dtype=dtype, enabled=amp and computes_in(device.type, dtype))
 
 
@@ -116,3 +121,60 @@ def computes_in(device_type: str, dtype: torch.dtype) -> bool:
         name = str(dtype).removeprefix("torch.")
         logger.warning("this %s has no %s arithmetic: computing in float32%s", kind, name, advice)
     return found
+
+
+@lru_cache
+def mend_weight_gradients() -> bool:
+    """Where bfloat16 gives wrong weight gradients of flat convolutions, have them computed in float32 from now on.
+
+    oneDNN 3.12 (torch 2.13.0) on x86 with avx512_bf16 and without AMX leaves part of such a gradient uninitialised when
+    the input has fewer slices than the kernel is deep and the output more than one (3x3x3, padding 1, stride 1: two
+    slices); for 7x3x3 it corrupts the heap. It is mended below autograd, so for any network, compiled, checkpointed or
+    distributed. Other convolutions, forward passes, and processors on which `weight_gradient_is_wrong` finds nothing
+    stay as they are. Once it finds nothing under ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` either, torch has mended it, and
+    this function can go.
+
+    Returns:
+        whether there was something to mend.
+    """
+    if not weight_gradient_is_wrong():
+        return False
+    logger.info("this processor's bfloat16 gradients of flat convolutions are wrong: those are computed in float32")
+    _library.impl("convolution_backward", _convolution_backward, "CPU", with_keyset=True)
+    return True
+
+
+def weight_gradient_is_wrong() -> bool:
+    """Compare a bfloat16 weight gradient over two slices with the float32 one (milliseconds).
+
+    Where it is wrong, it is so whatever the memory held before: the kernel's first slice misses half of its sum.
+    """
+    image = torch.linspace(-1, 1, 16 * 2 * 4 * 4).reshape(1, 16, 2, 4, 4).bfloat16()
+    gradients = []
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        for dtype in (torch.float32, torch.bfloat16):
+            kernel = torch.zeros(16, 16, 3, 3, 3, dtype=dtype, requires_grad=True)
+            (gradient,) = torch.autograd.grad(F.conv3d(image.to(dtype), kernel, padding=1).sum(), kernel)
+            gradients.append(gradient.float())
+    return not torch.allclose(*gradients, rtol=0.02, atol=0.02 * float(gradients[0].abs().max()))
+
+
+_library = torch.library.Library("aten", "IMPL")
+
+_original = torch.library.get_kernel("aten::convolution_backward", "CPU")
+
+
+def _convolution_backward(
+    keys: Any, grad_output: Tensor, image: Tensor, weight: Tensor, bias_sizes: Any, stride: Any, padding: Any,
+    dilation: Any, transposed: bool, output_padding: Any, groups: int, output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """PyTorch's operator, in float32 where the bfloat16 weight gradient of a convolution (B,C,S,P,L) is wrong."""
+    options = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask)
+    flat = image.ndim == 5 and image.dtype == torch.bfloat16 and output_mask[1]
+    if flat:
+        slices, made = (grad_output, image) if transposed else (image, grad_output)
+        flat = slices.shape[2] < weight.shape[2] and made.shape[2] > 1
+    if not flat:
+        return _original.call_boxed(keys, grad_output, image, weight, *options)
+    gradients = _original.call_boxed(keys, grad_output.float(), image.float(), weight.float(), *options)
+    return tuple(gradient if gradient is None else gradient.to(image.dtype) for gradient in gradients)

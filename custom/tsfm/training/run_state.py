@@ -31,6 +31,10 @@ from .curve import Curve
 logger = logging.getLogger(__name__)
 
 
+class AllStepsSkipped(ArithmeticError):
+    """An epoch in which no step had a finite gradient: the run learns nothing any more."""
+
+
 def unwrap(network: nn.Module) -> nn.Module:
     """The network inside DistributedDataParallel or torch.compile."""
     while hasattr(network, "module") or hasattr(network, "_orig_mod"):
@@ -105,6 +109,7 @@ class RunState:
         engine.add_event_handler(Events.ITERATION_STARTED, self._seed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.COMPLETED, self.publish)
+        engine.add_event_handler(Events.COMPLETED, self._report_skipped)
 
     def _sweep(self, engine: Any) -> None:
         """Remove half-written files of a run that was killed."""
@@ -201,6 +206,17 @@ class RunState:
             )
         atomic_write(target, lambda temporary: shutil.copyfile(self.model_path, temporary))
         logger.info("weights: %s (copied to %s)", self.model_path, target)
+
+    def _report_skipped(self, engine: Any) -> None:
+        """End the run's output with the number of skipped steps, if there were any."""
+        skipped = getattr(self.parts.get("step"), "skipped", 0)
+        if skipped and self.write:
+            logger.warning(
+                "%d of %d steps (%.0f%%) were skipped, since their gradient was not finite%s",
+                skipped, engine.state.iteration, 100 * skipped / engine.state.iteration,
+                "" if skipped < 0.05 * engine.state.iteration else
+                ": the weights learned less than they could. Try a lower --learning_rate, or --amp False (float32)",
+            )  # fmt: skip
 
 
 def _digest(value: Any) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..network.cpu import autocast
+from .run_state import AllStepsSkipped
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,14 @@ class TrainStep(AutocastStep):
 
     Args:
         clip_norm: largest gradient norm (nnU-Net: 12); 0 switches clipping off.
+
+    Raises:
+        AllStepsSkipped: at the end of an epoch without a single finite gradient.
     """
 
     def __init__(self, amp: bool = True, amp_dtype: str = "bfloat16", clip_norm: float = 12.0) -> None:
         super().__init__(amp, amp_dtype)
-        self.clip_norm, self.skipped = clip_norm, 0
+        self.clip_norm, self.skipped, self.skipped_in_epoch = clip_norm, 0, 0
         self.scaler = torch.amp.GradScaler(enabled=amp and amp_dtype == "float16")
 
     def __call__(self, engine: Any, batch: Any) -> list[dict[str, Any]]:
@@ -72,15 +76,28 @@ class TrainStep(AutocastStep):
         parameters = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.scaler.is_enabled() or torch.isfinite(norm):
+        finite = bool(torch.isfinite(norm))
+        if finite or self.scaler.is_enabled():  # the scaler leaves such a step out by itself
             self.scaler.step(engine.optimizer)
         else:
-            self.skipped += 1
             logger.warning("iteration %d: gradient norm is %s, step skipped", engine.state.iteration, float(norm))
         self.scaler.update()
+        self._count(engine.state, finite)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         output[Keys.LOSS] = output[Keys.LOSS].detach()
         return [output]
+
+    def _count(self, state: Any, finite: bool) -> None:
+        """Count a skipped step; at an epoch's end raise if it had no other, unless a loss scale is still being sought."""
+        place = (state.iteration - 1) % state.epoch_length + 1
+        self.skipped += not finite
+        self.skipped_in_epoch = (0 if place == 1 else self.skipped_in_epoch) + (not finite)
+        if self.skipped_in_epoch == state.epoch_length and self.scaler.get_scale() <= 1:
+            raise AllStepsSkipped(
+                f"all {state.epoch_length} steps of epoch {state.epoch} were skipped: no gradient was finite (last loss: "
+                f"{float(state.output[Keys.LOSS].detach()):.4g}), so nothing is learned. Try a tenth of --learning_rate, or --amp "
+                "False (float32), in a new --output_dir; if that fails from the first epoch on, look at the images' values."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
