@@ -116,8 +116,8 @@ def world(tmp_path) -> Path:
     for path in [*ROOT.glob("requirements*.txt"), ROOT / "Makefile", ROOT / "LICENSE"]:
         shutil.copy2(path, repo)
     for bundle in (repo / "bundles").iterdir():
-        for name in ("train.json", "small.json"):
-            make_tiny(bundle / "configs" / name)
+        for path in (bundle / "configs").glob("*.json"):
+            make_tiny(path)
         (bundle / "models").mkdir()
     phantoms.write_all_ten(str(data), 3, (32, 48, 48))
     shutil.copytree(data / "Task03_Liver", data / "Task04_Hippocampus")
@@ -133,10 +133,15 @@ def world(tmp_path) -> Path:
 
 
 def make_tiny(path: Path) -> None:
-    """Put TINY's settings into a config; fine-tuning takes network, patch and spacing from the weights."""
+    """Put TINY's settings into train.json and small.json, and into other overlays where they set the same ids.
+
+    Fine-tuning takes network, patch and spacing from the weights.
+    """
     config = json.loads(path.read_text())
     from_weights = ("network_def#", "patch_size", "spacing_mm", "learning_rate")
     for key, value in TINY.items():
+        if path.name not in ("train.json", "small.json") and key not in config:
+            continue
         if "tsfm_pretrain" in path.parts or not key.startswith(from_weights):
             parent, _, name = key.rpartition("#")
             if path.name == "train.json" and parent:

@@ -115,9 +115,8 @@ def run(arguments: list[str], libraries: list[str]) -> None:
     """What `python` does with its arguments: a module, a command, the standard input or a file."""
     import runpy
 
-    arguments = [argument for argument in arguments if argument != "-u"]
-    while arguments[0] == "-W":
-        del arguments[:2]
+    while arguments[0] in ("-u", "-W"):
+        del arguments[: 2 if arguments[0] == "-W" else 1]
     kind, *rest = arguments
     named = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     first = os.getcwd() if kind == "-m" else "" if kind in ("-c", "-") else os.path.dirname(os.path.abspath(kind))
