@@ -126,7 +126,9 @@ def world(tmp_path) -> Path:
         shutil.copytree(data / "Task03_Liver" / source, data / folder)
     shutil.copytree(data / "Task03_Liver/labelsTr", data / "mine/masks")
     write_weights(tmp_path / "weights.pt")
-    (tmp_path / "venv").mkdir()  # what make takes for built
+    (tmp_path / "venv").mkdir()
+    for name in ("run", "dev"):
+        (tmp_path / "venv" / name).touch()  # what make takes for built
     (tmp_path / "venv/bin").symlink_to(Path(sys.executable).parent if IS_FULL else warm().programs)
     (tmp_path / "data_license.txt").write_text("msd_liver: CC BY-SA 4.0\n")
     return tmp_path
