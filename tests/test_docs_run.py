@@ -211,7 +211,7 @@ def run(text: str, home: Path, world: Path, download_port: int, libraries: str =
     surroundings = environment() | {
         "PATH": os.pathsep.join([str(world / "venv/bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "MONAI_LABEL_SESSION_PATH": str(world / "sessions"),
-        "MAKEFLAGS": f"VENV={world}/venv --old-file={world}/venv/run --old-file={world}/venv/dev",
+        "MAKEFLAGS": f"VENV={world}/venv",
     }
     for name in ("PYTHONPATH", *(["PYTHON_EXEC"] if IS_FULL else [])):
         surroundings.pop(name, None)
