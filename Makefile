@@ -8,13 +8,18 @@ export OMP_WAIT_POLICY = passive
 export PYTHONUTF8 = 1
 TORCH = torch==2.13.0
 
-.PHONY: demo test test-label test-docs lint format gate release bench-env clean
+.PHONY: demo test test-avx2 test-label test-docs lint format gate release bench-env clean
 
 demo: $(VENV)/run
 	$(BIN)/python -m tsfm demo --output_dir demo_output
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal -q
+
+# The tests that run a network, as on a processor that has neither AVX-512 nor bfloat16 arithmetic.
+test-avx2: $(VENV)/dev
+	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+		$(BIN)/python -m pytest tests -m convolutions -n 2 --dist worksteal -q
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """Shared by the whole-run tests: a tiny phantom pool on disk, a tiny network, and the bundles run as a user runs them."""
 
+import atexit
+import functools
 import json
 import os
 import subprocess
@@ -7,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from warm import Warm
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -32,11 +36,19 @@ TINY = {
 }
 
 
-def bundle_command(bundle, configs, run_id=None, launcher=("-m",), **overrides):
-    """The command line of a bundle run, as the README gives it; overlays may be dicts, which need a folder: see run."""
+@functools.cache
+def warm():
+    """Processes that begin with torch and MONAI imported, for all tests of this session."""
+    server = Warm()
+    atexit.register(server.close)
+    return server
+
+
+def bundle_command(bundle, configs, run_id=None, launcher=("-m",), python=sys.executable, **overrides):
+    """The command line of a bundle run, as the README gives it."""
     folder = ROOT / "bundles" / bundle
     files = [str(folder / "configs" / name) if "/" not in str(name) else str(name) for name in configs]
-    command = [sys.executable, *launcher, "monai.bundle", "run", *([run_id] if run_id else [])]
+    command = [python, *launcher, "monai.bundle", "run", *([run_id] if run_id else [])]
     command += ["--config_file", str(files), "--bundle_root", str(folder)]
     command += [
         "--meta_file",
@@ -50,13 +62,13 @@ def bundle_command(bundle, configs, run_id=None, launcher=("-m",), **overrides):
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHON_EXEC": warm().python}
 
 
-def run_bundle(bundle, configs, *, expect=0, **overrides):
+def run_bundle(bundle, configs, *, expect=0, python=None, **overrides):
     """Run a bundle in its own process; returns its output. A run that should fail is named with ``expect=1``."""
     done = subprocess.run(
-        bundle_command(bundle, configs, **overrides),
+        bundle_command(bundle, configs, python=python or warm().python, **overrides),
         env=environment(),
         capture_output=True,
         encoding="utf-8",
@@ -68,30 +80,45 @@ def run_bundle(bundle, configs, *, expect=0, **overrides):
     return output
 
 
+def made_once(tmp_path_factory, name, make):
+    """Folder `name` that ``make(folder)`` fills, once for all workers of pytest-xdist; tests only read it."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.with_suffix(".done").exists():
+            folder.mkdir()
+            make(folder)
+            folder.with_suffix(".done").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Path of the overlay that makes every run tiny."""
-    path = tmp_path_factory.mktemp("overlay") / "tiny.json"
-    path.write_text(json.dumps(TINY))
-    return str(path)
+    folder = made_once(tmp_path_factory, "overlay", lambda folder: (folder / "tiny.json").write_text(json.dumps(TINY)))
+    return str(folder / "tiny.json")
 
 
 @pytest.fixture(scope="session")
 def phantom_pool(tmp_path_factory):
-    """Folder with the demo's data sets, two cases each, in the layouts of the paper's pool."""
+    """Folder with the demo's data sets, three cases each, in the layouts of the paper's pool."""
     from tsfm_tools.phantoms import layouts as phantoms
 
-    folder = tmp_path_factory.mktemp("phantoms")
-    phantoms.write_pool(str(folder), cases_per_dataset=3, size=(32, 48, 48), seed=0)
-    return folder
+    def write(folder):
+        phantoms.write_pool(str(folder), cases_per_dataset=3, size=(32, 48, 48), seed=0)
+
+    return made_once(tmp_path_factory, "phantoms", write)
 
 
 @pytest.fixture(scope="session")
 def pretrained(phantom_pool, tiny, tmp_path_factory):
-    """Folder of one finished tiny pretraining run on the phantom pool."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    run_bundle("tsfm_pretrain", ["train.json", tiny], **pretrain_options(phantom_pool, folder))
-    return folder
+    """Folder of one finished tiny pretraining run on the phantom pool: of the command as a user starts it."""
+
+    def train(folder):
+        options = pretrain_options(phantom_pool, folder)
+        run_bundle("tsfm_pretrain", ["train.json", tiny], python=sys.executable, **options)
+
+    return made_once(tmp_path_factory, "pretrained", train)
 
 
 def pretrain_options(pool_folder, folder, **more):

@@ -19,6 +19,8 @@ from tsfm.training.checkpoint import (
     table_of,
 )
 
+pytestmark = pytest.mark.convolutions
+
 SMALL = {
     "features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]], "img_size": [8, 8, 8],
     "hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16,

@@ -1,9 +1,11 @@
 """Every command of README.md, docs/*.md and the bundles' READMEs, taken from the page and run as it stands there.
 
 Each page runs in a copy of the repository's folders in which the networks, patches and epochs are tiny; a bundle's README
-runs as a stranger finds it, in a release under another name, with the package in it. `/data`, `/path/to/model.pt`, the host of a download, a port and the number of GPUs stand for the reader's own and are replaced.
-Blocks that build environments and the demo need minutes and the package index: `make test-docs` runs them too, and
-with them those of MONAI Label. What can't run here at all is listed, with the reason, in NOT_RUN.
+runs as a stranger finds it, in a release under another name, with the package in it. `/data`, `/path/to/model.pt`, the host of
+a download, a port and the number of GPUs stand for the reader's own and are replaced. `python` and `torchrun` are those
+of warm.py. Blocks that build environments and the demo need minutes and the package index: `make test-docs` runs them
+too, and with them those of MONAI Label, all with the usual programs. What can't run here at all is listed, with the
+reason, in NOT_RUN.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, environment, warm
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
@@ -114,8 +116,8 @@ def world(tmp_path) -> Path:
     for path in [*ROOT.glob("requirements*.txt"), ROOT / "Makefile", ROOT / "LICENSE"]:
         shutil.copy2(path, repo)
     for bundle in (repo / "bundles").iterdir():
-        for name in ("train.json", "small.json"):
-            make_tiny(bundle / "configs" / name)
+        for path in (bundle / "configs").glob("*.json"):
+            make_tiny(path)
         (bundle / "models").mkdir()
     phantoms.write_all_ten(str(data), 3, (32, 48, 48))
     shutil.copytree(data / "Task03_Liver", data / "Task04_Hippocampus")
@@ -124,15 +126,24 @@ def world(tmp_path) -> Path:
         shutil.copytree(data / "Task03_Liver" / source, data / folder)
     shutil.copytree(data / "Task03_Liver/labelsTr", data / "mine/masks")
     write_weights(tmp_path / "weights.pt")
+    (tmp_path / "venv").mkdir()
+    for name in ("run", "dev"):
+        (tmp_path / "venv" / name).touch()  # what make takes for built
+    (tmp_path / "venv/bin").symlink_to(Path(sys.executable).parent if IS_FULL else warm().programs)
     (tmp_path / "data_license.txt").write_text("msd_liver: CC BY-SA 4.0\n")
     return tmp_path
 
 
 def make_tiny(path: Path) -> None:
-    """Put TINY's settings into a config; fine-tuning takes network, patch and spacing from the weights."""
+    """Put TINY's settings into train.json and small.json, and into other overlays where they set the same ids.
+
+    Fine-tuning takes network, patch and spacing from the weights.
+    """
     config = json.loads(path.read_text())
     from_weights = ("network_def#", "patch_size", "spacing_mm", "learning_rate")
     for key, value in TINY.items():
+        if path.name not in ("train.json", "small.json") and key not in config:
+            continue
         if "tsfm_pretrain" in path.parts or not key.startswith(from_weights):
             parent, _, name = key.rpartition("#")
             if path.name == "train.json" and parent:
@@ -197,18 +208,17 @@ def run(text: str, home: Path, world: Path, download_port: int, libraries: str =
     text = text.replace("--nproc_per_node=8", "--nproc_per_node=2")
     text = text.replace("monailabel start_server", "start_server start_server").replace("--port 8000", f"--port {port}")
     prologue = PROLOGUE.replace("PORT", str(port)).replace("LABEL_BIN", f"'{LABEL_PYTHON.parent}'")
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
+    surroundings = environment() | {
+        "PATH": os.pathsep.join([str(world / "venv/bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "MONAI_LABEL_SESSION_PATH": str(world / "sessions"),
-        "MAKEFLAGS": f"VENV={sys.prefix} --old-file={sys.prefix}/run --old-file={sys.prefix}/dev",
+        "MAKEFLAGS": f"VENV={world}/venv",
     }
-    environment.pop("PYTHONPATH", None)
-    environment |= {"PYTHONPATH": libraries} if libraries else {}
+    for name in ("PYTHONPATH", *(["PYTHON_EXEC"] if IS_FULL else [])):
+        surroundings.pop(name, None)
+    surroundings |= {"PYTHONPATH": libraries} if libraries else {}
     done = subprocess.run(
         ["bash", "-c", prologue + text],
-        cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", timeout=1800, check=False,
+        cwd=home, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{text}\n{done.stdout[-6000:]}"
 

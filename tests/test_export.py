@@ -10,12 +10,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, warm
 from tsfm.__main__ import main
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import build_network, describe_network, load_weights, read_description, save_weights
 from tsfm_tools.release import export
+
+pytestmark = pytest.mark.convolutions
 
 TINY = {"features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]]}
 TINY |= {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
@@ -59,7 +62,7 @@ path, folder = sys.argv[1:]
 given = np.load(folder + "/in.npz")
 np.savez(folder + "/out.npz", *[run(given[key]) for key in given.files])
 """
-    command = [sys.executable, "-W", "ignore", "-c", script, path, str(tmp_path)]
+    command = [warm().python, "-W", "ignore", "-c", script, path, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     network = build_network(read_description(weights)).eval()
@@ -107,11 +110,9 @@ def test_the_command(weights, tmp_path, capsys, monkeypatch):
 
 def test_monais_own_command_traces_the_network(weights, tmp_path):
     """`python -m monai.bundle ckpt_export` on the bundle's inference.json, as docs/release.md gives it."""
-    from pathlib import Path
-
-    configs = Path(__file__).resolve().parents[1] / "bundles/tsfm_pretrain/configs"
+    configs = ROOT / "bundles/tsfm_pretrain/configs"
     path = str(tmp_path / "model.ts")
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "ckpt_export", "network_def"]
+    command = [warm().python, "-W", "ignore", "-m", "monai.bundle", "ckpt_export", "network_def"]
     command += ["--filepath", path, "--ckpt_file", weights, "--checkpoint", weights, "--use_trace", "True"]
     command += ["--meta_file", str(configs / "metadata.json"), "--config_file", str(configs / "inference.json")]
     command += ["--input_shape", "[1, 2, 16, 16, 8]"]

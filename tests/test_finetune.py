@@ -16,6 +16,8 @@ from tsfm.training.checkpoint import CheckpointError, read_state
 from tsfm_tools.paper import grids as experiments
 from tsfm_tools.phantoms import layouts as phantoms
 
+pytestmark = pytest.mark.convolutions
+
 BUNDLE = ROOT / "bundles/tsfm_finetune"
 SHORT = {
     "epochs": 1,

@@ -21,6 +21,8 @@ from tsfm.labels import LabelTable
 from tsfm.preparation.preprocessing import PrepareImaged
 from tsfm.preparation.resampling import thick_axis
 
+pytestmark = pytest.mark.convolutions
+
 NNUNET = np.load(Path(__file__).parent / "fixtures" / "inference.npz")
 EXPORTS = sorted(name.removesuffix("_regions") for name in NNUNET if name.endswith("_regions"))
 TREE = LabelTable(
@@ -182,7 +184,7 @@ class TestSlabInferer:
 
     def test_what_is_inside_is_painted_last(self):
         image = torch.ones(1, 1, 4, 4, 4)
-        inferer = SlabInferer((4, 4, 4), TREE, progress=False)
+        inferer = SlabInferer((4, 4, 4), TREE, amp=False, progress=False)
         assert inferer(image, Fake((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))).unique().tolist() == [1]
         assert inferer(image, Fake((-1.0, 1.0, 1.0), (0.0, 0.0, 0.0))).unique().tolist() == [2]
 
@@ -212,7 +214,9 @@ class TestSlabInferer:
 
     def test_several_windows_per_pass_change_nothing(self):
         image, network = prepared((40, 20, 25), (40, 20, 25)), Fake()
-        maps = [SlabInferer((16, 12, 10), ["a"], sw_batch_size=n, progress=False)(image, network) for n in (1, 5)]
+        maps = [
+            SlabInferer((16, 12, 10), ["a"], sw_batch_size=n, amp=False, progress=False)(image, network) for n in (1, 5)
+        ]
         assert torch.equal(*maps) and (5, 1, 16, 12, 10) in network.seen
 
     def test_the_buffer_does_not_grow_with_the_number_of_slices(self, monkeypatch):
@@ -225,7 +229,7 @@ class TestSlabInferer:
 
         monkeypatch.setattr("tsfm.inference.windows.RollingAverage", Spy)
         for slices in (16, 300):
-            SlabInferer((8, 8, 8), ["a"], progress=False)(torch.zeros(1, 1, slices, 8, 8), Fake())
+            SlabInferer((8, 8, 8), ["a"], amp=False, progress=False)(torch.zeros(1, 1, slices, 8, 8), Fake())
         assert sizes[0] == sizes[1]
 
     def test_uncertainty_is_one_bit_at_even_odds_and_little_where_sure(self):
@@ -241,11 +245,11 @@ class TestSlabInferer:
         with pytest.raises(ValueError, match=r"unknown targets \['liver'\].*kidney_left"):
             SlabInferer((8, 8, 8), TREE, targets=["liver"])
         with pytest.raises(ValueError, match=r"1 outputs.*3 targets"):
-            SlabInferer((8, 8, 8), TREE, progress=False)(image, Fake())
+            SlabInferer((8, 8, 8), TREE, amp=False, progress=False)(image, Fake())
         with pytest.raises(ValueError, match="NaN"):
-            SlabInferer((8, 8, 8), ["a"], progress=False)(image, Fake((float("nan"),)))
+            SlabInferer((8, 8, 8), ["a"], amp=False, progress=False)(image, Fake((float("nan"),)))
         with pytest.raises(ValueError, match="one image"):
-            SlabInferer((8, 8, 8), ["a"], progress=False)(image.expand(2, -1, -1, -1, -1), Fake())
+            SlabInferer((8, 8, 8), ["a"], amp=False, progress=False)(image.expand(2, -1, -1, -1, -1), Fake())
         with pytest.raises(ValueError, match="between 0 and 1"):
             SlabInferer((8, 8, 8), ["a"], threshold=1.0)
         with pytest.raises(ValueError, match="overlap"):

@@ -16,6 +16,8 @@ from tsfm.inference.windows import mirrored_axes
 from tsfm.training.checkpoint import CheckpointError, build_network, load_weights, read_description, save_weights
 from tsfm_tools.paper import grids as experiments
 
+pytestmark = pytest.mark.convolutions
+
 BUNDLE = ROOT / "bundles/tsfm_pretrain"
 
 

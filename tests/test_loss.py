@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import tsfm.network.loss
 from tsfm.network.loss import PartialLabelLoss, level_weights
+from tsfm.preparation.parallel import _context
 
 # Codes 0-2: data set A (background, target 0, targets 0 and 1), annotates targets 0 and 1; code 3: an ignored id of A.
 # Codes 4-6: data set B (background, target 1, target 2), annotates 1 and 2. Target 3 is annotated by code 7 alone.
@@ -258,12 +258,12 @@ def two_processes():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")  # a fork of a process that has run autograd or OpenMP may hang
+    context = _context()  # a fork of a process that has run autograd or OpenMP may hang
     queue = context.Queue()
     processes = [context.Process(target=worker, args=(rank, port, queue), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
-    results = [queue.get(timeout=120) for _ in processes]
+    results = [queue.get(timeout=300) for _ in processes]
     for process in processes:
         process.join(30)
     return results

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-import torch.multiprocessing as mp
 from monai.engines import SupervisedEvaluator
 from monai.handlers import from_engine
 from monai.metrics import compute_surface_dice
 from tsfm.evaluation.metrics import lesions, surface_dice
 from tsfm.labels import LabelTable
+from tsfm.preparation.parallel import _context
 from tsfm.training.pooled_dice import PooledDice
 
 TARGETS = {
@@ -152,7 +152,12 @@ def _one_of_two_processes(rank, path):
 
 
 def test_two_processes_agree_with_one_that_saw_everything(table, tmp_path):
-    mp.spawn(_one_of_two_processes, (str(tmp_path),), nprocs=2)
+    processes = [_context().Process(target=_one_of_two_processes, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
     metric = PooledDice(table)
     for batch in random_batches(table, number=4):
         metric.update(batch)

@@ -25,6 +25,8 @@ from tsfm.training.checkpoint import (
     save_weights,
 )
 
+pytestmark = pytest.mark.convolutions
+
 NETWORK = {
     "in_channels": 1, "out_channels": 2, "features": [4, 8, 16], "depths_down": [1, 1, 1], "depths_up": [1, 1],
     "strides": [[2, 2, 2], [1, 2, 2]], "img_size": [16, 32, 32], "hidden_size": 12, "num_layers": 1, "num_heads": 2, "mlp_dim": 24,

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tsfm.network import cpu as precision
 
+pytestmark = pytest.mark.convolutions
+
 CPU = torch.device("cpu")
 
 

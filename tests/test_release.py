@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import warm
 from monai.bundle import ConfigWorkflow
 from tsfm.cases.cases import Preparation
 from tsfm.cases.pool import DatasetPool
@@ -207,7 +208,7 @@ parser.read_config(sys.argv[1])
 print(parser.get_parsed_content("network_def").description["network"]["out_channels"])
 """
     environment = {**os.environ, "PYTHONPATH": str(staged), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", script, str(staged / "configs/inference.json")]
+    command = [warm().python, "-W", "ignore", "-c", script, str(staged / "configs/inference.json")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
     assert done.stdout.strip() == "2", done.stderr
 
@@ -465,6 +466,13 @@ def test_the_gate_finds_a_bundle_that_would_read_label_maps_wrongly(checkpoint, 
 # ---- the gate -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def warm_interpreter(monkeypatch):
+    """The process in which the gate checks a staged bundle is one of warm.py."""
+    monkeypatch.setattr(sys, "executable", warm().python)
+
+
+@pytest.mark.usefixtures("warm_interpreter")
 def test_the_gate_runs_the_vendored_package_and_checks_the_weights(staged):
     rows = {row.name: row for row in gate.gate(str(staged))}
     for name in ("weights fit network_def", "verify_net_in_out", "ckpt_export", "label map (channel_def)"):
@@ -557,6 +565,7 @@ def test_the_projects_bundles_pass_the_gate(name):
     assert not failed
 
 
+@pytest.mark.usefixtures("warm_interpreter")
 @pytest.mark.parametrize("name", ["tsfm_pretrain", "tsfm_finetune"])
 def test_the_projects_bundles_staged_around_weights_pass_the_gate_whole(name, checkpoint, tmp_path):
     write(tmp_path / "licenses.txt", "mine: CC0")

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, bundle_command, environment, pretrain_options, run_bundle
+from conftest import ROOT, bundle_command, environment, pretrain_options, run_bundle, warm
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import read_state
+
+pytestmark = pytest.mark.convolutions
 
 
 def weights(folder):
@@ -96,7 +98,9 @@ def test_workers_change_nothing(phantom_pool, tiny, tmp_path, pretrained):
 def torchrun(overlays, **options):
     """Two gloo processes on the CPU."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
-    command = bundle_command("tsfm_pretrain", ["train.json", *overlays], launcher=launcher, **options)
+    command = bundle_command(
+        "tsfm_pretrain", ["train.json", *overlays], launcher=launcher, python=warm().python, **options
+    )
     done = subprocess.run(command, env=environment(), capture_output=True, encoding="utf-8", timeout=600, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return done.stdout + done.stderr
@@ -104,8 +108,13 @@ def torchrun(overlays, **options):
 
 @pytest.mark.parametrize("overlay", ["multi_gpu_train.json", "fsdp_train.json"])
 def test_two_processes_take_the_steps_of_one_with_the_doubled_batch(phantom_pool, tiny, tmp_path, overlay):
-    """In float32, since sums in another order round differently."""
+    """In float32, up to the rounding of sums in another order.
+
+    Two Nesterov steps move a weight by at most 0.6: learning rate 0.01 times gradients of norm 12, 2.97 times the first
+    and 1.99 times the second. Forward and backward pass round some hundred times in a row.
+    """
     options = {"epochs": 1, "iterations_per_epoch": 2, "amp": False}
+    rounding = 100 * torch.finfo(torch.float32).eps * 0.6
     run_bundle(
         "tsfm_pretrain",
         ["train.json", tiny],
@@ -118,7 +127,7 @@ def test_two_processes_take_the_steps_of_one_with_the_doubled_batch(phantom_pool
     for key, value in first.items():
         if key != "_extra_state":
             torch.testing.assert_close(
-                value, second[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+                value, second[key], rtol=1e-4, atol=rounding, msg=lambda text, key=key: f"{key}: {text}"
             )
     assert read_state(tmp_path / "two/model.pt")[1]["network"]["features"] == [8, 16, 32]
     assert "resuming after epoch 1" in torchrun([tiny, overlay], **{**two, "epochs": 2})

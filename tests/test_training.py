@@ -14,6 +14,8 @@ from tsfm.training.record import versions
 from tsfm.training.run_state import AllStepsSkipped, RunState
 from tsfm.training.steps import TrainStep, poly_schedule
 
+pytestmark = pytest.mark.convolutions
+
 SMALL = {
     "in_channels": 1, "out_channels": 2, "features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]],
     "img_size": [8, 8, 8], "hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16, "deep_supervision": False,

@@ -12,6 +12,8 @@ from tsfm.network.tsfm_net import TSFM
 from tsfm.planning.transfer import freeze, load_pretrained, parameter_groups
 from tsfm.training.checkpoint import CheckpointError, load_weights, save_weights
 
+pytestmark = pytest.mark.convolutions
+
 SMALL = {
     "features": (4, 8, 16), "depths_down": (1, 1, 1), "depths_up": (1, 1), "strides": ((2, 2, 2), (2, 2, 2)), "img_size": (16, 16, 16),
     "hidden_size": 12, "num_layers": 2, "num_heads": 2, "mlp_dim": 16,
