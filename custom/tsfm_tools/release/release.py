@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
+from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state, write_state
 
 from .fitting import dice_per_target, fill_configs, merge_overlay, write_readme
 
@@ -307,15 +307,12 @@ def _read_configs(bundle_dir: str) -> dict[str, Any]:
 
 
 def _write_weights(folder: str, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
-    """Both weight files; a file object as target keeps the file's name out of the bytes of model.pt."""
-    from safetensors.torch import save_file
-
+    """Both weight files."""
     os.makedirs(folder)
     state = {key: value.contiguous() for key, value in sorted(tensors.items())}
     state[EXTRA_STATE] = encode_description(description)
-    with open(os.path.join(folder, "model.pt"), "wb") as file:
-        torch.save(state, file)
-    save_file(state, os.path.join(folder, "model.safetensors"))
+    for name in ("model.pt", "model.safetensors"):
+        write_state(state, os.path.join(folder, name), name.endswith(".safetensors"))
 
 
 def _copy_package(target: str) -> None:
