@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import check_writable
 from ..inference.prediction import SUFFIXES
+from ..names import case_names
+from ..schema import read_json
 
 OUTPUT_SUFFIX = ".nii.gz"
 
@@ -22,16 +23,6 @@ class PoolError(ValueError):
     """A pool file or a data set folder that cannot be used, with everything that is wrong at once."""
 
 
-def _read_json(path: str | os.PathLike) -> Any:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise PoolError(f"file {os.path.abspath(path)} does not exist") from None
-    except json.JSONDecodeError as error:
-        raise PoolError(f"{path} is not valid JSON: {error}") from None
-
-
 def _paths(value: Any) -> list[str]:
     if isinstance(value, Mapping):
         return list(value.values())
@@ -39,12 +30,14 @@ def _paths(value: Any) -> list[str]:
 
 
 def _msd_pairs(folder: str) -> list[tuple[str, str, str]]:
-    declared = _read_json(os.path.join(folder, "dataset.json"))
-    pairs = []
-    for entry in declared.get("training", []):
-        image, label = (os.path.normpath(os.path.join(folder, entry[key])) for key in ("image", "label"))
-        pairs.append((re.sub(r"\.nii(\.gz)?$", "", os.path.basename(image)), image, label))
-    return pairs
+    declared = read_json(os.path.join(folder, "dataset.json"), "dataset.json", PoolError)
+    listed = [
+        tuple(os.path.normpath(os.path.join(folder, entry[key])) for key in ("image", "label"))
+        for entry in declared.get("training", [])
+    ]
+    plain = [re.sub(r"\.nii(\.gz)?$", "", os.path.basename(image)) for image, _ in listed]
+    names = case_names(plain, [os.path.relpath(image, folder) for image, _ in listed])
+    return [(name, image, label) for name, (image, label) in zip(names, listed, strict=True)]
 
 
 def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -106,6 +99,7 @@ def find_images(
     Raises:
         FileNotFoundError: nothing there, or no image in it.
         FileExistsError: results are already there and `existing` is "error".
+        OSError: `output_dir` cannot be written.
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {list(EXISTING)}")
@@ -115,6 +109,8 @@ def find_images(
         raise FileNotFoundError(f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders")
     for item, name in zip(items, _case_names(items), strict=True):
         item["case"] = name
+    if output_dir is not None:
+        check_writable(output_dir, "--output_dir")
     if output_dir is None or existing == "overwrite":
         return items
     done = [item for item in items if output_path(output_dir, item["case"]).exists()]
@@ -164,8 +160,7 @@ def _is_dicom(path: str) -> bool:
 
 def _from_datalist(path: str) -> list[dict[str, Any]]:
     """Items of a JSON list, or of the part of a Decathlon-like file that is to be tested."""
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
+    content = read_json(path, "datalist")
     if isinstance(content, Mapping):
         keys = [key for key in ("testing", "test", "validation", "training") if content.get(key)]
         if not keys:
@@ -190,17 +185,8 @@ def _case_names(items: Sequence[dict[str, Any]]) -> list[str]:
     firsts = [_first(item["image"]) for item in items]
     names = [str(item.get("case") or _stem(path)) for item, path in zip(items, firsts, strict=True)]
     names = [name.replace("/", "_").replace(os.sep, "_") for name in names]
-    taken = Counter(names)
-    for i, (path, root) in enumerate(zip(firsts, roots, strict=True)):
-        if taken[names[i]] > 1:
-            parent = os.path.relpath(os.path.dirname(path), root or os.path.dirname(os.path.dirname(path)) or ".")
-            parts = [part for part in parent.split(os.sep) if part not in (".", "..", "")]
-            names[i] = "_".join([*parts, names[i]])
-    seen: Counter[str] = Counter()
-    for i, name in enumerate(names):
-        seen[name] += 1
-        names[i] = name if seen[name] == 1 else f"{name}_{seen[name]}"
-    return names
+    parents = [root or os.path.dirname(os.path.dirname(path)) or "." for root, path in zip(roots, firsts, strict=True)]
+    return case_names(names, [os.path.relpath(path, parent) for path, parent in zip(firsts, parents, strict=True)])
 
 
 def _first(image: Any) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,9 +23,11 @@ from ..cases.folders import PoolError, _two_folders
 from ..cases.pool import DatasetPool
 from ..cases.volumes import read_volume
 from ..files import atomic_write
+from ..names import plain_name, plain_names
 from ..network.tsfm_net import TSFM
 from ..patches.store import CaseStore
 from ..preparation.fingerprint import Fingerprint, fingerprint, fit_patch, plan_spacing
+from ..schema import FileError, read_json
 from ..training.checkpoint import CheckpointError, build_network, read_description
 from .transfer import freeze as freeze_parts
 from .transfer import load_pretrained
@@ -63,12 +64,10 @@ def dataset_pool(
     declared = os.path.join(dataset_dir, "dataset.json")
     entry: dict[str, Any] = {"name": _plain_name(os.path.basename(os.path.abspath(dataset_dir))), "folder": "."}
     if os.path.isfile(declared):
-        with open(declared, encoding="utf-8") as file:
-            content = json.load(file)
+        content = read_json(declared, "dataset.json", PoolError)
         entry |= {"format": "msd", "modality": modality or _msd_modality(content)}
-        label_ids = label_ids or {
-            raw: _plain_name(name) for raw, name in _msd_labels(content, declared).items() if str(raw) != "0"
-        }
+        named = {raw: name for raw, name in _msd_labels(content, declared).items() if str(raw) != "0"}
+        label_ids = label_ids or plain_names(named, declared)
     elif os.path.isdir(os.path.join(dataset_dir, images)):
         entry |= _two_folders(dataset_dir, images, labels)
         entry["modality"] = modality or "CT"
@@ -269,8 +268,10 @@ def _read_or_measure(pool: DatasetPool, store_dir: str) -> Fingerprint:
     key = json.dumps([files, pool.table.to_dict()["datasets"]], sort_keys=True)
     path = os.path.join(store_dir, f"fingerprint-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            return Fingerprint(**json.load(file), failed=[])
+        try:
+            return Fingerprint(**read_json(path), failed=[])
+        except (FileError, TypeError) as error:
+            logger.warning("the kept fingerprint %s is damaged (%s): it is measured again", path, error)
     channels = Preparation((1.0, 1.0, 1.0), in_channels=count_channels(pool))
     found = fingerprint(pool.cases, pool.table, channels, progress=_rank() == 0)
     if found.failed:
@@ -290,8 +291,8 @@ def _read_or_measure(pool: DatasetPool, store_dir: str) -> Fingerprint:
 
 
 def _plain_name(name: str) -> str:
-    """Lower case with underscores, as label tables and MONAI Label have it."""
-    return re.sub(r"[^0-9a-z]+", "_", str(name).lower()).strip("_")
+    """Lower case with underscores, as label tables and MONAI Label have it; "data" for a folder named by signs alone."""
+    return plain_name(name) or "data"
 
 
 def _msd_labels(content: Mapping[str, Any], path: str) -> dict[str, str]:
