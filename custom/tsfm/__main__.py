@@ -154,6 +154,9 @@ def command(name: str) -> Callable[..., Any]:
 
 def main() -> None:
     """Run one command; an error the user can mend is one message, not a traceback."""
+    from .errors import end_plainly
+
+    end_plainly()
     asked = sys.argv[1:2]
     names = asked if asked and asked[0] in COMMANDS else COMMANDS
     try:

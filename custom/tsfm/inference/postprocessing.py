@@ -10,7 +10,6 @@ inference.json.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from monai.transforms import MapTransform
 from scipy.ndimage import find_objects
 
 from ..cases.volumes import as_label_map
+from ..schema import read_json
 
 
 def apply(label_map: np.ndarray, plan: Mapping[str, Any]) -> np.ndarray:
@@ -71,7 +71,7 @@ class PostProcessd(MapTransform):
         if isinstance(plan, (str, Path)):
             if not Path(plan).is_file():
                 raise FileNotFoundError(f"{plan}: no such post-processing plan; give null for none")
-            plan = json.loads(Path(plan).read_text(encoding="utf-8"))
+            plan = read_json(plan)
         if plan and targets is not None and list(plan.get("targets", targets)) != list(targets):
             raise ValueError(
                 f"the post-processing plan was made for {plan['targets']}, the label map holds {list(targets)}"

@@ -269,8 +269,8 @@ def write_pt(content: Any, path: str) -> None:
         torch.save(content, file)
 
 
-def load_pt(path: str) -> Any:
-    """Plain values and tensors of a ``.pt`` file, its checksums compared first; the tensors are mapped, not copied.
+def load_pt(path: str, mmap: bool = True) -> Any:
+    """Plain values and tensors of a ``.pt`` file, its checksums compared first; the tensors are mapped, unless not `mmap`.
 
     Raises:
         CheckpointError: a damaged file, or a pickle that holds more than tensors and plain values.
@@ -280,7 +280,7 @@ def load_pt(path: str) -> Any:
         _verify_zip(path)
     try:
         # Files in the format before torch 1.6 cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
