@@ -40,7 +40,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: 
         written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
         Path(temporary).unlink(missing_ok=True)
         if is_full(error):
-            raise OSError(getattr(error, "errno", None) or errno.ENOSPC, full_message(path, written)) from error
+            raise OSError(errno.ENOSPC, full_message(path, written)) from error
         raise
 
 
@@ -54,13 +54,16 @@ def full_message(path: str | os.PathLike, written: int) -> str:
     )
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether `error` says that a disk or quota is full; writers in C++ and Rust raise kinds of their own."""
-    if isinstance(error, OSError):
-        return error.errno in FULL
-    return isinstance(error, Exception) and any(
-        words in str(error) for words in ("No space left", "os error 28", "file write failed")
-    )
+def is_full(error: BaseException | None) -> bool:
+    """Whether `error`, or what it was raised in the wake of, says that a disk or quota is full.
+
+    safetensors raises an error of its own with the system's number in its text, torch one about positions in the file.
+    """
+    if error is None:
+        return False
+    texts = [f"(os error {number})" for number in FULL]
+    own = (isinstance(error, OSError) and error.errno in FULL) or any(text in str(error) for text in texts)
+    return own or is_full(error.__context__)
 
 
 def _size(count: int) -> str:

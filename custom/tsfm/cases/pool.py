@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..labels import LabelTable
+from ..labels import LabelError, LabelTable
 from ..names import case_names, modality_name, unknown_names
 from ..schema import check, nearest, read_json
 from .folders import PoolError, _msd_pairs, _paths, _pattern_pairs
@@ -63,7 +63,10 @@ class DatasetPool:
         self.source, declared = _read_pool(pool_file)
         self.dataset_dir = os.path.abspath(os.path.expanduser(os.fspath(dataset_dir)))
         self.allow_missing, self.folds = allow_missing, folds
-        self.table = LabelTable(declared["targets"], declared["datasets"])
+        try:
+            self.table = LabelTable(declared["targets"], declared["datasets"])
+        except LabelError as error:
+            raise LabelError(f"{self.source}: {error}") from None
         self.entries = {entry["name"]: entry for entry in declared["datasets"]}
         chosen = [datasets] if isinstance(datasets, str) else list(datasets or self.entries)
         unknown = unknown_names(chosen, self.entries)

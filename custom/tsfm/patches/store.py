@@ -225,7 +225,7 @@ def _read_index(path: str) -> dict[str, Any]:
         damaged = [] if index.pop("checksum", None) == zlib.crc32(_json(index)) else ["case.json"]
         if not damaged and path not in _VERIFIED:
             damaged = [name for name, value in index["checksums"].items() if _file_checksum(path, name) != value]
-    except (FileError, OSError, AttributeError, ValueError) as error:  # an empty file cannot be mapped
+    except (FileError, OSError, AttributeError) as error:
         damaged = [str(error)]
     if damaged:
         raise CaseError(
@@ -237,7 +237,8 @@ def _read_index(path: str) -> dict[str, Any]:
 
 
 def _file_checksum(path: str, name: str) -> int:
-    return zlib.crc32(np.memmap(os.path.join(path, name), np.uint8, "r"))
+    file = os.path.join(path, name)
+    return zlib.crc32(np.memmap(file, np.uint8, "r")) if os.path.getsize(file) else 0  # nothing cannot be mapped
 
 
 def _json(content: Any) -> bytes:
