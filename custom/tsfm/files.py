@@ -96,14 +96,16 @@ def sweep(folder: str | os.PathLike) -> None:
 
 
 def check_writable(folder: str | os.PathLike, option: str) -> None:
-    """Make `folder` and try it, before the long work.
+    """Try whether `folder`, or where it does not exist yet the nearest one that holds it, can be written; leaves nothing.
 
     Raises:
-        OSError: it cannot be written; the message names the folder and the `option` that chooses another.
+        OSError: it cannot; the message names the folder and the `option` that chooses another.
     """
-    trial = os.path.join(folder, f".{scratch_name()}{PARTIAL}")
+    nearest = os.path.abspath(folder)
+    while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
+        nearest = os.path.dirname(nearest)
+    trial = os.path.join(nearest, f".{scratch_name()}{PARTIAL}")
     try:
-        os.makedirs(folder, exist_ok=True)
         Path(trial).touch()
         os.remove(trial)
     except OSError as error:

@@ -50,6 +50,7 @@ class RunRecord:
             items,
         )
         check_writable(output_dir, "--output_dir")
+        os.makedirs(output_dir, exist_ok=True)
 
     def attach(self, engine: Engine) -> None:
         """Write when `engine` starts."""
