@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from .schema import nearest
+from .schema import FileError, nearest
 
 MODALITY_WORDS = {
     "CT": {"ct", "cect", "ncct", "cta", "ldct", "cbct", "computed"},
@@ -51,8 +51,11 @@ def plain_names(names: Mapping[str, str], source: str) -> dict[str, str]:
     """Key -> plain name, for the names that a file declares.
 
     Raises:
-        ValueError: names of which nothing is left, or that become one; all listed.
+        FileError: names that are no text, names of which nothing is left, or that become one; all listed.
     """
+    odd = {key: name for key, name in names.items() if not isinstance(name, str)}
+    if odd:
+        raise FileError(f"{source}: the labels {odd} are no names; expected texts")
     plain = {key: plain_name(name) for key, name in names.items()}
     empty = [str(names[key]) for key, name in plain.items() if not name]
     groups: dict[str, set[str]] = {}
@@ -61,7 +64,7 @@ def plain_names(names: Mapping[str, str], source: str) -> dict[str, str]:
     shared = [f"{sorted(group)} all become '{name}'" for name, group in groups.items() if name and len(group) > 1]
     if empty or shared:
         problems = [f"{empty} have no letter or digit"] * bool(empty) + shared
-        raise ValueError(
+        raise FileError(
             f"{source}: {'; '.join(problems)}: give them names that differ (in the file, or with label_ids)"
         )
     return plain
@@ -92,7 +95,7 @@ def modality_name(text: str, source: str = "") -> str:
     """``CT``, ``MR``, ``PET`` or ``US`` for what people write ("ct", "CT scan", "MRI", "T1w").
 
     Raises:
-        ValueError: anything else, with the nearest known word.
+        FileError: anything else, with the nearest known word.
     """
     words = re.findall(r"[^\W_]+", str(text).lower())
     kinds = {kind for kind, known in MODALITY_WORDS.items() if known.intersection(words)}
@@ -100,9 +103,9 @@ def modality_name(text: str, source: str = "") -> str:
         return kinds.pop()
     where = f"{source}: " if source else ""
     if kinds:
-        raise ValueError(f"{where}modality {text!r} names several of {list(MODALITY_WORDS)}: give one")
+        raise FileError(f"{where}modality {text!r} names several of {list(MODALITY_WORDS)}: give one")
     nearby = nearest(str(text).upper(), [*MODALITY_WORDS, "MRI"], 0.5)
-    raise ValueError(f"{where}modality {text!r} is unknown{nearby}; known: {list(MODALITY_WORDS)}")
+    raise FileError(f"{where}modality {text!r} is unknown{nearby}; known: {list(MODALITY_WORDS)}")
 
 
 def unknown_names(names: Iterable[str], known: Iterable[str]) -> str:

@@ -40,7 +40,9 @@ COUNT = _kind("integer", "a whole number from 1", minimum=1)
 
 INDEX = _kind("integer", "a whole number from 0", minimum=0)
 
-RATE = _kind(["number", "null"], "a number from 0", minimum=0)
+RATE = _kind("number", "a number from 0", minimum=0)
+
+RATE_OR_NONE = _kind(["number", "null"], "a number from 0, or null", minimum=0)
 
 FLAG = _kind("boolean", "true or false (on a command line: True or False)")
 
@@ -54,7 +56,8 @@ KINDS["options"] = _kind(
     properties={
         **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval", "batch_size"), COUNT),
         **dict.fromkeys(("num_workers", "seed", "warmup_epochs"), INDEX),
-        **dict.fromkeys(("learning_rate", "head_learning_rate", "encoder_learning_rate"), RATE),
+        "learning_rate": RATE,
+        **dict.fromkeys(("head_learning_rate", "encoder_learning_rate"), RATE_OR_NONE),
         **dict.fromkeys(("allow_missing", "from_scratch", "amp", "checkpointing", "progress"), FLAG),
         **dict.fromkeys(("bundle_root", "output_dir", "store_dir", "ckpt_dir", "checkpoint", "splits_file"), PATH),
         "dataset_dir": _kind(["string", "array"], "a path (a name of digits alone: ./2024), or a list of them"),
@@ -84,6 +87,9 @@ def check_options(arguments: Sequence[str]) -> None:
     if "config_file" not in options or not paths:
         return
     contents = {path: read_json(path) for path in paths}
+    wrong = [path for path, content in contents.items() if not isinstance(content, dict)]
+    if wrong:
+        raise OptionError(f'{wrong[0]} holds no object of ids, like {{"epochs": 10}}')
     known = _known_ids(contents, arguments)
     for path, content in list(contents.items())[1:]:
         listed = "; ".join(_unknown([key for key in content if not key.startswith("_")], known, contents, ""))

@@ -139,7 +139,7 @@ def _validator(kind: str) -> Any:
         if isinstance(instance, Mapping):
             absent = [key for key in known if key not in instance]
             for key in instance:
-                hint = "" if key in known else nearest(key, absent, 0.8)
+                hint = "" if key in known else nearest(key, absent, 0.75)
                 if hint:
                     yield ValidationError(f"unknown key '{key}'{hint}")
 
@@ -246,8 +246,7 @@ CHANNELS = _kind(
 DATASET_JSON = _kind(
     "object",
     'an object with "labels", and "training" or "file_ending"',
-    mistyped=["training", "test", "labels", "modality", "channel_names", "file_ending", "numTraining", "regions_class_order",
-              "name", "description", "reference", "licence", "license", "release", "relase", "tensorImageSize", "numTest"],
+    mistyped=["training", "labels", "modality", "channel_names", "file_ending", "regions_class_order"],
     properties={
         "training": _kind(
             "array",
@@ -278,7 +277,7 @@ ITEM = _kind(
     'the path of an image, or an object with an "image"',
     minLength=1,
     items=TEXT,
-    mistyped=["image", "label", "case", "modality", "dataset", "fold"],
+    mistyped=["image", "label", "case", "modality", "dataset"],
     properties={"image": PATHS, "case": _kind("string", "the case's name", minLength=1), "modality": TEXT},
 )
 

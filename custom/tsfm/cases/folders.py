@@ -12,7 +12,7 @@ from typing import Any
 from ..files import check_writable
 from ..inference.prediction import SUFFIXES
 from ..names import case_names
-from ..schema import read_json
+from ..schema import FileError, nearest, read_json
 
 OUTPUT_SUFFIX = ".nii.gz"
 
@@ -164,14 +164,17 @@ def _from_datalist(path: str) -> list[dict[str, Any]]:
     if isinstance(content, Mapping):
         keys = [key for key in ("testing", "test", "validation", "training") if content.get(key)]
         if not keys:
-            raise ValueError(f'{path}: no list under "testing", "validation" or "training"; it has {list(content)}')
+            near = "".join(nearest(key, ("testing", "validation", "training")) for key in list(content)[:1])
+            raise FileError(
+                f'{path}: no list under "testing", "validation" or "training"; it has {list(content)}{near}'
+            )
         content = content[keys[0]]
     base = os.path.dirname(os.path.abspath(path))
     items = []
     for number, entry in enumerate(content):
         item = dict(entry) if isinstance(entry, Mapping) else {"image": entry}
         if not item.get("image"):
-            raise ValueError(f'{path}: entry {number} has no "image"; it has {list(item)}')
+            raise FileError(f'{path}: entry {number} has no "image"; it has {list(item)}')
         image = item["image"]
         several = isinstance(image, (list, tuple))
         item["image"] = [os.path.join(base, one) for one in image] if several else os.path.join(base, image)

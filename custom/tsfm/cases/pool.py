@@ -75,6 +75,7 @@ class DatasetPool:
         self.chosen = chosen
         for name in chosen:
             _check_entry(self.source, self.entries[name])
+        self.splits_file = splits_file
         self.splits = read_json(splits_file, "splits", PoolError) if splits_file else None
 
     # ---- cases ------------------------------------------------------------------------------------------------
@@ -209,17 +210,19 @@ class DatasetPool:
                 continue
             folds = self.splits.get(name, []) if isinstance(self.splits, dict) else self.splits
             if isinstance(self.splits, dict) and name not in self.splits:
-                raise PoolError(f"the splits file says nothing about data set '{name}'; it names {list(self.splits)}")
+                raise PoolError(
+                    f"{self.splits_file} says nothing about data set '{name}'; it names {list(self.splits)}"
+                )
             if fold >= len(folds):
                 raise PoolError(
-                    f"the splits file has {len(folds)} folds for data set '{name}', fold {fold} was asked for"
+                    f"{self.splits_file} has {len(folds)} folds for data set '{name}', fold {fold} was asked for"
                 )
             shared = set(folds[fold]["train"]) & set(folds[fold]["val"])
             unknown = sorted((set(folds[fold]["train"]) | set(folds[fold]["val"])) - set(items))
             if shared or unknown:
                 near = "".join(nearest(case, items) for case in unknown[:1])
                 raise PoolError(
-                    f"splits file, data set '{name}', fold {fold}: cases in both parts {sorted(shared)}, "
+                    f"{self.splits_file}, data set '{name}', fold {fold}: cases in both parts {sorted(shared)}, "
                     f"cases that do not exist {unknown}{near}"
                 )
             for part, chosen in parts.items():
