@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = tempfile.mkdtemp()
-os.environ |= {"nnUNet_raw": FOLDER, "nnUNet_preprocessed": FOLDER, "nnUNet_results": FOLDER}
+os.environ |= {"nnUNet_raw": FOLDER + "/raw", "nnUNet_preprocessed": FOLDER + "/prepared", "nnUNet_results": FOLDER}
 
 from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner as default  # noqa: E402
 from nnunetv2.experiment_planning.experiment_planners.residual_unets import (  # noqa: E402
@@ -55,8 +55,8 @@ def synthetic(shape, spacing, spread: float) -> tuple[list, list]:
     rng = np.random.default_rng(0)
     factors = 1 + spread * rng.uniform(-1, 1, (9, 3))
     factors -= np.median(factors, 0) - 1
-    shapes = [[max(2, int(round(n / f))) for n, f in zip(shape, row)] for row in factors]
-    return shapes, [[round(float(s * f), 4) for s, f in zip(spacing, row)] for row in factors]
+    shapes = [[max(2, round(n / f)) for n, f in zip(shape, row, strict=True)] for row in factors]
+    return shapes, [[round(float(s * f), 4) for s, f in zip(spacing, row, strict=True)] for row in factors]
 
 
 def measured(folder: str) -> tuple[list, list, int, int, int]:
@@ -73,8 +73,9 @@ def measured(folder: str) -> tuple[list, list, int, int, int]:
 
 
 def plans(shapes: list, spacings: list, cases: int, channels: int, classes: int) -> dict:
-    folder = Path(FOLDER, "Dataset001_X")
-    folder.mkdir(exist_ok=True)
+    raw, prepared = (Path(FOLDER, kind, "Dataset001_X") for kind in ("raw", "prepared"))
+    for folder in (raw, prepared):
+        folder.mkdir(parents=True, exist_ok=True)
     declared = {
         "channel_names": {str(i): "MRI" for i in range(channels)}, "labels": {str(i): i for i in range(classes)},
         "numTraining": cases, "file_ending": ".nii.gz", "dataset": {},
@@ -83,8 +84,8 @@ def plans(shapes: list, spacings: list, cases: int, channels: int, classes: int)
         "spacings": spacings, "shapes_after_crop": shapes, "median_relative_size_after_cropping": 1.0,
         "foreground_intensity_properties_per_channel": {},
     }  # fmt: skip
-    (folder / "dataset.json").write_text(json.dumps(declared))
-    (folder / "dataset_fingerprint.json").write_text(json.dumps(found))
+    (raw / "dataset.json").write_text(json.dumps(declared))
+    (prepared / "dataset_fingerprint.json").write_text(json.dumps(found))
     result = {}
     for name, planner in PLANNERS.items():
         made = planner(1)

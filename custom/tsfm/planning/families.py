@@ -66,8 +66,8 @@ class Family:
     base, cap: channels of the finest level, doubled per level up to cap. blocks_down, blocks_up: per level, finest first;
     the last entry goes on; `bottom` replaces it at the lowest level. kind: ``plain``, ``residual`` or ``tsfm``.
     reference, reference_gb: nnU-Net's currency: so many feature map values of one sample fill so many GB with a batch of 2.
-    dataset_share: a batch holds at most this share of the data set's voxels. levels: most levels, and their only number
-    where `is_fixed`. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim.
+    dataset_share: a batch holds at most this share of the data set's voxels. levels: most levels. widths: the channels, where
+    they follow no rule (weights). transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim.
     """
 
     name: str
@@ -82,9 +82,10 @@ class Family:
     bottom: int | None = None
     levels: int | None = None
     transformer: tuple[int, int, int, int] = (0, 0, 0, 0)
+    widths: tuple[int, ...] | None = None
 
     def features(self, levels: int) -> tuple[int, ...]:
-        return tuple(min(self.cap, self.base * 2**level) for level in range(levels))
+        return self.widths or tuple(min(self.cap, self.base * 2**level) for level in range(levels))
 
     def depths(self, levels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Blocks per level of the encoder (the lowest level included) and of the decoder, finest first."""
