@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ..files import atomic_write
+from ..network.cpu import autocast
+from .own_data import count_channels, dataset_pool
+from .plan import downstream_network
+from .plan_run import describe_plan, plan_run
 from .planner import Plan
 
 logger = logging.getLogger(__name__)
@@ -66,8 +71,6 @@ def in_words(step_seconds: float, iterations: int, steps: int) -> str:
 
 def time_steps(network: nn.Module, plan: Plan, in_channels: int, device: torch.device, amp: bool = True) -> float:
     """Seconds of one training step of `network` on random images of the plan's patch and batch."""
-    from ..network.cpu import autocast
-
     network = network.to(device).train()
     optimizer = torch.optim.SGD(network.parameters(), 1e-6)
     images = torch.randn(plan.batch_size, in_channels, *plan.patch_size, device=device)
@@ -83,3 +86,56 @@ def time_steps(network: nn.Module, plan: Plan, in_channels: int, device: torch.d
         optimizer.step()
         seconds.append(float(loss.detach()) * 0 + time.perf_counter() - start)  # reading the loss waits for a GPU
     return min(seconds)
+
+
+def plan(
+    dataset_dir: str,
+    output_file: str | None = None,
+    pretrained: str | None = None,
+    spacing_mm: Any = "auto",
+    patch_size: Any = "auto",
+    batch_size: Any = "auto",
+    network_size: str = "auto",
+    memory_gb: float | None = None,
+    step_seconds: float | None = None,
+    device: str | None = None,
+    checkpointing: bool = False,
+    epochs: int = 100,
+    iterations_per_epoch: int = 250,
+    store_dir: str | None = None,
+    timed: bool = True,
+    **data: Any,
+) -> None:
+    """Show what a fine-tuning run would do with a data set: spacing, patch, network, memory, time. Nothing is trained.
+
+    The options are the ids of the bundle's train.json; `data` are those that say what the data set is (images, labels,
+    label_ids, regions, modality, pool_file).
+
+    Args:
+        dataset_dir: the data set.
+        output_file: also write the plan, for ``--plan FILE``.
+        memory_gb, step_seconds: the budget: of a GPU, of a CPU core.
+        device: "cuda" or "cpu"; default: a GPU where there is one.
+        epochs, iterations_per_epoch: for the hours in all.
+        store_dir: the run's store, where the data's fingerprint is kept; by default nothing is kept.
+        timed: run a few training steps on random numbers.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pool = dataset_pool(dataset_dir, pretrained=pretrained, **data)
+    channels = count_channels(pool, pretrained)
+    with tempfile.TemporaryDirectory() as folder:
+        found = plan_run(
+            pool, store_dir or folder, spacing_mm, patch_size, batch_size, network_size, pretrained, memory_gb, step_seconds,
+            place, channels, "all", checkpointing,
+        )  # fmt: skip
+    print(describe_plan(found, pretrained=pretrained))
+    if output_file:
+        forecast = Forecast(os.path.dirname(os.path.abspath(output_file)), found)
+        forecast.path = output_file
+        forecast.save()
+    if timed:
+        network = downstream_network(
+            pool, found.patch_size, channels, pretrained, from_scratch=True, plan=found, checkpointing=checkpointing
+        )
+        step = time_steps(network, found, channels, place)
+        print(f"  {in_words(step, iterations_per_epoch, epochs * iterations_per_epoch)}")

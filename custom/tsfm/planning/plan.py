@@ -126,7 +126,7 @@ def downstream_network(
         network = TSFM(**(plan.network_arguments() if plan else {}) | shape | overrides)
     else:
         if plan is not None:
-            shape |= {"strides": plan.to_dict()["strides"], "kernel_sizes": plan.to_dict()["kernel_sizes"]}
+            shape |= {"strides": plan.to_dict()["strides"], "kernel_sizes": plan.kernels_if_any_is_flat()}
         shape |= overrides
         network = build_network(pretrained_description(pretrained), **shape)
         network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}

@@ -68,6 +68,10 @@ class Plan:
             raise PlanError(f"the plan lacks {missing}; expected what `python -m tsfm plan` or a run's plan.json holds")
         return cls(**{name: _tuples(values[name]) for name in cls.__dataclass_fields__ if name in values})
 
+    def kernels_if_any_is_flat(self) -> list[list[int]] | None:
+        """`kernel_sizes` as TSFM takes them: None where all are 3x3x3."""
+        return _lists(self.kernel_sizes) if any(min(kernel) == 1 for kernel in self.kernel_sizes) else None
+
     def network_arguments(self) -> dict[str, Any]:
         """The constructor arguments that the plan decides: of TSFM, PlainConvUNet or ResidualEncoderUNet."""
         family = FAMILIES[self.network]
@@ -75,7 +79,7 @@ class Plan:
             hidden, layers, heads, mlp = family.transformer
             return {
                 "features": list(self.features), "depths_down": list(self.blocks_down), "depths_up": list(self.blocks_up),
-                "strides": _lists(self.strides), "kernel_sizes": _lists(self.kernel_sizes), "img_size": list(self.patch_size),
+                "strides": _lists(self.strides), "kernel_sizes": self.kernels_if_any_is_flat(), "img_size": list(self.patch_size),
                 "hidden_size": hidden, "num_layers": layers, "num_heads": heads, "mlp_dim": mlp,
             }  # fmt: skip
         blocks = "n_conv_per_stage" if family.kind == "plain" else "n_blocks_per_stage"
@@ -164,6 +168,17 @@ def plan(
     spacing, shape, patch = turn((found.spacing_mm, found.median_shape, found.patch_size))
     values = asdict(found) | {"spacing_mm": spacing, "median_shape": shape, "patch_size": patch}
     return Plan(**values | {"strides": turn(found.strides), "kernel_sizes": turn(found.kernel_sizes)})
+
+
+def plan_patch(
+    patch_size: Sequence[int],
+    spacing_mm: Sequence[float],
+    network: str = "tsfm_h",
+    batch_size: int = MIN_BATCH,
+    **options: Any,
+) -> Plan:
+    """The plan for a patch that is given, whatever it costs; `options` are those of `plan`."""
+    return plan(patch_size, spacing_mm, network, Budget(), patch_size=patch_size, batch_size=batch_size, **options)
 
 
 def _largest(median_shape, spacing_mm, budget: Budget | None, options: Mapping[str, Any]) -> Plan:
