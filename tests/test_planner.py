@@ -18,8 +18,7 @@ NNUNET = json.loads((Path(__file__).parent / "fixtures/nnunet_plans.json").read_
 # ---- nnU-Net's own plans (benchmarks/make_plan_fixtures.py) ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("network", ["nnunet", "nnunet_resenc_m", "nnunet_resenc_l", "nnunet_resenc_xl"])
-@pytest.mark.parametrize("name", NNUNET)
+@pytest.mark.parametrize(("name", "network"), [(name, network) for name in NNUNET for network in NNUNET[name]["plans"]])
 def test_the_plan_is_nnunets(name, network):
     data = NNUNET[name]
     theirs = data["plans"][network]
