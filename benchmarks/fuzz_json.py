@@ -120,7 +120,7 @@ def use_pool(path: str) -> Any:
 
 
 def use_dataset(path: str) -> Any:
-    from tsfm.planning.plan import dataset_pool
+    from tsfm.planning.own_data import dataset_pool
 
     pool = dataset_pool(os.path.dirname(path))
     return [plain_items(pool.cases, os.path.dirname(path)), pool.table.to_dict()["targets"]]

@@ -134,7 +134,7 @@ def test_every_argument_of_the_network_has_a_declared_type():
 
 def test_a_hostile_file_reaches_no_use(tmp_path, description, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from tsfm.planning.plan import count_channels, dataset_pool
+    from tsfm.planning.own_data import count_channels, dataset_pool
     from tsfm.planning.transfer import load_pretrained
     from tsfm.training.checkpoint import WeightLoader
     from tsfm_tools.release.export import export

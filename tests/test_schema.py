@@ -8,7 +8,7 @@ from tsfm.cases.folders import PoolError, find_images
 from tsfm.cases.pool import DatasetPool, complete_items
 from tsfm.labels import LabelError, LabelTable
 from tsfm.names import case_names, modality_name, plain_name, plain_names
-from tsfm.planning.plan import dataset_pool
+from tsfm.planning.own_data import dataset_pool
 from tsfm.schema import FileError, read_json
 
 LAYOUT = {"image": "img/{case}.nii.gz", "label": "lab/{case}.nii.gz"}
