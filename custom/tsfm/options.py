@@ -48,13 +48,16 @@ FLAG = _kind("boolean", "true or false (on a command line: True or False)")
 
 PATH = _kind(["string", "null"], "a path (a name of digits alone: ./2024)")
 
+WORD = r"\A[a-z]+\Z"
+
 THREE = [_kind("number", "a number above 0", exclusiveMinimum=0)] * 3
 
 KINDS["options"] = _kind(
     "object",
     "an object of ids",
     properties={
-        **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval", "batch_size"), COUNT),
+        **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval"), COUNT),
+        "batch_size": _kind(["integer", "string"], "a whole number from 1, or a word like auto", minimum=1, pattern=WORD),
         **dict.fromkeys(("num_workers", "seed", "warmup_epochs"), INDEX),
         "learning_rate": RATE,
         **dict.fromkeys(("head_learning_rate", "encoder_learning_rate"), RATE_OR_NONE),
@@ -66,10 +69,10 @@ KINDS["options"] = _kind(
         "amp_dtype": _kind("string", "bfloat16 or float16", enum=["bfloat16", "float16"]),
         "existing": _kind("string", "error, skip or overwrite", enum=["error", "skip", "overwrite"]),
         "spacing_mm": _kind(
-            ["array", "string"], "three numbers of millimetres (S, P, L), or a word", prefixItems=THREE, minItems=3, maxItems=3
+            ["array", "string"], "three numbers of millimetres (S, P, L), or a word", prefixItems=THREE, minItems=3, maxItems=3, pattern=WORD
         ),
         "patch_size": _kind(
-            ["array", "string"], "three whole numbers of voxels (S, P, L), or a word", items=COUNT, minItems=3, maxItems=3
+            ["array", "string"], "three whole numbers of voxels (S, P, L), or a word", items=COUNT, minItems=3, maxItems=3, pattern=WORD
         ),
     },
 )  # fmt: skip

@@ -317,7 +317,7 @@ def complete_items(items: Sequence[Mapping[str, Any]], table: LabelTable, modali
             )
         first = _paths(item["image"])[0]
         case = item.get("case") or re.sub(r"\.nii(\.gz)?$|\.[^.]+$", "", os.path.basename(os.fspath(first)))
-        kind = modality_name(item.get("modality") or modality, f"item {first}")
+        kind = modality_name(item["modality"], f"item {first}") if item.get("modality") else modality
         completed.append({**item, "modality": kind, "dataset": dataset, "case": case})
     return completed
 

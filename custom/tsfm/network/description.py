@@ -28,6 +28,8 @@ THREE_COUNTS = _kind("array", "three whole numbers (S, P, L)", items=COUNT, minI
 
 STRIDES = _kind("array", "a list of three whole numbers per level", items=THREE_COUNTS, maxItems=64)
 
+STRIDES_OR_NONE = {**STRIDES, "type": ["array", "null"]}
+
 NUMBER = _kind("number", "a number")
 
 SHARE = _kind("number", "a number from 0 to 1", minimum=0, maximum=1)
@@ -36,25 +38,36 @@ FLAG = _kind("boolean", "true or false")
 
 WORD = _kind("string", "a word of small letters, digits, - and _", pattern=r"\A[a-z][a-z0-9_-]{0,39}\Z")
 
+COMMON = {
+    "in_channels": COUNT,
+    "out_channels": COUNT,
+    "img_size": THREE_COUNTS,
+    "deep_supervision": FLAG,
+    "checkpointing": FLAG,
+}
+
+LEVELS = {
+    "features": COUNTS,
+    "depths_down": COUNTS,
+    "depths_up": COUNTS,
+    "strides": STRIDES,
+    "kernel_sizes": STRIDES_OR_NONE,
+}
+
 NETWORKS: dict[str, dict[str, Any]] = {
     "tsfm": {
-        "in_channels": COUNT,
-        "out_channels": COUNT,
-        "features": COUNTS,
-        "depths_down": COUNTS,
-        "depths_up": COUNTS,
-        "strides": STRIDES,
-        "img_size": THREE_COUNTS,
-        "hidden_size": COUNT,
-        "num_layers": COUNT,
-        "num_heads": COUNT,
-        "mlp_dim": COUNT,
+        **COMMON,
+        **LEVELS,
+        **dict.fromkeys(("hidden_size", "num_layers", "num_heads", "mlp_dim"), COUNT),
         "dropout": SHARE,
         "bottleneck": FLAG,
-        "deep_supervision": FLAG,
-        "checkpointing": FLAG,
         "interpolation": WORD,
     },
+    "nnunet": {**COMMON, **LEVELS, "residual": FLAG, "bias": FLAG},
+    "swinunetr": {**COMMON, "feature_size": COUNT, "dropout": SHARE, "use_v2": FLAG},
+    "stunet": {**COMMON, **LEVELS, "size": NAME},
+    "sam_med3d": {**COMMON, **dict.fromkeys(("width", "depth", "num_heads"), COUNT), "global_layers": COUNTS},
+    "ensemble": {**COMMON, "count": COUNT, "network": _kind("object", "an object with a network's arguments")},
 }
 """Arguments, and their types, of each network that a description may name (``"name"``; without it: tsfm)."""
 
@@ -81,6 +94,19 @@ PREPARATION = {
     "in_channels": COUNT,
     "default_modality": NAME,
     "masked": _kind("object", "an object from modalities to true or false", additionalProperties=FLAG),
+    "channels": _kind(
+        "array",
+        "a list of rules, one per channel",
+        items=_kind(
+            "object",
+            "an object with a scheme",
+            required=["scheme"],
+            additionalProperties=False,
+            properties={"scheme": NAME, "masked": FLAG, **dict.fromkeys(("lower", "upper", "mean", "sd"), NUMBER)},
+        ),
+    ),
+    "orientation": _kind("string", "three letters", pattern=r"\A[A-Za-z]{3}\Z"),
+    "resample_first": FLAG,
 }
 
 TARGETS = _kind(
@@ -124,7 +150,7 @@ DESCRIPTION = _kind(
     properties={
         "format": COUNT,
         "version": NAME,
-        "epoch": COUNT,
+        "epoch": _kind(["integer", "null"], "a whole number from 0", minimum=0),
         "network": _kind("object", "an object with a network's arguments"),
         "targets": TARGETS,
         "dataset_labels": DATASET_LABELS,
@@ -138,11 +164,18 @@ DESCRIPTION = _kind(
         "patch_size": THREE_COUNTS,
         "modalities": NAMES,
         "trained_on": NAMES,
+        "trained_by": NAME,
+        "activation": WORD,
         "mirror_axes": _kind("string", "some of the letters S, P, L", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
     },
 )
 
 KINDS["description"] = DESCRIPTION
+
+KINDS |= {
+    f"network {name}": _kind("object", "an object of arguments", additionalProperties=False, properties=arguments)
+    for name, arguments in NETWORKS.items()
+}
 
 
 def check_description(description: Any, source: str, error: type[ValueError] = ValueError) -> None:
@@ -157,14 +190,13 @@ def check_description(description: Any, source: str, error: type[ValueError] = V
         place, text = found
         raise error(f"{what}, but {'/'.join(place) or 'the whole'} is {text[:80]!r}; expected {NAME_RULE}")
     check(description, "description", what, error)
-    if "network" not in description:
-        return
-    name, arguments = split_network(description["network"])
-    if name not in NETWORKS:
-        raise error(f"{what}. It names the network {name!r}{nearest(name, NETWORKS)}; known: {sorted(NETWORKS)}")
-    kind = f"network {name}"
-    KINDS[kind] = _kind("object", "arguments", additionalProperties=False, properties=NETWORKS[name])
-    check(dict(arguments), kind, f"{what}; network", error)
+    network = description.get("network")
+    while network is not None:
+        name, arguments = split_network(network)
+        if name not in NETWORKS:
+            raise error(f"{what}. It names the network {name!r}{nearest(name, NETWORKS)}; known: {sorted(NETWORKS)}")
+        check(arguments, f"network {name}", f"{what}; network", error)
+        network = arguments.get("network")  # of an ensemble
 
 
 def split_network(network: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from ..cases.folders import PoolError
 from ..cases.pool import DatasetPool
 from ..cases.volumes import read_volume
 from ..names import modality_name, plain_name, plain_names
-from ..schema import read_json
+from ..schema import FileError, read_json
 from ..training.checkpoint import CheckpointError, read_description
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,10 @@ def _declared_modality(content: Mapping[str, Any], path: str) -> str:
     declared = content.get("modality") or content.get("channel_names") or "CT"
     names = [declared] if isinstance(declared, str) else list(getattr(declared, "values", lambda: declared)())
     if len(names) == 1:
-        return modality_name(names[0], path)
+        try:
+            return modality_name(names[0], path)
+        except FileError as error:
+            raise PoolError(f"{error}; or give --modality (CT: Hounsfield units, MR: whatever is z-scored)") from None
     if "CT" in (name.upper() for name in names):
         logger.warning("channels %s: with several channels each is z-scored per case, CT too", names)
     return "MR"

@@ -6,7 +6,6 @@ prepared.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from ..cases.folders import PoolError
 from ..cases.pool import DatasetPool
 from ..preparation.fingerprint import Fingerprint, fit_patch, plan_spacing
+from ..schema import FileError, read_json
 from .families import Family
 from .own_data import pretrained_description
 from .plan import pool_fingerprint, rank
@@ -226,9 +226,8 @@ def _read_plan(path: str, asked: Mapping[str, Any]) -> Plan:
     if given:
         raise PlanError(f"--plan {path} says it all; leave {', '.join(given)} out, or change the file")
     try:
-        with open(path, encoding="utf-8") as file:
-            found = Plan.from_dict(json.load(file))
-    except (OSError, json.JSONDecodeError) as error:
+        found = Plan.from_dict(read_json(path))
+    except (OSError, FileError) as error:
         raise PlanError(f"the plan {os.path.abspath(path)} cannot be read: {error}") from None
     logger.info("%s", f"{describe_plan(found)}\n  taken from {path}")
     return found

@@ -20,6 +20,7 @@ from monai.transforms import InvertibleTransform, MapTransform
 from ..cases.cases import Preparation, check_image, load_case
 from ..cases.volumes import CaseError, spacing_of
 from ..labels import LabelTable
+from ..names import modality_name
 from .resampling import label_box, nearest, new_shape, one_thread, resample, resample_labels, thick_axis
 
 MASKED_BELOW = 0.75
@@ -169,11 +170,12 @@ class PrepareImaged(MapTransform, InvertibleTransform):
         super().__init__(keys, allow_missing_keys)
         given = isinstance(preparation, Preparation)
         self.preparation = preparation if given else Preparation.from_dict(preparation)
-        self.modality = modality
+        self.modality = modality_name(modality, "--modality") if modality else None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         out = dict(data)
-        modality = self.modality or data.get("modality") or self.preparation.default_modality
+        given = data.get("modality")
+        modality = self.modality or (modality_name(given) if given else self.preparation.default_modality)
         for key in self.key_iterator(out):
             out[key] = self._prepare(out[key], modality, str(key))
         return out
