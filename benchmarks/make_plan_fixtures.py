@@ -89,6 +89,8 @@ def plans(planners: dict, shapes: list, spacings: list, cases: int, channels: in
     (prepared / "dataset_fingerprint.json").write_text(json.dumps(found))
     result = {}
     for name, planner in planners.items():
+        for kept in prepared.glob("*Plans*.json"):  # the planner keeps configurations of an earlier plan
+            kept.unlink()
         made = planner(1)
         made.determine_reader_writer = lambda: default.ExperimentPlanner
         with contextlib.redirect_stdout(io.StringIO()):

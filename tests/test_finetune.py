@@ -21,6 +21,7 @@ SHORT = {
     "epochs": 1,
     "iterations_per_epoch": 2,
     "val_iterations": 1,
+    "step_seconds": 0.05,
     "num_workers": 0,
     "checkpointing": False,
     "device": "cpu",
@@ -238,7 +239,7 @@ def test_a_start_from_nothing_needs_no_file_and_says_so(tmp_path, capsys):
         BUNDLE, ["train.json", "small.json"], **options, **data, **SHORT | {"iterations_per_epoch": 9}
     )
     output = capsys.readouterr().out
-    assert "starts from nothing" in output and "0.3 s a step" in output and "h for" in output
+    assert "starts from nothing" in output and "plan for 0.05 s a step" in output and "h for" in output
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     _, description = read_state(tmp_path / "run/model.pt")
     assert plan["patch_size"] == description["patch_size"] and plan["hours"] >= 0 and plan["network"] == "tsfm_s"

@@ -275,7 +275,7 @@ def test_several_channels_are_measured_too(tmp_path, weights):
 def test_the_plan_is_the_datas_with_and_without_weights(pool, weights, tmp_path):
     """Cases of 12 x 22 x 20 voxels at 4 x 2 x 2 mm: S is halved last, along it the first kernel is flat."""
     for pretrained in (None, weights):
-        plan = plan_run(pool, str(tmp_path), pretrained=pretrained, step_seconds=0.3)
+        plan = plan_run(pool, str(tmp_path), pretrained=pretrained, step_seconds=0.05)
         assert plan.spacing_mm == (4.0, 2.0, 2.0) and plan.patch_size == (12, 24, 20)
         assert plan.strides[0] == (1, 2, 2) and plan.kernel_sizes[0] == (1, 3, 3)
         assert plan.network == ("weights" if pretrained else "tsfm_s") and plan.batch_size == 2
