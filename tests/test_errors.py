@@ -1,8 +1,7 @@
 import json
 
 import pytest
-from tsfm.cases.volumes import CaseError
-from tsfm.errors import OptionError, check_options, first_cause
+from tsfm.errors import CaseError, OptionError, check_options, first_cause
 
 
 @pytest.fixture

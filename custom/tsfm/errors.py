@@ -20,6 +20,14 @@ RUN_OPTIONS = {
 OWN_MODULE = __package__
 
 
+class CaseError(ValueError):
+    """A case that cannot be used; the message names the file, what was found, what was expected and what to do."""
+
+
+class CaseWarning(UserWarning):
+    """A case that is used although something about it looks wrong."""
+
+
 class OptionError(ValueError):
     """An option on the command line that no config file knows."""
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..labels import LabelTable
-from .folders import PoolError, _msd_pairs, _paths, _pattern_pairs, _read_json
+from .folders import PoolError, _msd_pairs, _paths, _pattern_pairs, _read_json, stem
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +298,7 @@ def complete_items(items: Sequence[Mapping[str, Any]], table: LabelTable, modali
                 f"item {item['image']}: unknown data set '{dataset}'; the table knows {list(table.datasets)}"
             )
         first = _paths(item["image"])[0]
-        case = item.get("case") or re.sub(r"\.nii(\.gz)?$|\.[^.]+$", "", os.path.basename(os.fspath(first)))
+        case = item.get("case") or stem(first)
         completed.append({"modality": modality, **item, "dataset": dataset, "case": case})
     return completed
 

@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import nibabel as nib
 import torch
 
 from ..cases.cases import Preparation, file_identity
 from ..cases.folders import PoolError, _two_folders
 from ..cases.pool import DatasetPool
-from ..cases.volumes import read_volume
+from ..cases.volumes import read_grid
 from ..files import atomic_write
 from ..network.tsfm_net import TSFM
 from ..patches.store import CaseStore
@@ -95,16 +94,7 @@ def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
     """Image channels of the pool's first case; of the weights where the pool has no cases."""
     if not pool.entries:
         return _pretrained_description(pretrained)["network"]["in_channels"]
-    image = pool.cases[0]["image"]
-    if isinstance(image, list | tuple):
-        return len(image)
-    if not str(image).lower().endswith((".nii", ".nii.gz")):
-        return len(read_volume(image).array)
-    try:
-        shape = nib.load(image).shape
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError) as error:
-        raise PoolError(f"{image} is not a readable NIfTI file: {error}") from None
-    return int(shape[3]) if len(shape) == 4 else 1
+    return read_grid(pool.cases[0]["image"]).channels
 
 
 def plan_preparation(
