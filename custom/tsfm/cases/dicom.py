@@ -15,8 +15,10 @@ from contextlib import contextmanager
 import numpy as np
 
 from ..errors import CaseError
+from .folders import SUFFIXES
 from .grids import SAME_GRID, warn
 from .nifti import Opened, gray
+from .packed import voxel_bytes
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -133,13 +135,13 @@ def _step(folder: str, slices: Sequence[Mapping], positions: np.ndarray, normal:
                 f"{folder}: slices with {len(values)} different {what} ({', '.join(list(values)[:4])}) in one DICOM "
                 "series; give each volume a folder of its own"
             )
-    # A step away from the usual one is a hole or uneven; its sum over the stack decides, since positions are rounded.
-    even = positions[0] + np.arange(len(slices))[:, None] * (positions[-1] - positions[0]) / (len(slices) - 1)
-    off = np.linalg.norm(positions - even, axis=1)
+    # Positions may be rounded, so the line through all of them decides, and where it leaves each slice.
+    number = np.arange(len(slices)) - (len(slices) - 1) / 2
+    step = number @ positions / (number @ number)
+    off = np.linalg.norm(positions - positions.mean(0) - number[:, None] * step, axis=1)
     if off.max() > allowed or np.abs(gaps - usual).max() > max(2 * allowed, 2 * POSITION_MM):
         listed = ", ".join(f"{value:g}" for value in along[:40].round(3)) + (", ..." if len(along) > 40 else "")
         raise CaseError(f"{folder}: {_holes(along, gaps, usual, allowed)}; positions along the normal (mm): {listed}")
-    step = (positions[-1] - positions[0]) / (len(slices) - 1)
     lateral = np.linalg.norm(step - (step @ normal) * normal)
     if lateral * (len(slices) - 1) < allowed:
         return (step @ normal) * normal
@@ -216,7 +218,14 @@ def open_file(path: str) -> Opened:
 
     def load() -> np.ndarray:
         with _naming(path):
+            present = voxel_bytes(path) if path.lower().endswith(SUFFIXES) else None
             array = sitk.GetArrayFromImage(reader.Execute())
+        plane = array.nbytes // max(1, array.shape[0])
+        if present is not None and not array.nbytes <= present < array.nbytes + plane:
+            raise CaseError(
+                f"{path}: its header asks for {array.nbytes} bytes of voxels, it holds {present}; the header is damaged: "
+                "copy or download it again"
+            )
         if channels > 1:
             array = np.moveaxis(array, -1, 0)
             if colors:
