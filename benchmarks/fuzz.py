@@ -260,6 +260,9 @@ PARTS = {"nifti": Part(1000, prepare_nifti, mutate_nifti, judge_nifti)}
 
 def run_part(name: str, seed: int, count: int, folder: Path) -> list[tuple[str, str, str]]:
     """(kind of damage, class, detail) of every item."""
+    import SimpleITK  # noqa: F401  (imported before the fork: neither their time nor their memory counts)
+    import tsfm.cases  # noqa: F401
+
     PARTS[name].prepare(folder)
     results: list[tuple[str, str, str]] = []
     context = multiprocessing.get_context("fork")
@@ -288,11 +291,9 @@ def run_part(name: str, seed: int, count: int, folder: Path) -> list[tuple[str, 
 
 def _work(name: str, seed: int, first: int, count: int, folder: Path, pipe: Any) -> None:
     """Items `first` to `count`: the kind of damage is sent before the work, what came of it after."""
-    import tsfm.cases  # noqa: F401  (its memory does not count)
-
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # ITK and nibabel print beside what they raise
     for index in range(first, count):
         kind, path = PARTS[name].mutate(np.random.default_rng((seed, index)), folder)
         pipe.send(kind)

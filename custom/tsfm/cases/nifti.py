@@ -11,11 +11,11 @@ import os
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from nibabel.fileholders import FileHolder
+from nibabel.arrayproxy import ArrayProxy
 
 from ..errors import CaseError
 from .grids import SAME_GRID, grid_distance_mm, spacing_of, warn
@@ -52,15 +52,12 @@ def open_nifti(path: str) -> Opened:
     """
     with _naming(path):
         with _stream(path) as file:
-            raw = file.read(540)
-        header = _raw_header(raw, path)
-        _check_sizes(header, path)
-        kind = nib.Nifti1Image if header["sizeof_hdr"] == 348 else nib.Nifti2Image
-        with _stream(path) as file:
-            image = kind.from_file_map({"image": FileHolder(fileobj=file)})
-        if image.get_data_dtype().kind == "c":
+            raw = _raw_header(file.read(540), path)
+        _check_sizes(raw, path)
+        header = type(raw)(raw.binaryblock, raw.endianness)
+        if header.get_data_dtype().kind == "c":
             raise CaseError(f"{path}: complex voxels; expected real ones: save the magnitude")
-        shape = image.shape
+        shape = header.get_data_shape()
         if len(shape) < 3 or sum(n > 1 for n in shape[3:]) > 1:
             raise CaseError(
                 f"{path}: {'x'.join(map(str, shape))} voxels; expected a 3D volume, or a 4D one with its channels last"
@@ -68,10 +65,10 @@ def open_nifti(path: str) -> Opened:
         unit = int(header["xyzt_units"]) & 7
         if unit not in UNITS_MM:
             warn(f"{path}: the header's unit of length has the code {unit}, which means nothing; taken as millimetres")
-        affine = _affine(image, header, path)
+        affine = _affine(header, raw, path)
         affine[:3] *= UNITS_MM.get(unit, 1.0)
     name = f"its unit says {UNIT_NAMES.get(unit, unit)}"
-    return Opened(int(np.prod(shape[3:])), tuple(shape[:3]), affine, name, lambda: _voxels(path, kind))
+    return Opened(int(np.prod(shape[3:])), tuple(shape[:3]), affine, name, lambda: _voxels(path, header))
 
 
 def unit_mm(header) -> float:
@@ -117,19 +114,18 @@ def _check_sizes(header, path: str) -> None:
         )
 
 
-def _voxels(path: str, kind: type) -> np.ndarray:
+def _voxels(path: str, header) -> np.ndarray:
     """(C, I, J, K) in the file's own type; slope and intercept applied (then float32); read to the end of the file."""
     with _naming(path), _stream(path) as file:
-        image = kind.from_file_map({"image": FileHolder(fileobj=file)})
-        proxy = image.dataobj
+        proxy, size = ArrayProxy(file, header), header.get_data_dtype().itemsize
         array = np.asarray(proxy, np.float32) if (proxy.slope, proxy.inter) != (1.0, 0.0) else np.asanyarray(proxy)
-        file.seek(proxy.offset + int(np.prod(image.shape)) * image.get_data_dtype().itemsize)
-        rest, plane = 0, image.get_data_dtype().itemsize * int(np.prod(image.shape[:2]))
-        while piece := file.read(_PIECE):
+        file.seek(proxy.offset + int(np.prod(proxy.shape)) * size)
+        rest = 0
+        while piece := file.read(_PIECE):  # the checksum of gzip stands at the end
             rest += len(piece)
-            if rest >= plane:
+            if rest >= size * int(np.prod(proxy.shape[:2])):
                 raise CaseError(
-                    f"{path}: holds more voxels than the {'x'.join(map(str, image.shape))} of its header; the "
+                    f"{path}: holds more voxels than the {'x'.join(map(str, proxy.shape))} of its header; the "
                     "header is damaged: copy or download it again"
                 )
     if array.dtype.fields is not None:
@@ -147,20 +143,25 @@ def gray(voxels: np.ndarray, path: str) -> np.ndarray:
     return red.astype(np.float32)
 
 
-def _affine(image: Any, raw, path: str) -> np.ndarray:
+def _affine(header, raw, path: str) -> np.ndarray:
     """The sform where the header has one, else the qform, else the voxel sizes alone; disagreement is warned of."""
-    header, affine = image.header, np.array(image.affine, float)
+    affine, shape = np.array(header.get_best_affine(), float), header.get_data_shape()[:3]
     (sform, s_code), (qform, q_code) = header.get_sform(coded=True), header.get_qform(coded=True)
+    odd = {name: int(raw[name]) for name in ("sform_code", "qform_code") if not 0 <= int(raw[name]) <= 5}
+    if q_code and float(raw["pixdim"][0]) not in (-1, 0, 1):
+        odd["pixdim[0]"] = float(raw["pixdim"][0])
+    if odd:
+        warn(f"{path}: the header's {odd} mean nothing (expected 0 to 5; pixdim[0] 1 or -1); they are left out")
     allowed = SAME_GRID * min(spacing_of(affine))
     if not s_code and not q_code:
         warn(f"{path}: the header has neither sform nor qform; orientation is taken as nibabel's default (LAS)")
     elif s_code and q_code:
-        apart = grid_distance_mm(sform, qform, image.shape)
+        apart = grid_distance_mm(sform, qform, shape)
         if not apart <= allowed:
             warn(f"{path}: sform and qform put a corner {apart:.3g} units apart; the sform is used")
     elif s_code:
         declared = np.abs(np.array(raw["pixdim"][1:4], float))
-        apart = float(np.max(np.abs(declared - spacing_of(affine)) * np.array(image.shape[:3])))
+        apart = float(np.max(np.abs(declared - spacing_of(affine)) * np.array(shape)))
         if not apart <= allowed:
             warn(f"{path}: voxel sizes are {declared.tolist()} by pixdim, {spacing_of(affine)} by sform, which is used")
     return affine
