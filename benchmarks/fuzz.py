@@ -225,7 +225,11 @@ def as_written(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
     default = np.diag([-1.0, 1, 1, 1]) @ np.diag([*np.abs(pixdim[1:4]), 1])
     default[:3, 3] = -default[:3, :3] @ (np.array(shape[:3]) - 1) / 2
     affine = sform if s_code > 0 else qform if q_code > 0 else default
-    agree = np.abs(qform - sform).max() * max(shape[:3]) < 0.05 if s_code > 0 and q_code > 0 else s_code + q_code > 0
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape[:3]) - 1)
+    apart = np.linalg.norm(corners @ (qform - sform)[:3, :3].T + (qform - sform)[:3, 3], axis=1).max()
+    agree = (
+        apart < 0.1 * np.linalg.norm(affine[:3, :3], axis=0).min() if min(s_code, q_code) > 0 else s_code + q_code > 0
+    )
     return voxels, scale @ affine, bool(agree and unit <= 3)
 
 

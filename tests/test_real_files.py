@@ -13,7 +13,7 @@ import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, LoadImaged, Orientationd
-from tsfm.cases.cases import Preparation, load_case
+from tsfm.cases.cases import Preparation, file_identity, load_case
 from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import Reader, read_grid, read_volume
 from tsfm.errors import CaseError, CaseWarning
@@ -502,6 +502,26 @@ def as_sitk(array, affine):
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     return image
+
+
+def test_the_volume_of_a_sheared_voxel_is_its_own(tmp_path, truth):
+    sheared = AFFINE.copy()
+    sheared[1, 2] = 0.6
+    save(tmp_path / "out" / "case_seg.nii.gz", truth, sheared)
+    save(tmp_path / "labels" / "case.nii.gz", truth, sheared)
+    with pytest.warns(CaseWarning, match="not at right angles"):
+        evaluate_folder(tmp_path / "out", tmp_path / "labels", TABLE, tmp_path / "scores")
+    row = (tmp_path / "scores" / "cases.csv").read_text().splitlines()
+    found = float(row[1].split(",")[row[0].split(",").index("volume_true_ml")])
+    assert found == pytest.approx(truth.sum() * 0.8 * 0.7 * 2.0 / 1000, rel=1e-4)
+
+
+def test_voxels_beside_a_header_are_part_of_a_cases_identity(tmp_path):
+    sitk.WriteImage(as_sitk(HU, AFFINE), str(tmp_path / "a.mhd"))
+    before = file_identity({"image": str(tmp_path / "a.mhd")})
+    os.utime(tmp_path / "a.raw", ns=(1, 1))
+    assert [os.path.basename(path) for path, *_ in before] == ["a.mhd", "a.raw"]
+    assert file_identity({"image": str(tmp_path / "a.mhd")}) != before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import warnings
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import numpy as np
 
 from ..errors import CaseError, CaseWarning
 from ..labels import LabelTable
+from .folders import DETACHED
 from .grids import spacing_of
 from .pool import complete_items
 from .volumes import RawVolume, on_grid_of, read_labels, read_volume, to_spl
@@ -203,7 +205,11 @@ def file_identity(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     paths = [*(image if isinstance(image, (list, tuple)) else [image]), *labels]
     found = []
     for path in map(os.path.abspath, paths):
-        inside = sorted(os.path.join(path, name) for name in os.listdir(path)) if os.path.isdir(path) else [path]
+        inside = [path]
+        if os.path.isdir(path):
+            inside = sorted(os.path.join(path, name) for name in os.listdir(path))
+        elif path.lower().endswith(DETACHED):
+            inside += sorted(glob.glob(f"{glob.escape(path[: path.rindex('.')])}.*raw*"))
         for file in inside:
             try:
                 state = os.stat(file)

@@ -132,7 +132,7 @@ class DatasetPool:
             if skips and not any(os.path.isfile(path) for path in _paths(label)):
                 unlabelled += 1
                 continue
-            absent += [path for path in paths if not os.path.isfile(path)]
+            absent += [path for path in paths if not os.path.exists(path)]
             modality = _modality(entry.get("modality", "CT"), case)
             items.append({"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case})
         if absent:

@@ -22,7 +22,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
 from ..cases.folders import stem
-from ..cases.grids import spacing_of
+from ..cases.grids import spacing_of, upright_share
 from ..cases.volumes import as_label_map
 from ..labels import LabelTable, as_table
 from ..preparation.resampling import boxes_of, enclosing
@@ -85,6 +85,7 @@ def score_case(
     tolerances_mm: Mapping[str, float] | float | None = None,
     lesion_overlap: float = 0.0,
     case: str = "",
+    upright: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Score one label map; one row per target that `dataset` annotates (the fields stand at the top of this module).
 
@@ -92,6 +93,7 @@ def score_case(
         prediction: label map (three axes) with values 0 to N on the image's own grid.
         truth: local codes of `dataset` on the same grid (`LabelTable.encode` makes them from raw ids).
         spacing_mm: voxel size along the three axes.
+        upright: a voxel's volume over the product of its sides; less than 1 for a tilted gantry.
         tolerances_mm: surface tolerance for all or per target; else the table's ``tolerance_mm``, else 2 mm.
         lesion_overlap: see :func:`tsfm.evaluation.metrics.lesions`.
 
@@ -103,7 +105,7 @@ def score_case(
         raise ValueError(f"{case}: the prediction has shape {prediction.shape}, the truth {truth.shape}")
     counts = count_voxels(prediction, truth, table, dataset)
     boxes = boxes_of(prediction), boxes_of(truth)
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    voxel_ml = float(np.prod(spacing_mm)) * upright / 1000
     result = []
     for name, (tp, fp, fn) in counts.items():
         row = dict.fromkeys(COLUMNS)
@@ -277,7 +279,7 @@ class CaseScores:
         array = np.asarray(prediction.cpu())[0]
         truth, _ = load_truth(item[self.label_key], self.table, dataset, (array, affine, name))
         settings = {"tolerances_mm": self.tolerances_mm, "lesion_overlap": self.lesion_overlap, "case": name}
-        rows = score_case(array, truth, self.table, dataset, _spacing_mm(affine), **settings)
+        rows = score_case(array, truth, self.table, dataset, **_voxel(affine), **settings)
         return [row for row in rows if self.targets is None or row["target"] in self.targets]
 
     def _finish(self, engine: Engine) -> None:
@@ -326,7 +328,7 @@ def evaluate_folder(
             prediction, affine = load_map(pair["prediction"])
             truth, _ = load_truth(pair["label"], table, owner, (prediction, affine, str(pair["prediction"])))
             settings = {"tolerances_mm": tolerances_mm, "lesion_overlap": lesion_overlap, "case": pair["case"]}
-            writer.add(score_case(prediction, truth, table, owner, _spacing_mm(affine), **settings))
+            writer.add(score_case(prediction, truth, table, owner, **_voxel(affine), **settings))
         except (ValueError, OSError, EOFError) as error:
             writer.fail(pair["case"], error)
     summary = writer.finish()
@@ -335,9 +337,12 @@ def evaluate_folder(
     return summary
 
 
-def _spacing_mm(affine: np.ndarray) -> tuple[float, ...]:
-    """Voxel sides to 10 nm: NIfTI keeps affines in 32 bits, and a score must not depend on whether one was saved."""
-    return tuple(round(side, 5) for side in spacing_of(affine))
+def _voxel(affine: np.ndarray) -> dict[str, Any]:
+    """Voxel sides (to 10 nm: NIfTI keeps affines in 32 bits, and a score must not depend on that) and uprightness."""
+    return {
+        "spacing_mm": tuple(round(side, 5) for side in spacing_of(affine)),
+        "upright": round(upright_share(affine), 5),
+    }
 
 
 def failure_text(failed: Sequence[Mapping[str, str]]) -> str:
