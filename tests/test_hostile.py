@@ -18,7 +18,7 @@ import torch
 from test_training import SMALL, run_state
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import find_images
-from tsfm.cases.volumes import CaseError
+from tsfm.errors import CaseError
 from tsfm.files import PARTIAL, atomic_write, check_writable, scratch_name, sweep
 from tsfm.labels import LabelTable
 from tsfm.network.description import NETWORKS, check_description

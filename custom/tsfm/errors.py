@@ -15,6 +15,14 @@ OWN_MODULE = __package__
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+class CaseError(ValueError):
+    """A case that cannot be used; the message names the file, what was found, what was expected and what to do."""
+
+
+class CaseWarning(UserWarning):
+    """A case that is used although something about it looks wrong."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal that asks the process to end; it goes up as an interrupt does, through everything that cleans up."""
 

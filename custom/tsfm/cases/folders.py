@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import check_writable
-from ..inference.prediction import SUFFIXES
 from ..names import case_names
 from ..schema import FileError, nearest, read_json
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_SUFFIX = ".nii.gz"
 
 EXISTING = ("error", "skip", "overwrite")
+
+NIFTI = (".nii.gz", ".nii")
+
+SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
+"""Endings of files that the reader takes; DICOM is told by its content."""
+
+DETACHED = (".mhd", ".nhdr")
+"""Headers whose voxels are in a file beside them."""
+
+DICOM = (".dcm", ".ima")
+
+
+def stem(path: str | os.PathLike) -> str:
+    """Name of a file or DICOM folder without what marks it as an image; other dots stay."""
+    name = os.path.basename(os.path.normpath(os.fspath(path)))
+    ending = next((suffix for suffix in (*SUFFIXES, *DICOM) if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(ending)]
 
 
 class PoolError(ValueError):
@@ -35,7 +55,7 @@ def _msd_pairs(folder: str) -> list[tuple[str, str, str]]:
         tuple(os.path.normpath(os.path.join(folder, entry[key])) for key in ("image", "label"))
         for entry in declared.get("training", [])
     ]
-    plain = [re.sub(r"\.nii(\.gz)?$", "", os.path.basename(image)) for image, _ in listed]
+    plain = [stem(image) for image, _ in listed]
     names = case_names(plain, [os.path.relpath(image, folder) for image, _ in listed])
     return [(name, image, label) for name, (image, label) in zip(names, listed, strict=True)]
 
@@ -143,19 +163,34 @@ def _items(source: Any) -> list[dict[str, Any]]:
 
 
 def _in_folder(folder: str) -> list[str]:
-    """Image files and DICOM folders in a folder and below it, hidden ones left out."""
-    found = []
-    for parent, folders, files in os.walk(folder):
+    """Image files and DICOM folders in a folder and below it, hidden ones left out.
+
+    A folder that cannot be listed is among them, so that it is reported as a case that fails; other files that cannot be
+    read are warned of.
+    """
+    found, closed = [], []
+    for parent, folders, files in os.walk(folder, onerror=lambda error: closed.append(os.fspath(error.filename))):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = sorted(name for name in files if not name.startswith("."))
         images = [os.path.join(parent, name) for name in visible if name.lower().endswith(SUFFIXES)]
-        found += images or ([parent] if any(_is_dicom(os.path.join(parent, name)) for name in visible) else [])
-    return found
+        others = [os.path.join(parent, name) for name in visible if not name.lower().endswith(SUFFIXES)]
+        series = any(_is_dicom(path) for path in others)
+        if images and series:
+            logger.warning("%s holds image files and a DICOM series: both are segmented", parent)
+        found += images + [parent] * series
+    return found + closed
 
 
 def _is_dicom(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    """Whether a file says that it is DICOM; a dead link, a pipe or a file without rights is none, with a warning."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("neither a file nor a folder")
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM" or path.lower().endswith(DICOM)
+    except OSError as error:
+        logger.warning("%s is left out: %s", path, error.strerror or error)
+        return False
 
 
 def _from_datalist(path: str) -> list[dict[str, Any]]:
@@ -186,7 +221,7 @@ def _case_names(items: Sequence[dict[str, Any]]) -> list[str]:
     """A file name for each item: its own, with its folders where that is not unique, numbered where even that is not."""
     roots = [item.pop("root", None) for item in items]
     firsts = [_first(item["image"]) for item in items]
-    names = [str(item.get("case") or _stem(path)) for item, path in zip(items, firsts, strict=True)]
+    names = [str(item.get("case") or stem(path)) for item, path in zip(items, firsts, strict=True)]
     names = [name.replace("/", "_").replace(os.sep, "_") for name in names]
     parents = [root or os.path.dirname(os.path.dirname(path)) or "." for root, path in zip(roots, firsts, strict=True)]
     return case_names(names, [os.path.relpath(path, parent) for path, parent in zip(firsts, parents, strict=True)])
@@ -194,10 +229,3 @@ def _case_names(items: Sequence[dict[str, Any]]) -> list[str]:
 
 def _first(image: Any) -> str:
     return os.path.abspath(os.fspath(image[0] if isinstance(image, (list, tuple)) else image))
-
-
-def _stem(path: str) -> str:
-    """File name without what marks it as an image."""
-    name = os.path.basename(os.path.normpath(path))
-    ending = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
-    return name[: len(name) - len(ending)]

@@ -25,7 +25,7 @@ import numpy as np
 from ..labels import LabelError, LabelTable
 from ..names import case_names, modality_name, unknown_names
 from ..schema import check, nearest, read_json
-from .folders import PoolError, _msd_pairs, _paths, _pattern_pairs
+from .folders import PoolError, _msd_pairs, _paths, _pattern_pairs, stem
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class DatasetPool:
             if skips and not any(os.path.isfile(path) for path in _paths(label)):
                 unlabelled += 1
                 continue
-            absent += [path for path in paths if not os.path.isfile(path)]
+            absent += [path for path in paths if not os.path.exists(path)]
             modality = modality_name(_modality(entry.get("modality", "CT"), case), self.source)
             items.append({"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case})
         if absent:
@@ -316,7 +316,7 @@ def complete_items(items: Sequence[Mapping[str, Any]], table: LabelTable, modali
                 f"{list(table.datasets)}"
             )
         first = _paths(item["image"])[0]
-        case = item.get("case") or re.sub(r"\.nii(\.gz)?$|\.[^.]+$", "", os.path.basename(os.fspath(first)))
+        case = item.get("case") or stem(first)
         kind = modality_name(item["modality"], f"item {first}") if item.get("modality") else modality
         completed.append({**item, "modality": kind, "dataset": dataset, "case": case})
     return completed

@@ -20,9 +20,9 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from scipy.ndimage import find_objects
 
 from ..cases.volumes import as_label_map
+from ..preparation.resampling import boxes_of, enclosing
 from ..schema import read_json
 
 
@@ -36,11 +36,11 @@ def apply(label_map: np.ndarray, plan: Mapping[str, Any]) -> np.ndarray:
 
 def _keep_largest(label_map: np.ndarray, values: Sequence[int], fill: int) -> None:
     """Set, in place, all but the largest 26-connected component of these values to `fill`; equally large ones stay."""
-    boxes = find_objects(label_map)
-    found = [boxes[value - 1] for value in values if value <= len(boxes) and boxes[value - 1]]
-    if not found:
+    boxes = boxes_of(label_map)
+    around = enclosing(boxes[value - 1] for value in values if value <= len(boxes))
+    if around is None:
         return
-    box = tuple(slice(min(b[a].start for b in found), max(b[a].stop for b in found)) for a in range(label_map.ndim))
+    box = tuple(slice(*side) for side in around)
     lookup = np.zeros(max(len(boxes), *values) + 1, bool)
     lookup[list(values)] = True
     components = cc3d.connected_components(lookup[label_map[box]], connectivity=26)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..cases.cases import Preparation, file_identity
 from ..cases.pool import complete_items
-from ..cases.volumes import CaseError
+from ..errors import CaseError
 from ..files import is_abandoned, scratch_name
 from ..labels import LabelTable
 from ..preparation.parallel import WorkerDied, run_all

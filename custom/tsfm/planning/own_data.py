@@ -9,11 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import nibabel as nib
-
 from ..cases.folders import PoolError
 from ..cases.pool import DatasetPool
-from ..cases.volumes import read_volume
+from ..cases.volumes import read_grid
 from ..names import modality_name, plain_name, plain_names
 from ..schema import FileError, read_json
 from ..training.checkpoint import CheckpointError, read_description
@@ -83,16 +81,7 @@ def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
     """Image channels of the pool's first case; of the weights where the pool has no cases."""
     if not pool.entries:
         return pretrained_description(pretrained)["network"]["in_channels"]
-    image = pool.cases[0]["image"]
-    if isinstance(image, list | tuple):
-        return len(image)
-    if not str(image).lower().endswith((".nii", ".nii.gz")):
-        return len(read_volume(image).array)
-    try:
-        shape = nib.load(image).shape
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError) as error:
-        raise PoolError(f"{image} is not a readable NIfTI file: {error}") from None
-    return int(shape[3]) if len(shape) == 4 else 1
+    return read_grid(pool.cases[0]["image"]).channels
 
 
 def pretrained_description(pretrained: str | None) -> dict[str, Any]:

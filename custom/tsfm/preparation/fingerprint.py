@@ -10,11 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ..cases.cases import Preparation, load_case
-from ..cases.volumes import CaseError
+from ..errors import CaseError
 from ..labels import LabelTable
 from .parallel import WorkerDied, run_all
 from .preprocessing import MASKED_BELOW, _extents_mm, crop_box
-from .resampling import ANISOTROPY, new_shape
+from .resampling import (
+    ANISOTROPY,
+    new_shape,
+)
 
 FINGERPRINT_VOXELS = 10**7
 """Foreground voxels that a fingerprint draws over all cases (nnU-Net draws 1e8; the percentiles agree to 1e-3)."""
