@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from tsfm.cases.volumes import CaseError
-from tsfm.errors import OptionError, check_options, first_cause
+from tsfm.errors import CaseError, first_cause
+from tsfm.options import OptionError, check_options
 
 
 @pytest.fixture

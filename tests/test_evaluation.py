@@ -9,8 +9,9 @@ import SimpleITK as sitk
 import torch
 from monai.data import DataLoader, MetaTensor
 from monai.engines import SupervisedEvaluator
+from tsfm.cases.folders import stem
+from tsfm.cases.grids import grid_difference
 from tsfm.evaluation.evaluation import CaseScores, ScoreWriter, count_voxels, evaluate_folder, score_case
-from tsfm.evaluation.label_maps import grid_difference, stem
 from tsfm.evaluation.tables import load_rows, summarize
 from tsfm.labels import LabelTable
 

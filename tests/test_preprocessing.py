@@ -11,7 +11,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, LoadImaged, Orientationd
 from scipy import ndimage
 from tsfm.cases.cases import Preparation
-from tsfm.cases.volumes import CaseError, Reader
+from tsfm.cases.volumes import Reader
+from tsfm.errors import CaseError
 from tsfm.labels import LabelTable
 from tsfm.preparation.fingerprint import fingerprint, fit_patch, plan_spacing
 from tsfm.preparation.preprocessing import PrepareImaged, crop_box, prepare_case, prepare_image

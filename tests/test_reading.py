@@ -10,7 +10,8 @@ import pytest
 from conftest import write_dicom
 from monai.transforms import LoadImaged, Orientation
 from tsfm.cases.cases import Preparation, file_identity, load_case
-from tsfm.cases.volumes import CaseError, CaseWarning, Reader, read_volume, to_spl
+from tsfm.cases.volumes import Reader, read_volume, to_spl
+from tsfm.errors import CaseError, CaseWarning
 from tsfm.labels import LabelTable
 
 TABLE = LabelTable(

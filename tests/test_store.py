@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from tsfm.cases.cases import Preparation
-from tsfm.cases.volumes import CaseError
+from tsfm.errors import CaseError
 from tsfm.labels import LabelTable
 from tsfm.patches.store import CaseStore, StoreError, quantize, sample_foreground
 from tsfm.preparation.parallel import WorkerDied, run_all

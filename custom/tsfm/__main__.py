@@ -138,11 +138,20 @@ def commands() -> dict[str, Callable[[], Callable[..., Any]]]:
     They are loaded one by one: most import torch, which takes a second.
     """
     added = {entry.name: entry.load for entry in entry_points(group="tsfm.commands")}
-    return added | {name: partial(COMMANDS.get, name) for name in COMMANDS}
+    return added | {name: partial(COMMANDS.get, name) for name in COMMANDS} | {"plan": _plan}
+
+
+def _plan() -> Callable[..., Any]:
+    from .planning.forecast import plan
+
+    return plan
 
 
 def main() -> None:
     """Run one command; an error the user can mend is one message, not a traceback."""
+    from .options import end_plainly
+
+    end_plainly()
     found, asked = commands(), sys.argv[1:2]
     names = asked if asked and asked[0] in found else found
     try:

@@ -2,29 +2,123 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
-from typing import Any
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
 
-PARTIAL = ".partial"  # ends the names of files that are being written
+PARTIAL = ".partial"
+"""Is in the names of files that are being written: ``.HOST_PROCESS_NUMBER.partial``, and a suffix where one is needed."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+ABANDONED_S = 86400
+"""Age at which another host's unfinished file is taken for abandoned, in seconds."""
 
 
-def atomic_write(path: str | os.PathLike, write: Any, suffix: str = PARTIAL) -> None:
+def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: str = "") -> None:
     """Call ``write(temporary)`` and move the result to `path`; on any failure nothing is left and `path` is as before.
 
-    `suffix` ends the temporary name, for writers that look at it.
+    What earlier processes left unfinished in the folder is removed. `suffix` ends the temporary name, for writers that
+    look at it.
+
+    Raises:
+        OSError: the folder cannot be written or its disk is full, with the path, what was written and what is free.
     """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=suffix, dir=folder)
-    os.close(handle)
+    sweep(folder)
+    temporary = os.path.join(folder, f".{scratch_name()}{PARTIAL}{suffix}")
     try:
         write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    except BaseException as error:
+        written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
+        Path(temporary).unlink(missing_ok=True)
+        if is_full(error):
+            raise OSError(errno.ENOSPC, full_message(path, written)) from error
         raise
+
+
+def full_message(path: str | os.PathLike, written: int) -> str:
+    """What to do about a full disk, with sizes; call it after what was written is removed."""
+    free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    return (
+        f"No space left on device (or on your quota) for {os.path.abspath(path)}: writing stopped after "
+        f"{_size(written)}, {_size(free)} are free now that these are removed. What was there before is untouched: free "
+        "some space and give the same command again, or choose another folder"
+    )
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether `error`, or what it was raised in the wake of, says that a disk or quota is full.
+
+    safetensors raises an error of its own with the system's number in its text, torch one about positions in the file.
+    """
+    if error is None:
+        return False
+    texts = [f"(os error {number})" for number in FULL]
+    own = (isinstance(error, OSError) and error.errno in FULL) or any(text in str(error) for text in texts)
+    return own or is_full(error.__context__)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+
+
+def scratch_name() -> str:
+    """A name for something unfinished that says whose it is (see `is_abandoned`)."""
+    return f"{socket.gethostname()}_{os.getpid()}_{uuid.uuid4().hex}"
+
+
+def is_abandoned(path: str | os.PathLike) -> bool:
+    """Whether what lies at `path` under a `scratch_name` belongs to a process of this host that no longer lives, or is
+    a day old and another host's."""
+    parts = os.path.basename(path).lstrip(".").split(".partial")[0].rsplit("_", 2)
+    try:
+        if len(parts) == 3 and parts[0] == socket.gethostname() and parts[1].isdigit():
+            return not _alive(int(parts[1]))
+        return time.time() - os.path.getmtime(path) > ABANDONED_S
+    except OSError:  # gone already: another process sweeps too
+        return False
+
+
+def sweep(folder: str | os.PathLike) -> None:
+    """Remove the files that `atomic_write` left unfinished in `folder` when its process was killed."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        path = os.path.join(folder, name)
+        if name.startswith(".") and PARTIAL in name and is_abandoned(path):
+            Path(path).unlink(missing_ok=True)
+
+
+def check_writable(folder: str | os.PathLike, option: str) -> None:
+    """Try whether `folder`, or where it does not exist yet the nearest one that holds it, can be written; leaves nothing.
+
+    Raises:
+        OSError: it cannot; the message names the folder and the `option` that chooses another.
+    """
+    nearest = os.path.abspath(folder)
+    while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
+        nearest = os.path.dirname(nearest)
+    trial = os.path.join(nearest, f".{scratch_name()}{PARTIAL}")
+    try:
+        Path(trial).touch()
+        os.remove(trial)
+    except OSError as error:
+        raise OSError(
+            f"{os.path.abspath(folder)} cannot be written ({error.strerror or error}); choose another folder ({option})"
+        ) from None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -7,12 +7,14 @@ over all targets with 1 (is), 0 (is not) or -1 (this data set does not annotate 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .names import unknown_names
+from .schema import NAME_RULE, is_plain_name, nearest, read_json
 
 RELATIONS = ("part_of", "inside")
 
@@ -52,6 +54,7 @@ class LabelTable:
         self._datasets.setdefault(LABEL_MAP, _dataset_rules({"name": LABEL_MAP, "labels": values}))
         if "background" in self._entries:
             raise LabelError("'background' cannot be a target: it is what no target claims")
+        _check_names([*self.names, *(entry["name"] for entry in datasets)])
         self._check_targets()
         self._build_codes()
 
@@ -197,7 +200,11 @@ class LabelTable:
             if rules["others"]:
                 entry["others"] = rules["others"]
             datasets.append(entry)
-        return {"targets": {name: dict(entry) for name, entry in self._entries.items()}, "datasets": datasets}
+        targets = {
+            name: {key: value for key, value in entry.items() if key != "_desc_"}
+            for name, entry in self._entries.items()
+        }
+        return {"targets": targets, "datasets": datasets}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> LabelTable:
@@ -216,15 +223,16 @@ class LabelTable:
 
     def _check_targets(self) -> None:
         for name, entry in self._entries.items():
-            unknown = set(entry) - TARGET_FIELDS
+            unknown = unknown_names(sorted(set(entry) - TARGET_FIELDS), TARGET_FIELDS)
             if unknown:
-                raise LabelError(f"target '{name}': unknown fields {sorted(unknown)}; known: {sorted(TARGET_FIELDS)}")
+                raise LabelError(f"target '{name}': unknown fields {unknown}; known: {sorted(TARGET_FIELDS)}")
             if sum(key in entry for key in RELATIONS) > 1:
                 raise LabelError(f"target '{name}' is both part_of and inside; choose one")
             seen, parent = [name], self.parent(name)
             while parent is not None:
                 if parent not in self._entries:
-                    raise LabelError(f"target '{seen[-1]}' refers to '{parent}', which is not among the targets")
+                    near = nearest(parent, self.names)
+                    raise LabelError(f"target '{seen[-1]}' refers to '{parent}', which is not among the targets{near}")
                 if parent in seen:
                     raise LabelError(f"targets refer to each other in a circle: {' -> '.join([*seen, parent])}")
                 seen.append(parent)
@@ -236,7 +244,8 @@ class LabelTable:
             for raw, names in rules["labels"].items():
                 missing = [name for name in names if name not in self._entries]
                 if missing:
-                    raise LabelError(f"data set '{dataset}' maps {raw!r} to {missing}, not among the targets")
+                    near = nearest(missing[0], self.names)
+                    raise LabelError(f"data set '{dataset}' maps {raw!r} to {missing}, not among the targets{near}")
 
     def _build_codes(self) -> None:
         codes: list[tuple[str, int | str]] = []
@@ -259,6 +268,13 @@ class LabelTable:
                 positive |= {target, *self.ancestors(target)}
             self.targets[code, sorted(annotated)] = 0
             self.targets[code, sorted(annotated & positive)] = 1
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """LabelError for names that could not travel with the weights."""
+    wrong = [name for name in names if not is_plain_name(name)]
+    if wrong:
+        raise LabelError(f"{wrong} cannot be names of targets or data sets; expected {NAME_RULE}")
 
 
 def _dataset_rules(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,4 +308,4 @@ def as_table(table: LabelTable | Mapping[str, Any] | str | Path) -> LabelTable:
         return table
     if isinstance(table, Mapping):
         return LabelTable.from_dict(table)
-    return LabelTable.from_dict(json.loads(Path(table).read_text(encoding="utf-8")))
+    return LabelTable.from_dict(read_json(table, "pool"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import warnings
 from collections.abc import Mapping
@@ -10,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import CaseError, CaseWarning
 from ..labels import LabelTable
+from .folders import DETACHED
+from .grids import spacing_of
 from .pool import complete_items
-from .volumes import CaseError, CaseWarning, RawVolume, check_same_grid, read_volume, spacing_of, to_spl
+from .volumes import RawVolume, on_grid_of, read_labels, read_volume, to_spl
 
 HU_RANGE = (-9000.0, 35000.0)
 """No CT scanner writes values beyond these, padding (-3024, -8192) and metal (up to about 31000) included."""
@@ -94,7 +98,7 @@ def load_case(item: Mapping[str, Any], table: LabelTable | None, preparation: Pr
     check_image(image, preparation, modality, image_grid.source)
     codes = None
     if table is not None and item.get("label") is not None:
-        codes = _load_codes(item, table, image_grid)
+        codes = np.ascontiguousarray(load_codes(item["label"], table, item["dataset"], image_grid).array[0])
     return Case(image, codes, affine, image_grid.source, item.get("dataset", ""), modality, item.get("case", ""))
 
 
@@ -108,12 +112,21 @@ def check_image(image, preparation: Preparation, modality: str, source: str) -> 
             f"{source}: {len(image)} channel(s), expected {preparation.in_channels}: give one 3D file per "
             "channel, one 4D file with the channels last, or set in_channels"
         )
-    lowest, highest = float(image.min()), float(image.max())
-    if not np.isfinite([lowest, highest]).all():
+    limits = [(float(channel.min()), float(channel.max())) for channel in image]
+    lowest, highest = min(low for low, _ in limits), max(high for _, high in limits)
+    if not np.isfinite(limits).all():
         count = int(np.count_nonzero(~np.isfinite(np.asarray(image))))
         raise CaseError(f"{source}: {count} voxels are NaN or infinite, expected finite intensities: repair the file")
     if lowest == highest == 0:
         raise CaseError(f"{source}: every voxel is zero, so there is nothing to see; leave the case out or replace it")
+    for channel, (low, high) in enumerate(limits):
+        if low == high:
+            where = f"channel {channel} of {len(limits)}: " if len(limits) > 1 else ""
+            warnings.warn(
+                f"{source}: {where}every voxel holds {low:g}, so there is nothing in it; check the file",
+                CaseWarning,
+                stacklevel=2,
+            )
     if modality == "CT" and not (HU_RANGE[0] < lowest < -50 and 50 < highest < HU_RANGE[1]):
         warnings.warn(
             f"{source}: intensities from {lowest:g} to {highest:g} cannot be Hounsfield units (air -1000, water 0, "
@@ -123,67 +136,61 @@ def check_image(image, preparation: Preparation, modality: str, source: str) -> 
         )
 
 
-def _load_codes(item: Mapping[str, Any], table: LabelTable, image: RawVolume) -> np.ndarray:
-    """Local codes (S, P, L) of one label map, or of one mask per structure."""
-    if not isinstance(item["label"], Mapping):
-        return _encode(table, item["dataset"], *_load_labels(item["label"], image))
-    ids = table.local_ids(item["dataset"])
-    unknown = [name for name in item["label"] if name not in ids]
+def load_codes(
+    label: Any, table: LabelTable, dataset: str, image: RawVolume | None = None, what: str = "image and label"
+) -> RawVolume:
+    """Local codes (1, I, J, K) of one label map, or of one mask per structure (mapping name -> file).
+
+    With `image` the codes lie on its axes, whatever axes the files have; without it on those of the (first) file. Where
+    masks overlap, the one that the table lists later wins.
+
+    Raises:
+        CaseError: unreadable files, grids that differ, masks that are missing or not listed, unknown ids.
+    """
+    if not isinstance(label, Mapping):
+        raw = read_labels(label)
+        raw = raw if image is None else on_grid_of(image, raw, what)
+        return RawVolume(_encode(table, dataset, raw.array[0], raw.source)[None], raw.affine, raw.source)
+    ids = table.local_ids(dataset)
+    source = image.source if image is not None else str(next(iter(label.values()), dataset))
+    unknown = [name for name in label if name not in ids]
     if unknown:
         raise CaseError(
-            f"{image.source}: label masks for {unknown}, which data set '{item['dataset']}' does not list; "
-            f"it lists {list(ids[1:])}"
+            f"{source}: label masks for {unknown}, which data set '{dataset}' does not list; it lists {list(ids[1:])}"
         )
-    missing = [name for name in ids[1:] if isinstance(name, str) and name not in item["label"]]
+    missing = [name for name in ids[1:] if isinstance(name, str) and name not in label]
     if missing:
         raise CaseError(
-            f"{image.source}: no label masks for {missing}, which data set '{item['dataset']}' lists; without them these "
-            "structures would count as absent"
+            f"{source}: no label masks for {missing}, which data set '{dataset}' lists; without them these structures "
+            f"would count as absent (there are {list(label)})"
         )
-    codes = np.zeros(image.array.shape[1:], table.code_dtype)
-    for name in sorted(item["label"], key=ids.index):
-        codes[_load_labels(item["label"][name], image)[0] != 0] = ids.index(name)
+    codes = None
+    for name in sorted(label, key=ids.index):
+        mask = read_labels(label[name])
+        image = mask if image is None else image
+        mask = on_grid_of(image, mask, what)
+        if codes is None:
+            codes = RawVolume(np.zeros(mask.array.shape, table.code_dtype), image.affine, mask.source)
+        codes.array[mask.array != 0] = ids.index(name)
+    if codes is None:
+        raise CaseError(f"{source}: an empty list of label masks for data set '{dataset}'")
     return codes
 
 
 def _encode(table: LabelTable, dataset: str, raw: np.ndarray, source: str) -> np.ndarray:
-    """Local codes of raw ids (S, P, L), a few slices at a time: counting ids makes 64-bit copies."""
-    codes = np.empty(raw.shape, table.code_dtype)
+    """Local codes of raw ids (I, J, K), a few slices at a time: counting ids makes 64-bit copies."""
+    codes = np.empty_like(raw, table.code_dtype)
+    axis = int(np.argmax(np.abs(raw.strides)))
+    parts, whole = np.moveaxis(raw, axis, 0), np.moveaxis(codes, axis, 0)
     try:
-        for start in range(0, len(raw), 16):
-            codes[start : start + 16] = table.encode(dataset, raw[start : start + 16], source)
+        for start in range(0, len(parts), 16):
+            whole[start : start + 16] = table.encode(dataset, parts[start : start + 16], source)
     except ValueError:
         try:
             table.encode(dataset, raw, source)  # the message counts over the whole volume
         except ValueError as error:
             raise CaseError(str(error)) from error
     return codes
-
-
-def _load_labels(path, image: RawVolume) -> tuple[np.ndarray, str]:
-    """Whole-number label map (S, P, L) on the image's grid, and its path."""
-    raw = read_volume(path)
-    if len(raw.array) != 1:
-        raise CaseError(f"{raw.source}: {len(raw.array)} volumes in a label file; expected one 3D label map")
-    labels, affine = to_spl(raw)
-    check_same_grid(image, RawVolume(labels, affine, raw.source), "image and label")
-    if labels.dtype.kind == "f":
-        labels = _whole_numbers(labels, raw.source)
-    return labels[0], raw.source
-
-
-def _whole_numbers(labels: np.ndarray, source: str) -> np.ndarray:
-    """The same values as integers; CaseError where there are fractions, NaN or numbers beyond 32 bits."""
-    with np.errstate(invalid="ignore"):
-        whole = labels.astype(np.int32)
-    wrong = labels != whole
-    if wrong.any():
-        example = labels[wrong][0]
-        raise CaseError(
-            f"{source}: {int(wrong.sum())} voxels are not whole numbers (for example {example:g}); a label "
-            "map holds ids: resample it with nearest neighbor, and save it as integers"
-        )
-    return whole
 
 
 def file_identity(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
@@ -198,7 +205,11 @@ def file_identity(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     paths = [*(image if isinstance(image, (list, tuple)) else [image]), *labels]
     found = []
     for path in map(os.path.abspath, paths):
-        inside = sorted(os.path.join(path, name) for name in os.listdir(path)) if os.path.isdir(path) else [path]
+        inside = [path]
+        if os.path.isdir(path):
+            inside = sorted(os.path.join(path, name) for name in os.listdir(path))
+        elif path.lower().endswith(DETACHED):
+            inside += sorted(glob.glob(f"{glob.escape(path[: path.rindex('.')])}.*raw*"))
         for file in inside:
             try:
                 state = os.stat(file)

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import glob
-import json
+import logging
 import os
 import re
-from collections import Counter
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+from ..files import check_writable
+from ..names import case_names
+from ..schema import FileError, nearest, read_json
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_SUFFIX = ".nii.gz"
 
 EXISTING = ("error", "skip", "overwrite")
 
+NIFTI = (".nii.gz", ".nii")
+
+SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
+"""Endings of files that the reader takes; DICOM is told by its content."""
+
+DETACHED = (".mhd", ".nhdr")
+"""Headers whose voxels are in a file beside them."""
+
+DICOM = (".dcm", ".ima")
+
+
+def stem(path: str | os.PathLike) -> str:
+    """Name of a file or DICOM folder without what marks it as an image; other dots stay."""
+    name = os.path.basename(os.path.normpath(os.fspath(path)))
+    ending = next((suffix for suffix in (*SUFFIXES, *DICOM) if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(ending)]
+
 
 class PoolError(ValueError):
     """A pool file or a data set folder that cannot be used, with everything that is wrong at once."""
-
-
-def _read_json(path: str | os.PathLike) -> Any:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise PoolError(f"file {os.path.abspath(path)} does not exist") from None
-    except json.JSONDecodeError as error:
-        raise PoolError(f"{path} is not valid JSON: {error}") from None
 
 
 def _paths(value: Any) -> list[str]:
@@ -39,12 +50,14 @@ def _paths(value: Any) -> list[str]:
 
 
 def _msd_pairs(folder: str) -> list[tuple[str, str, str]]:
-    declared = _read_json(os.path.join(folder, "dataset.json"))
-    pairs = []
-    for entry in declared.get("training", []):
-        image, label = (os.path.normpath(os.path.join(folder, entry[key])) for key in ("image", "label"))
-        pairs.append((re.sub(r"\.nii(\.gz)?$", "", os.path.basename(image)), image, label))
-    return pairs
+    declared = read_json(os.path.join(folder, "dataset.json"), "dataset.json", PoolError)
+    listed = [
+        tuple(os.path.normpath(os.path.join(folder, entry[key])) for key in ("image", "label"))
+        for entry in declared.get("training", [])
+    ]
+    plain = [stem(image) for image, _ in listed]
+    names = case_names(plain, [os.path.relpath(image, folder) for image, _ in listed])
+    return [(name, image, label) for name, (image, label) in zip(names, listed, strict=True)]
 
 
 def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -106,6 +119,7 @@ def find_images(
     Raises:
         FileNotFoundError: nothing there, or no image in it.
         FileExistsError: results are already there and `existing` is "error".
+        OSError: `output_dir` cannot be written.
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {list(EXISTING)}")
@@ -115,6 +129,8 @@ def find_images(
         raise FileNotFoundError(f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders")
     for item, name in zip(items, _case_names(items), strict=True):
         item["case"] = name
+    if output_dir is not None:
+        check_writable(output_dir, "--output_dir")
     if output_dir is None or existing == "overwrite":
         return items
     done = [item for item in items if output_path(output_dir, item["case"]).exists()]
@@ -147,36 +163,53 @@ def _items(source: Any) -> list[dict[str, Any]]:
 
 
 def _in_folder(folder: str) -> list[str]:
-    """Image files and DICOM folders in a folder and below it, hidden ones left out."""
-    found = []
-    for parent, folders, files in os.walk(folder):
+    """Image files and DICOM folders in a folder and below it, hidden ones left out.
+
+    A folder that cannot be listed is among them, so that it is reported as a case that fails; other files that cannot be
+    read are warned of.
+    """
+    found, closed = [], []
+    for parent, folders, files in os.walk(folder, onerror=lambda error: closed.append(os.fspath(error.filename))):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = sorted(name for name in files if not name.startswith("."))
         images = [os.path.join(parent, name) for name in visible if name.lower().endswith(SUFFIXES)]
-        found += images or ([parent] if any(_is_dicom(os.path.join(parent, name)) for name in visible) else [])
-    return found
+        others = [os.path.join(parent, name) for name in visible if not name.lower().endswith(SUFFIXES)]
+        series = any(_is_dicom(path) for path in others)
+        if images and series:
+            logger.warning("%s holds image files and a DICOM series: both are segmented", parent)
+        found += images + [parent] * series
+    return found + closed
 
 
 def _is_dicom(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    """Whether a file says that it is DICOM; a dead link, a pipe or a file without rights is none, with a warning."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("neither a file nor a folder")
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM" or path.lower().endswith(DICOM)
+    except OSError as error:
+        logger.warning("%s is left out: %s", path, error.strerror or error)
+        return False
 
 
 def _from_datalist(path: str) -> list[dict[str, Any]]:
     """Items of a JSON list, or of the part of a Decathlon-like file that is to be tested."""
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
+    content = read_json(path, "datalist")
     if isinstance(content, Mapping):
         keys = [key for key in ("testing", "test", "validation", "training") if content.get(key)]
         if not keys:
-            raise ValueError(f'{path}: no list under "testing", "validation" or "training"; it has {list(content)}')
+            near = "".join(nearest(key, ("testing", "validation", "training")) for key in list(content)[:1])
+            raise FileError(
+                f'{path}: no list under "testing", "validation" or "training"; it has {list(content)}{near}'
+            )
         content = content[keys[0]]
     base = os.path.dirname(os.path.abspath(path))
     items = []
     for number, entry in enumerate(content):
         item = dict(entry) if isinstance(entry, Mapping) else {"image": entry}
         if not item.get("image"):
-            raise ValueError(f'{path}: entry {number} has no "image"; it has {list(item)}')
+            raise FileError(f'{path}: entry {number} has no "image"; it has {list(item)}')
         image = item["image"]
         several = isinstance(image, (list, tuple))
         item["image"] = [os.path.join(base, one) for one in image] if several else os.path.join(base, image)
@@ -188,42 +221,11 @@ def _case_names(items: Sequence[dict[str, Any]]) -> list[str]:
     """A file name for each item: its own, with its folders where that is not unique, numbered where even that is not."""
     roots = [item.pop("root", None) for item in items]
     firsts = [_first(item["image"]) for item in items]
-    names = [str(item.get("case") or _stem(path)) for item, path in zip(items, firsts, strict=True)]
+    names = [str(item.get("case") or stem(path)) for item, path in zip(items, firsts, strict=True)]
     names = [name.replace("/", "_").replace(os.sep, "_") for name in names]
-    taken = Counter(names)
-    for i, (path, root) in enumerate(zip(firsts, roots, strict=True)):
-        if taken[names[i]] > 1:
-            parent = os.path.relpath(os.path.dirname(path), root or os.path.dirname(os.path.dirname(path)) or ".")
-            parts = [part for part in parent.split(os.sep) if part not in (".", "..", "")]
-            names[i] = "_".join([*parts, names[i]])
-    seen: Counter[str] = Counter()
-    for i, name in enumerate(names):
-        seen[name] += 1
-        names[i] = name if seen[name] == 1 else f"{name}_{seen[name]}"
-    return names
+    parents = [root or os.path.dirname(os.path.dirname(path)) or "." for root, path in zip(roots, firsts, strict=True)]
+    return case_names(names, [os.path.relpath(path, parent) for path, parent in zip(firsts, parents, strict=True)])
 
 
 def _first(image: Any) -> str:
     return os.path.abspath(os.fspath(image[0] if isinstance(image, (list, tuple)) else image))
-
-
-def _stem(path: str) -> str:
-    """File name without what marks it as an image."""
-    name = os.path.basename(os.path.normpath(path))
-    ending = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
-    return name[: len(name) - len(ending)]
-
-
-def _two_folders(dataset_dir: str, images: str, labels: str) -> dict[str, str]:
-    """Patterns for two folders of equally named files."""
-    files = sorted(os.listdir(os.path.join(dataset_dir, images)))
-    suffix = next(
-        (ending for ending in (".nii.gz", ".nii", ".nrrd", ".mha") if any(f.endswith(ending) for f in files)), None
-    )
-    if suffix is None:
-        raise PoolError(f"{os.path.join(dataset_dir, images)} holds no .nii.gz, .nii, .nrrd or .mha file")
-    label_folder = os.path.join(dataset_dir, labels)
-    if not os.path.isdir(label_folder):
-        raise PoolError(f"folder {label_folder} does not exist")
-    numbered = any(f.endswith("_0000" + suffix) for f in files)
-    return {"image": f"{images}/{{case}}{'_0000' if numbered else ''}{suffix}", "label": f"{labels}/{{case}}{suffix}"}

@@ -22,17 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from ..labels import LabelTable
-from .folders import PoolError, _msd_pairs, _paths, _pattern_pairs, _read_json
+from ..labels import LabelError, LabelTable
+from ..names import case_names, modality_name, unknown_names
+from ..schema import check, nearest, read_json
+from .folders import PoolError, _msd_pairs, _paths, _pattern_pairs, stem
 
 logger = logging.getLogger(__name__)
 
 SPLIT_SEED = 12345  # nnU-Net's
-
-DATASET_FIELDS = {
-    *("name", "folder", "format", "image", "label", "modality", "labels", "ignore", "others", "exclude", "patient"),
-    *("unlabelled", "reference", "licence", "_desc_"),
-}
 
 
 class DatasetPool:
@@ -66,16 +63,20 @@ class DatasetPool:
         self.source, declared = _read_pool(pool_file)
         self.dataset_dir = os.path.abspath(os.path.expanduser(os.fspath(dataset_dir)))
         self.allow_missing, self.folds = allow_missing, folds
-        self.table = LabelTable(declared["targets"], declared["datasets"])
+        try:
+            self.table = LabelTable(declared["targets"], declared["datasets"])
+        except LabelError as error:
+            raise LabelError(f"{self.source}: {error}") from None
         self.entries = {entry["name"]: entry for entry in declared["datasets"]}
         chosen = [datasets] if isinstance(datasets, str) else list(datasets or self.entries)
-        unknown = [name for name in chosen if name not in self.entries]
+        unknown = unknown_names(chosen, self.entries)
         if unknown:
             raise PoolError(f"{self.source}: no data sets named {unknown}; there are {list(self.entries)}")
         self.chosen = chosen
         for name in chosen:
             _check_entry(self.source, self.entries[name])
-        self.splits = _read_json(splits_file) if splits_file else None
+        self.splits_file = splits_file
+        self.splits = read_json(splits_file, "splits", PoolError) if splits_file else None
 
     # ---- cases ------------------------------------------------------------------------------------------------
 
@@ -123,6 +124,9 @@ class DatasetPool:
             raise PoolError(f"folder {folder} does not exist")
         pairs = _msd_pairs(folder) if entry.get("format") == "msd" else _pattern_pairs(folder, entry)
         excluded = set(entry.get("exclude", ()))
+        unknown = unknown_names(sorted(excluded), [case for case, _, _ in pairs])
+        if unknown:
+            raise PoolError(f'{folder}: "exclude" names cases that are not there: {unknown}')
         items, absent, unlabelled = [], [], 0
         skips = entry.get("unlabelled") == "skip"
         for case, image, label in sorted(pairs, key=lambda pair: pair[0]):
@@ -132,8 +136,8 @@ class DatasetPool:
             if skips and not any(os.path.isfile(path) for path in _paths(label)):
                 unlabelled += 1
                 continue
-            absent += [path for path in paths if not os.path.isfile(path)]
-            modality = _modality(entry.get("modality", "CT"), case)
+            absent += [path for path in paths if not os.path.exists(path)]
+            modality = modality_name(_modality(entry.get("modality", "CT"), case), self.source)
             items.append({"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case})
         if absent:
             shown = "\n    ".join(absent[:10])
@@ -179,6 +183,14 @@ class DatasetPool:
         """Validation items of one fold."""
         return self.split(fold)[1]
 
+    def evaluation_items(self, fold: int | str = 0) -> list[dict[str, Any]]:
+        """Validation items of one fold, for files named by their cases: a case name that several data sets of the pool
+        share gets its data set's name in front."""
+        keys = [(item["dataset"], item["case"]) for item in self.cases]
+        names = case_names([case for _, case in keys], ["/".join(key) for key in keys])
+        unique = dict(zip(keys, names, strict=True))
+        return [{**item, "case": unique[item["dataset"], item["case"]]} for item in self.val_items(fold)]
+
     def _patient(self, item: Mapping[str, Any]) -> tuple[str, str]:
         rule = self.entries[item["dataset"]].get("patient")
         if rule is None:
@@ -197,16 +209,21 @@ class DatasetPool:
             if not items:
                 continue
             folds = self.splits.get(name, []) if isinstance(self.splits, dict) else self.splits
+            if isinstance(self.splits, dict) and name not in self.splits:
+                raise PoolError(
+                    f"{self.splits_file} says nothing about data set '{name}'; it names {list(self.splits)}"
+                )
             if fold >= len(folds):
                 raise PoolError(
-                    f"the splits file has {len(folds)} folds for data set '{name}', fold {fold} was asked for"
+                    f"{self.splits_file} has {len(folds)} folds for data set '{name}', fold {fold} was asked for"
                 )
             shared = set(folds[fold]["train"]) & set(folds[fold]["val"])
-            unknown = (set(folds[fold]["train"]) | set(folds[fold]["val"])) - set(items)
+            unknown = sorted((set(folds[fold]["train"]) | set(folds[fold]["val"])) - set(items))
             if shared or unknown:
+                near = "".join(nearest(case, items) for case in unknown[:1])
                 raise PoolError(
-                    f"splits file, data set '{name}', fold {fold}: cases in both parts {sorted(shared)}, "
-                    f"cases that do not exist {sorted(unknown)}"
+                    f"{self.splits_file}, data set '{name}', fold {fold}: cases in both parts {sorted(shared)}, "
+                    f"cases that do not exist {unknown}{near}"
                 )
             for part, chosen in parts.items():
                 chosen += [items[case] for case in folds[fold][part]]
@@ -295,11 +312,13 @@ def complete_items(items: Sequence[Mapping[str, Any]], table: LabelTable, modali
         dataset = item.get("dataset", table.bare_dataset)
         if dataset not in (*table.datasets, table.bare_dataset):
             raise PoolError(
-                f"item {item['image']}: unknown data set '{dataset}'; the table knows {list(table.datasets)}"
+                f"item {item['image']}: unknown data set '{dataset}'{nearest(dataset, table.datasets)}; the table knows "
+                f"{list(table.datasets)}"
             )
         first = _paths(item["image"])[0]
-        case = item.get("case") or re.sub(r"\.nii(\.gz)?$|\.[^.]+$", "", os.path.basename(os.fspath(first)))
-        completed.append({"modality": modality, **item, "dataset": dataset, "case": case})
+        case = item.get("case") or stem(first)
+        kind = modality_name(item["modality"], f"item {first}") if item.get("modality") else modality
+        completed.append({**item, "modality": kind, "dataset": dataset, "case": case})
     return completed
 
 
@@ -309,21 +328,15 @@ def is_bare(items: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _read_pool(pool_file: str | os.PathLike | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """(how messages call it, its checked content)."""
     is_path = isinstance(pool_file, str | os.PathLike)
     source = os.path.basename(os.fspath(pool_file)) if is_path else "the pool declaration"
-    declared = _read_json(pool_file) if is_path else pool_file
-    absent = [key for key in ("targets", "datasets") if not isinstance(declared, Mapping) or key not in declared]
-    if absent:
-        raise PoolError(f'{source} lacks {absent}: a pool needs "targets" and "datasets"')
+    declared = read_json(pool_file, error=PoolError) if is_path else pool_file
+    check(declared, "pool", source, PoolError)
     return source, declared
 
 
 def _check_entry(source: str, entry: Mapping[str, Any]) -> None:
-    unknown = set(entry) - DATASET_FIELDS
-    if unknown:
-        raise PoolError(
-            f"{source}, data set '{entry['name']}': unknown fields {sorted(unknown)}; known: {sorted(DATASET_FIELDS)}"
-        )
     if entry.get("unlabelled") not in (None, "skip"):
         raise PoolError(
             f'{source}, data set \'{entry["name"]}\': "unlabelled" is {entry["unlabelled"]!r}; the only choice is "skip"'
@@ -338,6 +351,14 @@ def _check_entry(source: str, entry: Mapping[str, Any]) -> None:
     images = _paths(entry.get("image", "{case}"))
     if kind == "patterns" and "{case}" not in images[0]:
         raise PoolError(f"{source}, data set '{entry['name']}': the image pattern {images[0]!r} has no {{case}}")
+    modality = entry.get("modality", "CT")
+    if not isinstance(modality, str) and "default" not in modality:
+        raise PoolError(f'{source}, data set \'{entry["name"]}\': "modality" {dict(modality)} has no "default"')
+    for name in [modality] if isinstance(modality, str) else modality.values():
+        try:
+            modality_name(name)
+        except ValueError as error:
+            raise PoolError(f"{source}, data set '{entry['name']}': {error}") from None
 
 
 def _layout(entry: Mapping[str, Any]) -> str:

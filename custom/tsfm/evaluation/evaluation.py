@@ -20,11 +20,13 @@ import numpy as np
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
-from scipy.ndimage import find_objects
 
+from ..cases.folders import stem
+from ..cases.grids import spacing_of, upright_share
 from ..cases.volumes import as_label_map
 from ..labels import LabelTable, as_table
-from .label_maps import check_same_grid, load_map, load_truth, match_predictions, spacing_of, stem
+from ..preparation.resampling import boxes_of, enclosing
+from .label_maps import load_map, load_truth, match_predictions
 from .metrics import lesions, surface_dice
 from .tables import markdown_scores, summarize, table1
 
@@ -83,6 +85,7 @@ def score_case(
     tolerances_mm: Mapping[str, float] | float | None = None,
     lesion_overlap: float = 0.0,
     case: str = "",
+    upright: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Score one label map; one row per target that `dataset` annotates (the fields stand at the top of this module).
 
@@ -90,6 +93,7 @@ def score_case(
         prediction: label map (three axes) with values 0 to N on the image's own grid.
         truth: local codes of `dataset` on the same grid (`LabelTable.encode` makes them from raw ids).
         spacing_mm: voxel size along the three axes.
+        upright: a voxel's volume over the product of its sides; less than 1 for a tilted gantry.
         tolerances_mm: surface tolerance for all or per target; else the table's ``tolerance_mm``, else 2 mm.
         lesion_overlap: see :func:`tsfm.evaluation.metrics.lesions`.
 
@@ -100,8 +104,8 @@ def score_case(
     if prediction.shape != truth.shape:
         raise ValueError(f"{case}: the prediction has shape {prediction.shape}, the truth {truth.shape}")
     counts = count_voxels(prediction, truth, table, dataset)
-    boxes = find_objects(prediction), find_objects(truth)
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    boxes = boxes_of(prediction), boxes_of(truth)
+    voxel_ml = float(np.prod(spacing_mm)) * upright / 1000
     result = []
     for name, (tp, fp, fn) in counts.items():
         row = dict.fromkeys(COLUMNS)
@@ -140,8 +144,7 @@ def _cut_out(prediction, truth, table, dataset, name, boxes) -> tuple[np.ndarray
     member = table.map_membership()[:, target]
     found = [boxes[0][value - 1] for value in np.flatnonzero(member) if value <= len(boxes[0])]
     found += [boxes[1][code - 1] for code in np.flatnonzero(codes == 1) if code <= len(boxes[1])]
-    found = [box for box in found if box]
-    box = tuple(slice(min(b[a].start for b in found), max(b[a].stop for b in found)) for a in range(prediction.ndim))
+    box = tuple(slice(*side) for side in enclosing(found))
     inside = truth[box]
     return member[prediction[box]] & (codes >= 0)[inside], (codes == 1)[inside]
 
@@ -273,11 +276,10 @@ class CaseScores:
     def _score_one(self, item: Mapping[str, Any], prediction: Any, name: str) -> list[dict[str, Any]]:
         dataset = item.get("dataset") or self.dataset or only_dataset(self.table)
         affine = np.asarray(prediction.affine) if isinstance(prediction, MetaTensor) else np.eye(4)
-        truth, truth_affine = load_truth(item[self.label_key], self.table, dataset)
         array = np.asarray(prediction.cpu())[0]
-        check_same_grid(name, array.shape, affine, truth.shape, truth_affine)
+        truth, _ = load_truth(item[self.label_key], self.table, dataset, (array, affine, name))
         settings = {"tolerances_mm": self.tolerances_mm, "lesion_overlap": self.lesion_overlap, "case": name}
-        rows = score_case(array, truth, self.table, dataset, spacing_of(affine), **settings)
+        rows = score_case(array, truth, self.table, dataset, **_voxel(affine), **settings)
         return [row for row in rows if self.targets is None or row["target"] in self.targets]
 
     def _finish(self, engine: Engine) -> None:
@@ -323,17 +325,24 @@ def evaluate_folder(
     for pair in pairs:
         try:
             owner = pair["dataset"] or only_dataset(table)
-            truth, truth_affine = load_truth(pair["label"], table, owner)
             prediction, affine = load_map(pair["prediction"])
-            check_same_grid(pair["case"], prediction.shape, affine, truth.shape, truth_affine)
+            truth, _ = load_truth(pair["label"], table, owner, (prediction, affine, str(pair["prediction"])))
             settings = {"tolerances_mm": tolerances_mm, "lesion_overlap": lesion_overlap, "case": pair["case"]}
-            writer.add(score_case(prediction, truth, table, owner, spacing_of(affine), **settings))
+            writer.add(score_case(prediction, truth, table, owner, **_voxel(affine), **settings))
         except (ValueError, OSError, EOFError) as error:
             writer.fail(pair["case"], error)
     summary = writer.finish()
     if writer.failed:
         raise RuntimeError(failure_text(writer.failed))
     return summary
+
+
+def _voxel(affine: np.ndarray) -> dict[str, Any]:
+    """Voxel sides (to 10 nm: NIfTI keeps affines in 32 bits, and a score must not depend on that) and uprightness."""
+    return {
+        "spacing_mm": tuple(round(side, 5) for side in spacing_of(affine)),
+        "upright": round(upright_share(affine), 5),
+    }
 
 
 def failure_text(failed: Sequence[Mapping[str, str]]) -> str:

@@ -1,6 +1,6 @@
-"""Label map files of the evaluation: reading them as they are, comparing grids, finding the prediction of a case.
+"""Label map files of the evaluation: predictions as they are, truths on their axes, finding the prediction of a case.
 
-Everything stays on the files' own grid and axes; nothing is reoriented or resampled here.
+Everything stays on the prediction's own grid; nothing is resampled here. Files are read as training reads them.
 """
 
 from __future__ import annotations
@@ -10,99 +10,51 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 
-from ..cases.volumes import SAME_GRID, as_whole_numbers, grid_distance_mm
+from ..cases.cases import load_codes
+from ..cases.folders import SUFFIXES, stem
+from ..cases.grids import grid_difference, turn_grid, turn_to
+from ..cases.volumes import RawVolume, as_whole_numbers, check_same_grid, read_grid, read_labels
 from ..labels import LabelTable
 
 ENDINGS = re.compile(r"_(seg|pred|prediction|trans|mask)$")
 """What tools add to a case's name when they save a label map (MONAI's SaveImage: ``_trans``, or as configured)."""
 
 
-def stem(path: str | Path) -> str:
-    """File name without ``.nii``, ``.nii.gz`` or any one other extension."""
-    name = Path(str(path)).name
-    return re.sub(r"(\.nii)?\.gz$|\.[^.]+$", "", name)
-
-
 def load_map(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """A NIfTI label map on its own grid: (integers with three axes, affine to RAS+ mm).
+    """A label map of any format on its own axes: (integers with three axes, affine to RAS+ mm).
 
     Raises:
-        ValueError: a file that is no readable NIfTI, more than three axes, fractions.
+        CaseError: what `tsfm.cases.volumes.read_labels` refuses.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such label map")
-    try:
-        image = nib.load(path)
-        array = np.asanyarray(image.dataobj)
-    except Exception as error:  # nibabel, gzip and zlib each raise their own kind for a broken file
-        raise ValueError(f"{path}: cannot be read as NIfTI ({type(error).__name__}: {error})") from error
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != 3:
-        raise ValueError(f"{path}: has shape {array.shape}, expected a label map with three axes")
-    return as_whole_numbers(array, str(path)), image.affine
+    raw = read_labels(path)
+    return raw.array[0], raw.affine
 
 
-def load_truth(source: Any, table: LabelTable, dataset: str) -> tuple[np.ndarray, np.ndarray | None]:
+def load_truth(
+    source: Any, table: LabelTable, dataset: str, grid: tuple[Any, np.ndarray, str] | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """The truth of one case as local codes of `dataset`, and its affine (None where the source has none).
 
     Args:
-        source: a NIfTI file; a mapping structure -> mask file; or raw ids as an array or tensor (1, X, Y, Z) or
+        source: a label file; a mapping structure -> mask file; or raw ids as an array or tensor (1, X, Y, Z) or
             (X, Y, Z).
+        grid: (prediction with three axes, its affine, the case's name): files come on its axes, whatever theirs are,
+            and must lie on its grid; arrays must have its shape and, if they have any, its affine.
     """
-    if isinstance(source, Mapping):
-        return _merge_structures(source, table, dataset)
-    if isinstance(source, (str, Path)):
-        raw, affine = load_map(source)
-        return table.encode(dataset, raw, str(source)), affine
-    affine = np.asarray(source.affine) if hasattr(source, "affine") else None
+    image = None if grid is None else RawVolume(grid[0][None], np.asarray(grid[1], float), grid[2])
+    if isinstance(source, (str, Path, Mapping)):
+        codes = load_codes(source, table, dataset, image, "prediction and truth")
+        return codes.array[0], codes.affine
+    affine = np.asarray(source.affine, float) if hasattr(source, "affine") else None
     raw = as_whole_numbers(source.cpu().numpy() if isinstance(source, torch.Tensor) else source)
-    return table.encode(dataset, raw[0] if raw.ndim == 4 else raw), affine
-
-
-def _merge_structures(files: Mapping[str, Any], table: LabelTable, dataset: str) -> tuple[np.ndarray, np.ndarray]:
-    """Local codes from one mask file per structure; where masks overlap the one listed later in the table wins."""
-    codes, affine, ids = None, None, table.local_ids(dataset)
-    missing = [name for name in ids[1:] if isinstance(name, str) and name not in files]
-    if missing:
-        raise ValueError(f"data set '{dataset}': no mask file for {missing}; the item lists {list(files)}")
-    for code, name in enumerate(ids):
-        if not isinstance(name, str):
-            continue
-        mask, its_affine = load_map(files[name])
-        if codes is None:
-            codes, affine = np.zeros(mask.shape, table.code_dtype), its_affine
-        check_same_grid(str(files[name]), mask.shape, its_affine, codes.shape, affine)
-        codes[mask > 0] = code
-    return codes, affine
-
-
-def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
-    """Voxel size in mm along the three array axes, to 10 nm (NIfTI keeps affines in 32 bits)."""
-    return tuple(round(float(step), 5) for step in np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0))
-
-
-def grid_difference(shape: Sequence[int], affine: Any, other_shape: Sequence[int], other_affine: Any) -> str:
-    """What differs between two grids, in words; empty when they are the same by the reader's rule (`SAME_GRID`)."""
-    if tuple(shape) != tuple(other_shape):
-        return f"shape {tuple(shape)} against {tuple(other_shape)}"
-    if affine is None or other_affine is None:
-        return ""
-    apart = grid_distance_mm(np.asarray(affine, float), np.asarray(other_affine, float), shape)
-    return f"affines put a corner {apart:.3g} mm apart" if apart > SAME_GRID * min(spacing_of(affine)) else ""
-
-
-def check_same_grid(source: str, shape, affine, other_shape, other_affine) -> None:
-    """Raise a ValueError that names `source` where prediction (first) and truth do not lie on one grid."""
-    difference = grid_difference(shape, affine, other_shape, other_affine)
-    if difference:
-        raise ValueError(
-            f"{source}: prediction and truth lie on different grids: {difference}; save results on the image's own grid"
-        )
+    raw = raw[0] if raw.ndim == 4 else raw
+    if image is not None:
+        truth = RawVolume(raw[None], image.affine if affine is None else affine, f"{grid[2]}: the truth")
+        check_same_grid(image, truth, "prediction and truth")
+    return table.encode(dataset, raw), affine
 
 
 def match_predictions(
@@ -118,8 +70,10 @@ def match_predictions(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of predictions")
     files: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz"))):
-        files.setdefault(ENDINGS.sub("", stem(path)), []).append(path)
+    for path in sorted(p for p in folder.rglob("[!.]*") if p.name.lower().endswith(SUFFIXES)):
+        name = stem(path)
+        for key in dict.fromkeys((ENDINGS.sub("", name), name)):
+            files.setdefault(key, []).append(path)
     pairs = _truths(labels, dataset)
     for pair in pairs:
         pair["found"] = _candidates(pair, files, folder)
@@ -146,7 +100,7 @@ def _truths(labels: str | Path | Sequence[Mapping[str, Any]], dataset: str | Non
     if isinstance(labels, (str, Path)):
         if not Path(labels).is_dir():
             raise FileNotFoundError(f"{labels}: no such folder of labels")
-        paths = sorted(p for p in Path(labels).glob("[!.]*") if p.name.endswith((".nii", ".nii.gz")))
+        paths = sorted(p for p in Path(labels).glob("[!.]*") if p.name.lower().endswith(SUFFIXES))
         labels = [{"label": str(path), "case": stem(path)} for path in paths]
     if not labels:
         raise FileNotFoundError("no truth to compare with: the folder of labels, or the list of items, is empty")
@@ -156,7 +110,9 @@ def _truths(labels: str | Path | Sequence[Mapping[str, Any]], dataset: str | Non
         image = item.get("image")
         image = image[0] if isinstance(image, (list, tuple)) else image
         image_name = stem(image) if image else ""
-        names = [item.get("case"), image_name, re.sub(r"_\d{4}$", "", image_name), stem(first(item["label"]))]
+        label_name = stem(first(item["label"]))
+        names = [item.get("case"), image_name, re.sub(r"_\d{4}$", "", image_name), label_name]
+        names += [ENDINGS.sub("", label_name)]
         names = list(dict.fromkeys(str(name) for name in names if name))
         owner = item.get("dataset") or dataset
         entry = {"case": names[0], "dataset": owner, "label": item["label"], "image": item.get("image"), "names": names}
@@ -177,12 +133,14 @@ def _candidates(pair: dict[str, Any], files: Mapping[str, list[Path]], folder: P
 
 
 def _header_difference(pair: Mapping[str, Any]) -> str:
-    """Grid difference of one pair from the headers alone; the scoring reports unreadable files."""
+    """Grid difference of one pair from the headers alone, axes turned alike; the scoring reports unreadable files."""
     label = pair["label"]
     try:
-        truth = nib.load(next(iter(label.values())) if isinstance(label, Mapping) else label)
-        prediction = nib.load(pair["prediction"])
-    except Exception:  # the scoring reads the file again and reports it with its case
+        truth = read_grid(next(iter(label.values())) if isinstance(label, Mapping) else label)
+        prediction = read_grid(pair["prediction"])
+    except ValueError:  # the scoring reads the file again and reports it with its case
         return ""
-    difference = grid_difference(prediction.shape[:3], prediction.affine, truth.shape[:3], truth.affine)
+    here, there = (prediction.shape, prediction.affine), (truth.shape, truth.affine)
+    turned = turn_grid(*there, turn_to(truth.affine, prediction.affine))
+    difference = grid_difference(*here, *there) and grid_difference(*here, *turned)
     return f"{pair['case']}: {difference} (prediction against truth)" if difference else ""

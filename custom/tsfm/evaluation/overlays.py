@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,9 +17,10 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
+from ..cases.grids import SPL, spacing_of, turn_array, turn_grid, turn_to
 from ..labels import LabelTable
+from ..preparation.resampling import label_box
 from .evaluation import is_lesion
-from .label_maps import spacing_of
 
 CT_WINDOW_HU = (-160.0, 240.0)
 """Soft tissue: level 40, width 400."""
@@ -140,9 +140,7 @@ def _weights(table: LabelTable, case: Mapping[str, Any]) -> dict[int, float]:
 def _upright(case: Mapping[str, Any]) -> dict[str, Any]:
     """The case's arrays with axes (superior, posterior, left), their spacing in that order, and the gray window."""
     image, affine = np.asarray(case["image"]), np.asarray(case["affine"], float)
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(("S", "P", "L"))
-    )
+    turn = turn_to(affine, SPL)
     panels: dict[str, Any] = {}
     for key in ("image", "truth", "prediction"):
         if case.get(key) is None:
@@ -150,9 +148,8 @@ def _upright(case: Mapping[str, Any]) -> dict[str, Any]:
         array = np.asarray(case[key])
         if array.shape != image.shape:
             raise ValueError(f"{case.get('title', 'case')}: {key} has shape {array.shape}, the image {image.shape}")
-        panels[key] = nib.orientations.apply_orientation(array, turn)
-    spacing = np.empty(3)
-    spacing[turn[:, 0].astype(int)] = spacing_of(affine)
+        panels[key] = turn_array(array, turn)
+    spacing = np.array(spacing_of(turn_grid(image.shape, affine, turn)[1]))
     panels["spacing"], panels["window"] = spacing, case.get("window") or _window(panels["image"], case)
     return panels
 
@@ -198,18 +195,15 @@ def informative_slices(panels: Mapping[str, Any], number: int, weights: Mapping[
 def _crop_of(panels: Mapping[str, Any]) -> tuple[slice, slice, float]:
     """In-plane box of the body (not the couch) with a margin, and its height over its width in mm."""
     image, (_, step_p, step_l) = panels["image"], panels["spacing"]
-    low, high = panels["window"]
-    pieces, _ = ndimage.label((image > low + 0.1 * (high - low)).mean(0) > 0.3)
+    dark, bright = panels["window"]
+    pieces, _ = ndimage.label((image > dark + 0.1 * (bright - dark)).mean(0) > 0.3)
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
     body = (sizes >= max(1, 0.2 * sizes.max()))[pieces]
     for key in {"truth", "prediction"} & panels.keys():
         body |= panels[key].any(0)
-    box = []
-    for axis, step in ((1, step_p), (0, step_l)):
-        where = np.flatnonzero(body.any(axis))
-        margin = round(6 / step)
-        box.append(slice(max(0, where[0] - margin), where[-1] + 1 + margin) if where.size else slice(None))
+    around, margins = label_box(body) or ((0, None), (0, None)), (round(6 / step_p), round(6 / step_l))
+    box = [slice(max(0, low - m), high and high + m) for (low, high), m in zip(around, margins, strict=True)]
     shape = body[box[0], box[1]].shape
     return box[0], box[1], float(np.clip(shape[0] * step_p / (shape[1] * step_l), 0.4, 1.6))
 

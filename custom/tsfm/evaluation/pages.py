@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..cases.volumes import RawVolume, on_grid_of, read_volume
 from ..labels import LabelTable, as_table
 from .label_maps import load_map, load_truth, match_predictions
 from .overlays import page_png, truth_map
@@ -77,13 +77,15 @@ def folder_page(
     for name, entry in chosen.items():
         pair, item = found[entry["dataset"], entry["case"]]
         files = item["image"] if isinstance(item["image"], (list, tuple)) else [item["image"]]
-        image = nib.load(files[0])
-        array = np.asarray(image.dataobj, np.float32)
+        prediction, affine = load_map(pair["prediction"])
+        grid = RawVolume(prediction[None], affine, str(pair["prediction"]))
+        image = on_grid_of(grid, read_volume(files[0]), "image and prediction")
+        truth, _ = load_truth(pair["label"], table, entry["dataset"], (prediction, affine, grid.source))
         cases.append({
-            "image": array[..., 0] if array.ndim == 4 else array, "affine": image.affine, "slices": slices,
-            "truth": truth_map(load_truth(pair["label"], table, entry["dataset"])[0], table, entry["dataset"]),
+            "image": np.asarray(image.array[0], np.float32), "affine": affine, "slices": slices,
+            "truth": truth_map(truth, table, entry["dataset"]),
             "annotated": table.annotated(entry["dataset"]),
-            "prediction": load_map(pair["prediction"])[0], "modality": item.get("modality") or modality,
+            "prediction": prediction, "modality": item.get("modality") or modality,
             "title": f"{name}: {entry['dataset']} {entry['case']}, mean Dice {entry['dice']:.3f}",
         })  # fmt: skip
     return page_png(path, cases, table)

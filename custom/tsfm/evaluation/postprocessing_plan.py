@@ -87,11 +87,10 @@ def _mean_dice(cases: Sequence[tuple], table: LabelTable, steps: Sequence[Mappin
     """Target -> mean Dice over the cases where truth or the *processed* prediction holds it."""
     values: dict[str, list[float]] = {}
     for prediction, truth, dataset in cases:
-        array = load_map(prediction)[0] if isinstance(prediction, (str, Path)) else prediction
-        array = as_label_map(
-            array, len(table.names), str(prediction) if isinstance(prediction, (str, Path)) else "case"
-        )
-        codes, _ = load_truth(truth, table, dataset)
+        is_file = isinstance(prediction, (str, Path))
+        array, affine = load_map(prediction) if is_file else (prediction, None)
+        array = as_label_map(array, len(table.names), str(prediction) if is_file else "case")
+        codes, _ = load_truth(truth, table, dataset, (array, affine, str(prediction)) if is_file else None)
         for name, (tp, fp, fn) in count_voxels(apply(array, {"steps": steps}), codes, table, dataset).items():
             if tp + fp + fn:
                 values.setdefault(name, []).append(2 * tp / (2 * tp + fp + fn))

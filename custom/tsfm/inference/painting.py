@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..labels import LabelTable
-from ..preparation.resampling import AxisResampler, axis_resampler, one_thread
+from ..preparation.resampling import AxisResampler, axis_resampler, label_box, one_thread
 
 _PART = 16
 """Source slices that one thread paints at a time: tight boxes, and intermediate values that stay in the cache."""
@@ -98,7 +98,8 @@ class Painter:
         background = logits[0].float() if self.exclusive else None
         for channel, value in self.paint:
             level = 0.0 if self.exclusive else self.levels[channel]
-            box = _box(peaks[channel] > level)
+            found = peaks[channel] > level
+            box = label_box(found.cpu().numpy()) if found.any() else None
             if box is None:
                 continue
             rows = [_rows(axis, *span) for axis, span in zip(self.axes[1:], box, strict=True)]
@@ -149,17 +150,6 @@ def _rows(axis: AxisResampler, start: int, stop: int) -> tuple[int, int]:
     """Half-open range of output voxels that see an input voxel from start to stop."""
     seen = np.flatnonzero(((axis.index >= start) & (axis.index < stop)).any(1))
     return (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 0)
-
-
-def _box(mask: torch.Tensor) -> list[tuple[int, int]] | None:
-    """Half-open bounding box of a bool (P, L), or None."""
-    box = []
-    for other in (1, 0):
-        found = mask.any(other).nonzero()
-        if not len(found):
-            return None
-        box.append((int(found[0]), int(found[-1]) + 1))
-    return box
 
 
 def export_logits(

@@ -10,7 +10,6 @@ inference.json.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from scipy.ndimage import find_objects
 
 from ..cases.volumes import as_label_map
+from ..preparation.resampling import boxes_of, enclosing
+from ..schema import read_json
 
 
 def apply(label_map: np.ndarray, plan: Mapping[str, Any]) -> np.ndarray:
@@ -36,11 +36,11 @@ def apply(label_map: np.ndarray, plan: Mapping[str, Any]) -> np.ndarray:
 
 def _keep_largest(label_map: np.ndarray, values: Sequence[int], fill: int) -> None:
     """Set, in place, all but the largest 26-connected component of these values to `fill`; equally large ones stay."""
-    boxes = find_objects(label_map)
-    found = [boxes[value - 1] for value in values if value <= len(boxes) and boxes[value - 1]]
-    if not found:
+    boxes = boxes_of(label_map)
+    around = enclosing(boxes[value - 1] for value in values if value <= len(boxes))
+    if around is None:
         return
-    box = tuple(slice(min(b[a].start for b in found), max(b[a].stop for b in found)) for a in range(label_map.ndim))
+    box = tuple(slice(*side) for side in around)
     lookup = np.zeros(max(len(boxes), *values) + 1, bool)
     lookup[list(values)] = True
     components = cc3d.connected_components(lookup[label_map[box]], connectivity=26)
@@ -71,7 +71,7 @@ class PostProcessd(MapTransform):
         if isinstance(plan, (str, Path)):
             if not Path(plan).is_file():
                 raise FileNotFoundError(f"{plan}: no such post-processing plan; give null for none")
-            plan = json.loads(Path(plan).read_text(encoding="utf-8"))
+            plan = read_json(plan)
         if plan and targets is not None and list(plan.get("targets", targets)) != list(targets):
             raise ValueError(
                 f"the post-processing plan was made for {plan['targets']}, the label map holds {list(targets)}"

@@ -20,7 +20,9 @@ from monai.data import Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.transforms import SaveImaged
 
-from ..cases.folders import OUTPUT_SUFFIX, _first, _stem, output_path
+from ..cases.folders import NIFTI, OUTPUT_SUFFIX, _first, output_path, stem
+from ..cases.grids import is_upright
+from ..cases.nifti import unit_mm
 from ..errors import first_cause
 from ..files import atomic_write
 from ..labels import LabelTable
@@ -43,7 +45,7 @@ class CaseDataset(Dataset):
         try:
             return super()._transform(index)
         except Exception as error:
-            case = item.get("case") or _stem(_first(item["image"]))
+            case = item.get("case") or stem(_first(item["image"]))
             logger.debug("case %s", case, exc_info=True)
             return {"case": case, "error": root_cause(error)}
 
@@ -109,7 +111,7 @@ def _case_of(batchdata: Mapping[str, Any], number: int) -> str:
         return str(batchdata["case"][0])
     meta = getattr(batchdata.get("image"), "meta", {})
     names = meta.get("filename_or_obj", [])
-    return _stem(names[0] if isinstance(names, (list, tuple)) else names) if names else f"case {number}"
+    return stem(names[0] if isinstance(names, (list, tuple)) else names) if names else f"case {number}"
 
 
 def root_cause(error: BaseException) -> str:
@@ -164,7 +166,7 @@ class SaveLabelMapd(SaveImaged):
         item = dict(data)
         for key in self.key_iterator(item):
             source = str(item[key].meta.get("filename_or_obj", "")) if isinstance(item[key], MetaTensor) else ""
-            case = item.get("case") or _stem(source) or "prediction"
+            case = item.get("case") or (stem(source) if source else "prediction")
             path = output_path(self.output_dir, case)
             if path.exists() and not self.overwrite:
                 raise FileExistsError(f"{path} is already there; remove it, or allow to overwrite it")
@@ -173,16 +175,22 @@ class SaveLabelMapd(SaveImaged):
 
 
 def write_label_map(label_map: torch.Tensor, path: str | os.PathLike) -> None:
-    """Write a label map (1, X, Y, Z) as NIfTI; header fields and form codes are those of its source image, if NIfTI."""
+    """Write a label map (1, X, Y, Z) as NIfTI; header fields, unit and form codes are its source image's, if NIfTI.
+
+    A sheared grid (a tilted gantry) is written as sform alone: a qform cannot hold it.
+    """
     array = np.asarray(label_map.detach().cpu())[0]
     affine = np.asarray(label_map.affine, float) if isinstance(label_map, MetaTensor) else np.eye(4)
     source = str(label_map.meta.get("filename_or_obj", "")) if isinstance(label_map, MetaTensor) else ""
-    header = nib.load(source).header.copy() if source.lower().endswith((".nii", ".nii.gz")) else None
+    header = nib.load(source).header.copy() if source.lower().endswith(NIFTI) else None
     if header is not None:
         header.set_data_shape(array.shape)
+        affine = np.diag([*[1 / unit_mm(header)] * 3, 1]) @ affine
     image = nib.Nifti1Image(array, affine, header)
     codes = [0, 0] if header is None else [int(header.get(key, 0)) for key in ("sform_code", "qform_code")]
     s_code, q_code = codes if any(codes) else (1, 1)
+    if not is_upright(affine):
+        s_code, q_code = s_code or 1, 0
     image.set_sform(affine if s_code else None, s_code)
     image.set_qform(affine if q_code else None, q_code)
     image.set_data_dtype(array.dtype)

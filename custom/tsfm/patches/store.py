@@ -1,7 +1,8 @@
 """Prepared cases on disk: written once and whole, read in part.
 
 A case is a folder `<store>/<data set>/<case>-<key>` with `image.b2nd`, `codes.b2nd`, `foreground.npy` and `case.json`.
-It is written beside its place and renamed into it, so a folder that exists is complete. The key is made of the input
+It is written beside its place and renamed into it, so a folder that exists is complete. `case.json` holds a checksum of
+each file and of itself; a process compares them once, before it reads from the folder. The key is made of the input
 files' identity, the preparation, the data set's own label rules and `FORMAT`; whatever changes leads to a new folder.
 """
 
@@ -13,9 +14,7 @@ import json
 import os
 import re
 import shutil
-import socket
-import time
-import uuid
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,12 +26,14 @@ from tqdm import tqdm
 
 from ..cases.cases import Preparation, file_identity
 from ..cases.pool import complete_items
-from ..cases.volumes import CaseError
+from ..errors import CaseError
+from ..files import is_abandoned, scratch_name
 from ..labels import LabelTable
 from ..preparation.parallel import WorkerDied, run_all
 from ..preparation.preprocessing import prepare_case
+from ..schema import FileError, read_json
 
-FORMAT = 1
+FORMAT = 2
 """Raise it whenever the same input would be prepared or stored differently."""
 
 LEVELS = 2**14 - 1
@@ -52,6 +53,9 @@ FOREGROUND_SHARE = 0.01
 """nnU-Net keeps max(min(10000, N), 1% of N) voxels of each class."""
 
 Box = Sequence[tuple[int, int]]
+
+_VERIFIED: set[str] = set()
+"""Folders whose checksums this process (or the one that it was forked from) compared or wrote."""
 
 
 class StoreError(OSError):
@@ -134,7 +138,8 @@ class CaseStore:
                 if isinstance(outcome, (ValueError, WorkerDied)):
                     report.failed.append((items[index], str(outcome)))
                     continue
-                case, was_there, empty = outcome
+                path, case, was_there, empty = outcome
+                _VERIFIED.add(path)  # in a worker, too: those of a loader begin as copies of this process
                 report.reused += was_there
                 report.prepared += not was_there
                 if empty:
@@ -154,6 +159,7 @@ class CaseStore:
             raise CaseError(f"{item['image']}: not in the read-only store {self.store_dir}; prepare it first")
         prepared = prepare_case(item, self.table, self.preparation)
         _write_folder(self.store_dir, path, _files_of(prepared))
+        _VERIFIED.add(path)
         return path, False
 
     def _sweep(self) -> None:
@@ -161,9 +167,7 @@ class CaseStore:
         scratch = os.path.join(self.store_dir, ".writing")
         for name in os.listdir(scratch) if os.path.isdir(scratch) else []:
             path = os.path.join(scratch, name)
-            host, pid = name.rsplit("_", 2)[:2]
-            here = host == socket.gethostname()
-            if (here and not _alive(int(pid))) or (not here and time.time() - os.path.getmtime(path) > 86400):
+            if is_abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -172,8 +176,7 @@ class StoredCase:
 
     def __init__(self, path: str, table: LabelTable) -> None:
         self.path, self._table = path, table
-        with open(os.path.join(path, "case.json"), encoding="utf-8") as file:
-            index = json.load(file)
+        index = _read_index(path)
         self.properties: dict[str, Any] = index["properties"]
         self._foreground, self._steps = index["foreground"], index["steps"]
         self.channels: int = len(self._steps)
@@ -211,12 +214,42 @@ class StoredCase:
         return tuple(slice(int(start), int(stop)) for start, stop in box)
 
 
-def _prepare_one(store: CaseStore, item: Mapping[str, Any]) -> tuple[str, bool, bool]:
-    """Prepare one item: its name, whether it was stored already, and whether its label map is empty."""
+def _read_index(path: str) -> dict[str, Any]:
+    """What ``case.json`` holds, after the checksums were compared.
+
+    Raises:
+        CaseError: a file of the case is damaged or gone.
+    """
+    try:
+        index = read_json(os.path.join(path, "case.json"))
+        damaged = [] if index.pop("checksum", None) == zlib.crc32(_json(index)) else ["case.json"]
+        if not damaged and path not in _VERIFIED:
+            damaged = [name for name, value in index["checksums"].items() if _file_checksum(path, name) != value]
+    except (FileError, OSError, AttributeError) as error:
+        damaged = [str(error)]
+    if damaged:
+        raise CaseError(
+            f"the prepared case {path} is damaged ({', '.join(damaged)}): delete this folder, and the same command "
+            "prepares the case again"
+        )
+    _VERIFIED.add(path)
+    return index
+
+
+def _file_checksum(path: str, name: str) -> int:
+    file = os.path.join(path, name)
+    return zlib.crc32(np.memmap(file, np.uint8, "r")) if os.path.getsize(file) else 0  # nothing cannot be mapped
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=4, default=_plain_number).encode()
+
+
+def _prepare_one(store: CaseStore, item: Mapping[str, Any]) -> tuple[str, str, bool, bool]:
+    """Prepare one item: its folder, its name, whether it was stored already, and whether its label map is empty."""
     item = store._complete(item)
     path, was_there = store._ensure(item)
-    with open(os.path.join(path, "case.json"), encoding="utf-8") as file:
-        return f"{item['dataset']}/{item['case']}", was_there, bool(json.load(file)["properties"]["empty_label"])
+    return path, f"{item['dataset']}/{item['case']}", was_there, bool(_read_index(path)["properties"]["empty_label"])
 
 
 def sample_foreground(codes: np.ndarray, seed: int = 1234) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
@@ -248,14 +281,10 @@ def _files_of(prepared) -> dict[str, bytes]:
         raise CaseError(f"{prepared.properties['source']}: no label in this item; the store holds labelled cases")
     levels, steps = quantize(prepared.image)
     voxels, spans = sample_foreground(codes)
+    files = {"image.b2nd": _compress(levels), "codes.b2nd": _compress(codes), "foreground.npy": _npy(voxels)}
     index = {"format": FORMAT, "properties": prepared.properties, "steps": steps, "foreground": spans}
-    header = json.dumps(index, indent=4, default=_plain_number).encode()
-    return {
-        "image.b2nd": _compress(levels),
-        "codes.b2nd": _compress(codes),
-        "foreground.npy": _npy(voxels),
-        "case.json": header,
-    }
+    index["checksums"] = {name: zlib.crc32(content) for name, content in files.items()}
+    return {**files, "case.json": _json({**index, "checksum": zlib.crc32(_json(index))})}
 
 
 def quantize(image: np.ndarray) -> tuple[np.ndarray, list[tuple[float, float]]]:
@@ -285,7 +314,7 @@ def _compress(array: np.ndarray) -> bytes:
 
 def _write_folder(store_dir: str, path: str, files: Mapping[str, bytes]) -> None:
     """Write files into a new folder and move it to `path` in one step; on failure leave nothing behind."""
-    scratch = os.path.join(store_dir, ".writing", f"{socket.gethostname()}_{os.getpid()}_{uuid.uuid4().hex}")
+    scratch = os.path.join(store_dir, ".writing", scratch_name())
     try:
         os.makedirs(scratch)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -322,13 +351,3 @@ def _plain(name: str) -> str:
 
 def _plain_number(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -18,12 +18,29 @@ from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform
 
 from ..cases.cases import Preparation, check_image, load_case
-from ..cases.volumes import CaseError, spacing_of
+from ..cases.grids import spacing_of
+from ..errors import CaseError
 from ..labels import LabelTable
-from .resampling import label_box, nearest, new_shape, one_thread, resample, resample_labels, thick_axis
+from ..names import modality_name
+from .resampling import (
+    enclosing,
+    label_box,
+    nearest,
+    new_shape,
+    one_thread,
+    resample,
+    resample_labels,
+    thick_axis,
+)
 
 MASKED_BELOW = 0.75
 """A crop that keeps less than this share of the voxels makes the z-score look at the non-zero region only."""
+
+PREPARED_VOXELS = 2**31
+"""Voxels of one prepared channel, 8 GiB: six whole bodies of 500x500x2000 mm at 1.5 x 1 x 1 mm."""
+
+SHRUNK = 1e-4
+"""Share of its voxels that an image keeps at least when it is prepared: 20 times fewer along each axis."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +81,10 @@ def crop_box(image) -> tuple[tuple[int, int], ...]:
 
     nnU-Net fills holes first, which does not move the box. Raises CaseError for an all-zero image.
     """
-    boxes = [box for box in (label_box(channel) for channel in image) if box is not None]
-    if not boxes:
+    box = enclosing(label_box(channel) for channel in image)
+    if box is None:
         raise CaseError("every voxel is zero, so there is no box to crop to")
-    return tuple((min(b[a][0] for b in boxes), max(b[a][1] for b in boxes)) for a in range(3))
+    return box
 
 
 def filled_mask(image: np.ndarray) -> np.ndarray:
@@ -98,27 +115,53 @@ def normalize(image: torch.Tensor, preparation: Preparation, modality: str, crop
     return image
 
 
+def check_prepared_shape(shape: Sequence[int], prepared: Sequence[int], spacing_mm, target_mm, source: str) -> None:
+    """Raise CaseError for a prepared size (voxels per axis) that cannot be meant, before memory is asked for it."""
+    old, new = (float(np.prod(sizes, dtype=float)) for sizes in (shape, prepared))
+    if new > PREPARED_VOXELS or new < SHRUNK * old:
+        sizes, sides = ("x".join(map(str, prepared)), [round(float(side), 4) for side in spacing_mm])
+        limit = f"at most {PREPARED_VOXELS:.3g}" if new > PREPARED_VOXELS else f"at least {SHRUNK:g} of its {old:.3g}"
+        raise CaseError(
+            f"{source}: its voxels of {sides} mm (S, P, L) would become {sizes} at {list(target_mm)} mm, {new:.3g} voxels; "
+            f"expected {limit}: check the voxel sizes of the file, or spacing_mm"
+        )
+
+
 def prepare_image(
-    image: torch.Tensor, spacing_mm: Sequence[float], preparation: Preparation, modality: str, own: bool = False
+    image: torch.Tensor,
+    spacing_mm: Sequence[float],
+    preparation: Preparation,
+    modality: str,
+    own: bool = False,
+    source: str = "image",
 ) -> tuple[torch.Tensor, Grid]:
-    """Crop, normalise and resample float32 (C, S, P, L); `own` allows to overwrite the input.
+    """Crop, normalise and resample float32 (C, S, P, L); `own` allows to overwrite the input; `source` is for errors.
 
     The same bits for any number of threads.
+
+    Raises:
+        CaseError: only zero voxels, a prepared size that cannot be meant or that does not fit into memory.
     """
     crop = crop_box(image.cpu().numpy())
     inside = (slice(None), *(slice(*span) for span in crop))
     cropped = image[inside] if own else image[inside].clone()
     share = cropped[0].numel() / image[0].numel()
     shape = new_shape(cropped.shape[1:], spacing_mm, preparation.spacing_mm)
+    check_prepared_shape(cropped.shape[1:], shape, spacing_mm, preparation.spacing_mm, source)
     grid = Grid(
         tuple(image.shape[1:]), crop, tuple(cropped.shape[1:]), shape, tuple(spacing_mm), preparation.spacing_mm
     )
     with one_thread():
         cropped = normalize(cropped, preparation, modality, share)
     thick = thick_axis(spacing_mm, preparation.spacing_mm)
-    if len(cropped) == 1:
-        return resample(cropped[0], shape, 3, thick)[None], grid
-    return torch.stack([resample(channel, shape, 3, thick) for channel in cropped]), grid
+    try:
+        if len(cropped) == 1:
+            return resample(cropped[0], shape, 3, thick)[None], grid
+        return torch.stack([resample(channel, shape, 3, thick) for channel in cropped]), grid
+    except (MemoryError, RuntimeError) as error:
+        if "alloc" not in str(error) and "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        raise CaseError(f"{source}: {'x'.join(map(str, shape))} prepared voxels do not fit into memory") from error
 
 
 def prepare_case(item: Mapping[str, Any], table: LabelTable | None, preparation: Preparation) -> Prepared:
@@ -130,7 +173,9 @@ def prepare_case(item: Mapping[str, Any], table: LabelTable | None, preparation:
     case = load_case(item, table, preparation)
     spacing, affine = case.spacing_mm, case.affine
     codes, case.codes = case.codes, None
-    image, grid = prepare_image(torch.from_numpy(case.image), spacing, preparation, case.modality, own=True)
+    image, grid = prepare_image(
+        torch.from_numpy(case.image), spacing, preparation, case.modality, own=True, source=case.source
+    )
     if codes is not None:
         codes = codes[tuple(slice(*span) for span in grid.crop)]
         codes = np.ascontiguousarray(resample_labels(codes, grid.shape, thick_axis(spacing, preparation.spacing_mm)))
@@ -169,11 +214,12 @@ class PrepareImaged(MapTransform, InvertibleTransform):
         super().__init__(keys, allow_missing_keys)
         given = isinstance(preparation, Preparation)
         self.preparation = preparation if given else Preparation.from_dict(preparation)
-        self.modality = modality
+        self.modality = modality_name(modality, "--modality") if modality else None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         out = dict(data)
-        modality = self.modality or data.get("modality") or self.preparation.default_modality
+        given = data.get("modality")
+        modality = self.modality or (modality_name(given) if given else self.preparation.default_modality)
         for key in self.key_iterator(out):
             out[key] = self._prepare(out[key], modality, str(key))
         return out
@@ -186,8 +232,10 @@ class PrepareImaged(MapTransform, InvertibleTransform):
         plain = image.as_tensor()
         check_image(plain, self.preparation, modality, source)
         affine = image.affine.detach().cpu().numpy().astype(float)
+        if all(channel.min() == channel.max() for channel in plain):
+            raise CaseError(f"{source}: every voxel holds the same value, so there is nothing to segment in it")
         own = plain.dtype != torch.float32
-        prepared, grid = prepare_image(plain.float(), spacing_of(affine), self.preparation, modality, own)
+        prepared, grid = prepare_image(plain.float(), spacing_of(affine), self.preparation, modality, own, source)
         result = MetaTensor(prepared, meta={**image.meta, "affine": torch.from_numpy(affine @ grid.affine())})
         result.applied_operations = list(image.applied_operations)
         record = {**grid.to_dict(), "source_affine": _lists(affine.tolist())}
@@ -212,6 +260,25 @@ class PrepareImaged(MapTransform, InvertibleTransform):
             result.applied_operations = list(tensor.applied_operations)
             out[key] = result
         return out
+
+
+def _extents_mm(codes: np.ndarray, ids: Sequence[int | str], spacing_mm: Sequence[float]) -> dict[str, list[float]]:
+    """Raw id -> box (S, P, L) around its largest connected piece, in mm."""
+    pieces = cc3d.connected_components(codes)
+    found = cc3d.statistics(pieces)
+    left = set(np.unique(codes).tolist()) - {0}
+    extents = {}
+    for number in np.argsort(found["voxel_counts"])[::-1]:
+        if not left:
+            break
+        box = found["bounding_boxes"][number]
+        if number == 0 or box is None:
+            continue
+        code = int(codes[box][pieces[box] == number][0])
+        if code in left:
+            left.remove(code)
+            extents[str(ids[code])] = [(b.stop - b.start) * mm for b, mm in zip(box, spacing_mm, strict=True)]
+    return extents
 
 
 def _lists(value: Any) -> Any:

@@ -8,7 +8,7 @@ resize is a product of one small banded matrix per axis, which costs far less th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.ndimage import find_objects
 
 ANISOTROPY = 3.0
 """Ratio of largest to smallest spacing beyond which the thick axis is resampled apart (nnU-Net's threshold)."""
@@ -269,9 +270,9 @@ def resample_labels(codes: np.ndarray, shape: Sequence[int], thick: int | None =
 
 
 def label_box(codes: np.ndarray) -> tuple[tuple[int, int], ...] | None:
-    """Half-open bounding box of what is not 0 in a (S, P, L) array, or None."""
+    """Half-open bounding box of what is not 0 in an array with any number of axes, or None."""
     box = []
-    for axis in range(3):
+    for axis in range(codes.ndim):
         planes = np.moveaxis(codes, axis, 0)
         first = next((i for i in range(len(planes)) if planes[i].any()), None)
         if first is None:
@@ -280,6 +281,17 @@ def label_box(codes: np.ndarray) -> tuple[tuple[int, int], ...] | None:
         box.append((first, last + 1))
         codes = np.moveaxis(planes[first : last + 1], 0, axis)
     return tuple(box)
+
+
+def enclosing(boxes: Iterable[Sequence[tuple[int, int]] | None]) -> tuple[tuple[int, int], ...] | None:
+    """The half-open box around boxes, Nones left out; None where there is none."""
+    sides = list(zip(*(box for box in boxes if box is not None), strict=True))
+    return tuple((min(start for start, _ in side), max(stop for _, stop in side)) for side in sides) or None
+
+
+def boxes_of(codes: np.ndarray) -> list[tuple[tuple[int, int], ...] | None]:
+    """Half-open bounding box of each value 1, 2, ... of an integer array, None for values that do not occur."""
+    return [box and tuple((side.start, side.stop) for side in box) for box in find_objects(codes)]
 
 
 class _Cell(NamedTuple):

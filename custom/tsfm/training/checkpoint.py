@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,13 +21,21 @@ from torch import nn
 from .._version import __version__
 from ..files import atomic_write
 from ..labels import LabelTable
+from ..network.description import check_description
 from ..network.tsfm_net import TSFM
 
 EXTRA_STATE = "_extra_state"
 
 NESTED_KEYS = ("model", "state_dict", "network", "network_weights")
 
+CHECKSUM = "crc32"
+"""Entry of a safetensors file's metadata."""
+
+AGAIN = "download or copy it again"
+
 PREFIXES = ("module.", "_orig_mod.", "network.")
+
+_VERIFIED: set[tuple[str, int, int]] = set()
 
 
 class CheckpointError(ValueError):
@@ -53,7 +62,7 @@ def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[s
     extra = tensors.pop(EXTRA_STATE, None)
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors (keys: {list(state)[:8]}); expected a state dict")
-    return tensors, decode_description(extra)
+    return tensors, decode_description(extra, os.fspath(path))
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
@@ -76,9 +85,22 @@ def encode_description(description: Mapping[str, Any]) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
 
 
-def decode_description(extra: torch.Tensor | None) -> dict[str, Any]:
-    """Inverse of `encode_description`; empty where there is none."""
-    return {} if extra is None else json.loads(bytes(extra.cpu().tolist()))
+def decode_description(extra: torch.Tensor | None, source: str = "the weights") -> dict[str, Any]:
+    """Inverse of `encode_description`; empty where there is none.
+
+    Raises:
+        CheckpointError: bytes that are no JSON, or more than plain data of the declared keys and types.
+    """
+    if extra is None:
+        return {}
+    try:
+        description = json.loads(extra.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    except (ValueError, TypeError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{source}: the description in the file is damaged ({type(error).__name__}); download or copy it again"
+        ) from None
+    check_description(description, source, CheckpointError)
+    return description
 
 
 def describe_network(
@@ -102,7 +124,9 @@ def describe_network(
     Raises:
         CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation; weights that do
             not fit the network.
+        ValueError: `mirror_axes` that are none.
     """
+    check_mirror_axes(mirror_axes)
     arguments = network.description["network"]
     if arguments["out_channels"] != len(table.names):
         raise CheckpointError(
@@ -126,7 +150,17 @@ def describe_network(
         trained_on=sorted({item.get("dataset", table.bare_dataset) for item in items}),
         mirror_axes=mirror_axes,
     )
+    check_description(network.description, "this run", CheckpointError)
     return network.to(device, getattr(torch, param_dtype))
+
+
+def check_mirror_axes(axes: Any) -> None:
+    """Raise a ValueError unless `axes` are some of the letters S, P, L, in any order, none twice ("" is none)."""
+    if not isinstance(axes, str) or len(set(axes) & set("SPL")) != len(axes):
+        raise ValueError(
+            f"mirror_axes is {axes!r}; expected some of the letters S, P and L (superior, posterior, left), each once, "
+            'like "SP"; "" for none'
+        )
 
 
 def table_of(description: Mapping[str, Any]) -> LabelTable:
@@ -216,31 +250,37 @@ def save_weights(network: nn.Module | Mapping[str, torch.Tensor], path: str | os
     path = os.fspath(path)
     state = network.state_dict() if isinstance(network, nn.Module) else network
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    atomic_write(path, lambda temporary: _write_state(state, temporary, path.endswith(".safetensors")))
+    atomic_write(path, lambda temporary: write_state(state, temporary, path.endswith(".safetensors")))
 
 
-def _write_state(state: dict[str, torch.Tensor], path: str, safetensors: bool) -> None:
+def write_state(state: Mapping[str, torch.Tensor], path: str, safetensors: bool) -> None:
+    """Write tensors to `path`, with checksums: the zip of ``.pt`` has one per record, safetensors gets one of all."""
     if safetensors:
         from safetensors.torch import save_file
 
-        save_file(state, path)
+        save_file(dict(state), path, metadata={CHECKSUM: _checksum(state)})
     else:
-        torch.save(state, path)
+        write_pt(state, path)
 
 
-def _load_file(path: str) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"weight file {os.path.abspath(path)} does not exist")
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
+def write_pt(content: Any, path: str) -> None:
+    """`torch.save` whose bytes do not depend on the file's name, and that tells a full disk from a defect (OSError)."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
 
-        try:
-            return load_file(path)
-        except Exception as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+
+def load_pt(path: str, mmap: bool = True) -> Any:
+    """Plain values and tensors of a ``.pt`` file, its checksums compared first; the tensors are mapped, unless not `mmap`.
+
+    Raises:
+        CheckpointError: a damaged file, or a pickle that holds more than tensors and plain values.
+    """
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _verify_zip(path)
     try:
         # Files in the format before torch 1.6 cannot be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
@@ -249,7 +289,59 @@ def _load_file(path: str) -> dict[str, Any]:
         ) from None
     except Exception as error:  # the unpickler stumbles over damaged bytes in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path} is not a readable PyTorch weight file ({reason})") from None
+        raise CheckpointError(f"{path} is not a readable PyTorch weight file ({reason}): {AGAIN}") from None
+
+
+def _verify_zip(path: str) -> None:
+    """Compare the checksums of a ``.pt`` file's records, which torch writes and does not read; once per process."""
+    identity = _identity(path)
+    if identity in _VERIFIED:
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged directory of the archive misleads its reader in any way
+        damaged = f"{type(error).__name__}: {error}".splitlines()[0]
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: its checksums do not fit its content ({damaged}): {AGAIN}")
+    _VERIFIED.add(identity)
+
+
+def _identity(path: str) -> tuple[str, int, int]:
+    state = os.stat(path)
+    return os.path.abspath(path), state.st_size, state.st_mtime_ns
+
+
+def _load_safetensors(path: str) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            expected = (file.metadata() or {}).get(CHECKSUM)
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): {AGAIN}") from None
+    if expected not in (None, _checksum(state)):
+        raise CheckpointError(f"{path} is damaged: its checksum does not fit its content: {AGAIN}")
+    return state
+
+
+def _checksum(state: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 (hexadecimal) of names, types, shapes and values."""
+    value = 0
+    for name, tensor in sorted(state.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
+
+
+def _load_file(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"weight file {os.path.abspath(path)} does not exist")
+    if path.endswith(".safetensors"):
+        return _load_safetensors(path)
+    state = load_pt(path)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a state dict")
     return dict(state)

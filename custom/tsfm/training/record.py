@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -17,8 +18,11 @@ from ignite.engine import Engine, Events
 
 from .._version import __version__
 from ..cases.pool import is_bare
-from ..errors import config_files
-from ..files import atomic_write
+from ..files import atomic_write, check_writable
+from ..options import config_files
+from ..schema import FileError, read_json
+
+logger = logging.getLogger(__name__)
 
 RECORDED_PACKAGES = ("monai", "torch", "numpy", "pytorch-ignite", "nibabel", "blosc2", "scipy")
 
@@ -45,14 +49,8 @@ class RunRecord:
             pool,
             items,
         )
-        try:
-            os.makedirs(output_dir, exist_ok=True)
-            atomic_write(os.path.join(output_dir, ".writable"), lambda temporary: None)
-            os.remove(os.path.join(output_dir, ".writable"))
-        except OSError as error:
-            raise OSError(
-                f"output folder {os.path.abspath(output_dir)} cannot be written ({error}); choose another --output_dir"
-            ) from None
+        check_writable(output_dir, "--output_dir")
+        os.makedirs(output_dir, exist_ok=True)
 
     def attach(self, engine: Engine) -> None:
         """Write when `engine` starts."""
@@ -73,10 +71,21 @@ class RunRecord:
             "training_cases": len(self.items),
         }
         if os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as file:
-                before = json.load(file)
-            record["earlier"] = [*before.pop("earlier", []), before]
+            record["earlier"] = self._earlier()
         atomic_write(self.path, lambda temporary: _dump_json(record, temporary))
+
+    def _earlier(self) -> list[Any]:
+        """The records of the run's earlier parts; a file that cannot be read is set aside, and the run goes on."""
+        try:
+            before = read_json(self.path)
+            return [*before.pop("earlier", []), before]
+        except (FileError, AttributeError, TypeError) as error:
+            aside = self.path.replace("run.json", "run_damaged.json")
+            os.replace(self.path, aside)
+            logger.warning(
+                "the record of this run is damaged (%s): it is kept as %s, and a new one begins", error, aside
+            )
+            return []
 
 
 def versions() -> dict[str, str]:

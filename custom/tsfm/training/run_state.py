@@ -23,12 +23,14 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ..cases.pool import is_bare
-from ..files import PARTIAL, atomic_write
+from ..files import PARTIAL, atomic_write, check_writable
 from ..network.sharding import gather_state, is_sharded, scatter_state
-from .checkpoint import CheckpointError, save_weights
+from .checkpoint import EXTRA_STATE, CheckpointError, decode_description, load_pt, save_weights, write_pt
 from .curve import Curve
 
 logger = logging.getLogger(__name__)
+
+STATE_KEYS = {"epoch", "model", "parts", "curve", "best", "settings"}
 
 
 class AllStepsSkipped(ArithmeticError):
@@ -45,7 +47,8 @@ def unwrap(network: nn.Module) -> nn.Module:
 class RunState:
     """Handler: the run's whole state in ``last.pt`` after every epoch, and resuming from it; the best in ``model.pt``.
 
-    Attach it last; it attaches `curve` before itself. Files are replaced atomically. A folder that holds a run with other
+    Attach it last; it attaches `curve` before itself. Files are replaced atomically; the state of the epoch before stays
+    as ``last_previous.pt``, from which a run goes on when ``last.pt`` is damaged. A folder that holds a run with other
     settings, cases, another network or optimizer is refused, a finished run is left as it is. ``model.pt`` is the epoch
     with the best moving average of the validation Dice; without validation, the last epoch.
 
@@ -62,7 +65,8 @@ class RunState:
         write: False on all ranks but the first.
 
     Raises:
-        CheckpointError: when the run starts in a folder that holds a run with other settings.
+        OSError: a `ckpt_dir` that cannot be written, before the first epoch.
+        CheckpointError: when the run starts in a folder that holds a run with other settings, or a damaged one alone.
     """
 
     def __init__(
@@ -90,11 +94,19 @@ class RunState:
         self.settings = json.loads(json.dumps(self.settings, default=str))
         self.ckpt_dir, self.save_interval, self.write = ckpt_dir, save_interval, write
         self.best: float | None = None
+        self.last_is_good = False
+        if write and ckpt_dir not in (None, "none"):
+            check_writable(ckpt_dir, "--ckpt_dir; 'none' for no copy")
 
     @property
     def last_path(self) -> str:
         """The file to resume from."""
         return os.path.join(self.output_dir, "last.pt")
+
+    @property
+    def previous_path(self) -> str:
+        """The state of the epoch before."""
+        return os.path.join(self.output_dir, "last_previous.pt")
 
     @property
     def model_path(self) -> str:
@@ -122,10 +134,10 @@ class RunState:
         torch.manual_seed(int(_digest([self.settings.get("seed"), engine.state.iteration, idist.get_rank()])[:15], 16))
 
     def resume(self, engine: Any) -> None:
-        """Go on from ``last.pt`` where there is one."""
-        if not self.resumable or not os.path.exists(self.last_path):
+        """Go on from ``last.pt`` where there is one, or from ``last_previous.pt`` where that is damaged."""
+        state = self._read_last() if self.resumable else None
+        if state is None:
             return
-        state = torch.load(self.last_path, map_location="cpu", weights_only=True)
         changed = {
             key: (state["settings"].get(key), self.settings.get(key))
             for key in {*state["settings"], *self.settings}
@@ -157,6 +169,25 @@ class RunState:
         logger.info(
             "resuming after epoch %d of %d from %s%s", state["epoch"], engine.state.max_epochs, self.last_path, done
         )
+
+    def _read_last(self) -> dict[str, Any] | None:
+        """The newest state that can be read; None where there is none at all."""
+        if not os.path.exists(self.last_path) and not os.path.exists(self.previous_path):
+            return None
+        try:
+            state = _read_run(self.last_path)
+            self.last_is_good = True
+            return state
+        except CheckpointError as error:
+            try:
+                state = _read_run(self.previous_path)
+            except CheckpointError:
+                raise CheckpointError(
+                    f"{error}. There is no earlier state to go on from either: remove {self.last_path} to begin anew (the "
+                    f"best weights so far are in {self.model_path}), or give another --output_dir"
+                ) from None
+            logger.warning("%s. Going on from %s, after epoch %d", error, self.previous_path, state["epoch"])
+            return state
 
     def _set_rates(self) -> None:
         """Learning rates of the epoch to come by this run's schedule, which may be longer than the one that was saved."""
@@ -193,7 +224,14 @@ class RunState:
                 "best": self.best,
                 "settings": self.settings,
             }
-            atomic_write(self.last_path, lambda temporary: torch.save(state, temporary))
+            atomic_write(self.last_path, lambda temporary: self._write_last(state, temporary))
+
+    def _write_last(self, state: Mapping[str, Any], temporary: str) -> None:
+        """Write to `temporary`, and only then let the file that it will replace become the previous one."""
+        write_pt(state, temporary)
+        if self.last_is_good and os.path.exists(self.last_path):
+            os.replace(self.last_path, self.previous_path)
+        self.last_is_good = True
 
     def publish(self, engine: Any) -> None:
         """Copy the best weights to the bundle's models folder."""
@@ -217,6 +255,17 @@ class RunState:
                 "" if skipped < 0.05 * engine.state.iteration else
                 ": the weights learned less than they could. Try a lower --learning_rate, or --amp False (float32)",
             )  # fmt: skip
+
+
+def _read_run(path: str) -> dict[str, Any]:
+    """What ``last.pt`` holds; CheckpointError for a file that is damaged, or something else."""
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path} is not there")
+    state = load_pt(path, mmap=False)
+    if not isinstance(state, Mapping) or not set(state) >= STATE_KEYS or not isinstance(state["model"], Mapping):
+        raise CheckpointError(f"{path} is no state of a training run")
+    decode_description(state["model"].get(EXTRA_STATE), path)
+    return dict(state)
 
 
 def _digest(value: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import monai
 from tsfm.errors import first_cause
 from tsfm.files import atomic_write
+from tsfm.schema import read_json
 from tsfm.training.checkpoint import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def _cell(
         settings["pretrained"] = [state.st_size, state.st_mtime_ns]
     done = folder / "cell.json"
     if done.is_file():
-        kept = json.loads(done.read_text(encoding="utf-8"))
+        kept = read_json(done)
         if kept["settings"] != settings:
             raise CheckpointError(f"{folder} holds a cell with other settings; give this grid its own --output_dir")
         logger.info("%s is done already", folder.name)
@@ -166,7 +167,7 @@ def _cell(
         bundle_dir, ["inference.json", "evaluate.json", *overlays],
         dataset_dir=shared["dataset_dir"], checkpoint=str(folder / "model.pt"), output_dir=str(evaluated), progress=False, **data,
     )  # fmt: skip
-    summary = json.loads((evaluated / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(evaluated / "summary.json")
     targets = {
         target: entry["dice"]["mean"]
         for part in summary["datasets"].values()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tsfm.training.checkpoint import table_of
 
-PREPARATION_IDS = ("spacing_mm", "ct_normalization")
+DECIDED_IDS = ("spacing_mm", "ct_normalization", "network_size", "planned")
 
 README_BLOCK = ("<!-- weights: begin -->", "<!-- weights: end -->")
 
@@ -43,7 +43,8 @@ def fill_configs(
         for config in (train, *(configs[file] for file in configs if file not in ("metadata.json", "pool.json"))):
             _drop_decided(config)
     if train.get("network_def", {}).get("_target_") == "tsfm.planning.plan.downstream_network":
-        train["pretrained"] = {"_target_": "tsfm.training.checkpoint.bundled_weights", "path": train["pretrained"]}
+        weights = "$@bundle_root + '/models/model.pt'"
+        train["pretrained"] = {"_target_": "tsfm.training.checkpoint.bundled_weights", "path": weights}
         train["network_def"]["output_dir"] = "$@output_dir if os.path.isdir(@bundle_root + '/configs') else None"
     if "checkpointing" in train:  # of activations: as these weights were trained, a small network needs none
         train["checkpointing"] = bool(description["network"].get("checkpointing", False))
@@ -58,7 +59,7 @@ def fill_configs(
 
 def _drop_decided(config: dict[str, Any]) -> None:
     """Take out of a config, in place, what the weights decide: it would have no effect, or the weights would not fit."""
-    for key in [key for key in config if key in PREPARATION_IDS or key.startswith("network_def#")]:
+    for key in [key for key in config if key in DECIDED_IDS or key.startswith("network_def#")]:
         del config[key]
 
 

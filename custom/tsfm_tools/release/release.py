@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 import tsfm
-from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
+from tsfm.schema import read_json
+from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state, write_state
 
 from .fitting import dice_per_target, fill_configs, merge_overlay, write_readme
 
@@ -105,7 +106,7 @@ def release(
         metadata["changelog"] = {metadata["version"]: changelog, **earlier}
     check_version(metadata)
     if metrics:
-        metadata["eval_metrics"] = dice_per_target(_read_json(metrics), metrics)
+        metadata["eval_metrics"] = dice_per_target(read_json(metrics), metrics)
     for overlay in [overlays] if isinstance(overlays, str) else overlays:
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
@@ -132,7 +133,7 @@ def release(
         file.write(f"{file_hash(path, 'sha256')}  {os.path.basename(path)}\n")
     entry = {"checksum": file_hash(path, "sha1"), "source": _url(base_url, os.path.basename(path))}
     listing = os.path.join(output_dir, "model_info.json")
-    known = _read_json(listing) if os.path.isfile(listing) else {}
+    known = read_json(listing) if os.path.isfile(listing) else {}
     known[os.path.basename(path).removesuffix(".zip")] = entry
     _write_json(listing, dict(sorted(known.items())))
     return path
@@ -192,7 +193,7 @@ def _copy_bundle(bundle_dir: str, folder: str) -> None:
 
 def zip_bundle(bundle: str, output_dir: str) -> str:
     """Zip a staged folder as ``NAME_vX.Y.Z.zip``: sorted names, one fixed time, fixed permissions; returns the path."""
-    name, version = os.path.basename(os.path.abspath(bundle)), _read_json(_metadata_path(bundle))["version"]
+    name, version = os.path.basename(os.path.abspath(bundle)), read_json(_metadata_path(bundle))["version"]
     path = os.path.join(output_dir, f"{name}_v{version}.zip")
     with zipfile.ZipFile(path + ".partial", "w") as archive:
         for file in list_files(bundle):
@@ -303,20 +304,17 @@ def _read_configs(bundle_dir: str) -> dict[str, Any]:
     if not os.path.isfile(os.path.join(folder, "metadata.json")):
         raise ReleaseError(f"{os.path.abspath(bundle_dir)} is not a bundle: it has no configs/metadata.json")
     return {
-        file: _read_json(os.path.join(folder, file)) for file in sorted(os.listdir(folder)) if file.endswith(".json")
+        file: read_json(os.path.join(folder, file)) for file in sorted(os.listdir(folder)) if file.endswith(".json")
     }
 
 
 def _write_weights(folder: str, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
-    """Both weight files; a file object as target keeps the file's name out of the bytes of model.pt."""
-    from safetensors.torch import save_file
-
+    """Both weight files."""
     os.makedirs(folder)
     state = {key: value.contiguous() for key, value in sorted(tensors.items())}
     state[EXTRA_STATE] = encode_description(description)
-    with open(os.path.join(folder, "model.pt"), "wb") as file:
-        torch.save(state, file)
-    save_file(state, os.path.join(folder, "model.safetensors"))
+    for name in ("model.pt", "model.safetensors"):
+        write_state(state, os.path.join(folder, name), name.endswith(".safetensors"))
 
 
 def _copy_package(target: str) -> None:
@@ -347,11 +345,6 @@ def _url(base_url: str, file: str) -> str:
 
 def _metadata_path(bundle: str) -> str:
     return os.path.join(bundle, "configs", "metadata.json")
-
-
-def _read_json(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def _write_json(path: str, content: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -1,0 +1,310 @@
+"""What SimpleITK reads: NRRD, MetaImage, and DICOM series whose geometry follows from every slice's own position.
+
+ITK takes the distance of the first two slices for all of them and the slices' normal for the third axis. Here the
+positions decide: they are sorted along the normal and must be even; slices that drift sideways by equal steps (gantry
+tilt) give a sheared affine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from ..errors import CaseError
+from .folders import SUFFIXES
+from .grids import SAME_GRID, warn
+from .nifti import Opened, gray
+from .packed import voxel_bytes
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+POSITION, ORIENTATION, SERIES, FRAMES = "0020|0032", "0020|0037", "0020|000e", "0028|0008"
+
+PIXEL_SPACING, THICKNESS, SLOPE, INTERCEPT = "0028|0030", "0018|0050", "0028|1053", "0028|1052"
+
+PHASES = {
+    "0020|0100": "TemporalPositionIdentifier", "0018|0081": "EchoTime", "0018|9087": "DiffusionBValue",
+    "0020|0012": "AcquisitionNumber", "0018|1060": "TriggerTime", "0008|0008": "ImageType", "0008|0032": "AcquisitionTime",
+    "0008|0018": "SOPInstanceUID",
+}  # fmt: skip
+"""What may tell apart slices that lie at one place, what explains most first."""
+
+POSITION_MM = 0.05
+"""DICOM positions are often rounded to a tenth of a millimetre."""
+
+
+def open_series(folder: str) -> Opened:
+    """The one DICOM series in a folder.
+
+    Raises:
+        CaseError: no series or several; slices that are uneven, repeated, turned, of other sizes or without a position.
+    """
+    sitk = _simpleitk(folder)
+    with _naming(folder):
+        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
+        names = {one: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, one) for one in series}
+    if len(series) != 1:
+        listed = ", ".join(f"{one} ({len(files)} files)" for one, files in names.items()) or "none"
+        raise CaseError(
+            f"{folder}: {len(series)} DICOM series: {listed}; expected a folder that holds exactly one: give each a "
+            "folder of its own"
+        )
+    slices = [_information(sitk, name) for name in names[series[0]]]
+    frames = [_number(one, FRAMES, 1) for one in slices]
+    if max(frames) > 1:
+        if len(slices) > 1:
+            raise CaseError(f"{folder}: {len(slices)} multi-frame DICOM files; expected one, or one file per slice")
+        return open_file(slices[0]["name"])
+    order, affine = _stack(folder, slices)
+    slices = [slices[i] for i in order]
+    shape = (*slices[0]["size"], len(slices))
+    scaling = {(_number(one, SLOPE, 1), _number(one, INTERCEPT, 0)) for one in slices}
+
+    def load() -> np.ndarray:
+        reader = sitk.ImageSeriesReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileNames([one["name"] for one in slices])
+        if len(scaling) > 1 or any(value % 1 for pair in scaling for value in pair):
+            reader.SetOutputPixelType(sitk.sitkFloat32)  # ITK would round all slices to the first one's type
+        with _naming(folder):
+            image = reader.Execute()
+        if image.GetNumberOfComponentsPerPixel() > 1:
+            raise CaseError(f"{folder}: DICOM with colors; expected one value per voxel")
+        return sitk.GetArrayFromImage(image).transpose(2, 1, 0)[None]
+
+    return Opened(1, shape, affine, "DICOM", load)
+
+
+def _stack(folder: str, slices: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
+    """Order of the slices along their normal, and the affine (4, 4) of the stack, to RAS mm."""
+    for tag, what in ((POSITION, "ImagePositionPatient"), (ORIENTATION, "ImageOrientationPatient")):
+        absent = [one["name"] for one in slices if tag not in one]
+        if absent:
+            raise CaseError(
+                f"{folder}: {len(absent)} of {len(slices)} DICOM files have no {what}, for example "
+                f"{os.path.basename(absent[0])}, so their place is not known; leave out what is no slice of the volume"
+            )
+    axes = np.array([one[ORIENTATION] for one in slices]).reshape(-1, 2, 3)
+    _same(folder, slices, np.abs(axes - axes[0]).max((1, 2)) > 1e-3, "turned another way than the first (a localizer?)")
+    _same(folder, slices, [one["size"] != slices[0]["size"] for one in slices], "of another size than the first")
+    spacing = np.array([one["spacing"] for one in slices])
+    _same(folder, slices, np.abs(spacing / spacing[0] - 1).max(1) > 1e-3, "of another PixelSpacing than the first")
+    if PIXEL_SPACING not in slices[0]:
+        raise CaseError(f"{folder}: DICOM files without PixelSpacing, so voxels have no size; convert the series again")
+    row, column = axes.mean(0) / np.linalg.norm(axes.mean(0), axis=1, keepdims=True)
+    normal = np.cross(row, column)
+    positions = np.array([one[POSITION] for one in slices])
+    order = np.argsort(positions @ normal, kind="stable")
+    step = _step(folder, [slices[i] for i in order], positions[order], normal)
+    affine = np.eye(4)
+    affine[:3, :3] = np.stack([row * spacing[0, 0], column * spacing[0, 1], step], axis=1)
+    affine[:3, 3] = positions[order[0]]
+    return order, LPS_TO_RAS @ affine
+
+
+def _same(folder: str, slices: Sequence[Mapping], odd: Sequence[bool], what: str) -> None:
+    found = [os.path.basename(one["name"]) for one, wrong in zip(slices, odd, strict=True) if wrong]
+    if found:
+        raise CaseError(
+            f"{folder}: {len(found)} of {len(slices)} slices of the DICOM series are {what}: {', '.join(found[:4])}"
+            f"{', ...' if len(found) > 4 else ''}; give what belongs together a folder of its own"
+        )
+
+
+def _step(folder: str, slices: Sequence[Mapping], positions: np.ndarray, normal: np.ndarray) -> np.ndarray:
+    """From one slice to the next, LPS mm (3,), for sorted slices; CaseError unless they lie evenly on a line."""
+    if len(slices) == 1:
+        thickness = _number(slices[0], THICKNESS, 0)
+        if not thickness:
+            warn(f"{folder}: a single slice that does not say how thick it is; taken as 1 mm")
+        return normal * (thickness or 1.0)
+    along = positions @ normal
+    gaps = np.diff(along)
+    usual = float(np.median(gaps[gaps > 1e-3])) if (gaps > 1e-3).any() else 0.0
+    allowed = max(SAME_GRID * usual, min(POSITION_MM, usual / 2))
+    if (gaps <= allowed).any():
+        raise CaseError(f"{folder}: {_repeats(slices, along, allowed)}; give each volume a folder of its own")
+    for tag, what in list(PHASES.items())[:3]:
+        values = Counter(str(one.get(tag)) for one in slices)
+        if len(values) > 1:
+            raise CaseError(
+                f"{folder}: slices with {len(values)} different {what} ({', '.join(list(values)[:4])}) in one DICOM "
+                "series; give each volume a folder of its own"
+            )
+    # Positions may be rounded, so the line through all of them decides, and where it leaves each slice.
+    number = np.arange(len(slices)) - (len(slices) - 1) / 2
+    step = number @ positions / (number @ number)
+    off = np.linalg.norm(positions - positions.mean(0) - number[:, None] * step, axis=1)
+    if off.max() > allowed or np.abs(gaps - usual).max() > max(2 * allowed, 2 * POSITION_MM):
+        listed = ", ".join(f"{value:g}" for value in along[:40].round(3)) + (", ..." if len(along) > 40 else "")
+        raise CaseError(f"{folder}: {_holes(along, gaps, usual, allowed)}; positions along the normal (mm): {listed}")
+    lateral = np.linalg.norm(step - (step @ normal) * normal)
+    if lateral * (len(slices) - 1) < allowed:
+        return (step @ normal) * normal
+    warn(
+        f"{folder}: tilted gantry, each slice lies {lateral:.3g} mm beside the one before "
+        f"({np.degrees(np.arctan2(lateral, step @ normal)):.1f} degrees); the volume is read as a sheared one"
+    )
+    return step
+
+
+def _repeats(slices: Sequence[Mapping], along: np.ndarray, allowed: float) -> str:
+    """Which slices lie at one place, and what tells them apart."""
+    place = np.concatenate([[0], np.cumsum(np.diff(along) > allowed)])
+    counts = np.bincount(place)
+    where = along[np.flatnonzero(np.isin(place, np.flatnonzero(counts > 1)))]
+    first = np.flatnonzero(place == np.argmax(counts > 1))
+    reason = "nothing in their headers tells them apart (copies?)"
+    for tag, what in PHASES.items():
+        values = [str(slices[i].get(tag)) for i in first]
+        if len(set(values)) > 1:
+            reason = f"they differ in {what}: {', '.join(values)}"
+            break
+    if reason.startswith("they differ in SOP"):
+        reason = "only their SOPInstanceUID tells them apart"
+    return (
+        f"{len(slices)} slices of one DICOM series lie at {len(counts)} places, {int((counts > 1).sum())} of them taken "
+        f"more than once (from {where[0]:g} to {where[-1]:g} mm along the normal); {reason}"
+    )
+
+
+def _holes(along: np.ndarray, gaps: np.ndarray, usual: float, allowed: float) -> str:
+    """What is wrong with the distances of slices, and what to do."""
+    number = gaps / usual
+    whole = np.abs(number - np.rint(number)) * usual <= allowed
+    if whole.all() and (np.rint(number) > 1).any():
+        missing = int((np.rint(number) - 1).sum())
+        at = ", ".join(f"{along[i]:g} and {along[i + 1]:g}" for i in np.flatnonzero(np.rint(number) > 1)[:5])
+        return (
+            f"{missing} slices of the DICOM series are missing, between {at} mm where others are {usual:g} mm apart; "
+            "copy the whole series"
+        )
+    if gaps.max() - gaps.min() <= allowed:
+        return "slices of the DICOM series drift sideways by uneven steps; expected a straight stack"
+    return (
+        f"slices of the DICOM series are from {gaps.min():g} to {gaps.max():g} mm apart; expected even steps: give a "
+        "part with even slices, or resample the series to NIfTI"
+    )
+
+
+def open_file(path: str) -> Opened:
+    """One file that SimpleITK reads: NRRD, MetaImage, or DICOM that holds a whole volume.
+
+    Raises:
+        CaseError: unreadable, RGB, of other than three or four axes, one slice of a DICOM series.
+    """
+    sitk = _simpleitk(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(path)
+    with _naming(path):
+        reader.ReadImageInformation()
+    size, channels = reader.GetSize(), reader.GetNumberOfComponents()
+    if reader.HasMetaDataKey(SERIES):
+        _check_alone(sitk, path, reader)
+    extra = size[3] if len(size) == 4 else 1
+    if len(size) not in (3, 4) or (channels > 1 and extra > 1):
+        raise CaseError(f"{path}: a {len(size)}D image; expected a 3D volume, or a 4D one with its channels last")
+    affine = np.eye(4)
+    direction = np.array(reader.GetDirection()).reshape(len(size), -1)[:3, :3]
+    affine[:3, :3] = direction * np.array(reader.GetSpacing()[:3])
+    affine[:3, 3] = reader.GetOrigin()[:3]
+    colors = channels in (3, 4) and (
+        "RGB" in sitk.GetPixelIDValueAsString(reader.GetPixelIDValue()) or _is_byte(reader)
+    )
+
+    def load() -> np.ndarray:
+        with _naming(path):
+            present = voxel_bytes(path) if path.lower().endswith(SUFFIXES) else None
+            array = sitk.GetArrayFromImage(reader.Execute())
+        plane = array.nbytes // max(1, array.shape[0])
+        if present is not None and not array.nbytes <= present < array.nbytes + plane:
+            raise CaseError(
+                f"{path}: its header asks for {array.nbytes} bytes of voxels, it holds {present}; the header is damaged: "
+                "copy or download it again"
+            )
+        if channels > 1:
+            array = np.moveaxis(array, -1, 0)
+            if colors:
+                array = gray(np.rec.fromarrays(list(array[:3]), names="R,G,B"), path)[None]
+        elif len(size) == 3:
+            array = array[None]
+        return array.transpose(0, 3, 2, 1)
+
+    return Opened(1 if colors else channels * extra, tuple(size[:3]), LPS_TO_RAS @ affine, "", load)
+
+
+def _is_byte(reader) -> bool:
+    import SimpleITK
+
+    return reader.GetPixelIDValue() == SimpleITK.sitkVectorUInt8
+
+
+def _check_alone(sitk, path: str, reader) -> None:
+    """A DICOM file is a volume of its own, or CaseError; frames of one file are read as ITK reads them."""
+    folder = os.path.dirname(os.path.abspath(path))
+    others = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, reader.GetMetaData(SERIES).strip())
+    if len(others) > 1:
+        raise CaseError(
+            f"{path}: one of {len(others)} files of a DICOM series; give its folder, {folder}, to use the series"
+        )
+    if _number({FRAMES: [float(reader.GetMetaData(FRAMES))]} if reader.HasMetaDataKey(FRAMES) else {}, FRAMES, 1) > 1:
+        warn(f"{path}: a multi-frame DICOM file; SimpleITK places its frames, even steps are taken for granted")
+
+
+def _information(sitk, name: str) -> dict:
+    """Name, size, spacing and the tags above of one DICOM file; those that are numbers as tuples of floats."""
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(name)
+    with _naming(name):
+        reader.ReadImageInformation()
+    found: dict = {"name": name, "size": tuple(reader.GetSize()[:2]), "spacing": reader.GetSpacing()[:2]}
+    numbers = {POSITION: 3, ORIENTATION: 6, PIXEL_SPACING: 2, THICKNESS: 1, SLOPE: 1, INTERCEPT: 1, FRAMES: 1}
+    for tag in (*numbers, *PHASES):
+        text = reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
+        if not text:
+            continue
+        if tag not in numbers:
+            found[tag] = text
+            continue
+        try:
+            values = [float(part) for part in text.split("\\")]
+        except ValueError:
+            values = []
+        if len(values) != numbers[tag] or not np.isfinite(values).all():
+            raise CaseError(
+                f"{name}: the DICOM tag ({tag.replace('|', ',')}) is {text!r}; expected {numbers[tag]} numbers"
+            )
+        found[tag] = values
+    return found
+
+
+def _number(one: Mapping, tag: str, default: float) -> float:
+    return one[tag][0] if tag in one else default
+
+
+def _simpleitk(path: str):
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise CaseError(f"{path}: reading this format needs SimpleITK: pip install SimpleITK") from error
+    return SimpleITK
+
+
+@contextmanager
+def _naming(path: str):
+    """SimpleITK's errors as CaseErrors that name the file."""
+    try:
+        yield
+    except MemoryError as error:
+        raise CaseError(f"{path}: its voxels do not fit into memory; free some, or cut the image") from error
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CaseError(
+            f"{path}: SimpleITK cannot read it ({reason}); expected NIfTI, NRRD, MetaImage, or a folder with one DICOM "
+            "series: copy or download it again"
+        ) from error

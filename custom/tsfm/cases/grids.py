@@ -1,0 +1,112 @@
+"""Where voxels lie: affines, voxel sides, and whether two arrays lie on one grid or on the same one turned.
+
+Affines map voxel indices to RAS millimetres. Nothing here touches a file or a voxel's value.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
+
+from ..errors import CaseError, CaseWarning
+
+SAME_GRID = 0.1
+"""Two grids count as the same while no corner is further apart than this fraction of the smallest voxel side."""
+
+VOXEL_MM = (0.01, 100.0)
+"""Voxel sides that a scan of a body can have: micro-CT of a specimen to the slices of a localizer."""
+
+EXTENT_MM = (2.0, 4000.0)
+"""What the longest side of a scan of a body can measure."""
+
+SHEAR = (0.5, 0.9998)
+"""Volume of a voxel over the product of its sides: below the first (30 degrees between two axes) no scanner tilts,
+from the second (1 degree off) on axes count as upright."""
+
+SPL = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+"""Affine whose axes go to superior, posterior, left, as in all arrays that are worked on."""
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
+    """Voxel sides in mm along the array's axes."""
+    return tuple(float(side) for side in np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0))
+
+
+def grid_distance_mm(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
+    """Largest distance between the corners of two grids of this shape, in mm."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape[:3]) - 1)
+    difference = np.asarray(affine, float) - np.asarray(other, float)
+    return float(np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max())
+
+
+def grid_difference(shape: Sequence[int], affine, other_shape: Sequence[int], other_affine) -> str:
+    """What differs between two grids, in words; empty when they are the same by the rule of `SAME_GRID`."""
+    if tuple(shape) != tuple(other_shape):
+        return f"shape {tuple(shape)} against {tuple(other_shape)}"
+    if affine is None or other_affine is None:
+        return ""
+    apart = grid_distance_mm(affine, other_affine, shape)
+    return f"affines put a corner {apart:.3g} mm apart" if apart > SAME_GRID * min(spacing_of(affine)) else ""
+
+
+def turn_to(affine: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """nibabel's orientation transform that gives an array with `affine` the axes of one with the affine `wanted`."""
+    return ornt_transform(io_orientation(affine), io_orientation(wanted))
+
+
+def turn_array(array: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """A view of (..., I, J, K) with its last three axes flipped and permuted."""
+    flips = (slice(None, None, int(flip)) for flip in turn[:, 1])
+    lead = array.ndim - 3
+    return array[(..., *flips)].transpose([*range(lead), *(lead + np.argsort(turn[:, 0]).astype(int))])
+
+
+def turn_grid(shape: Sequence[int], affine: np.ndarray, turn: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and affine of such a view."""
+    turned = tuple(int(shape[axis]) for axis in np.argsort(turn[:, 0]))
+    return turned, np.asarray(affine, float) @ inv_ornt_aff(turn, shape)
+
+
+def upright_share(affine: np.ndarray) -> float:
+    """Volume of a voxel over the product of its sides: 1 where the axes are at right angles."""
+    return float(abs(np.linalg.det(affine[:3, :3])) / np.prod(spacing_of(affine)))
+
+
+def is_upright(affine: np.ndarray) -> bool:
+    """Whether the axes are at right angles, to a degree."""
+    return upright_share(affine) >= SHEAR[1]
+
+
+def check_body(shape: Sequence[int], affine: np.ndarray, source: str, unit: str = "") -> None:
+    """Raise CaseError for voxel sizes and extents that no scan of a body has; warn of axes that are not upright.
+
+    `unit`: what the header says of its unit, for the message.
+    """
+    sides = np.array(spacing_of(affine))
+    if not np.isfinite(affine).all() or not sides.all() or upright_share(affine) < 1e-6:
+        raise CaseError(f"{source}: its affine is singular or not finite, so voxels have no size; correct the header")
+    longest = float((sides * shape).max())
+    advice = f"; correct the voxel sizes of the header{f' ({unit})' if unit else ''}, or convert the image again"
+    if sides.min() < VOXEL_MM[0] or sides.max() > VOXEL_MM[1]:
+        found = " x ".join(f"{side:.4g}" for side in sides)
+        raise CaseError(f"{source}: voxels of {found} mm; expected {VOXEL_MM[0]:g} to {VOXEL_MM[1]:g} mm{advice}")
+    if not EXTENT_MM[0] <= longest <= EXTENT_MM[1]:
+        raise CaseError(
+            f"{source}: {'x'.join(map(str, shape))} voxels measure {longest:.4g} mm along the longest side; expected "
+            f"{EXTENT_MM[0]:g} to {EXTENT_MM[1]:g} mm{advice}"
+        )
+    if upright_share(affine) < SHEAR[0]:
+        raise CaseError(
+            f"{source}: its axes are sheared until a voxel has {upright_share(affine):.0%} of its upright volume, which "
+            "no scanner does; correct the header's affine"
+        )
+    if not is_upright(affine):
+        warn(f"{source}: its axes are not at right angles; it is used as it lies, and results lie on the same grid")
+
+
+def warn(message: str) -> None:
+    """A CaseWarning that points at the caller."""
+    warnings.warn(message, CaseWarning, stacklevel=3)

@@ -1,0 +1,222 @@
+"""What may travel with weights: plain data of declared types, since a weight file can come from anyone.
+
+The description goes into configs (which MONAI runs), pages and names of files. So it holds known keys only, and every text
+in it is a name or a word by an alphabet without ``$``, ``@``, ``%``, ``#``, quotes, slashes or line breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..cases.cases import Preparation
+from ..schema import KINDS, NAME, NAME_RULE, check, is_plain_name, nearest
+
+
+def _kind(types: str, description: str, **more: Any) -> dict[str, Any]:
+    return {"type": types, "description": description, **more}
+
+
+LARGEST = 2**20
+
+COUNT = _kind("integer", "a whole number from 0 to a million", minimum=0, maximum=LARGEST)
+
+COUNTS = _kind("array", "a list of whole numbers", items=COUNT, maxItems=64)
+
+THREE_COUNTS = _kind("array", "three whole numbers (S, P, L)", items=COUNT, minItems=3, maxItems=3)
+
+STRIDES = _kind("array", "a list of three whole numbers per level", items=THREE_COUNTS, maxItems=64)
+
+STRIDES_OR_NONE = {**STRIDES, "type": ["array", "null"]}
+
+NUMBER = _kind("number", "a number")
+
+SHARE = _kind("number", "a number from 0 to 1", minimum=0, maximum=1)
+
+FLAG = _kind("boolean", "true or false")
+
+WORD = _kind("string", "a word of small letters, digits, - and _", pattern=r"\A[a-z][a-z0-9_-]{0,39}\Z")
+
+COMMON = {
+    "in_channels": COUNT,
+    "out_channels": COUNT,
+    "img_size": THREE_COUNTS,
+    "deep_supervision": FLAG,
+    "checkpointing": FLAG,
+}
+
+LEVELS = {
+    "features": COUNTS,
+    "depths_down": COUNTS,
+    "depths_up": COUNTS,
+    "strides": STRIDES,
+    "kernel_sizes": STRIDES_OR_NONE,
+}
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "tsfm": {
+        **COMMON,
+        **LEVELS,
+        **dict.fromkeys(("hidden_size", "num_layers", "num_heads", "mlp_dim"), COUNT),
+        "dropout": SHARE,
+        "bottleneck": FLAG,
+        "interpolation": WORD,
+    },
+    "nnunet": {**COMMON, **LEVELS, "residual": FLAG, "bias": FLAG},
+    "swinunetr": {**COMMON, "feature_size": COUNT, "dropout": SHARE, "use_v2": FLAG},
+    "stunet": {**COMMON, **LEVELS, "size": NAME},
+    "sam_med3d": {**COMMON, **dict.fromkeys(("width", "depth", "num_heads"), COUNT), "global_layers": COUNTS},
+    "ensemble": {**COMMON, "count": COUNT, "network": _kind("object", "an object with a network's arguments")},
+}
+"""Arguments, and their types, of each network that a description may name (``"name"``; without it: tsfm)."""
+
+THREE_MM = _kind(
+    "array", "three numbers of millimetres (S, P, L)", minItems=3, maxItems=3,
+    items=_kind("number", "millimetres above 0", exclusiveMinimum=0, maximum=1000),
+)  # fmt: skip
+
+NAMES = _kind("array", "a list of names", items=NAME)
+
+PREPARATION = {
+    "spacing_mm": THREE_MM,
+    "intensity": _kind(
+        "object",
+        "an object from modalities to lower, upper, mean and sd",
+        additionalProperties=_kind(
+            "object",
+            "an object with the numbers lower, upper, mean and sd",
+            additionalProperties=False,
+            required=["lower", "upper", "mean", "sd"],
+            properties=dict.fromkeys(("lower", "upper", "mean", "sd"), NUMBER),
+        ),
+    ),
+    "in_channels": COUNT,
+    "default_modality": NAME,
+    "masked": _kind("object", "an object from modalities to true or false", additionalProperties=FLAG),
+    "channels": _kind(
+        "array",
+        "a list of rules, one per channel",
+        items=_kind(
+            "object",
+            "an object with a scheme",
+            required=["scheme"],
+            additionalProperties=False,
+            properties={"scheme": NAME, "masked": FLAG, **dict.fromkeys(("lower", "upper", "mean", "sd"), NUMBER)},
+        ),
+    ),
+    "orientation": _kind("string", "three letters", pattern=r"\A[A-Za-z]{3}\Z"),
+    "resample_first": FLAG,
+}
+
+TARGETS = _kind(
+    "object",
+    "an object from target names to their relations",
+    additionalProperties=_kind(
+        "object",
+        "an object with relations of a target",
+        additionalProperties=False,
+        properties={
+            "part_of": NAME,
+            "inside": NAME,
+            "lesion": FLAG,
+            "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
+            "display": NAME,
+        },
+    ),
+)
+
+DATASET_LABELS = _kind(
+    "array",
+    "a list of data sets' labels",
+    items=_kind(
+        "object",
+        "an object with a data set's name and labels",
+        required=["name", "labels"],
+        additionalProperties=False,
+        properties={
+            "name": NAME,
+            "labels": _kind("object", "an object from raw ids to lists of targets", additionalProperties=NAMES),
+            "ignore": _kind("array", "a list of raw ids", items=_kind("integer", "a raw id (whole number)")),
+            "others": NAME,
+        },
+    ),
+)
+
+DESCRIPTION = _kind(
+    "object",
+    "an object",
+    additionalProperties=False,
+    properties={
+        "format": COUNT,
+        "version": NAME,
+        "epoch": _kind(["integer", "null"], "a whole number from 0", minimum=0),
+        "network": _kind("object", "an object with a network's arguments"),
+        "targets": TARGETS,
+        "dataset_labels": DATASET_LABELS,
+        "preparation": _kind(
+            "object",
+            "an object with what Preparation takes",
+            required=["spacing_mm"],
+            additionalProperties=False,
+            properties={field.name: PREPARATION.get(field.name, {}) for field in fields(Preparation)},
+        ),
+        "patch_size": THREE_COUNTS,
+        "modalities": NAMES,
+        "trained_on": NAMES,
+        "trained_by": NAME,
+        "activation": WORD,
+        "mirror_axes": _kind("string", "some of the letters S, P, L", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
+    },
+)
+
+KINDS["description"] = DESCRIPTION
+
+KINDS |= {
+    f"network {name}": _kind("object", "an object of arguments", additionalProperties=False, properties=arguments)
+    for name, arguments in NETWORKS.items()
+}
+
+
+def check_description(description: Any, source: str, error: type[ValueError] = ValueError) -> None:
+    """Raise `error` unless `description` is plain data with the keys and types that are declared here.
+
+    Raises:
+        error: naming `source` and what is wrong with its place.
+    """
+    what = f"{source}: what the file says about its weights is refused: it must be plain names and numbers"
+    found = _first_text(description, ())
+    if found is not None:
+        place, text = found
+        raise error(f"{what}, but {'/'.join(place) or 'the whole'} is {text[:80]!r}; expected {NAME_RULE}")
+    check(description, "description", what, error)
+    network = description.get("network")
+    while network is not None:
+        name, arguments = split_network(network)
+        if name not in NETWORKS:
+            raise error(f"{what}. It names the network {name!r}{nearest(name, NETWORKS)}; known: {sorted(NETWORKS)}")
+        check(arguments, f"network {name}", f"{what}; network", error)
+        network = arguments.get("network")  # of an ensemble
+
+
+def split_network(network: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, arguments) of a description's network: ``{"name": name, argument: value, ...}``; without a name: tsfm."""
+    arguments = {key: value for key, value in network.items() if key != "name"}
+    return str(network.get("name", "tsfm")), arguments
+
+
+def _first_text(value: Any, place: tuple[str, ...]) -> tuple[tuple[str, ...], str] | None:
+    """Place and text of the first key or value that is no plain name, however deep (None: there is none)."""
+    if isinstance(value, str):
+        return None if value == "" or is_plain_name(value) else (place, value)
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not is_plain_name(str(key).removeprefix("-")):  # raw ids may be negative
+                return (*place, "(a key)"), str(key)
+            if (found := _first_text(inner, (*place, str(key)))) is not None:
+                return found
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            if (found := _first_text(inner, (*place, str(number)))) is not None:
+                return found
+    return None

@@ -1,0 +1,215 @@
+"""What a command line and its config files say, checked before anything is built: MONAI takes any id and any value.
+
+An option or an overlay's id that no config knows changes nothing, so it is refused with the nearest known one; so are
+values that cannot be meant, and texts that MONAI would read as something else (``#``, ``@``).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .schema import KINDS, check, nearest, read_json
+
+# options of `monai.bundle run` itself, and of its tracking
+RUN_OPTIONS = {
+    *("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file"),
+    *("bundle_root", "tracking_uri", "experiment_name", "run_name", "workflow_type", "workflow_name"),
+    *("save_execute_config", "is_not_rank0"),
+}
+
+ENTRY_POINTS = {"imports", "initialize", "run", "finalize"}
+
+SIGNS = ("$", "@", "%")  # begin what MONAI evaluates: expressions, references, macros
+
+
+class OptionError(ValueError):
+    """An option or an id of an overlay that no config file knows, or a value that cannot be meant."""
+
+
+def _kind(types: str | list[str], description: str, **more: Any) -> dict[str, Any]:
+    return {"type": types, "description": description, **more}
+
+
+COUNT = _kind("integer", "a whole number from 1", minimum=1)
+
+INDEX = _kind("integer", "a whole number from 0", minimum=0)
+
+RATE = _kind("number", "a number from 0", minimum=0)
+
+RATE_OR_NONE = _kind(["number", "null"], "a number from 0, or null", minimum=0)
+
+FLAG = _kind("boolean", "true or false (on a command line: True or False)")
+
+PATH = _kind(["string", "null"], "a path (a name of digits alone: ./2024)")
+
+WORD = r"\A[a-z]+\Z"
+
+THREE = [_kind("number", "a number above 0", exclusiveMinimum=0)] * 3
+
+KINDS["options"] = _kind(
+    "object",
+    "an object of ids",
+    properties={
+        **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval"), COUNT),
+        "batch_size": _kind(["integer", "string"], "a whole number from 1, or a word like auto", minimum=1, pattern=WORD),
+        **dict.fromkeys(("num_workers", "seed", "warmup_epochs"), INDEX),
+        "learning_rate": RATE,
+        **dict.fromkeys(("head_learning_rate", "encoder_learning_rate"), RATE_OR_NONE),
+        **dict.fromkeys(("allow_missing", "from_scratch", "amp", "checkpointing", "progress"), FLAG),
+        **dict.fromkeys(("bundle_root", "output_dir", "store_dir", "ckpt_dir", "checkpoint", "splits_file"), PATH),
+        "dataset_dir": _kind(["string", "array"], "a path (a name of digits alone: ./2024), or a list of them"),
+        "fold": _kind(["integer", "string"], 'a fold\'s number from 0, or "all"', minimum=0, pattern=r"\A(all|\d+)\Z"),
+        "mirror_axes": _kind("string", "some of the letters S, P, L, each once", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
+        "amp_dtype": _kind("string", "bfloat16 or float16", enum=["bfloat16", "float16"]),
+        "existing": _kind("string", "error, skip or overwrite", enum=["error", "skip", "overwrite"]),
+        "spacing_mm": _kind(
+            ["array", "string"], "three numbers of millimetres (S, P, L), or a word", prefixItems=THREE, minItems=3, maxItems=3, pattern=WORD
+        ),
+        "patch_size": _kind(
+            ["array", "string"], "three whole numbers of voxels (S, P, L), or a word", items=COUNT, minItems=3, maxItems=3, pattern=WORD
+        ),
+    },
+)  # fmt: skip
+
+
+def check_options(arguments: Sequence[str]) -> None:
+    """Compare the ids that the command line and its overlays set with those that the first config file has.
+
+    Raises:
+        OptionError: listing unknown ids with the nearest known one, and values that cannot be meant.
+        FileError: a config file with a key that is there twice.
+    """
+    options = _options(arguments)
+    paths = config_files(arguments)
+    if "config_file" not in options or not paths:
+        return
+    contents = {path: read_json(path) for path in paths}
+    wrong = [path for path, content in contents.items() if not isinstance(content, dict)]
+    if wrong:
+        raise OptionError(f'{wrong[0]} holds no object of ids, like {{"epochs": 10}}')
+    known = _known_ids(contents, arguments)
+    for path, content in list(contents.items())[1:]:
+        listed = "; ".join(_unknown([key for key in content if not key.startswith("_")], known, contents, ""))
+        if listed:
+            raise OptionError(f"{path}: the other config files have no id for {listed}; it would change nothing")
+    own = {name: value for name, value in options.items() if name not in RUN_OPTIONS}
+    listed = "; ".join(_unknown(list(own), known, contents, "--"))
+    if listed:
+        raise OptionError(f"the config files have no id for {listed}; a mistyped option would change nothing")
+    for path, content in contents.items():
+        _check_values(content, path)
+    _check_values({name: _literal(value) for name, value in own.items()}, "command line")
+    for name, value in own.items():
+        target = re.split(r"#|::", value[1:])[0]
+        if value.startswith(SIGNS[1:]) and target not in known and not target.endswith((".json", ".yaml", ".yml")):
+            raise OptionError(
+                f"--{name} {value}: a value that begins with {value[0]} refers to an id of the config files, and there is "
+                f"none named '{target}'{nearest(target, known)}; for a file or folder of this name write ./{value}"
+            )
+
+
+def _check_values(content: Mapping[str, Any], source: str) -> None:
+    """OptionError for values of the wrong type, and for a ``#``, which MONAI would turn into ``::``."""
+    plain = {
+        key.lstrip("+"): value
+        for key, value in content.items()
+        if not key.startswith("_") and not (isinstance(value, str) and value.startswith(SIGNS))
+    }
+    check(plain, "options", source, OptionError)
+    for key, value in plain.items():
+        if isinstance(value, str) and "#" in value:
+            raise OptionError(
+                f"{source}, {key}: {value!r} has a #, which MONAI reads as ::; give the file or folder another name, or a "
+                "link without it"
+            )
+
+
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    """Name -> text of every ``--name value`` and ``--name=value`` (a flag without a value is True)."""
+    options: dict[str, str] = {}
+    for position, argument in enumerate(arguments):
+        if position and argument.startswith("--"):
+            name, sign, value = argument[2:].partition("=")
+            following = arguments[position + 1] if position + 1 < len(arguments) else "--"
+            options[name.replace("-", "_")] = value if sign else "True" if following.startswith("--") else following
+    return options
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _parts(key: str) -> list[str]:
+    return re.split(r"#|::", key.lstrip("+"))
+
+
+def _known_ids(contents: Mapping[str, Any], arguments: Sequence[str]) -> set[str]:
+    """Top-level ids of the first file and of the configs beside it, what any file refers to, and entry points."""
+    first, *overlays = map(os.path.abspath, contents)
+    beside = [path for path in Path(first).parent.glob("*.json") if str(path) not in overlays]
+    found = RUN_OPTIONS | ENTRY_POINTS
+    for path in beside:
+        try:
+            content = read_json(path)
+        except ValueError:  # not one of the files of this run
+            continue
+        found |= {_parts(key)[0] for key in content} if isinstance(content, Mapping) else set()
+    text = json.dumps(list(contents.values()))
+    found |= set(re.findall(r"[@%]([A-Za-z_]\w*)", text))
+    named = _options(arguments)
+    return found | {named[name] for name in ("run_id", "init_id", "final_id") if name in named}
+
+
+def _unknown(keys: Sequence[str], known: set[str], contents: Mapping[str, Any], dashes: str) -> Iterator[str]:
+    """The keys that lead nowhere, each with the nearest that does."""
+    for key in keys:
+        first, *rest = _parts(key)
+        if first not in known:
+            yield f"{dashes}{key}{nearest(first, known).replace(chr(39), '').replace('mean ', f'mean {dashes}')}"
+            continue
+        places = [content[first] for content in contents.values() if isinstance(content, dict) and first in content]
+        wrong = [_dead_end(place, rest) for place in places]
+        if rest and places and all(wrong):
+            yield f"{dashes}{key} ({wrong[0]})"
+
+
+def _dead_end(place: Any, steps: Sequence[str]) -> str:
+    """What is wrong with the way into a nested config; empty where it can be gone, or only MONAI knows."""
+    for depth, step in enumerate(steps):
+        if isinstance(place, list) and step.isdigit():
+            if int(step) >= len(place):
+                return f"there are {len(place)} entries"
+            place = place[int(step)]
+        elif isinstance(place, dict):
+            if step not in place:
+                is_argument = "_target_" in place and depth == len(steps) - 1
+                return "" if is_argument else f"no '{step}' there{nearest(step, place)}"
+            place = place[step]
+        else:  # an expression or a reference
+            return ""
+    return ""
+
+
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """The JSON files that ``--config_file`` names (none without it): one path, or a list of paths as text."""
+    position = next((i for i, argument in enumerate(arguments) if argument.startswith("--config_file")), None)
+    if position is None:
+        return []
+    value = arguments[position].partition("=")[2] or (arguments[position + 1] if position + 1 < len(arguments) else "")
+    if value.startswith("["):
+        try:
+            paths = [str(path) for path in ast.literal_eval(value)]
+        except (ValueError, SyntaxError):
+            paths = [part.strip(" '\"") for part in value.strip("[]").split(",")]
+    else:
+        paths = [value]
+    return [path for path in paths if path.endswith(".json") and os.path.isfile(path)]
