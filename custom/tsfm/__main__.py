@@ -149,7 +149,7 @@ def _plan() -> Callable[..., Any]:
 
 def main() -> None:
     """Run one command; an error the user can mend is one message, not a traceback."""
-    from .options import end_plainly
+    from .errors import end_plainly
 
     end_plainly()
     found, asked = commands(), sys.argv[1:2]
