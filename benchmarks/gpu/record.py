@@ -20,6 +20,7 @@ TINY = os.environ.get("TSFM_GPU_TINY") == "1"
 """Tiny sizes, on the CPU where there is no GPU: to try every part before time on a GPU is spent."""
 
 OUT = Path(os.environ.get("OUT", "/tmp/tsfm_gpu"))
+OUT.mkdir(parents=True, exist_ok=True)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TITLES = {
     "checks": "Does it compute the same?",
@@ -34,7 +35,6 @@ TITLES = {
 
 def record(part: str, **row: Any) -> None:
     """Add one row to the table of `part`."""
-    OUT.mkdir(parents=True, exist_ok=True)
     with open(OUT / "rows.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"part": part, **row}) + "\n")
     print(
@@ -65,7 +65,8 @@ def seconds() -> float:
 
 def page(folder: Path) -> str:
     """The tables of all parts, in Markdown."""
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    file = folder / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     lines = ["# On a GPU", "", machine(), "", "`benchmarks/gpu/run_all.sh` wrote this page.", ""]
     for part, title in TITLES.items():
         table = [{key: value for key, value in row.items() if key != "part"} for row in rows if row["part"] == part]

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 export OUT=${OUT:-/tmp/tsfm_gpu} PYTHONUTF8=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONWARNINGS=ignore
 export PYTHONPATH=$PWD/custom:$PWD/benchmarks/gpu${PYTHONPATH:+:$PYTHONPATH}
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True TORCHINDUCTOR_CACHE_DIR=/tmp/tsfm_inductor
-[ "${1:-}" = --tiny ] && export TSFM_GPU_TINY=1
+[ "${1:-}" = --tiny ] && export TSFM_GPU_TINY=1 OMP_NUM_THREADS=1
 PYTHON=${PYTHON:-python3}
 END=$(($(date +%s) + ${BUDGET:-535}))
 mkdir -p "$OUT"

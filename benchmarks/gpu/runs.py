@@ -23,7 +23,7 @@ from tsfm_tools.phantoms import layouts as phantoms
 
 BUNDLE = Path(__file__).parents[2] / "bundles/tsfm_pretrain"
 PORT = 29511
-SMALL = {"patch_size": "[16,32,32]", "spacing_mm": "[10.0,8.0,8.0]"} if TINY else {}
+SMALL = {"patch_size": "[16,32,32]", "spacing_mm": "[10.0,8.0,8.0]", "num_workers": 0} if TINY else {}
 EPOCHS, ITERATIONS = (2, 3) if TINY else (4, 40)
 
 
@@ -50,6 +50,11 @@ def bundle(name: str, configs: list[str], launcher: list[str] | None = None, **o
     return time.perf_counter() - start
 
 
+def training(name: str, overlays: list[str], launcher: list[str] | None = None, **options) -> float:
+    """`bundle` with train.json, tiny where that is asked for."""
+    return bundle(name, ["train.json", *overlays], launcher, **{**options, **SMALL})
+
+
 def curve(folder: Path) -> list[dict[str, str]]:
     """The rows of a run's curve.csv."""
     with open(folder / "curve.csv", encoding="utf-8") as file:
@@ -64,11 +69,11 @@ def losses(folder: Path) -> str:
 def train(scratch: Path, name: str, overlays: list[str], launcher=None, **options) -> None:
     """One training run and its row."""
     options = {
-        "dataset_dir": scratch / "data", "datasets": "['msd_liver','msd_spleen']", "store_dir": scratch / "store",
+        "dataset_dir": scratch / "data", "datasets": "['msd_liver','msd_pancreas']", "store_dir": scratch / "store",
         "output_dir": scratch / name, "ckpt_dir": "none", "epochs": EPOCHS, "iterations_per_epoch": ITERATIONS,
-        "val_iterations": 4, "num_workers": 2, **SMALL, **options,
+        "val_iterations": 4, "num_workers": 2, **options,
     }  # fmt: skip
-    took = bundle(name, ["train.json", "small.json", *overlays], launcher, **options)
+    took = training(name, ["small.json", *overlays], launcher, **options)
     row = {"run": name, "loss_per_epoch": losses(scratch / name), "s": round(took)}
     record("runs", **row, s_per_epoch=curve(scratch / name)[-1]["train_s"])
 
@@ -80,7 +85,7 @@ def torchrun(port: int) -> list[str]:
 
 def resumed(scratch: Path) -> None:
     """Half of the epochs in one go, the rest after a resume, with four workers in place of two: the same weights?"""
-    train(scratch, "resumed", [], epochs=EPOCHS // 2)
+    train(scratch, "resumed", [], epochs=EPOCHS // 2, **{"lr_scheduler#epochs": EPOCHS})
     train(scratch, "resumed", [], num_workers=4)
 
 
@@ -117,14 +122,13 @@ def small() -> None:
     """All small runs; those that do not need each other run side by side."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         scratch = Path(folder)
-        phantoms.write_pool(str(scratch / "data"), cases_per_dataset=4, datasets=["msd_liver", "msd_spleen"])
+        phantoms.write_pool(str(scratch / "data"), cases_per_dataset=4, datasets=["msd_liver", "msd_pancreas"])
         options = {
             "dataset_dir": scratch / "data",
-            "datasets": "['msd_liver','msd_spleen']",
+            "datasets": "['msd_liver','msd_pancreas']",
             "store_dir": scratch / "store",
         }
-        took = bundle("prepare", ["train.json", "small.json"], run_id="prepare", output_dir=scratch / "x", num_workers=4,
-                      ckpt_dir="none", **options, **SMALL)  # fmt: skip
+        took = training("prepare", ["small.json"], run_id="prepare", output_dir=scratch / "x", num_workers=4, **options)
         record("runs", run="prepare 8 phantoms", s=round(took))
         jobs = {
             "plain": lambda: train(scratch, "plain", []),
@@ -148,11 +152,10 @@ def paper() -> None:
         scratch = Path(folder)
         size = (24, 32, 32) if TINY else phantoms.REFERENCE_SIZE
         phantoms.write_pool(str(scratch / "data"), cases_per_dataset=3, datasets=["msd_liver"], size=size)
-        overlay = ["small.json"] if TINY else []
-        took = bundle(
-            "paper", ["train.json", *overlay], dataset_dir=scratch / "data", datasets="['msd_liver']", ckpt_dir="none",
+        took = training(
+            "paper", ["small.json"] if TINY else [], dataset_dir=scratch / "data", datasets="['msd_liver']", ckpt_dir="none",
             store_dir=scratch / "store", output_dir=scratch / "output", epochs=1, val_iterations=4,
-            iterations_per_epoch=2 if TINY else 16, num_workers=2 if TINY else min(12, os.cpu_count()), **SMALL,
+            iterations_per_epoch=2 if TINY else 16, num_workers=min(12, os.cpu_count()),
         )  # fmt: skip
         row = curve(scratch / "output")[-1]
         size = sum(path.stat().st_size for path in (scratch / "output").glob("*.pt")) / 1e9
