@@ -15,7 +15,7 @@ export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True TORCHINDUCTOR_CACHE_DIR=
 PYTHON=${PYTHON:-python3}
 END=$(($(date +%s) + ${BUDGET:-535}))
 mkdir -p "$OUT"
-rm -f "$OUT"/rows.jsonl "$OUT"/*.log
+rm -rf "$OUT"/rows.jsonl /tmp/tsfm_gpu_logs
 
 left() { echo $((END - $(date +%s))); }
 
@@ -27,13 +27,13 @@ part() { # part LIMIT COMMAND...: not longer than LIMIT seconds, nor than what i
     [ "$limit" -lt 5 ] && echo "no time left for: $*" && return
     timeout -k 3 "$limit" "$PYTHON" "benchmarks/gpu/$@" || echo "part ended with $?: $*"
     "$PYTHON" benchmarks/gpu/record.py "$OUT"
+    tail -n 40 -v /tmp/tsfm_gpu_logs/*.log > "$OUT/logs.txt" 2> /dev/null
 }
 
 # Right or wrong first, both at once: neither is timed. Then what is timed, alone, in the order of its worth.
-part 120 runs.py small > "$OUT/runs.log" 2>&1 &
+part 150 runs.py small &
 part 60 checks.py
 wait
-cat "$OUT/runs.log"
 part 150 steps.py --seconds 110
 part 75 window.py --seconds 55
 part 50 loader.py

@@ -18,17 +18,18 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from record import DEVICE, OUT, TINY, attempt, record
+from record import DEVICE, TINY, attempt, record
 from tsfm_tools.phantoms import layouts as phantoms
 
 BUNDLE = Path(__file__).parents[2] / "bundles/tsfm_pretrain"
+LOGS = Path("/tmp/tsfm_gpu_logs")
 PORT = 29511
 SMALL = {"patch_size": "[16,32,32]", "spacing_mm": "[10.0,8.0,8.0]", "num_workers": 0} if TINY else {}
 EPOCHS, ITERATIONS = (2, 3) if TINY else (4, 40)
 
 
 def bundle(name: str, configs: list[str], launcher: list[str] | None = None, **options) -> float:
-    """Run the bundle in its own process, its output in OUT/NAME.log; returns seconds.
+    """Run the bundle in its own process, its output in LOGS/NAME.log; returns seconds.
 
     Raises:
         RuntimeError: it ended with an error, whose last line is given.
@@ -41,7 +42,8 @@ def bundle(name: str, configs: list[str], launcher: list[str] | None = None, **o
     }  # fmt: skip
     for key, value in options.items():
         command += [f"--{key}", str(value)]
-    log, start = OUT / f"{name}.log", time.perf_counter()
+    LOGS.mkdir(exist_ok=True)
+    log, start = LOGS / f"{name}.log", time.perf_counter()
     with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
