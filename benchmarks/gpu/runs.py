@@ -107,11 +107,9 @@ def compare(scratch: Path) -> None:
     largest = max(float((a.double() - states[1][key].double()).abs().max()) for key, a in states[0].items())
     record("runs", run=f"resumed and uninterrupted weights differ by at most {largest:.1e}")
     pairs = []
-    for path in sorted((scratch / f"inference_{DEVICE.type}").rglob("*.nii.gz")):
-        maps = [
-            np.asarray(nib.load(p).dataobj)
-            for p in (path, scratch / "inference_cpu" / path.relative_to(path.parents[1]))
-        ]
+    found, expected = (scratch / f"inference_{device}" for device in (DEVICE.type, "cpu"))
+    for path in sorted(found.rglob("*.nii.gz")):
+        maps = [np.asarray(nib.load(p).dataobj) for p in (path, expected / path.relative_to(found))]
         pairs.append((float((maps[0] != maps[1]).mean()), len(np.unique(maps[1])) - 1))
     share, targets = max(p[0] for p in pairs), max(p[1] for p in pairs)
     record(
