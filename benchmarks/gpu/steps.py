@@ -106,7 +106,7 @@ def engine(network, size: int, sgd: str) -> SimpleNamespace:
     optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.99, nesterov=True, weight_decay=1e-3, **fast)
     return SimpleNamespace(
         network=network, optimizer=optimizer, loss_function=PartialLabelLoss(table()),
-        inferer=lambda inputs, net: net(inputs), state=SimpleNamespace(device=DEVICE, output=None, iteration=0),
+        inferer=lambda inputs, net: net(inputs), state=SimpleNamespace(device=DEVICE, output=None, iteration=0, epoch=1, epoch_length=10**6),
         prepare_batch=lambda b, *args, **kwargs: (b["image"], b["label"]), fire_event=lambda event: None,
         non_blocking=True, to_kwargs={},
     )  # fmt: skip
