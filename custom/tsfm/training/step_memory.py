@@ -92,6 +92,7 @@ def walk(
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         state["forward"] = False
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+        live.after_each()  # the last gradient comes after the last operation
     units = [
         sum(p.numel() for p in m.parameters()) for m in network.modules() if hasattr(m, "conv2") or hasattr(m, "attn")
     ]
