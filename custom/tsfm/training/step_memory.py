@@ -185,7 +185,6 @@ def fit_memory(
     if checkpointing not in (True, False, "auto"):
         raise ValueError(f"checkpointing is {checkpointing!r}; expected true, false or 'auto'")
     inner, device = unwrap(network), torch.device(device)
-    torch.backends.cudnn.benchmark = True  # every patch has the same size, so the search pays
     kind = next(inner.parameters()).dtype
     half = kind != torch.float32 or (amp and computes_in(device.type, getattr(torch, amp_dtype)))
     weight_bytes = kind.itemsize
