@@ -35,7 +35,7 @@ def main() -> None:
         "bundle_root": BUNDLE, "meta_file": BUNDLE / "configs/metadata.json", "logging_file": BUNDLE / "configs/logging.conf",
         "dataset_dir": folder / "data", "datasets": "['msd_liver']", "store_dir": folder / "store",
         "output_dir": folder / "output", "ckpt_dir": "none", "epochs": 1, "iterations_per_epoch": arguments.iterations,
-        "val_interval": 2, "num_workers": 0, "batch_size": arguments.batch_size, "param_dtype": arguments.param_dtype,
+        "val_interval": 2, "num_workers": 0, "checkpointing": True, "batch_size": arguments.batch_size, "param_dtype": arguments.param_dtype,
     }  # fmt: skip
     for key, value in options.items():
         command += [f"--{key}", str(value)]

@@ -167,7 +167,7 @@ def test_pretraining_declares_the_papers_numbers():
     train = config(PRETRAIN, "train.json")
     assert train["optimizer"] == {
         "_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": "@learning_rate", "momentum": 0.99,
-        "nesterov": True, "weight_decay": 1e-3,
+        "nesterov": True, "weight_decay": 1e-3, "fused": "$torch.device(@device).type == 'cuda'",
     }  # fmt: skip
     assert train["lr_scheduler"]["power"] == 0.9 and train["learning_rate"] == 1e-3
     assert (train["batch_size"], train["iterations_per_epoch"], train["epochs"]) == (2, 250, 1000)

@@ -184,6 +184,38 @@ def test_dropout_is_the_same_whether_a_run_was_resumed_or_not(tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole if name != "_extra_state")
 
 
+def test_a_run_that_saves_every_second_epoch_loses_at_most_two_and_ends_with_the_same_weights(tmp_path):
+    def run(folder, stop_after=None):
+        torch.manual_seed(0)
+        network = TSFM(**{**SMALL, "dropout": 0.5})
+        trainer, curve = run_state(folder, network, save_interval=2)
+        trainer.state.max_epochs = 5
+        if stop_after:
+            trainer.add_event_handler(Events.EPOCH_COMPLETED(once=stop_after), lambda engine: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                trainer.run()
+        else:
+            trainer.run()
+        return network.state_dict(), curve.rows
+
+    whole, rows = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop_after=3)
+    assert torch.load(tmp_path / "parts/last.pt", weights_only=True)["epoch"] == 2
+    parts, resumed = run(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole if name != "_extra_state")
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in rows] and len(rows) == 5
+    assert torch.load(tmp_path / "whole/last.pt", weights_only=True)["epoch"] == 5
+
+
+@pytest.mark.parametrize(("weights", "interval"), [(2_600_000, 1), (1_600_000_000, 8)])
+def test_large_networks_are_saved_less_often(tmp_path, weights, interval):
+    network = TSFM(**SMALL)
+    network.parameters = lambda: iter([torch.empty(weights, device="meta")])
+    options = {"parts": {"optimizer": optimizer_of([torch.nn.Parameter(torch.zeros(1))])}, "settings": {}}
+    state = RunState(str(tmp_path), network, curve=Curve(str(tmp_path)), save_interval="auto", **options)
+    assert state.save_interval == interval
+
+
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     (tmp_path / ".abc.partial").write_bytes(b"half a checkpoint")
     run_state(tmp_path, TSFM(**SMALL))[0].run()

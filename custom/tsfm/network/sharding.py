@@ -20,19 +20,27 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from .cpu import computes_in
 from .tsfm_net import ResBlock
 
 
-def shard(network: nn.Module) -> nn.Module:
-    """Split `network` over all processes: every ResBlock and Transformer layer is a unit, the rest is one more."""
+def shard(network: nn.Module, gather_dtype: str | None = None) -> nn.Module:
+    """Split `network` over all processes: every ResBlock and Transformer layer is a unit, the rest is one more.
+
+    With `gather_dtype` ("bfloat16", of autocast), where the device computes in it, units are gathered in this type: half
+    the traffic and memory. Gradients are added up in float32.
+    """
     device = next(network.parameters()).device.type
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if gather_dtype and computes_in(device, getattr(torch, gather_dtype)):
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, gather_dtype), reduce_dtype=torch.float32)
     for module in network.modules():
         if isinstance(module, ResBlock | TransformerBlock):
-            fully_shard(module, mesh=mesh)
-    return fully_shard(network, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def is_sharded(network: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,12 @@ from typing import Any
 
 class WorkerDied(RuntimeError):
     """A worker process ended without an answer; most often the system killed it for its memory."""
+
+
+def available_workers(most: int = 12) -> int:
+    """Worker processes for this process: the cores that it may use, shared with the other processes of torchrun here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def run_all(function: Callable, jobs: Sequence[tuple], num_workers: int = 0) -> Iterator[tuple[int, Any]]:

@@ -30,6 +30,11 @@ from .curve import Curve
 
 logger = logging.getLogger(__name__)
 
+NO_SETTINGS = {"lr", "fused", "foreach", "capturable", "differentiable"}
+"""Options of an optimizer with which it takes the same steps, or that have a setting of their own."""
+
+WEIGHTS_PER_INTERVAL = 200_000_000
+
 STATE_KEYS = {"epoch", "model", "parts", "curve", "best", "settings"}
 
 
@@ -61,7 +66,8 @@ class RunState:
         items: the training items; bare ones (MONAI Label) are never resumed: each request is a run of its own.
         ckpt_dir: folder of the bundle's ``model.pt``, replaced when the run ends; an older one is kept as
             ``model_previous.pt``. "none": only `output_dir` gets the weights.
-        save_interval: epochs between two writes of ``last.pt``.
+        save_interval: only every n-th epoch (and the last) is written and can be the best; "auto": so many that a network
+            of any size writes about as much per epoch (1 below 200 million weights, 8 for 1.6 billion).
         write: False on all ranks but the first.
 
     Raises:
@@ -78,7 +84,7 @@ class RunState:
         settings: Mapping[str, Any],
         items: Sequence[Mapping[str, Any]] = (),
         ckpt_dir: str | None = None,
-        save_interval: int = 1,
+        save_interval: int | str = 1,
         write: bool = True,
     ) -> None:
         self.output_dir, self.network, self.parts, self.curve = output_dir, network, dict(parts), curve
@@ -89,10 +95,12 @@ class RunState:
             "cases": _digest(sorted(paths)),
             "network": _digest([[name, *tensor.shape] for name, tensor in unwrap(network).named_parameters()]),
             "optimizer": type(self.parts["optimizer"]).__name__,
-            "optimizer_options": {key: value for key, value in self.parts["optimizer"].defaults.items() if key != "lr"},
+            "optimizer_options": {k: v for k, v in self.parts["optimizer"].defaults.items() if k not in NO_SETTINGS},
         }
         self.settings = json.loads(json.dumps(self.settings, default=str))
-        self.ckpt_dir, self.save_interval, self.write = ckpt_dir, save_interval, write
+        weights = sum(parameter.numel() for parameter in unwrap(network).parameters())
+        self.save_interval = -(-weights // WEIGHTS_PER_INTERVAL) if save_interval == "auto" else int(save_interval)
+        self.ckpt_dir, self.write = ckpt_dir, write
         self.best: float | None = None
         self.last_is_good = False
         if write and ckpt_dir not in (None, "none"):
@@ -198,7 +206,9 @@ class RunState:
                 group["lr"] = base * factor(schedule.last_epoch)
 
     def save(self, engine: Any) -> None:
-        """Write ``model.pt`` if this epoch is the best, and ``last.pt``."""
+        """Write ``model.pt`` if this epoch is the best, and ``last.pt``, where it is this epoch's turn."""
+        if engine.state.epoch % self.save_interval and engine.state.epoch != engine.state.max_epochs:
+            return
         network = unwrap(self.network)
         network.description["epoch"] = engine.state.epoch
         parts = {name: part.state_dict() for name, part in self.parts.items() if name != "optimizer"}
@@ -209,22 +219,20 @@ class RunState:
         if not self.write:
             return
         average = self.curve.average
-        is_best = average is None or (
-            self.curve.rows[-1]["ema"] is not None and (self.best is None or average > self.best)
-        )
+        validated = any(row["ema"] is not None for row in self.curve.rows[-self.save_interval :])
+        is_best = average is None or (validated and (self.best is None or average > self.best))
         if is_best:
             self.best = average
             save_weights(model, self.model_path)
-        if engine.state.epoch % self.save_interval == 0 or engine.state.epoch == engine.state.max_epochs:
-            state = {
-                "epoch": engine.state.epoch,
-                "model": model,
-                "parts": parts,
-                "curve": self.curve.state_dict(),
-                "best": self.best,
-                "settings": self.settings,
-            }
-            atomic_write(self.last_path, lambda temporary: self._write_last(state, temporary))
+        state = {
+            "epoch": engine.state.epoch,
+            "model": model,
+            "parts": parts,
+            "curve": self.curve.state_dict(),
+            "best": self.best,
+            "settings": self.settings,
+        }
+        atomic_write(self.last_path, lambda temporary: self._write_last(state, temporary))
 
     def _write_last(self, state: Mapping[str, Any], temporary: str) -> None:
         """Write to `temporary`, and only then let the file that it will replace become the previous one."""
@@ -261,7 +269,7 @@ def _read_run(path: str) -> dict[str, Any]:
     """What ``last.pt`` holds; CheckpointError for a file that is damaged, or something else."""
     if not os.path.exists(path):
         raise CheckpointError(f"{path} is not there")
-    state = load_pt(path, mmap=False)
+    state = load_pt(path, mmap=os.name == "posix")
     if not isinstance(state, Mapping) or not set(state) >= STATE_KEYS or not isinstance(state["model"], Mapping):
         raise CheckpointError(f"{path} is no state of a training run")
     decode_description(state["model"].get(EXTRA_STATE), path)

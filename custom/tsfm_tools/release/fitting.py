@@ -46,8 +46,8 @@ def fill_configs(
         weights = "$@bundle_root + '/models/model.pt'"
         train["pretrained"] = {"_target_": "tsfm.training.checkpoint.bundled_weights", "path": weights}
         train["network_def"]["output_dir"] = "$@output_dir if os.path.isdir(@bundle_root + '/configs') else None"
-    if "checkpointing" in train:  # of activations: as these weights were trained, a small network needs none
-        train["checkpointing"] = bool(description["network"].get("checkpointing", False))
+    if "checkpointing" in train:  # of activations: as the user's device needs it, not as the author's did
+        train["checkpointing"] = "auto"
     if "pool.json" in configs:
         configs["pool.json"] = _fitted_pool(configs["pool.json"], description)
     configs["metadata.json"] = _fitted_metadata(configs["metadata.json"], description, name, trained_on)

@@ -1,0 +1,55 @@
+"""Peak memory of one training step, by arithmetic and a walk on the meta device: no GPU, no memory, a minute.
+
+Prints a table for the paper's patch and 31 targets: sizes of TSFM, batch, weights' type, activations kept or recomputed,
+alone, DDP, and FSDP over 2, 4 and 8 GPUs. SGD with momentum, fused; gigabytes of 1e9 bytes, without the workspace of the
+convolutions.
+
+    python benchmarks/memory_table.py
+"""
+
+from __future__ import annotations
+
+import torch
+from tsfm.network.tsfm_net import TSFM
+from tsfm.training.step_memory import peak_bytes, walk
+
+PATCH, TARGETS = (112, 160, 192), 31
+PAPER = (64, 128, 256, 512, 1024, 2048)
+SMALLER = {"depths_down": (1,) * 6, "depths_up": (1,) * 5}
+SIZES = {
+    "H, the paper's": {},
+    "half the width": {"features": tuple(width // 2 for width in PAPER)},
+    "a quarter, one block per level": {"features": tuple(width // 4 for width in PAPER), **SMALLER},
+    "an eighth, one block per level": {"features": tuple(width // 8 for width in PAPER), **SMALLER},
+}
+SHARED = {
+    "1 GPU": {}, "DDP": {"processes": 2}, "FSDP 2": {"processes": 2, "sharded": True},
+    "FSDP 4": {"processes": 4, "sharded": True}, "FSDP 8": {"processes": 8, "sharded": True},
+}  # fmt: skip
+
+
+def main() -> None:
+    print("| TSFM | weights | activations | batch | type | " + " | ".join(SHARED) + " |")
+    print("|---" * (5 + len(SHARED)) + "|")
+    for name, arguments in SIZES.items():
+        with torch.device("meta"):
+            network = TSFM(out_channels=TARGETS, img_size=PATCH, **arguments)
+        for batch in (1, 2):
+            for recomputed in (False, True):
+                steps = walk(network, 1, PATCH, batch, recomputed, True)
+                full = walk(network, 1, PATCH, batch, recomputed, False)
+                for kind, options in (
+                    ("bfloat16 autocast", {}),
+                    ("bfloat16 throughout", {"weight_bytes": 2, "state_bytes": 2}),
+                    ("float32", {"amp": False}),
+                ):
+                    walked = full if kind == "float32" else steps
+                    cells = [
+                        f"{peak_bytes(walked, recomputed, **options, **more) / 1e9:.1f}" for more in SHARED.values()
+                    ]
+                    kept = "recomputed" if recomputed else "kept"
+                    print(f"| {name} | {steps.weights / 1e6:.0f} M | {kept} | {batch} | {kind} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
