@@ -22,7 +22,7 @@ SIZE = (56, 64, 76)
 
 POOL_CASES, DOWNSTREAM_CASES = 10, 10
 
-TRANSFER = {"epochs": (1, 4), "overlays": ["small.json", "kits2019.json"], "iterations_per_epoch": 15}
+EPOCHS, OVERLAYS = (1, 4), ["kits2019.json", "demo.json"]
 
 
 def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: int = 0) -> None:
@@ -65,19 +65,17 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
                  ["inference.json", "evaluate.json"], evaluation)  # fmt: skip
     screen.say(format_scores(json.loads((out / "evaluation/summary.json").read_text(encoding="utf-8"))))
 
-    options = f'--epochs "{list(TRANSFER["epochs"])}" --overlays "{TRANSFER["overlays"]}"'
     screen.step("Transfer to the new data set, pretrained and from scratch (the paper's Table 2, in small)",
                 f"python -m tsfm transfer_table --pretrained {checkpoint} --dataset_dir {new_data} "
-                f"--output_dir {out / 'transfer'} {options} "
-                f"--iterations_per_epoch {TRANSFER['iterations_per_epoch']}")  # fmt: skip
+                f"--output_dir {out / 'transfer'} --epochs \"{list(EPOCHS)}\" --overlays \"{OVERLAYS}\"")  # fmt: skip
     with screen.quiet():
         table = transfer_table(
-            str(checkpoint), str(new_data), str(out / "transfer"), str(finetune), name="kits19 phantoms",
-            val_interval=4, val_iterations=4, num_workers=1, mirror_axes="", **TRANSFER,
+            str(checkpoint), str(new_data), str(out / "transfer"), str(finetune), EPOCHS, overlays=OVERLAYS,
+            name="kits19 phantoms",
         )  # fmt: skip
     screen.say(table)
 
-    best = out / f"transfer/cells/pretrained-{max(TRANSFER['epochs'])}epochs-seed0/model.pt"
+    best = out / f"transfer/cells/pretrained-{max(EPOCHS)}epochs-seed0/model.pt"
     case = sorted(new_data.glob("case_*/imaging.nii.gz"))[0]
     inference = {"checkpoint": best, "dataset_dir": case, "output_dir": out / "predictions", "existing": "overwrite"}
     _bundle_step(screen, "Segment an image with the fine-tuned weights", finetune, ["inference.json"], inference)
