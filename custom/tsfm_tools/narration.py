@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +48,10 @@ class Narrator:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Send what is printed, logged and warned of within the block to the log."""
+        loggers = [logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))]
+        for handler in [handler for logger in loggers for handler in logger.handlers]:  # these took their stream before
+            if isinstance(handler, logging.StreamHandler) and handler.stream in (self.screen, sys.stdout, sys.stderr):
+                handler.setStream(self)
         with redirect_stdout(self), redirect_stderr(self):
             yield
 
