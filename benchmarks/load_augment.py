@@ -119,7 +119,7 @@ def prepare_nnunet(folder, shape, patch):
         )
 
 
-def batches_nnunet(folder, patch):
+def batches_nnunet(folder, patch, deep_supervision_scales=None):
     from types import SimpleNamespace
 
     import numpy as np
@@ -129,7 +129,7 @@ def batches_nnunet(folder, patch):
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     angle = (-np.pi / 6, np.pi / 6)
-    transforms = nnUNetTrainer.get_training_transforms(patch, angle, None, (0, 1, 2), False, [False])
+    transforms = nnUNetTrainer.get_training_transforms(patch, angle, deep_supervision_scales, (0, 1, 2), False, [False])
     labels = SimpleNamespace(all_labels=[0, 1, 2, 3, 4], has_ignore_label=False)
     initial = get_patch_size(patch, angle, angle, angle, (0.85, 1.25))
     loader = nnUNetDataLoader(

@@ -288,6 +288,13 @@ def test_epochs_differ_and_any_epoch_can_be_resumed():
     assert list(PoolSampler(items(), 2, 3, seed=2)) != epochs[0]
 
 
+def test_validation_draws_the_same_samples_in_every_epoch():
+    sampler = PoolSampler(items(), 2, 3, seed=1, fixed=True)
+    first = list(sampler)
+    sampler.set_epoch(5)
+    assert list(sampler) == first
+
+
 def test_two_ranks_draw_what_one_with_the_doubled_batch_does():
     ranks = [PoolSampler(items(), 2, 4, seed=9, rank=rank, world_size=2, batched=True) for rank in range(2)]
     together = PoolSampler(items(), 4, 4, seed=9, batched=True)

@@ -206,6 +206,14 @@ class TestSlabInferer:
         one = SlabInferer((16, 12, 10), TREE, targets=["tumor"], amp=False, progress=False)(image, convolution())
         assert torch.equal(one == 1, every == 1) and one.unique().tolist() == [0, 1]
 
+    def test_a_restricted_inferer_paints_those_of_its_targets_alone(self):
+        image = torch.ones(1, 1, 4, 4, 4)
+        both = SlabInferer((4, 4, 4), ["a", "b"], amp=False, progress=False)
+        network = Fake((5.0, 0.0), (0.0, 5.0))
+        assert both(image, network).unique().tolist() == [2], "b is painted over a"
+        assert both.restricted_to(["a"])(image, network).unique().tolist() == [1]
+        assert both.restricted_to(["a"]).restricted_to(["b"])(image, network).unique().tolist() == [0]
+
     def test_threshold_per_target(self):
         image = torch.linspace(-3, 3, 64).view(1, 1, 4, 4, 4)
         inferer = SlabInferer((4, 4, 4), ["a", "b"], threshold={"b": 0.9}, amp=False, progress=False)

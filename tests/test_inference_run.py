@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, run_bundle, write_dicom
 from monai.bundle import ConfigParser
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from tsfm.cases.pool import DatasetPool
 from tsfm.inference.prediction import FailedCases
 from tsfm.inference.windows import mirrored_axes
 from tsfm.training.checkpoint import CheckpointError, build_network, load_weights, read_description, save_weights
@@ -294,6 +295,14 @@ def test_mirroring_keeps_to_the_axes_of_the_training(options):
     assert options(**{"displayable_configs#mirroring": True}).get_parsed_content("inferer").flips == flips[True]
 
 
+def test_only_targets_of_the_training_are_offered(options):
+    """The phantoms' four data sets annotate some of the pool's 31 targets; no data set of the training shows a colon."""
+    offered = options().get_parsed_content("displayable_configs")["targets"]
+    assert offered[0] == "all" and "liver_tumor" in offered and "colon_tumor" not in offered
+    assert options().get_parsed_content("targets") == offered[1:]
+    assert options(targets=["liver"]).get_parsed_content("targets") == ["liver"]
+
+
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +312,13 @@ def test_the_validation_cases_of_the_pool_are_scored_with_a_page_of_pictures(pha
     assert set(summary["datasets"]) == {"msd_liver", "kits21", "amos22", "totalsegmentator"}
     assert set(summary["datasets"]["msd_liver"]) == {"liver", "liver_tumor"}, "annotated targets only"
     assert summary["failed"] == [] and summary["cases"] == len(list(out.glob("*.nii.gz")))
+    assert summary["protocol"] == {
+        "painted per case": "the targets that its data set annotates", "mirrored along": "S, P, L"
+    }  # fmt: skip
+    table = DatasetPool(BUNDLE / "configs/pool.json", phantom_pool, allow_missing=True).table
+    for row in csv.DictReader((out / "cases.csv").open()):
+        painted = np.unique(np.asarray(nib.load(out / f"{row['case']}.nii.gz").dataobj))[1:]
+        assert {table.names[value - 1] for value in painted} <= set(table.annotated(row["dataset"]))
     rows = list(csv.DictReader((out / "cases.csv").open()))
     assert {row["status"] for row in rows} <= {"ok", "empty_truth"}
     assert all(0 <= float(row["dice"]) <= 1 for row in rows if row["status"] == "ok")
@@ -318,8 +334,6 @@ def test_targets_that_were_not_computed_are_not_scored(phantom_pool, segment):
 def test_a_case_that_cannot_be_scored_is_reported_and_the_others_are(phantom_pool, segment, tmp_path):
     pool = tmp_path / "pool"
     shutil.copytree(phantom_pool / "Task03_Liver", pool / "Task03_Liver")
-    from tsfm.cases.pool import DatasetPool
-
     kept = DatasetPool(BUNDLE / "configs/pool.json", pool, datasets=["msd_liver"])
     held_out = kept.val_items(0)[0]
     label = nib.load(held_out["label"])

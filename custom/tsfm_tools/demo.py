@@ -6,88 +6,106 @@ importing torch eight times).
 
 from __future__ import annotations
 
-import logging
-import time
+import csv
+import json
 from pathlib import Path
 from typing import Any
 
 from tsfm.cases.pool import DatasetPool
 
+from .narration import Narrator
 from .paper.grids import run_bundle, transfer_table
 from .phantoms import layouts as phantoms
 
-POOL_CASES, DOWNSTREAM_CASES = 6, 6
+SIZE = (56, 64, 76)
+"""Voxels of a phantom along (S, P, L): about 6 x 5 x 5 mm, so that the smallest tumor is four voxels wide."""
+
+POOL_CASES, DOWNSTREAM_CASES = 10, 10
+
+EPOCHS, OVERLAYS = (1, 4), ["kits2019.json", "demo.json"]
 
 
 def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: int = 0) -> None:
     """Write phantoms, prepare, pretrain, transfer, infer, score and draw pictures, all below `output_dir`.
+
+    The screen shows each step's command, a bar and its result; everything else is in ``demo.log`` in `output_dir`.
 
     Args:
         output_dir: a new folder, or one in which an earlier demo stopped (it goes on there).
         bundles_dir: folder that holds the two bundles.
         seed: of the phantoms and of the training.
     """
-    start = time.perf_counter()
     out = Path(output_dir)
     pretrain, finetune = Path(bundles_dir, "tsfm_pretrain"), Path(bundles_dir, "tsfm_finetune")
-    pool_data, new_data = out / "pool", out / "kits19"
+    pool_data, new_data, pool_file = out / "pool", out / "kits19", pretrain / "configs/demo_pool.json"
+    checkpoint = out / "pretrain/model.pt"
+    screen = Narrator(out / "demo.log")
 
-    _step(start, "1. Phantoms: four data sets with their own ids, spacings and annotated targets, and a downstream one",
-          f"python -m tsfm phantoms --output_dir {pool_data}")  # fmt: skip
+    screen.step("Phantoms: a pool of four data sets, each with its own ids, voxels and targets, and a new data set",
+                f"python -m tsfm phantoms --output_dir {pool_data} --cases_per_dataset {POOL_CASES}")  # fmt: skip
     if not (new_data / "done").exists():
-        phantoms.write_pool(str(pool_data), cases_per_dataset=POOL_CASES, seed=seed)
-        phantoms.write_kits19(str(new_data), cases=DOWNSTREAM_CASES, size=phantoms.REFERENCE_SIZE, seed=seed + 1)
+        phantoms.write_pool(str(pool_data), POOL_CASES, SIZE, seed)
+        phantoms.write_kits19(str(new_data), DOWNSTREAM_CASES, SIZE, seed + 1)
         (new_data / "done").touch()
 
-    pool_file = pretrain / "configs/demo_pool.json"
-    _step(start, "2. What the pool holds", f"python -m tsfm pool --pool_file {pool_file} --dataset_dir {pool_data}")
-    print(DatasetPool(pool_file, pool_data, allow_missing=True).describe())
+    screen.step("What the pool holds", f"python -m tsfm pool --pool_file {pool_file} --dataset_dir {pool_data}")
+    screen.say(DatasetPool(pool_file, pool_data, allow_missing=True).describe())
 
     settings = {"dataset_dir": pool_data, "store_dir": out / "store", "output_dir": out / "pretrain",
                 "ckpt_dir": out / "pretrain/models", "seed": seed}  # fmt: skip
-    _bundle_step(start, "3. Prepare and pretrain", pretrain, ["train.json", "small.json", "demo.json"], settings)
+    _bundle_step(screen, "Prepare and pretrain", pretrain, ["train.json", "small.json", "demo.json"], settings)
+    last = list(csv.DictReader((out / "pretrain/curve.csv").open(encoding="utf-8")))[-1]
+    screen.say(
+        f"{last['epoch']} epochs, Dice {float(last['val_mean_dice']):.2f} on patches of held-out cases: {checkpoint}"
+    )
 
-    checkpoint = out / "pretrain/model.pt"
     evaluation = {"checkpoint": checkpoint, "output_dir": out / "evaluation", "dataset_dir": pool_data,
-                  "pool_file": pool_file, "progress": False}  # fmt: skip
-    _bundle_step(start, "4. Segment and score the held-out cases of the pool, with a page of pictures", pretrain,
+                  "pool_file": pool_file}  # fmt: skip
+    _bundle_step(screen, "Segment and score the pool's held-out cases whole, with a page of pictures", pretrain,
                  ["inference.json", "evaluate.json"], evaluation)  # fmt: skip
+    screen.say(format_scores(json.loads((out / "evaluation/summary.json").read_text(encoding="utf-8"))))
 
-    _step(start, "5. Transfer to a new data set, pretrained and from scratch (the paper's Table 2, in small)",
-          f"python -m tsfm transfer_table --pretrained {checkpoint} --dataset_dir {new_data} --output_dir {out / 'transfer'} "
-          "--epochs '[1,4]' --overlays \"['kits2019.json']\"")  # fmt: skip
-    transfer_table(
-        str(checkpoint), str(new_data), str(out / "transfer"), str(finetune), epochs=(1, 4), overlays=["kits2019.json"],
-        name="kits19 phantoms", iterations_per_epoch=10, val_iterations=4, num_workers=1, checkpointing=False,
-    )  # fmt: skip
+    screen.step("Transfer to the new data set, pretrained and from scratch (the paper's Table 2, in small)",
+                f"python -m tsfm transfer_table --pretrained {checkpoint} --dataset_dir {new_data} "
+                f"--output_dir {out / 'transfer'} --epochs \"{list(EPOCHS)}\" --overlays \"{OVERLAYS}\"")  # fmt: skip
+    with screen.quiet():
+        table = transfer_table(
+            str(checkpoint), str(new_data), str(out / "transfer"), str(finetune), EPOCHS, overlays=OVERLAYS,
+            name="kits19 phantoms",
+        )  # fmt: skip
+    screen.say(table)
 
-    best = out / "transfer/cells/pretrained-4epochs-seed0/model.pt"
+    best = out / f"transfer/cells/pretrained-{max(EPOCHS)}epochs-seed0/model.pt"
     case = sorted(new_data.glob("case_*/imaging.nii.gz"))[0]
-    inference = {"checkpoint": best, "dataset_dir": case, "output_dir": out / "predictions",
-                 "existing": "overwrite", "progress": False}  # fmt: skip
-    _bundle_step(start, "6. Segment an image with the fine-tuned weights", finetune, ["inference.json"], inference)
+    inference = {"checkpoint": best, "dataset_dir": case, "output_dir": out / "predictions", "existing": "overwrite"}
+    _bundle_step(screen, "Segment an image with the fine-tuned weights", finetune, ["inference.json"], inference)
 
-    scores = (out / "evaluation/scores.md").read_text(encoding="utf-8")
-    print(f"\n{scores}\n{(out / 'transfer/table2.md').read_text(encoding='utf-8')}")
-    print(f"\nDone in {time.perf_counter() - start:.0f} s. Look at:")
-    for path in (
-        "evaluation/page.png",
-        "evaluation/scores.md",
-        "transfer/table2.png",
-        "transfer/table2.md",
-        "predictions",
-    ):
-        print(f"  {out / path}")
+    shown = ("evaluation/page.png", "evaluation/scores.md", "transfer/table2.png", "predictions", "demo.log")
+    screen.end("Look at " + ", ".join(str(out / path) for path in shown))
 
 
-def _step(start: float, title: str, command: str) -> None:
-    print(f"\n[{time.perf_counter() - start:4.0f} s] {title}\n  $ {command}\n", flush=True)
+def format_scores(summary: dict[str, Any]) -> str:
+    """One line per target of an evaluation's ``summary.json``: Dice over all data sets' cases, lesions found."""
+    lines = []
+    targets = dict.fromkeys(target for part in summary["datasets"].values() for target in part)
+    for target in targets:
+        entries = [part[target] for part in summary["datasets"].values() if target in part]
+        scored = [(entry["dice"]["mean"], entry["cases"]) for entry in entries if entry["dice"]]
+        cases = sum(count for _, count in scored)
+        dice = f"{sum(mean * count for mean, count in scored) / cases:.2f}" if cases else "-"
+        line = f"{target:14} Dice {dice} in {cases} cases"
+        counts = [entry["lesions"] for entry in entries if "lesions" in entry]
+        if counts:
+            found, true, false = (sum(count[key] for count in counts) for key in ("found", "true", "false"))
+            line += f"; {found} of {true} found, {false} false"
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def _bundle_step(start: float, title: str, bundle: Path, configs: list[str], settings: dict[str, Any]) -> None:
-    """Print and run one bundle command; MONAI's own listing of its arguments is left out."""
+def _bundle_step(screen: Narrator, title: str, bundle: Path, configs: list[str], settings: dict[str, Any]) -> None:
+    """Show and run one bundle command."""
     listed = ",".join(f"'{bundle}/configs/{name}'" for name in configs)
     overrides = " ".join(f'--{key} "{value}"' for key, value in settings.items())
-    _step(start, title, f'python -m monai.bundle run --config_file "[{listed}]" --bundle_root {bundle} {overrides}')
-    logging.getLogger("monai.bundle").setLevel(logging.WARNING)
-    run_bundle(bundle, configs, **{key: str(v) if isinstance(v, Path) else v for key, v in settings.items()})
+    screen.step(title, f'python -m monai.bundle run --config_file "[{listed}]" --bundle_root {bundle} {overrides}')
+    with screen.quiet():
+        run_bundle(bundle, configs, **{key: str(v) if isinstance(v, Path) else v for key, v in settings.items()})

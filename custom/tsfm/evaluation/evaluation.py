@@ -174,8 +174,13 @@ class ScoreWriter:
         logger.error("%s could not be scored: %s", case, error)
         self.failed.append({"case": case, "error": str(error)})
 
-    def finish(self, others: Iterable[tuple[list, list]] = ()) -> dict[str, Any]:
-        """Write the final files; `others` are (rows, failed) of other processes. Returns the summary."""
+    def finish(
+        self, others: Iterable[tuple[list, list]] = (), protocol: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Write the final files; `others` are (rows, failed) of other processes. Returns the summary.
+
+        `protocol` says how the label maps were made; it goes into ``summary.json`` and below the tables.
+        """
         for rows, failed in others:
             # A sampler that evens out the processes' shares may have given one case to two of them.
             known = {(row["dataset"], row["case"]) for row in self.rows}
@@ -185,6 +190,9 @@ class ScoreWriter:
         lesion_targets = [name for name in self.table.names if is_lesion(self.table, name)]
         summary = {**summarize(self.rows), "lesion_targets": lesion_targets, "failed": self.failed}
         text = f"{table1(self.rows, lesion_targets=lesion_targets)}\n\n{markdown_scores(summary)}\n"
+        if protocol:
+            summary["protocol"] = dict(protocol)
+            text += "\n" + "; ".join(f"{key}: {value}" for key, value in protocol.items()) + ".\n"
         for name, content in (("summary.json", json.dumps(summary, indent=4)), ("scores.md", text)):
             (self.folder / f"{name}.part").write_text(content, encoding="utf-8")
         for name in ("cases.csv", "lesions.csv"):
@@ -290,7 +298,7 @@ class CaseScores:
         known = {failure["case"] for failure in self._writer.failed}
         results = [row for row in getattr(engine, "results", []) if "error" in row and row["case"] not in known]
         self._writer.failed += [{"case": row["case"], "error": row["error"]} for row in results]
-        self.summary = self._writer.finish(parts[1:])
+        self.summary = self._writer.finish(parts[1:], getattr(engine, "protocol", None))
         logger.info("Scores of %d cases in %s", self.summary["cases"], self.output_dir)
         if self._writer.failed and self.raise_on_failure and not hasattr(engine, "results"):
             raise RuntimeError(failure_text(self._writer.failed))

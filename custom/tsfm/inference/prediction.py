@@ -61,6 +61,8 @@ class CaseEvaluator(SupervisedEvaluator):
     Args:
         table: label table or target names, to name the label map's values in the summary.
         summary: print the table of cases at the end.
+        annotated_only: paint a case with the targets that its data set ("dataset") annotates in `table`, as MultiTalent
+            scores: what another data set would call these voxels does not cover them. The inferer is a `SlabInferer`.
         others: as for SupervisedEvaluator; batches of one case. `amp` belongs to the inferer.
 
     Raises:
@@ -68,9 +70,17 @@ class CaseEvaluator(SupervisedEvaluator):
     """
 
     def __init__(
-        self, *args: Any, table: LabelTable | Sequence[str] | None = None, summary: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        table: LabelTable | Sequence[str] | None = None,
+        summary: bool = True,
+        annotated_only: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.every, self.annotated = self.inferer, None
+        if annotated_only:
+            self.annotated = {dataset: table.annotated(dataset) for dataset in table.datasets}
         self.names = table.names if isinstance(table, LabelTable) else tuple(table or ())
         self.summary = summary
         self.results: list[dict[str, Any]] = []
@@ -85,6 +95,15 @@ class CaseEvaluator(SupervisedEvaluator):
             listed = "\n".join(f"  {row['case']}: {row['error']}" for row in failed)
             raise FailedCases(f"{len(failed)} of {len(self.results)} cases failed:\n{listed}")
 
+    @property
+    def protocol(self) -> dict[str, str]:
+        """How label maps are made, for whoever compares scores."""
+        axes = sorted({axis for flip in getattr(self.every, "flips", ()) for axis in flip})
+        return {
+            "painted per case": "all targets" if self.annotated is None else "the targets that its data set annotates",
+            "mirrored along": ", ".join("SPL"[axis - 2] for axis in axes) or "no axis",
+        }
+
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> Any:
         case = _case_of(batchdata, len(self.results) + 1)
         row: dict[str, Any] = {"case": case}
@@ -92,6 +111,8 @@ class CaseEvaluator(SupervisedEvaluator):
             if "error" in batchdata:
                 row["error"] = batchdata["error"][0]
             else:
+                if self.annotated is not None and "dataset" in batchdata:
+                    self.inferer = self.every.restricted_to(self.annotated[batchdata["dataset"][0]])
                 output = super()._iteration(engine, batchdata)
                 prediction = output[0].get("pred") if isinstance(output, list) and output else None
                 row["ml"] = {} if prediction is None else volumes_ml(prediction, self.names)

@@ -7,6 +7,7 @@ logits and their resizing are nnU-Net's (2.8.1). Axis letters: T targets, S P L 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,6 +182,12 @@ class SlabInferer(Inferer):
         self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
         self.amp, self.channels_last, self.progress = amp, channels_last, progress
 
+    def restricted_to(self, targets: Sequence[str]) -> SlabInferer:
+        """The same inferer, which computes of its targets only those that are among `targets`, perhaps none."""
+        other = copy.copy(self)
+        other.channels = [i for i in self.channels if self.names[i] in targets]
+        return other
+
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Label map (1, 1, s, p, l), uint8, of one prepared image (1, C, S, P, L), with the image's metadata."""
         image, grid = self._image(inputs), source_grid(inputs)
@@ -188,7 +195,7 @@ class SlabInferer(Inferer):
         paint = [(self.channels.index(i), i + 1) for i in order if i in self.channels]
         levels = [self.levels[i] for i in self.channels]
         painter = Painter(image.shape[1:], grid.shape, paint, levels, grid.thick)
-        for slab in self.slabs(image, network, *args, **kwargs):
+        for slab in self.slabs(image, network, *args, **kwargs) if paint else ():
             painter.add(slab)
         label_map = painter.label_map[None, None]
         if not isinstance(inputs, MetaTensor):

@@ -33,7 +33,7 @@ class PoolSampler(DistributedSampler):
 
     Use it as the ``sampler`` of a loader with the same `batch_size`, or, with ``batched=True``, as its
     ``batch_sampler``. It is a DistributedSampler so that MONAI's trainer tells it the epoch by itself; elsewhere call
-    :meth:`set_epoch`. Without either, every epoch is the same, which suits validation.
+    :meth:`set_epoch`. With `fixed` every epoch is the same, whoever tells it: for validation.
 
     Args:
         data: datalist items (weighted by :func:`tsfm.cases.pool.sampling_weights`), or one weight per case.
@@ -44,6 +44,7 @@ class PoolSampler(DistributedSampler):
         rank, world_size: this process and their number; the batches of all ranks together are those that one process
             with the `world_size`-fold `batch_size` would draw.
         allow_empty: without any case, draw nothing instead of raising a ValueError (a fold without validation cases).
+        fixed: draw the same samples in every epoch.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class PoolSampler(DistributedSampler):
         world_size: int = 1,
         batched: bool = False,
         allow_empty: bool = False,
+        fixed: bool = False,
     ) -> None:
         weights = sampling_weights(data) if len(data) and isinstance(data[0], Mapping) else np.asarray(data, np.float64)
         if not len(weights) and allow_empty:
@@ -68,7 +70,13 @@ class PoolSampler(DistributedSampler):
         self.iterations = iterations
         self.foreground_fraction = foreground_fraction
         self.batched = batched
+        self.fixed = fixed
         self._cumulative = np.cumsum(weights) / weights.sum()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other samples in every epoch, unless the sampler is `fixed`."""
+        if not self.fixed:
+            super().set_epoch(epoch)
 
     def __len__(self) -> int:
         return self.iterations if self.batched else self.iterations * self.batch_size

@@ -168,6 +168,19 @@ def table_of(description: Mapping[str, Any]) -> LabelTable:
     return LabelTable(description["targets"], description["dataset_labels"])
 
 
+def trained_targets(description: Mapping[str, Any]) -> list[str]:
+    """Targets that the data sets of the training annotate: what the weights can be asked for, in the table's order.
+
+    A pool may declare more than the training found (``--allow_missing``); all targets where the data sets are not known.
+    """
+    table = table_of(description)
+    seen = {
+        name for dataset in description.get("trained_on", ()) if dataset in table.datasets
+        for name in table.annotated(dataset)
+    }  # fmt: skip
+    return [name for name in table.names if name in seen or not seen]
+
+
 def matching_table(description: Mapping[str, Any], pool_table: LabelTable) -> LabelTable:
     """`pool_table`, once it is sure that the weights' outputs are its targets, in its order.
 
