@@ -211,6 +211,20 @@ def test_the_declared_network_has_1600_million_parameters():
     assert 1.56e9 < sum(parameter.numel() for parameter in network.parameters()) < 1.64e9
 
 
+@pytest.mark.parametrize(
+    ("size", "least", "most"), [("s", 1e6, 3e6), ("b", 4e7, 5e7), ("l", 3e8, 5e8), ("h", 1.5e9, 1.7e9)]
+)
+def test_tsfm_comes_in_four_sizes_in_both_bundles(size, least, most):
+    overlay = config(FINETUNE, f"tsfm_{size}.json")
+    assert overlay["network_size"] == f"tsfm_{size}" and set(overlay) == {"_desc_", "network_size"}
+    train = merge_overlay(config(PRETRAIN, "train.json"), config(PRETRAIN, f"tsfm_{size}.json"))
+    parser = ConfigParser({**train, "bundle_root": str(PRETRAIN)})
+    with torch.device("meta"):
+        network = parser.get_parsed_content("network_def")
+    assert least < sum(parameter.numel() for parameter in network.parameters()) < most
+    assert network.description["network"]["strides"] == [[2, 2, 2]] * 4 + [[1, 2, 2]]
+
+
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
 @pytest.mark.parametrize("kind", ["train", "infer"])
 def test_monai_finds_every_property_of_a_workflow(bundle, kind, pretrained, phantom_pool, tiny, tmp_path):
