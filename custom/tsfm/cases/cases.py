@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..labels import LabelTable
 from .pool import complete_items
-from .volumes import CaseError, CaseWarning, RawVolume, check_same_grid, read_volume, spacing_of, to_spl
+from .volumes import CaseError, CaseWarning, RawVolume, axis_codes, check_same_grid, read_volume, spacing_of, to_spl
 
 HU_RANGE = (-9000.0, 35000.0)
 """No CT scanner writes values beyond these, padding (-3024, -8192) and metal (up to about 31000) included."""
@@ -26,6 +26,11 @@ class Preparation:
     (CT: HU); a modality that is not listed is z-scored per case and channel. masked: modality -> whether the z-score
     looks at the non-zero region only (nnU-Net's plan); by default where cropping removed more than a quarter of the
     case. default_modality: for items that name none.
+
+    The rest is for networks that were trained elsewhere. channels: the rule of each channel, whatever its modality:
+    {"scheme": "ct" (with lower, upper, mean, sd) | "zscore" (with "masked") | "none" | "01" (to the range 0 to 1) | "rgb"
+    (over 255)}. orientation: of the axes, see `reading.axis_codes`; where it is not "SPL", "(S, P, L)" reads "the three
+    axes in this order" everywhere. resample_first: normalise after resampling (nnU-Net 1), not before.
     """
 
     spacing_mm: tuple[float, float, float]
@@ -33,6 +38,9 @@ class Preparation:
     in_channels: int = 1
     default_modality: str = "CT"
     masked: Mapping[str, bool] = field(default_factory=dict)
+    channels: Sequence[Mapping[str, Any]] = ()
+    orientation: str = "SPL"
+    resample_first: bool = False
 
     def __post_init__(self) -> None:
         spacing = tuple(float(side) for side in self.spacing_mm)
@@ -43,6 +51,9 @@ class Preparation:
             missing = {"lower", "upper", "mean", "sd"} - set(values)
             if missing:
                 raise ValueError(f"Preparation.intensity of {modality} lacks {sorted(missing)}; it has {list(values)}")
+        if self.channels and len(self.channels) != self.in_channels:
+            raise ValueError(f"Preparation.channels has {len(self.channels)} rules for {self.in_channels} channels")
+        axis_codes(np.eye(4), self.orientation)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON from which `from_dict` builds the same preparation."""
@@ -51,6 +62,7 @@ class Preparation:
         plain["intensity"] = {
             name: {k: float(v) for k, v in sorted(values.items())} for name, values in sorted(self.intensity.items())
         }
+        plain["channels"] = [dict(rule) for rule in self.channels]
         plain["masked"] = {name: bool(value) for name, value in sorted(self.masked.items())}
         return plain
 
@@ -88,13 +100,13 @@ def load_case(item: Mapping[str, Any], table: LabelTable | None, preparation: Pr
         item = complete_items([item], table, preparation.default_modality)[0]
     modality = item.get("modality") or preparation.default_modality
     raw = read_volume(item["image"])
-    image, affine = to_spl(raw, np.float32)
+    image, affine = to_spl(raw, np.float32, preparation.orientation)
     image_grid = RawVolume(image, affine, raw.source)
     del raw
     check_image(image, preparation, modality, image_grid.source)
     codes = None
     if table is not None and item.get("label") is not None:
-        codes = _load_codes(item, table, image_grid)
+        codes = _load_codes(item, table, image_grid, preparation.orientation)
     return Case(image, codes, affine, image_grid.source, item.get("dataset", ""), modality, item.get("case", ""))
 
 
@@ -123,10 +135,10 @@ def check_image(image, preparation: Preparation, modality: str, source: str) -> 
         )
 
 
-def _load_codes(item: Mapping[str, Any], table: LabelTable, image: RawVolume) -> np.ndarray:
+def _load_codes(item: Mapping[str, Any], table: LabelTable, image: RawVolume, orientation: str) -> np.ndarray:
     """Local codes (S, P, L) of one label map, or of one mask per structure."""
     if not isinstance(item["label"], Mapping):
-        return _encode(table, item["dataset"], *_load_labels(item["label"], image))
+        return _encode(table, item["dataset"], *_load_labels(item["label"], image, orientation))
     ids = table.local_ids(item["dataset"])
     unknown = [name for name in item["label"] if name not in ids]
     if unknown:
@@ -142,7 +154,7 @@ def _load_codes(item: Mapping[str, Any], table: LabelTable, image: RawVolume) ->
         )
     codes = np.zeros(image.array.shape[1:], table.code_dtype)
     for name in sorted(item["label"], key=ids.index):
-        codes[_load_labels(item["label"][name], image)[0] != 0] = ids.index(name)
+        codes[_load_labels(item["label"][name], image, orientation)[0] != 0] = ids.index(name)
     return codes
 
 
@@ -160,12 +172,12 @@ def _encode(table: LabelTable, dataset: str, raw: np.ndarray, source: str) -> np
     return codes
 
 
-def _load_labels(path, image: RawVolume) -> tuple[np.ndarray, str]:
+def _load_labels(path, image: RawVolume, orientation: str) -> tuple[np.ndarray, str]:
     """Whole-number label map (S, P, L) on the image's grid, and its path."""
     raw = read_volume(path)
     if len(raw.array) != 1:
         raise CaseError(f"{raw.source}: {len(raw.array)} volumes in a label file; expected one 3D label map")
-    labels, affine = to_spl(raw)
+    labels, affine = to_spl(raw, None, orientation)
     check_same_grid(image, RawVolume(labels, affine, raw.source), "image and label")
     if labels.dtype.kind == "f":
         labels = _whole_numbers(labels, raw.source)

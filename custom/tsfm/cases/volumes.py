@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 from monai.data import ImageReader
 from monai.utils import SpaceKeys
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt2axcodes, ornt_transform
 
 SAME_GRID = 0.1
 """Two grids count as the same while no corner is further apart than this fraction of the smallest voxel side."""
@@ -162,10 +162,26 @@ def _gray(voxels: np.ndarray, path: str) -> np.ndarray:
     return red.astype(np.float32)
 
 
-def to_spl(volume: RawVolume, dtype: type | None = None) -> tuple[np.ndarray, np.ndarray]:
+def axis_codes(affine: np.ndarray, orientation: str = "SPL") -> str:
+    """Where each axis shall point, "SPL" for example; an `orientation` of stored axes ("kji") in this affine's letters.
+
+    Stored axes are NIfTI's voxel indices i, j, k: "kji" is their order reversed and none turned round, as nnU-Net has it.
+
+    Raises:
+        ValueError: an orientation that is neither.
+    """
+    if sorted(orientation) == ["i", "j", "k"]:
+        codes = ornt2axcodes(io_orientation(affine))
+        return "".join(codes["ijk".index(axis)] for axis in orientation)
+    if sorted("LPS"["LRPAIS".index(axis) // 2] for axis in orientation if axis in "LRPAIS") != ["L", "P", "S"]:
+        raise ValueError(f"orientation is {orientation!r}; expected three of LR, PA, IS, or the stored axes i, j and k")
+    return orientation
+
+
+def to_spl(volume: RawVolume, dtype: type | None = None, orientation: str = "SPL") -> tuple[np.ndarray, np.ndarray]:
     """Voxels (C, S, P, L), contiguous, and their affine: the axes turned by the affine alone, as Orientationd does."""
     shape = volume.array.shape[1:]
-    turn = ornt_transform(io_orientation(volume.affine), axcodes2ornt(("S", "P", "L")))
+    turn = ornt_transform(io_orientation(volume.affine), axcodes2ornt(axis_codes(volume.affine, orientation)))
     order = [0, *(1 + np.argsort(turn[:, 0]).astype(int))]
     array = volume.array[(slice(None), *(slice(None, None, int(flip)) for flip in turn[:, 1]))].transpose(order)
     return np.ascontiguousarray(array, dtype), volume.affine @ inv_ornt_aff(turn, shape)

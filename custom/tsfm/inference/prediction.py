@@ -27,6 +27,8 @@ from ..labels import LabelTable
 
 logger = logging.getLogger(__name__)
 
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+
 
 class FailedCases(RuntimeError):
     """Some cases of a run failed; the others are done. The message lists them."""

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import nibabel as nib
@@ -24,10 +24,12 @@ from ..cases.folders import PoolError, _two_folders
 from ..cases.pool import DatasetPool
 from ..cases.volumes import read_volume
 from ..files import atomic_write
-from ..network.tsfm_net import TSFM
+from ..network.described import DescribedNetwork
+from ..network.networks import LEVEL_STRIDES, create_network
 from ..patches.store import CaseStore
 from ..preparation.fingerprint import Fingerprint, fingerprint, fit_patch, plan_spacing
-from ..training.checkpoint import CheckpointError, build_network, read_description
+from ..training.checkpoint import CheckpointError, build_network
+from .public_weights import read_pretrained
 from .transfer import freeze as freeze_parts
 from .transfer import load_pretrained
 
@@ -76,7 +78,7 @@ def dataset_pool(
             raise PoolError(
                 f"{dataset_dir}: two folders say nothing about the labels; name them (--label_ids \"{{'1': 'liver'}}\")"
             )
-    elif pretrained not in FROM_SCRATCH and os.path.isfile(str(pretrained)):
+    elif pretrained not in FROM_SCRATCH and os.path.exists(str(pretrained)):
         description = _pretrained_description(pretrained)
         return DatasetPool({"targets": description["targets"], "datasets": []}, dataset_dir, **options)
     else:
@@ -135,13 +137,18 @@ def plan_preparation(
         logger.info("target spacing by nnU-Net's rule: %s mm (S, P, L)", [round(float(side), 3) for side in spacing])
     masked = dict(known.get("masked", {}))
     has_ct = bool(pool.entries) and any(item["modality"] == "CT" for item in pool.cases)
-    if ct_normalization == "checkpoint" and has_ct and "CT" not in known["intensity"]:
+    if (
+        ct_normalization == "checkpoint"
+        and has_ct
+        and "CT" not in known.get("intensity", {})
+        and not known.get("channels")
+    ):
         logger.warning(
             "the pretrained weights never saw CT: its normalization follows from the fingerprint of this data"
         )
         ct_normalization = "fingerprint"
     if ct_normalization == "checkpoint":
-        intensity = dict(known["intensity"])
+        intensity = dict(known.get("intensity", {}))
     elif isinstance(ct_normalization, Mapping):
         intensity = {"CT": dict(ct_normalization)}
     elif ct_normalization == "fingerprint":
@@ -159,7 +166,13 @@ def plan_preparation(
             f"ct_normalization is {ct_normalization!r}; expected 'checkpoint', 'fingerprint' or four numbers"
         )
     modality = known.get("default_modality") if not pool.entries else pool.cases[0]["modality"]
-    return Preparation(tuple(spacing), intensity, in_channels, modality, masked)
+    found = Preparation(tuple(spacing), intensity, in_channels, modality, masked)
+    if spacing_mm != "checkpoint" or not known:
+        return found
+    kept = {key: known[key] for key in ("orientation", "resample_first") if key in known}
+    if ct_normalization == "checkpoint" and len(known.get("channels", ())) == in_channels:
+        kept["channels"] = known["channels"]
+    return replace(found, **kept)
 
 
 def plan_patch(
@@ -175,7 +188,8 @@ def plan_patch(
     if not pool.entries:
         return description["patch_size"]
     shape = _fingerprint(pool, store_dir).median_prepared_shape(preparation.spacing_mm)
-    patch = [int(size) for size in fit_patch(shape, description["network"]["strides"], description["patch_size"])]
+    strides = description["network"].get("strides", LEVEL_STRIDES)
+    patch = [int(size) for size in fit_patch(shape, strides, description["patch_size"])]
     logger.info(
         "patch %s for cases of about %s voxels at %s mm", patch, [round(s) for s in shape], list(preparation.spacing_mm)
     )
@@ -192,11 +206,11 @@ def downstream_network(
     freeze: str = "none",
     output_dir: str | None = None,
     **overrides: Any,
-) -> TSFM:
+) -> DescribedNetwork:
     """The pretrained network with the task's channels, targets and patch, its weights taken over.
 
     `from_scratch` keeps the architecture and drops the weights (the paper's "nopretrain" rows). Without `pretrained`
-    the arguments of `TSFM` come from `overrides` alone. The report of what was taken over goes to
+    the network's name and arguments come from `overrides` alone. The report of what was taken over goes to
     ``transfer_report.json`` in `output_dir`.
     """
     shape = {
@@ -206,10 +220,10 @@ def downstream_network(
         **overrides,
     }
     if pretrained in FROM_SCRATCH:
-        network = TSFM(**shape)
+        network = create_network(**shape)
     else:
         network = build_network(_pretrained_description(pretrained), **shape)
-        network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
+    network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
     if pretrained not in FROM_SCRATCH and not from_scratch:
         report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
         task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
@@ -224,12 +238,18 @@ def _pretrained_description(pretrained: str | None) -> dict[str, Any]:
     """What travels with the pretrained weights; CheckpointError with the way out where there are none."""
     if pretrained in FROM_SCRATCH:
         raise CheckpointError("there are no pretrained weights to plan by: give --pretrained FILE, or --patch_size")
-    if not os.path.isfile(str(pretrained)):
+    if not os.path.exists(str(pretrained)):
         raise CheckpointError(
             f"the pretrained weights {os.path.abspath(str(pretrained))} do not exist: put the model.pt of a pretraining "
             "there, or name it (--pretrained FILE). --from_scratch True needs it too: it says what the network is like"
         )
-    return read_description(str(pretrained))
+    description = read_pretrained(str(pretrained)).description
+    if "network" not in description:
+        raise CheckpointError(
+            f"{pretrained}: the weights carry no description of their network, so nothing can be planned by them. Use a "
+            "model.pt that tsfm's bundles wrote, or weights in a layout that docs/networks.md lists"
+        )
+    return description
 
 
 def prepare(store: CaseStore, items: Sequence[Mapping[str, Any]], num_workers: int = 0) -> None:

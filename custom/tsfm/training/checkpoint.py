@@ -10,23 +10,36 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .._version import __version__
 from ..files import atomic_write
 from ..labels import LabelTable
-from ..network.tsfm_net import TSFM
+from ..network.described import DescribedNetwork
+from ..network.networks import create_network
 
 EXTRA_STATE = "_extra_state"
 
 NESTED_KEYS = ("model", "state_dict", "network", "network_weights")
 
 PREFIXES = ("module.", "_orig_mod.", "network.")
+
+SCALAR = np.float64(0).__reduce__()[0]
+
+NUMPY_SCALARS = [
+    (np.dtype, "numpy.dtype"),
+    (SCALAR, "numpy.core.multiarray.scalar"),
+    (SCALAR, "numpy._core.multiarray.scalar"),
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")),
+]
+"""What a weight file may hold besides tensors and plain values: the logs in nnU-Net's are full of such numbers."""
 
 
 class CheckpointError(ValueError):
@@ -42,7 +55,7 @@ def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[s
     Raises:
         CheckpointError: no such file, not a weight file, or a pickle that holds more than tensors and plain values.
     """
-    state = _load_file(os.fspath(path))
+    state = load_file(os.fspath(path))
     for key in NESTED_KEYS:
         if isinstance(state.get(key), Mapping):
             state = state[key]
@@ -82,7 +95,7 @@ def decode_description(extra: torch.Tensor | None) -> dict[str, Any]:
 
 
 def describe_network(
-    network: TSFM,
+    network: DescribedNetwork,
     table: LabelTable,
     preparation: Any,
     patch_size: Sequence[int],
@@ -91,7 +104,7 @@ def describe_network(
     param_dtype: str = "float32",
     mirror_axes: str = "SPL",
     initial_weights: str | None = None,
-) -> TSFM:
+) -> DescribedNetwork:
     """Give `network` the description that travels with its weights, and move it to `device`.
 
     `items` are the training items: their modalities and data sets are written down. `param_dtype` ``bfloat16`` halves
@@ -155,9 +168,20 @@ def known_modalities(description: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([first, *description.get("modalities", ())]))
 
 
-def build_network(description: Mapping[str, Any], **overrides: Any) -> TSFM:
-    """The network that `description` names, without its weights; `overrides` change constructor arguments (dropout)."""
-    network = TSFM(**{**description["network"], **overrides})
+def build_network(description: Mapping[str, Any], **overrides: Any) -> DescribedNetwork:
+    """The network that `description` names, without its weights; `overrides` change constructor arguments (dropout).
+
+    Raises:
+        CheckpointError: `overrides` that name another network.
+    """
+    arguments = {"name": "tsfm", **description["network"]}
+    name = overrides.pop("name", None) or arguments["name"]
+    if name != arguments["name"]:
+        raise CheckpointError(
+            f"the weights are those of a network '{arguments['name']}', the configuration asks for '{name}': leave its "
+            "overlay out, or give other weights (--pretrained)"
+        )
+    network = create_network(**{**arguments, **overrides})
     network.description = {**description, "network": network.description["network"]}
     return network
 
@@ -228,21 +252,28 @@ def _write_state(state: dict[str, torch.Tensor], path: str, safetensors: bool) -
         torch.save(state, path)
 
 
-def _load_file(path: str) -> dict[str, Any]:
+def load_file(path: str) -> dict[str, Any]:
+    """What a weight file holds, as it is, the tensors of ``.pt`` files mapped.
+
+    Raises:
+        CheckpointError: as `read_state`.
+    """
     if not os.path.isfile(path):
         raise CheckpointError(f"weight file {os.path.abspath(path)} does not exist")
     if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
+        from safetensors import torch as safetensors
 
         try:
-            return load_file(path)
+            return safetensors.load_file(path)
         except Exception as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     try:
         # Files in the format before torch 1.6 cannot be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        named = re.search(r"GLOBAL (\S+) was not", str(error))
+        reason = f"it names {named[1]}" if named else str(error).splitlines()[0]
         raise CheckpointError(
             f"{path} is refused: it is damaged, or a pickle with code in it instead of tensors and plain values only "
             f"({reason}). Ask its author for a state dict or safetensors."

@@ -23,14 +23,14 @@ def fill_configs(
     A config that takes them from the pretrained weights (fine-tuning) keeps doing so: those are the released ones,
     found from any working folder; only a run of the bundle itself writes a report of what was taken over.
     """
-    network = {"_target_": "tsfm.network.tsfm_net.TSFM", **description["network"]}
+    network = {"_target_": "tsfm.network.networks.create_network", "name": "tsfm", **description["network"]}
     preparation = {"_target_": "tsfm.cases.cases.Preparation.from_dict", "values": description["preparation"]}
     train, inference = configs.get("train.json", {}), configs["inference.json"]
     if "description" in inference:
         inference["description"]["_target_"] = "tsfm.training.checkpoint.bundle_description"
     else:
         inference["network_def"] = network
-    if train.get("network_def", {}).get("_target_") == "tsfm.network.tsfm_net.TSFM":
+    if train.get("network_def", {}).get("_target_") == "tsfm.network.networks.create_network":
         references = {key: value for key, value in train["network_def"].items() if str(value).startswith("@")}
         references.pop("img_size", None)  # the grid of the position embedding is the weights', whatever the patch
         train["network_def"] = {**network, **references}
