@@ -141,6 +141,7 @@ COMMANDS = {
     "release": "release",
     "gate": gate,
     "export": export,
+    "import_nnunet": "import_nnunet",
     "demo": "demo",
 }
 """Functions, or the module that holds the function of this name: most import torch, which takes a second."""

@@ -51,6 +51,7 @@ class Preparation:
             missing = {"lower", "upper", "mean", "sd"} - set(values)
             if missing:
                 raise ValueError(f"Preparation.intensity of {modality} lacks {sorted(missing)}; it has {list(values)}")
+        object.__setattr__(self, "channels", tuple(dict(rule) for rule in self.channels))
         if self.channels and len(self.channels) != self.in_channels:
             raise ValueError(f"Preparation.channels has {len(self.channels)} rules for {self.in_channels} channels")
         axis_codes(np.eye(4), self.orientation)

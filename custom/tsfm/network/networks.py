@@ -6,6 +6,7 @@
 | nnunet    | nnU-Net's plain or residual U-Net | dynamic-network-architectures 0.4.4, `pip install --no-deps`        |
 | swinunetr | SwinUNETR                        | MONAI                                                                |
 | stunet    | STU-Net                          | medim 0.1.2, `pip install --no-deps`, with appdirs and requests      |
+| sam_med3d | SAM-Med3D, which needs clicks    | medim                                                                |
 | ensemble  | the mean of several, all alike   |                                                                      |
 
 The name and the arguments travel with the weights, so that a weight file names nothing but an entry of this list: no
@@ -15,7 +16,7 @@ file can have anything else imported or called. Packages are imported when their
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -36,6 +37,11 @@ INSTALL = {
     "dynamic_network_architectures": "pip install --no-deps dynamic-network-architectures==0.4.4",
     "medim": "pip install --no-deps medim==0.1.2 && pip install appdirs requests",
 }
+
+REQUIRED = {"nnunet": ("dynamic-network-architectures", "0.4.4"), "stunet": ("medim", "0.1.2")}
+
+REQUIRED["sam_med3d"] = REQUIRED["stunet"]
+"""Packages that a network's bundle needs beside the others, for its metadata."""
 
 
 class NetworkError(ValueError):
@@ -156,14 +162,13 @@ class SwinUNETR(Adapted):
         from monai.networks.nets import SwinUNETR as Swin
 
         arguments = {"name": "swinunetr", **given(SwinUNETR, locals()), "deep_supervision": False}
-        net = Swin(
-            in_channels,
-            out_channels,
-            feature_size=feature_size,
-            drop_rate=dropout,
-            use_checkpoint=checkpointing,
-            use_v2=use_v2,
-        )
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # it computes its drop path rates, which the meta device cannot
+            net = Swin(
+                in_channels, out_channels, feature_size=feature_size, drop_rate=dropout, use_checkpoint=checkpointing,
+                use_v2=use_v2,
+            )  # fmt: skip
+        net.to(device)
         inputs = r"net\.(swinViT\.patch_embed\.proj|encoder1\.layer\.conv[13]\.conv)\.weight$"
         parts = Parts(r"net\.swinViT\.", r"net\.out\.", r"net\.out\.", r"(?!)", inputs)
         super().__init__(arguments, net, LEVEL_STRIDES, parts)
@@ -240,13 +245,14 @@ class Ensemble(DescribedNetwork):
         return torch.stack([member(x) for member in self.members]).mean(0)
 
 
-NETWORKS: dict[str, Callable[..., DescribedNetwork]] = {
-    "tsfm": TSFM,
-    "nnunet": NNUNet,
-    "swinunetr": SwinUNETR,
-    "stunet": STUNet,
-    "ensemble": Ensemble,
-}
+NETWORKS = {"tsfm": TSFM, "nnunet": NNUNet, "swinunetr": SwinUNETR, "stunet": STUNet, "ensemble": Ensemble}
+
+
+def networks() -> dict[str, type[DescribedNetwork]]:
+    """Every network by its name."""
+    from .prompted import SAMMed3D
+
+    return {**NETWORKS, "sam_med3d": SAMMed3D}
 
 
 def create_network(name: str = "tsfm", **arguments: Any) -> DescribedNetwork:
@@ -255,13 +261,14 @@ def create_network(name: str = "tsfm", **arguments: Any) -> DescribedNetwork:
     Raises:
         NetworkError: an unknown network, an argument that no network knows, a package that is not installed.
     """
-    if name not in NETWORKS:
-        raise NetworkError(f"network {name!r} is unknown; expected one of {', '.join(NETWORKS)}")
-    known = {key: inspect.signature(network).parameters for key, network in NETWORKS.items()}
+    found = networks()
+    if name not in found:
+        raise NetworkError(f"network {name!r} is unknown; expected one of {', '.join(found)}")
+    known = {key: inspect.signature(network).parameters for key, network in found.items()}
     unknown = [key for key in arguments if not any(key in parameters for parameters in known.values())]
     if unknown:
         raise NetworkError(f"no network has the argument(s) {unknown}; {name} has {list(known[name])}")
-    return NETWORKS[name](**{key: value for key, value in arguments.items() if key in known[name]})
+    return found[name](**{key: value for key, value in arguments.items() if key in known[name]})
 
 
 def package(module: str) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..cases.cases import Preparation
 from ..labels import LabelTable
 from ..network.networks import create_network
 from ..training.checkpoint import CheckpointError, load_file
@@ -321,12 +322,9 @@ def _preparation(
         elif rule["scheme"] == "zscore":
             rule["masked"] = bool(configuration["use_mask_for_norm"][index])
         rules.append(rule)
-    return {
-        "spacing_mm": list(configuration["spacing"]),
-        "in_channels": len(channels),
-        "orientation": "".join(ORIENTATIONS[reader][axis] for axis in plans["transpose_forward"]),
-        **by_modality(rules),
-    }
+    orientation = "".join(ORIENTATIONS[reader][axis] for axis in plans["transpose_forward"])
+    spacing, count = configuration["spacing"], len(channels)
+    return Preparation(spacing, in_channels=count, orientation=orientation, **by_modality(rules)).to_dict()
 
 
 def by_modality(rules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

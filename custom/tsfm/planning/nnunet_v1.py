@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..cases.cases import Preparation
 from ..training.checkpoint import CheckpointError, load_file
 from ..training.safe_pickle import read_pickle
 from .nnunet import Model, by_modality, rename
@@ -90,13 +91,13 @@ def describe(
         "checkpointing": False,
     }
     rules = _rules(plans, network["in_channels"], source)
-    preparation = {
-        "spacing_mm": [float(mm) for mm in stage["current_spacing"]],
-        "in_channels": network["in_channels"],
-        "orientation": "".join("kji"[int(axis)] for axis in plans.get("transpose_forward", (0, 1, 2))),
-        "resample_first": True,
+    preparation = Preparation(
+        [float(mm) for mm in stage["current_spacing"]],
+        in_channels=network["in_channels"],
+        orientation="".join("kji"[int(axis)] for axis in plans.get("transpose_forward", (0, 1, 2))),
+        resample_first=True,
         **by_modality(rules),
-    }
+    ).to_dict()
     names = [f"label_{value}" for value in range(1, len(heads))]
     return {
         "format": 1,

@@ -22,11 +22,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..cases.cases import Preparation
 from ..network.networks import STUNET_STRIDES
 from ..training.checkpoint import load_file, read_state
 from . import nnunet, nnunet_v1
 
 NOTHING = r"(?!)"
+
+SWIN_RANGE = {"lower": -1000.0, "upper": 1000.0, "mean": -1000.0, "sd": 2000.0}  # HU, to the range 0 to 1
 
 
 class Pretrained(NamedTuple):
@@ -113,16 +116,18 @@ def _stunet(path: str, content: Mapping[str, Any], state: Mapping[str, Tensor]) 
         "depths_down": [sum(name.split(".")[1] == str(level) for name in blocks) for level in range(levels)],
         "deep_supervision": True,
     }
-    preparation = {"spacing_mm": [1.5, 1.5, 1.5], "in_channels": network["in_channels"], "default_modality": "CT"}
-    preparation |= {
-        "channels": [{"scheme": "zscore", "masked": False}] * network["in_channels"],
-        "resample_first": True,
-    }
+    channels = network["in_channels"]
+    preparation = Preparation(
+        (1.5, 1.5, 1.5),
+        in_channels=channels,
+        channels=[{"scheme": "zscore", "masked": False}] * channels,
+        resample_first=True,
+    )
     description = {
         "network": network,
         "targets": {name: {} for name in names},
         "dataset_labels": [{"name": "totalsegmentator", "labels": {str(i): name for i, name in enumerate(names, 1)}}],
-        "preparation": preparation,
+        "preparation": preparation.to_dict(),
         "patch_size": [128, 128, 128],
         "modalities": ["CT"],
         "activation": "softmax",
@@ -166,13 +171,7 @@ def _swin_encoder(tensors: dict[str, Tensor]) -> Pretrained:
         "network": {**network, "deep_supervision": False},
         "targets": {},
         "dataset_labels": [],
-        "preparation": {
-            "spacing_mm": [2.0, 1.5, 1.5],
-            "intensity": {
-                "CT": {"lower": -1000.0, "upper": 1000.0, "mean": -1000.0, "sd": 2000.0}
-            },  # to the range 0 to 1
-            "in_channels": channels,
-        },
+        "preparation": Preparation((2.0, 1.5, 1.5), {"CT": SWIN_RANGE}, channels).to_dict(),
         "patch_size": [96, 96, 96],
         "modalities": ["CT"],
     }
@@ -186,7 +185,7 @@ def _sam_med3d(path: str, content: Mapping[str, Any], state: Mapping[str, Tensor
         "network": {"name": "sam_med3d", "in_channels": 1, "out_channels": 1, "img_size": [128, 128, 128]},
         "targets": {"target": {}},
         "dataset_labels": [],
-        "preparation": {"spacing_mm": [1.5, 1.5, 1.5], "orientation": "RAS", "default_modality": "CT"},
+        "preparation": Preparation((1.5, 1.5, 1.5), orientation="RAS").to_dict(),
         "patch_size": [128, 128, 128],
         "modalities": ["CT"],
     }

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tsfm.network.networks import REQUIRED
 from tsfm.training.checkpoint import table_of
 
 PREPARATION_IDS = ("spacing_mm", "ct_normalization")
@@ -50,9 +51,11 @@ def fill_configs(
     if "pool.json" in configs:
         configs["pool.json"] = _fitted_pool(configs["pool.json"], description)
     configs["metadata.json"] = _fitted_metadata(configs["metadata.json"], description, name, trained_on)
+    network = description["network"].get("name", "tsfm")
+    method = "TSFM, the Tumor Segmentation Foundation Model," if network == "tsfm" else f"A network ({network})"
     configs["metadata.json"]["description"] = (
-        f"TSFM, the Tumor Segmentation Foundation Model, as a network of {parameters / 1e6:.3g} million parameters that "
-        f"segments {', '.join(description['targets'])}. Trained on: {trained_on or ', '.join(description['trained_on'])}."
+        f"{method} of {parameters / 1e6:.3g} million parameters that segments {', '.join(description['targets'])}. "
+        f"Trained on: {trained_on or ', '.join(description['trained_on'])}."
     )
 
 
@@ -117,6 +120,13 @@ def _fitted_metadata(
         "value_range": [0, len(table.names)],
         "channel_def": table.channel_def(),
     }
+    network = description["network"].get("network", description["network"])  # an ensemble's own
+    if network.get("name") in REQUIRED:
+        package, version = REQUIRED[network["name"]]
+        metadata = {
+            **metadata,
+            "required_packages_version": {**metadata["required_packages_version"], package: version},
+        }
     filled = {**metadata, "name": name, "network_data_format": data, "label_classes": _classes(table.channel_def())}
     filled["pred_classes"] = filled["label_classes"]
     filled["image_classes"] = f"{channels} channel(s): {modality}, any size, spacing and orientation"
@@ -195,7 +205,8 @@ def _normalization(preparation: Mapping[str, Any]) -> str:
         f"{modality}: clip to [{rule['lower']:g}, {rule['upper']:g}], minus {rule['mean']:g}, over {rule['sd']:g}"
         for modality, rule in (preparation.get("intensity") or {}).items()
     ]
-    return "; ".join([*ranges, "every other modality: z-score per image and channel"])
+    schemes = [f"channel {i}: {rule['scheme']}" for i, rule in enumerate(preparation.get("channels") or ())]
+    return "; ".join(schemes or [*ranges, "every other modality: z-score per image and channel"])
 
 
 def dice_per_target(summary: Mapping[str, Any], path: str) -> dict[str, float]:
