@@ -131,6 +131,7 @@ def _write_json(path: str, content: Any) -> None:
 
 COMMANDS = {
     "pool": pool,
+    "plan": "forecast",
     "phantoms": phantoms,
     "describe": describe,
     "evaluate": evaluate,

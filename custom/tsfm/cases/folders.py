@@ -212,18 +212,3 @@ def _stem(path: str) -> str:
     name = os.path.basename(os.path.normpath(path))
     ending = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(ending)]
-
-
-def _two_folders(dataset_dir: str, images: str, labels: str) -> dict[str, str]:
-    """Patterns for two folders of equally named files."""
-    files = sorted(os.listdir(os.path.join(dataset_dir, images)))
-    suffix = next(
-        (ending for ending in (".nii.gz", ".nii", ".nrrd", ".mha") if any(f.endswith(ending) for f in files)), None
-    )
-    if suffix is None:
-        raise PoolError(f"{os.path.join(dataset_dir, images)} holds no .nii.gz, .nii, .nrrd or .mha file")
-    label_folder = os.path.join(dataset_dir, labels)
-    if not os.path.isdir(label_folder):
-        raise PoolError(f"folder {label_folder} does not exist")
-    numbered = any(f.endswith("_0000" + suffix) for f in files)
-    return {"image": f"{images}/{{case}}{'_0000' if numbered else ''}{suffix}", "label": f"{labels}/{{case}}{suffix}"}

@@ -255,13 +255,19 @@ def networks() -> dict[str, type[DescribedNetwork]]:
     return {**NETWORKS, "sam_med3d": SAMMed3D}
 
 
-def create_network(name: str = "tsfm", **arguments: Any) -> DescribedNetwork:
+def create_network(name: str | None = None, plan: Any = None, **arguments: Any) -> DescribedNetwork:
     """The network `name` with its `arguments`; those that only other networks know are left out, so overlays combine.
+
+    `plan`: a `planner.Plan`, which decides what `name` (else TSFM) and `arguments` do not.
 
     Raises:
         NetworkError: an unknown network, an argument that no network knows, a package that is not installed.
     """
     found = networks()
+    planned = plan.create_arguments() if plan is not None else {}
+    name = name or planned.get("name", "tsfm")
+    if planned.pop("name", name) == name:
+        arguments = {**planned, **arguments}
     if name not in found:
         raise NetworkError(f"network {name!r} is unknown; expected one of {', '.join(found)}")
     known = {key: inspect.signature(network).parameters for key, network in found.items()}

@@ -48,15 +48,29 @@ PARTS = Parts(
     inputs=r"stem\.weight$",
 )
 
+CUBE = (3, 3, 3)
+
+
+def same(kernel_size: Sequence[int]) -> tuple[int, ...]:
+    """The padding with which an odd kernel keeps the size."""
+    return tuple(side // 2 for side in kernel_size)
+
 
 class Conv(nn.Conv3d):
-    """A 3D convolution, padded if its kernel is 3; He initialization for the activation before it (slope 1: none)."""
+    """A 3D convolution; He initialization for the activation before it (slope 1: none)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size, stride=1, slope: float = LEAKY_SLOPE, bias=False
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size,
+        stride=1,
+        slope: float = LEAKY_SLOPE,
+        bias=False,
+        padding=0,
     ):
         self.slope = slope
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding=int(kernel_size == 3), bias=bias)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=padding, bias=bias)
 
     def reset_parameters(self) -> None:
         """Keep the variance of the input: gain 1 on linear input (slope 1), 2 / (1 + slope^2) after LeakyReLU."""
@@ -96,21 +110,28 @@ class NormAct(nn.Module):
 class Stem(Conv):
     """Block A: (B,in,S,P,L) -> (B,features,S,P,L)."""
 
-    def __init__(self, in_channels: int, features: int):
-        super().__init__(in_channels, features, 3, slope=1.0)
+    def __init__(self, in_channels: int, features: int, kernel_size: Sequence[int] = CUBE):
+        super().__init__(in_channels, features, kernel_size, slope=1.0, padding=same(kernel_size))
 
 
 class ResBlock(nn.Module):
-    """Block B: two IN-LeakyReLU-Conv3x3x3 layers plus the input; with a stride it is the body of block C."""
+    """Block B: two IN-LeakyReLU-Conv layers plus the input; with a stride it is the body of block C."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int] = (1, 1, 1), dropout: float = 0.0):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: Sequence[int] = (1, 1, 1),
+        dropout: float = 0.0,
+        kernel_size: Sequence[int] = CUBE,
+    ):
         super().__init__()
-        stride = tuple(stride)
+        stride, kernel_size = tuple(stride), tuple(kernel_size)
         self.norm1 = NormAct(in_channels)
-        self.conv1 = Conv(in_channels, out_channels, 3, stride)
+        self.conv1 = Conv(in_channels, out_channels, kernel_size, stride, padding=same(kernel_size))
         self.norm2 = NormAct(out_channels)
         self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
-        self.conv2 = Conv(out_channels, out_channels, 3)
+        self.conv2 = Conv(out_channels, out_channels, kernel_size, padding=same(kernel_size))
         self.shortcut = nn.Identity()
         if in_channels != out_channels or prod(stride) > 1:
             self.shortcut = Conv(in_channels, out_channels, stride, stride, slope=1.0)
@@ -221,6 +242,7 @@ class TSFM(DescribedNetwork):
         depths_down: stacked ResBlocks of each level of the encoder, the lowest level included.
         depths_up: stacked ResBlocks of each decoder level, finest first (one entry fewer than `features`).
         strides: per step down, one factor per axis (one entry fewer than `features`).
+        kernel_sizes: per level, an odd size per axis for its convolutions (stem: the first); None is 3x3x3 everywhere.
         img_size: the training patch (S,P,L) in voxels: gives the position embedding its grid; other sizes interpolate it.
         hidden_size, num_layers, num_heads, mlp_dim: the Transformer's.
         dropout: of the Transformer (elements) and between the convolutions of each ResBlock (channels).
@@ -251,9 +273,11 @@ class TSFM(DescribedNetwork):
         deep_supervision: bool = True,
         checkpointing: bool = False,
         interpolation: str = "nearest",
+        kernel_sizes: Sequence[Sequence[int]] | None = None,
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        check_levels(features, depths_down, depths_up, strides)
+        kernels = [tuple(size) for size in kernel_sizes or [CUBE] * len(features)]
+        check_levels(features, depths_down, depths_up, strides, kernels)
         super().__init__(arguments, strides, PARTS)
         self.deep_supervision = deep_supervision
         self.checkpointing = checkpointing
@@ -261,12 +285,15 @@ class TSFM(DescribedNetwork):
         grid = [size // stride for size, stride in zip(img_size, self.total_stride, strict=True)]
 
         def stack(level: int, depth: int) -> nn.ModuleList:
-            return nn.ModuleList(ResBlock(features[level], features[level], dropout=dropout) for _ in range(depth))
+            width, kernel = features[level], kernels[level]
+            return nn.ModuleList(ResBlock(width, width, dropout=dropout, kernel_size=kernel) for _ in range(depth))
 
         levels = range(len(strides))
-        self.stem = Stem(in_channels, features[0])
+        self.stem = Stem(in_channels, features[0], kernels[0])
         self.encoder = nn.ModuleList(stack(level, depth) for level, depth in enumerate(depths_down))
-        self.down = nn.ModuleList(Down(features[i], features[i + 1], strides[i], dropout) for i in levels)
+        self.down = nn.ModuleList(
+            Down(features[i], features[i + 1], strides[i], dropout, kernels[i + 1]) for i in levels
+        )
         self.bottleneck = nn.Identity()
         if bottleneck:
             self.bottleneck = TransformerBottleneck(
@@ -328,13 +355,16 @@ def run(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:
     return checkpoint(block, x, use_reentrant=False) if recompute else block(x)
 
 
-def check_levels(features: Sequence, depths_down: Sequence, depths_up: Sequence, strides: Sequence) -> None:
+def check_levels(
+    features: Sequence, depths_down: Sequence, depths_up: Sequence, strides: Sequence, kernel_sizes: Sequence
+) -> None:
     """Raise a ValueError that names the argument whose length does not fit the number of levels."""
     levels = len(features)
     expected = {
         "depths_down": (depths_down, levels),
         "depths_up": (depths_up, levels - 1),
         "strides": (strides, levels - 1),
+        "kernel_sizes": (kernel_sizes, levels),
     }
     for name, (value, length) in expected.items():
         if len(value) != length:
@@ -345,3 +375,5 @@ def check_levels(features: Sequence, depths_down: Sequence, depths_up: Sequence,
         raise ValueError(
             f"TSFM: strides {strides} must hold three positive factors (S, P, L) for each step down, at least one"
         )
+    if any(len(kernel) != 3 or min(kernel) < 1 or any(side % 2 == 0 for side in kernel) for kernel in kernel_sizes):
+        raise ValueError(f"TSFM: kernel_sizes {list(kernel_sizes)} must hold three odd sizes (S, P, L) for each level")

@@ -4,6 +4,7 @@
 |------------------------------------------|-------------------------------------------------------------------------------------|
 | stem, to other input channels            | the sum over the old channels, spread evenly over the new ones                      |
 | kernel of a Down's shortcut (its stride) | the same along each axis whose stride differs                                       |
+| another kernel size                      | from 3 to 1 the sum along the axis, from 1 to 3 in the middle of zeros              |
 | position embedding                       | interpolated to the new token grid                                                  |
 | heads                                    | taken over per target that both sides know by *name*; the others keep their start   |
 | Transformer or coarser heads             | may be missing as a whole on either side: then they start anew, or stay unused      |
@@ -33,6 +34,8 @@ from ..training.checkpoint import EXTRA_STATE, CheckpointError
 from .public_weights import read_pretrained
 
 FREEZE = ("none", "encoder", "all_but_heads")
+
+CONVOLUTIONS = ("stem.", "encoder.", "down.", "decoder.")
 
 SHOWN = 10  # names that an error or a report spells out
 
@@ -303,12 +306,17 @@ def _adapt(
         return Entry(name, shape, "adapted" if reused else "new", reused, size - reused, note), value
     if source.shape == current.shape:
         return Entry(name, shape, "loaded", size, 0), source
-    if re.match(parts.inputs, name) and _differ_only_in(source, current, (1,)):
+    other_channels = source.shape[1] != current.shape[1] and _differ_only_in(source, current, (1, 2, 3, 4))
+    if re.match(parts.inputs, name) and other_channels:
         note = f"{source.shape[1]} to {current.shape[1]} input channels"
-        return Entry(name, shape, "adapted", size, 0, note), _spread(source, shape)
+        fitted = _fit_kernel(source, (*source.shape[:2], *shape[2:]))
+        return Entry(name, shape, "adapted", size, 0, note), _spread(fitted, shape)
     if name.startswith("down.") and ".shortcut." in name and _differ_only_in(source, current, (2, 3, 4)):
         note = f"stride {tuple(source.shape[2:])} to {shape[2:]}"
         return Entry(name, shape, "adapted", size, 0, note), _spread(source, shape)
+    if name.startswith(CONVOLUTIONS) and name.endswith(".weight") and _differ_only_in(source, current, (2, 3, 4)):
+        note = f"kernel {tuple(source.shape[2:])} to {shape[2:]}"
+        return Entry(name, shape, "adapted", size, 0, note), _fit_kernel(source, shape)
     if name == "bottleneck.position_embedding" and _differ_only_in(source, current, (2, 3, 4)):
         note = f"token grid {tuple(source.shape[2:])} to {shape[2:]}"
         return Entry(name, shape, "adapted", size, 0, note), interpolate_positions(source, shape[2:])
@@ -322,6 +330,24 @@ def _spread(weight: Tensor, shape: Sequence[int]) -> Tensor:
         if old != new:
             weight = weight.sum(axis, keepdim=True) / new
     return weight.expand(*shape)
+
+
+def _fit_kernel(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """A kernel of other odd sides: in the middle of zeros where it grows, what falls outside added to the middle else."""
+    weight = weight.double()
+    for axis in (2, 3, 4):
+        old, new = weight.shape[axis], shape[axis]
+        margin = abs(old - new) // 2
+        if new > old:
+            fitted = weight.new_zeros(*weight.shape[:axis], new, *weight.shape[axis + 1 :])
+            fitted.narrow(axis, margin, old).copy_(weight)
+            weight = fitted
+        elif new < old:
+            fitted = weight.narrow(axis, margin, new).clone()
+            outside = weight.sum(axis, keepdim=True) - fitted.sum(axis, keepdim=True)
+            fitted.narrow(axis, new // 2, 1).add_(outside)
+            weight = fitted
+    return weight
 
 
 def _differ_only_in(source: Tensor, current: Tensor, axes: tuple[int, ...]) -> bool:
@@ -362,7 +388,12 @@ def _mismatches(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     if theirs.get("version") not in (None, __version__):
         found.append(f"the checkpoint was written by tsfm {theirs['version']}, this is {__version__}")
     was, now = theirs.get("network", {}), ours.get("network", {})
-    for key, meaning in (("in_channels", "input channels"), ("img_size", "patch (S, P, L)"), ("strides", "strides")):
+    for key, meaning in (
+        ("in_channels", "input channels"),
+        ("img_size", "patch (S, P, L)"),
+        ("strides", "strides"),
+        ("kernel_sizes", "kernels"),
+    ):
         if key in was and key in now and was[key] != now[key]:
             found.append(f"{meaning}: {was[key]} in the checkpoint, {now[key]} now")
     before, after = theirs.get("preparation") or {}, ours.get("preparation") or {}

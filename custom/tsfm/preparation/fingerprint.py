@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..cases.cases import Preparation, load_case
 from ..cases.volumes import CaseError
 from ..labels import LabelTable
 from .parallel import WorkerDied, run_all
-from .preprocessing import MASKED_BELOW, crop_box
+from .preprocessing import MASKED_BELOW, _extents_mm, crop_box
 from .resampling import ANISOTROPY, new_shape
 
 FINGERPRINT_VOXELS = 10**7
@@ -27,6 +27,8 @@ class Fingerprint:
     intensity: modality -> mean, median, sd, min, max, lower (0.5 percentile), upper (99.5 percentile) over foreground
     voxels, an equal number per case. shapes and spacings_mm: per case after cropping, (S, P, L). masked: modality ->
     whether its median crop kept less than three quarters. failed: (item, message) of cases that could not be read.
+    extents_mm: data set -> raw id -> how large its structure is, (S, P, L): per axis the smallest over the cases of the
+    largest connected piece; an id that is in no case is absent.
     """
 
     intensity: dict[str, dict[str, float]]
@@ -34,6 +36,7 @@ class Fingerprint:
     spacings_mm: list[tuple[float, float, float]]
     masked: dict[str, bool]
     failed: list[tuple[Mapping[str, Any], str]]
+    extents_mm: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
     def median_shape(self) -> tuple[float, ...]:
@@ -76,7 +79,7 @@ def fingerprint(
         listed = "\n".join(message for _, message in failed)
         raise CaseError(f"no case could be read for the fingerprint; found {len(items)} items:\n{listed}")
     found.sort(key=lambda row: row[0])
-    _, modality, values, shapes, spacings, kept = zip(*found, strict=True)
+    _, modality, values, shapes, spacings, kept, extents = zip(*found, strict=True)
     intensity, masked = {}, {}
     for name in dict.fromkeys(modality):
         of_modality = [i for i, m in enumerate(modality) if m == name]
@@ -84,21 +87,27 @@ def fingerprint(
         pooled = np.concatenate([values[i] for i in of_modality])
         if pooled.size:
             intensity[name] = _statistics(pooled)
-    return Fingerprint(intensity, list(shapes), list(spacings), masked, failed)
+    smallest: dict[str, dict[str, list[float]]] = {}
+    for (index, *_), of_case in zip(found, extents, strict=True):
+        known = smallest.setdefault(items[index].get("dataset", ""), {})
+        for raw, extent in of_case.items():
+            known[raw] = [min(pair) for pair in zip(known.get(raw, extent), extent, strict=True)]
+    return Fingerprint(intensity, list(shapes), list(spacings), masked, failed, smallest)
 
 
 def _look_at_case(item, table: LabelTable, preparation: Preparation, voxels: int):
-    """(modality, foreground intensities, cropped shape, spacing, share kept by the crop) of one item."""
+    """(modality, foreground intensities, cropped shape, spacing, share kept by the crop, extents in mm) of one item."""
     case = load_case(item, table, preparation)
     crop = tuple(slice(*span) for span in crop_box(case.image))
     image, codes = case.image[(slice(None), *crop)], case.codes
-    values = np.empty(0, np.float32)
+    values, extents = np.empty(0, np.float32), {}
     if codes is not None:
+        extents = _extents_mm(codes, table.local_ids(case.dataset), case.spacing_mm)
         foreground = (codes[crop] != 0) & ~np.isin(codes[crop], table.ignored(case.dataset))
         values = image[:, foreground].ravel()
     if values.size:
         values = np.random.RandomState(1234).choice(values, voxels, replace=True)
-    return case.modality, values, image.shape[1:], case.spacing_mm, image[0].size / case.image[0].size
+    return case.modality, values, image.shape[1:], case.spacing_mm, image[0].size / case.image[0].size, extents
 
 
 def _statistics(values: np.ndarray) -> dict[str, float]:

@@ -255,5 +255,24 @@ class PrepareImaged(MapTransform, InvertibleTransform):
         return out
 
 
+def _extents_mm(codes: np.ndarray, ids: Sequence[int | str], spacing_mm: Sequence[float]) -> dict[str, list[float]]:
+    """Raw id -> box (S, P, L) around its largest connected piece, in mm."""
+    pieces = cc3d.connected_components(codes)
+    found = cc3d.statistics(pieces)
+    left = set(np.unique(codes).tolist()) - {0}
+    extents = {}
+    for number in np.argsort(found["voxel_counts"])[::-1]:
+        if not left:
+            break
+        box = found["bounding_boxes"][number]
+        if number == 0 or box is None:
+            continue
+        code = int(codes[box][pieces[box] == number][0])
+        if code in left:
+            left.remove(code)
+            extents[str(ids[code])] = [(b.stop - b.start) * mm for b, mm in zip(box, spacing_mm, strict=True)]
+    return extents
+
+
 def _lists(value: Any) -> Any:
     return [_lists(v) for v in value] if isinstance(value, (list, tuple)) else value

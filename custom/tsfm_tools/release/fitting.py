@@ -44,7 +44,8 @@ def fill_configs(
         for config in (train, *(configs[file] for file in configs if file not in ("metadata.json", "pool.json"))):
             _drop_decided(config)
     if train.get("network_def", {}).get("_target_") == "tsfm.planning.plan.downstream_network":
-        train["pretrained"] = {"_target_": "tsfm.training.checkpoint.bundled_weights", "path": train["pretrained"]}
+        weights = "$@bundle_root + '/models/model.pt'"
+        train["pretrained"] = {"_target_": "tsfm.training.checkpoint.bundled_weights", "path": weights}
         train["network_def"]["output_dir"] = "$@output_dir if os.path.isdir(@bundle_root + '/configs') else None"
     if "checkpointing" in train:  # of activations: as these weights were trained, a small network needs none
         train["checkpointing"] = bool(description["network"].get("checkpointing", False))

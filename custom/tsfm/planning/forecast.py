@@ -1,0 +1,141 @@
+"""What a plan costs in time: measured on the run's own first steps, or on a few steps with random numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from ..files import atomic_write
+from ..network.cpu import autocast
+from .own_data import count_channels, dataset_pool
+from .plan import downstream_network
+from .plan_run import describe_plan, plan_run
+from .planner import Plan
+
+logger = logging.getLogger(__name__)
+
+WARM_UP, TIMED = 3, 5  # steps; the first ones reserve memory and choose kernels
+
+
+class Forecast:
+    """Handler: writes the run's plan as ``plan.json`` in `output_dir`, and after a few steps says how long the run takes.
+
+    ``plan.json`` is what ``--plan FILE`` takes back; seconds per step and hours in all join it once they are measured.
+    """
+
+    def __init__(self, output_dir: str, plan: Plan, write: bool = True) -> None:
+        self.path, self.plan, self.write = os.path.join(output_dir, "plan.json"), plan, write
+        self.stamps: list[float] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Write when `engine` starts, time its first iterations."""
+        engine.add_event_handler(Events.STARTED, self.save)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._stamp)
+
+    def save(self, engine: Any = None, **measured: float) -> None:
+        """Write the plan, and what was measured of it."""
+        if self.write:
+            text = json.dumps(self.plan.to_dict() | measured, indent=4) + "\n"
+            atomic_write(self.path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+    def _stamp(self, engine: Engine) -> None:
+        if len(self.stamps) > TIMED:
+            return
+        steps = min(engine.state.epoch_length, WARM_UP)
+        if len(self.stamps) or engine.state.iteration % engine.state.epoch_length == steps % engine.state.epoch_length:
+            self.stamps.append(time.perf_counter())
+        if len(self.stamps) == TIMED + 1:
+            step = (self.stamps[-1] - self.stamps[0]) / TIMED
+            left = engine.state.max_epochs * engine.state.epoch_length - engine.state.iteration
+            self.save(measured_step_seconds=step, hours=step * left / 3600)
+            if self.write:
+                logger.info("%s", in_words(step, engine.state.epoch_length, left))
+
+
+def in_words(step_seconds: float, iterations: int, steps: int) -> str:
+    """Seconds per step and epoch and hours for `steps` steps, validation not included."""
+    return (
+        f"measured: {step_seconds:.2f} s a step, {step_seconds * iterations:.0f} s an epoch of {iterations} steps, "
+        f"{step_seconds * steps / 3600:.2g} h for {steps} steps (validation comes on top)"
+    )
+
+
+def time_steps(network: nn.Module, plan: Plan, in_channels: int, device: torch.device, amp: bool = True) -> float:
+    """Seconds of one training step of `network` on random images of the plan's patch and batch."""
+    network = network.to(device).train()
+    optimizer = torch.optim.SGD(network.parameters(), 1e-6)
+    images = torch.randn(plan.batch_size, in_channels, *plan.patch_size, device=device)
+    images = images.to(memory_format=torch.channels_last_3d)
+    seconds = []
+    for _ in range(WARM_UP):
+        start = time.perf_counter()
+        with autocast(device, amp):
+            outputs = network(images)
+        loss = sum(output.float().square().mean() for output in outputs)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        seconds.append(float(loss.detach()) * 0 + time.perf_counter() - start)  # reading the loss waits for a GPU
+    return min(seconds)
+
+
+def plan(
+    dataset_dir: str,
+    output_file: str | None = None,
+    pretrained: str | None = None,
+    spacing_mm: Any = "auto",
+    patch_size: Any = "auto",
+    batch_size: Any = "auto",
+    network_size: str = "auto",
+    memory_gb: float | None = None,
+    step_seconds: float | None = None,
+    device: str | None = None,
+    checkpointing: bool = False,
+    epochs: int = 100,
+    iterations_per_epoch: int = 250,
+    store_dir: str | None = None,
+    timed: bool = True,
+    **data: Any,
+) -> None:
+    """Show what a fine-tuning run would do with a data set: spacing, patch, network, memory, time. Nothing is trained.
+
+    The options are the ids of the bundle's train.json; `data` are those that say what the data set is (images, labels,
+    label_ids, regions, modality, pool_file).
+
+    Args:
+        dataset_dir: the data set.
+        output_file: also write the plan, for ``--plan FILE``.
+        memory_gb, step_seconds: the budget: of a GPU, of a CPU core.
+        device: "cuda" or "cpu"; default: a GPU where there is one.
+        epochs, iterations_per_epoch: for the hours in all.
+        store_dir: the run's store, where the data's fingerprint is kept; by default nothing is kept.
+        timed: run a few training steps on random numbers.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pool = dataset_pool(dataset_dir, pretrained=pretrained, **data)
+    channels = count_channels(pool, pretrained)
+    with tempfile.TemporaryDirectory() as folder:
+        found = plan_run(
+            pool, store_dir or folder, spacing_mm, patch_size, batch_size, network_size, pretrained, memory_gb, step_seconds,
+            place, channels, "all", checkpointing,
+        )  # fmt: skip
+    print(describe_plan(found, pretrained=pretrained))
+    if output_file:
+        forecast = Forecast(os.path.dirname(os.path.abspath(output_file)), found)
+        forecast.path = output_file
+        forecast.save()
+    if timed:
+        network = downstream_network(
+            pool, found.patch_size, channels, pretrained, from_scratch=True, plan=found, checkpointing=checkpointing
+        )
+        step = time_steps(network, found, channels, place)
+        print(f"  {in_words(step, iterations_per_epoch, epochs * iterations_per_epoch)}")

@@ -1,0 +1,267 @@
+"""The plan of a fine-tuning run: spacing, patch, strides, batch and network, from the data or from a file.
+
+What the data, the budget and the weights ask of the planner, and what is wrong with them, is found here, before any case is
+prepared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..cases.folders import PoolError
+from ..cases.pool import DatasetPool
+from ..preparation.fingerprint import Fingerprint, fit_patch, plan_spacing
+from .families import SWIN_STRIDES, Family
+from .own_data import pretrained_description
+from .plan import pool_fingerprint, rank
+from .planner import Budget, Plan, PlanError, coarse_spacing, plan
+
+logger = logging.getLogger(__name__)
+
+CPU_STEP_SECONDS = 1.0
+
+GPU_SHARE = 0.9  # of a GPU's memory, the rest is for fragments
+
+SEEN_VOXELS = 4  # a structure of fewer voxels along an axis is barely visible to the network
+
+FAR_SPACING = 2.0
+
+
+def plan_run(
+    pool: DatasetPool,
+    store_dir: str,
+    spacing_mm: Sequence[float] | str = "auto",
+    patch_size: Sequence[int] | str = "auto",
+    batch_size: int | str = "auto",
+    network_size: str = "auto",
+    pretrained: str | None = None,
+    memory_gb: float | None = None,
+    step_seconds: float | None = None,
+    device: str | torch.device = "cpu",
+    in_channels: int = 1,
+    fold: int | str = 0,
+    checkpointing: bool = False,
+    plan_file: str | None = None,
+) -> Plan:
+    """The plan of a fine-tuning run, by nnU-Net's rule from the data; printed by the first process.
+
+    Args:
+        spacing_mm: millimetres (S, P, L); ``"auto"``: nnU-Net's target spacing; ``"coarse"``: nnU-Net's spacing of the low
+            resolution, where a patch would see less than a quarter of a case; ``"checkpoint"``: the weights'.
+        patch_size, batch_size: voxels (S, P, L) and cases, or ``"auto"``. A patch may be ``"checkpoint"``: the weights'
+            patch and strides, no larger than the median case.
+        network_size: ``"auto"``, or a name of `families.FAMILIES`; TSFM weights bring their own network.
+        memory_gb: of a GPU; default: nine tenths of what it has.
+        step_seconds: of one CPU core for a training step; default on a CPU: 1.
+        plan_file: a ``plan.json``: then nothing is planned.
+
+    Raises:
+        PoolError, PlanError: data or a budget for which there is no plan, before anything long.
+    """
+    asked = {"spacing_mm": spacing_mm, "patch_size": patch_size, "batch_size": batch_size, "network_size": network_size}
+    if plan_file is not None:
+        return _read_plan(plan_file, asked)
+    description = None if pretrained is None else pretrained_description(pretrained)
+    if not pool.entries:
+        return _plan_of_weights(description, patch_size, spacing_mm, batch_size)
+    found = pool_fingerprint(pool, store_dir)
+    check_data(pool, found, fold)
+    family = None if description is None else weights_family(description)
+    if family is not None and network_size != "auto":
+        logger.warning("the pretrained weights bring their own network: network_size %s has no effect", network_size)
+    numbers = {
+        "cases": len(pool.cases), "in_channels": in_channels, "out_channels": len(pool.table.names),
+        "checkpointing": checkpointing, "family": family, "levels": family and family.levels,
+        "network": network_size, "batch_size": None if batch_size == "auto" else int(batch_size),
+    }  # fmt: skip
+    spacing = _spacing(spacing_mm, found, description)
+
+    def planned(spacing: Sequence[float], patch: Sequence[int] | None, budget: Budget | None) -> Plan:
+        return plan(found.median_prepared_shape(spacing), spacing, patch_size=patch, budget=budget, **numbers)
+
+    patch = None if isinstance(patch_size, str) else [int(side) for side in patch_size]
+    if patch_size == "checkpoint" and family.kind != "fixed":
+        network = pretrained_description(pretrained)["network"]
+        shape = found.median_prepared_shape(spacing)
+        patch = list(fit_patch(shape, network["strides"], description["patch_size"]))
+    budget = _budget(memory_gb, step_seconds, device)
+    try:
+        result = planned(spacing, patch, budget)
+        if spacing_mm == "coarse":
+            spacing = coarse_spacing(result, budget=budget, **numbers)
+            result = planned(spacing, patch, budget)
+    except PlanError:
+        if family is None or memory_gb is not None or step_seconds is not None or budget.step_seconds is None:
+            raise
+        logger.warning("these weights exceed %s on a CPU: planning by nnU-Net's 8 GB instead", budget)
+        result = planned(spacing, patch, Budget(memory_gb=8))
+    warn_of_small_structures(pool, found, result.spacing_mm)
+    if description is not None:
+        warn_of_distance(description, pool, result.spacing_mm)
+    if rank() == 0:
+        logger.info("%s", describe_plan(result, budget, pretrained))
+    return result
+
+
+def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | None = None) -> str:
+    """A plan in words, for a terminal."""
+    shape, patch, spacing = (
+        "x".join(f"{n:.4g}" for n in v) for v in (plan.median_shape, plan.patch_size, plan.spacing_mm)
+    )
+    start = f"starts from {pretrained}" if pretrained else "starts from nothing: no pretrained weights were given"
+    strides = " ".join("".join(map(str, stride)) for stride in plan.strides)
+    kernels = " ".join("".join(map(str, kernel)) for kernel in plan.kernel_sizes)
+    size = f", {plan.parameters / 1e6:.3g} million parameters" if plan.parameters else ""
+    cost = (
+        f"{plan.memory_gb:g} GB on a GPU, {plan.step_seconds:g} s a step on one CPU core" if plan.memory_gb else "none"
+    )
+    return "\n".join(
+        (
+            f"plan{f' for {budget}' if budget else ''} (S, P, L):",
+            f"  spacing   {spacing} mm, median case {shape} voxels",
+            f"  patch     {patch}, batch {plan.batch_size}",
+            f"  network   {plan.network}{size}; {start}",
+            f"  levels    {len(plan.features)}: features {' '.join(map(str, plan.features))}, strides {strides}, kernels {kernels}",
+            f"  estimate  {cost}",
+        )
+    )
+
+
+def weights_family(description: Mapping[str, Any]) -> Family | None:
+    """The network of given weights as the planner wants it: TSFM's depth may change, others are as they are."""
+    network = description["network"]
+    if network.get("name", "tsfm") != "tsfm":
+        strides = tuple(map(tuple, network.get("strides", SWIN_STRIDES)))
+        levels = len(strides) + 1
+        return Family(
+            "weights", "fixed", 0, 0, tuple(network.get("depths_down", (1,) * levels)), (1,), levels=levels,
+            widths=tuple(network.get("features", (0,) * levels)), strides=strides,
+            kernel_sizes=tuple(map(tuple, network.get("kernel_sizes") or ())), patch=tuple(description["patch_size"]),
+        )  # fmt: skip
+    bottleneck = [network[key] for key in ("hidden_size", "num_layers", "num_heads", "mlp_dim")]
+    return Family(
+        "weights", "tsfm", network["features"][0], network["features"][-1], tuple(network["depths_down"]),
+        tuple(network["depths_up"]), levels=len(network["features"]), widths=tuple(network["features"]),
+        transformer=tuple(bottleneck) if network.get("bottleneck", True) else (0, 0, 0, 0),
+    )  # fmt: skip
+
+
+def check_data(pool: DatasetPool, found: Fingerprint, fold: int | str) -> None:
+    """Refuse data that cannot be learned from.
+
+    Raises:
+        PoolError: a single case of which none is left to validate on, labels that are in no case.
+    """
+    if len(pool.cases) == 1 and fold != "all":
+        raise PoolError(
+            f"{pool.source} holds a single case, so that none would be left to validate on: add cases, or train on it "
+            "alone with --fold all (the weights will then know this case only)"
+        )
+    absent = [
+        f"{raw} ({pool._meaning(name, raw)})"
+        for name in pool.scan[0]
+        for raw in pool.table.local_ids(name)[1:]
+        if str(raw) in pool.table.label_rules(name)["labels"] and str(raw) not in found.extents_mm.get(name, {})
+    ]
+    if absent:
+        raise PoolError(
+            f"{pool.source}: of the {len(pool.cases)} cases none has a voxel of the labels {', '.join(absent)}: nothing could "
+            "be learned of them; check the label files, or take them out of the labels (dataset.json, --label_ids, pool file)"
+        )
+
+
+def warn_of_small_structures(pool: DatasetPool, found: Fingerprint, spacing_mm: Sequence[float]) -> None:
+    """Name structures of which a spacing coarser than the images' leaves fewer than four voxels along an axis."""
+    own = found.median_spacing_mm
+    coarser = [axis for axis in range(3) if spacing_mm[axis] > 1.05 * own[axis]]
+    for name, extents in found.extents_mm.items():
+        for raw, extent in extents.items():
+            voxels = [mm / spacing for mm, spacing in zip(extent, spacing_mm, strict=True)]
+            if any(voxels[axis] < SEEN_VOXELS for axis in coarser):
+                ids = {str(known): known for known in pool.table.local_ids(name)}
+                logger.warning(
+                    "spacing %s mm (S, P, L) is coarse for %s: at its smallest it is %s voxels; the images have %s mm, give "
+                    "--spacing_mm auto or finer numbers",
+                    _numbers(spacing_mm), pool._meaning(name, ids[raw]), _numbers(voxels), _numbers(own),
+                )  # fmt: skip
+
+
+def warn_of_distance(description: Mapping[str, Any], pool: DatasetPool, spacing_mm: Sequence[float]) -> None:
+    """Say in which way pretrained weights are far from the data: no common target, no common modality, spacing."""
+    targets, modalities = list(description.get("targets", ())), list(description.get("modalities", ()))
+    if targets and not set(targets) & set(pool.table.names):
+        logger.warning("the weights know none of the targets %s: all heads start anew", list(pool.table.names))
+    new = sorted({item["modality"] for item in pool.cases} - set(modalities))
+    if modalities and new:
+        logger.warning("the weights saw %s only, the data has %s", ", ".join(modalities), ", ".join(new))
+    theirs = (description.get("preparation") or {}).get("spacing_mm")
+    if theirs and any(max(a / b, b / a) > FAR_SPACING for a, b in zip(theirs, spacing_mm, strict=True)):
+        logger.warning(
+            "the weights were trained at %s mm (S, P, L), the plan has %s: structures look to them more than %g times as large "
+            "or small; --spacing_mm checkpoint keeps theirs", _numbers(theirs), _numbers(spacing_mm), FAR_SPACING,
+        )  # fmt: skip
+
+
+def _spacing(asked: Sequence[float] | str, found: Fingerprint, description: Mapping[str, Any] | None) -> list[float]:
+    if not isinstance(asked, str):
+        return [float(side) for side in asked]
+    if asked == "checkpoint":
+        if description is None:
+            raise ValueError(
+                "spacing_mm is 'checkpoint', but there are no pretrained weights: give --spacing_mm or --pretrained"
+            )
+        return description["preparation"]["spacing_mm"]
+    if asked not in ("auto", "coarse"):
+        raise ValueError(f"spacing_mm is {asked!r}; expected 'auto', 'coarse', 'checkpoint' or three numbers (S, P, L)")
+    return list(plan_spacing(found.spacings_mm, found.shapes))
+
+
+def _budget(memory_gb: float | None, step_seconds: float | None, device: str | torch.device) -> Budget:
+    device = torch.device(device)
+    if memory_gb is None and device.type == "cuda":
+        memory_gb = round(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
+    if memory_gb is None and step_seconds is None:
+        step_seconds = CPU_STEP_SECONDS
+    return Budget(memory_gb, step_seconds)
+
+
+def _read_plan(path: str, asked: Mapping[str, Any]) -> Plan:
+    given = [f"--{name}" for name, value in asked.items() if not (isinstance(value, str) and value == "auto")]
+    if given:
+        raise PlanError(f"--plan {path} says it all; leave {', '.join(given)} out, or change the file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = Plan.from_dict(json.load(file))
+    except (OSError, json.JSONDecodeError) as error:
+        raise PlanError(f"the plan {os.path.abspath(path)} cannot be read: {error}") from None
+    logger.info("%s", f"{describe_plan(found)}\n  taken from {path}")
+    return found
+
+
+def _plan_of_weights(
+    description: Mapping[str, Any],
+    patch_size: Sequence[int] | str,
+    spacing_mm: Sequence[float] | str,
+    batch_size: int | str,
+) -> Plan:
+    """Where items come from outside (MONAI Label) there is no data to plan by: the weights' own geometry."""
+    family, network = weights_family(description), description["network"]
+    number = None if batch_size == "auto" else int(batch_size)
+    patch = description["patch_size"] if isinstance(patch_size, str) else patch_size
+    spacing = description["preparation"]["spacing_mm"] if isinstance(spacing_mm, str) else spacing_mm
+    if family.kind == "fixed":
+        return plan(patch, spacing, patch_size=patch, batch_size=number, family=family)
+    kernels = network.get("kernel_sizes") or [[3, 3, 3]] * len(network["features"])
+    found = plan(patch, spacing, patch_size=None, family=family, levels=family.levels, budget=Budget(memory_gb=1e6))
+    geometry = {"patch_size": tuple(patch), "strides": network["strides"], "kernel_sizes": kernels}
+    return Plan.from_dict(found.to_dict() | geometry | {"batch_size": number or 2})
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "x".join(f"{value:.3g}" for value in values)
