@@ -3,7 +3,7 @@
 Trains small models with nnU-Net's own trainer for some iterations on ../shared/data and predicts with nnU-Net's own
 predictor. WORK/results/... are model folders as nnU-Net leaves them, WORK/expected has logits and label maps.
 
-    .venv-bench/bin/python benchmarks/nnunet_peer.py WORK DATA
+    .venv-bench/bin/python benchmarks/nnunet_peer.py WORK DATA [ITERATIONS [MODEL]]
 """
 
 from __future__ import annotations
@@ -164,6 +164,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_num_threads = lambda count: None  # nnU-Net would ask for as many as it has loader processes: none
     for name, model in MODELS.items():
+        if sys.argv[4:] and name not in sys.argv[4:]:
+            continue
         dataset, images = write_raw(name, model)
         train(dataset, model, iterations=int(sys.argv[3]) if len(sys.argv) > 3 else 40)
         predict(name, dataset, model, images)

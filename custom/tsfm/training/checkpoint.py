@@ -272,7 +272,7 @@ def load_file(path: str) -> dict[str, Any]:
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+) was not", str(error))
+        named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {named[1]}" if named else str(error).splitlines()[0]
         raise CheckpointError(
             f"{path} is refused: it is damaged, or a pickle with code in it instead of tensors and plain values only "
