@@ -12,6 +12,7 @@ import torch
 from tsfm.cases.cases import Preparation
 from tsfm.inference.windows import SlabInferer
 from tsfm.planning.public_weights import read_folder, read_pretrained
+from tsfm.planning.transfer import load_pretrained
 from tsfm.training.checkpoint import CheckpointError, build_network, load_weights, read_description
 from tsfm_tools.release.import_nnunet import import_nnunet
 
@@ -183,14 +184,16 @@ def test_pickles_with_code_in_them_are_refused_by_the_name_of_the_global_and_not
 
 
 def test_softmax_paints_the_largest_logit_of_the_mean_over_folds(tmp_path):
-    folds = {0: models.unet(), 1: models.unet()}
+    folds, x = {0: models.unet(), 1: models.unet()}, torch.randn(1, 1, *models.PATCH)
+    with torch.no_grad():
+        for fold in folds.values():  # every class wins somewhere
+            fold.decoder.seg_layers[-1].bias -= fold(x).mean((0, 2, 3, 4))
     path = models.write_folder(tmp_path / "m", folds)
     bundle = import_nnunet(path, str(tmp_path / "out"), name="toy")
     weights = os.path.join(bundle, "models", "model.pt")
     description = read_description(weights)
     network = build_network(description).eval()
     load_weights(network, weights)
-    x = torch.randn(1, 1, *models.PATCH)
     with torch.no_grad():
         logits = torch.stack([fold(x) for fold in folds.values()]).mean(0)
         torch.testing.assert_close(network(x), logits, atol=1e-5, rtol=1e-5)
@@ -203,9 +206,8 @@ def test_softmax_paints_the_largest_logit_of_the_mean_over_folds(tmp_path):
 
 
 def test_the_bundle_says_what_it_is_and_carries_the_package(tmp_path):
-    bundle = import_nnunet(
-        models.write_folder(tmp_path / "m", {0: models.unet(), 3: models.unet()}), str(tmp_path), "toy"
-    )
+    path = models.write_folder(tmp_path / "m", {0: models.unet(), 3: models.unet()})
+    bundle = import_nnunet(path, str(tmp_path), "toy")
     with open(os.path.join(bundle, "configs", "metadata.json"), encoding="utf-8") as file:
         metadata = json.load(file)
     assert metadata["required_packages_version"]["dynamic-network-architectures"] == "0.4.4"
@@ -213,6 +215,19 @@ def test_the_bundle_says_what_it_is_and_carries_the_package(tmp_path):
     with open(os.path.join(bundle, "configs", "inference.json"), encoding="utf-8") as file:
         assert json.load(file)["displayable_configs"]["mirroring"] is True
     assert os.path.isfile(os.path.join(bundle, "tsfm", "networks.py"))
-    read = read_pretrained(os.path.join(bundle, "models", "model.pt"))  # fine-tuning starts from one of them
-    assert read.description["network"]["name"] == "nnunet" and "first of 2" in read.notes[0]
-    assert load(read)
+
+
+def test_fine_tuning_starts_from_one_fold_its_heads_relative_to_the_background(tmp_path):
+    folds = {0: models.unet(), 3: models.unet()}
+    bundle = import_nnunet(models.write_folder(tmp_path / "m", folds), str(tmp_path), "toy")
+    path = os.path.join(bundle, "models", "model.pt")
+    network = build_network(read_pretrained(path).description, out_channels=2)
+    network.description["targets"] = {"liver_tumor": {}, "spleen": {}}
+    report = load_pretrained(network, path)
+    assert (
+        report.targets["taken over"] == ["liver_tumor"] and "first of 2" in report.mismatches[0] and not report.unused
+    )
+    x = torch.randn(1, 1, *models.PATCH)
+    with torch.no_grad():
+        theirs = folds[0](x)
+        torch.testing.assert_close(network.eval()(x)[:, 0], theirs[:, 2] - theirs[:, 0], atol=1e-5, rtol=1e-5)

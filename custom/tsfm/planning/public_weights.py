@@ -176,8 +176,7 @@ def _swin_encoder(tensors: dict[str, Tensor]) -> Pretrained:
         "modalities": ["CT"],
     }
     note = "the weights are of the encoder alone: the rest starts anew"
-    known = r"net\.swinViT\."
-    return Pretrained(tensors, description, (note,), rf"(?!{known})", rf"(?!{known})")
+    return Pretrained(tensors, description, (note,), r"(?!net\.swinViT\.)", r"(?!net\.swinViT\.(patch_embed|layers\d))")
 
 
 def _sam_med3d(path: str, content: Mapping[str, Any], state: Mapping[str, Tensor]) -> Pretrained:
