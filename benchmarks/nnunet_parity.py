@@ -4,6 +4,9 @@ The peer (nnunet_peer.py, in the benchmark environment) trains three small model
 and predicts two images with each: a softmax model of two folds, a region model with a residual encoder and transposed axes,
 an anisotropic CT model. Each is imported, and the bundle's own inference.json segments the same images.
 
+nnU-Net sums weighted logits in half precision, so that windows' corners, where the weights are nearly nothing, come out
+rounded: models have to be trained for a while, until nothing is found there, before label maps agree to the last voxels.
+
     python benchmarks/nnunet_parity.py --peer .venv-bench/bin/python --data ../shared/data
 """
 
@@ -82,7 +85,7 @@ def main() -> None:
     parser.add_argument("--peer", help="Python of the environment with nnU-Net; without it WORK has its results")
     parser.add_argument("--data", default="../shared/data")
     parser.add_argument("--work", default=os.path.join(tempfile.gettempdir(), "nnunet_parity"))
-    parser.add_argument("--iterations", default="40")
+    parser.add_argument("--iterations", default="150")
     options = parser.parse_args()
     work = Path(options.work)
     if options.peer:

@@ -153,7 +153,7 @@ def test_readers_networks_folds_and_foreign_folders_are_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="Tiff3DIO"):
         read_folder(path)
-    with pytest.raises(CheckpointError, match="no checkpoint_final.pth in fold_1.*found folds: 0"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint_final\.pth in fold_1.*found folds: 0"):
         read_folder(path, folds=[0, 1])
     with pytest.raises(CheckpointError, match="no model folder of nnU-Net 2"):
         read_folder(str(tmp_path))
@@ -173,12 +173,12 @@ class Evil:
 
 def test_pickles_with_code_in_them_are_refused_by_the_name_of_the_global_and_not_run(tmp_path):
     path = models.write_folder(tmp_path / "m", {0: models.unet()}, logging={"evil": Evil()})
-    with pytest.raises(CheckpointError, match="posix.system"):
+    with pytest.raises(CheckpointError, match=r"posix\.system"):
         read_folder(path)
     old = models.write_version_1(tmp_path / "old", models.generic_unet_state(models.unet()))
     with open(os.path.join(old, "fold_0", "model_final_checkpoint.model.pkl"), "wb") as file:
         pickle.dump({"name": Evil()}, file)
-    with pytest.raises(CheckpointError, match="posix.system"):
+    with pytest.raises(CheckpointError, match=r"posix\.system"):
         read_folder(old)
     assert not os.path.exists("/tmp/tsfm_evil")
 

@@ -124,7 +124,7 @@ def ssl_file(swin, folder):
 def test_a_swin_encoder_is_taken_over_whole_as_monai_does(write, swin, tmp_path):
     path = write(swin, tmp_path)
     network, report = taken_over(path, ["a"], img_size=SIZE)
-    encoder = {name: value for name, value in network.net.swinViT.state_dict().items()}
+    encoder = network.net.swinViT.state_dict()
     assert all(torch.equal(value, encoder[name]) for name, value in swin.swinViT.state_dict().items())
     assert {entry.how for entry in report.entries if "swinViT" in entry.name} == {"loaded"}
     assert {entry.how for entry in report.entries if "swinViT" not in entry.name} == {"new"}
@@ -142,7 +142,7 @@ def test_a_swin_encoder_of_another_kind_is_refused(swin, tmp_path):
     state = torch.load(swinvit_file(swin, tmp_path), weights_only=True)
     del state["state_dict"]["module.layers1.0.blocks.0.norm1.weight"]
     torch.save(state, tmp_path / "part.pt")
-    with pytest.raises(CheckpointError, match="layers1.0.blocks.0.norm1.weight.*not in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"layers1\.0\.blocks\.0\.norm1\.weight.*not in the checkpoint"):
         taken_over(str(tmp_path / "part.pt"), ["a"], img_size=SIZE)
 
 
