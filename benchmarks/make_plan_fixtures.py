@@ -1,7 +1,7 @@
 """What nnU-Net 2.8.1's own planner gives for fingerprints of published data sets, for tests/fixtures/nnunet_plans.json.
 
 Run in nnU-Net's environment (`make bench-env`): `python benchmarks/make_plan_fixtures.py tests/fixtures/nnunet_plans.json
-[MSD_FOLDER ...]`. The fingerprints are synthetic: a median shape and spacing, and cases around it; folders of real data are
+[MSD_FOLDER ...]`. What the file holds already is kept. The fingerprints are synthetic: a median shape and spacing, and cases around it; folders of real data are
 measured.
 """
 
@@ -49,6 +49,7 @@ PLANNERS = {
     "nnunet_resenc_l": residual.nnUNetPlannerResEncL,
     "nnunet_resenc_xl": residual.nnUNetPlannerResEncXL,
 }
+RESIDUAL_TOO = ("liver", "lung", "pancreas", "acdc", "Task004_Hippocampus")  # large networks take minutes
 
 
 def synthetic(shape, spacing, spread: float) -> tuple[list, list]:
@@ -72,7 +73,7 @@ def measured(folder: str) -> tuple[list, list, int, int, int]:
     return shapes, spacings, len(shapes), 1, len(declared["labels"])
 
 
-def plans(shapes: list, spacings: list, cases: int, channels: int, classes: int) -> dict:
+def plans(planners: dict, shapes: list, spacings: list, cases: int, channels: int, classes: int) -> dict:
     raw, prepared = (Path(FOLDER, kind, "Dataset001_X") for kind in ("raw", "prepared"))
     for folder in (raw, prepared):
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,9 @@ def plans(shapes: list, spacings: list, cases: int, channels: int, classes: int)
     (raw / "dataset.json").write_text(json.dumps(declared))
     (prepared / "dataset_fingerprint.json").write_text(json.dumps(found))
     result = {}
-    for name, planner in PLANNERS.items():
+    for name, planner in planners.items():
+        for kept in prepared.glob("*Plans*.json"):  # the planner keeps configurations of an earlier plan
+            kept.unlink()
         made = planner(1)
         made.determine_reader_writer = lambda: default.ExperimentPlanner
         with contextlib.redirect_stdout(io.StringIO()):
@@ -112,8 +115,11 @@ def main() -> None:
         name: (*synthetic(shape, spacing, spread), *rest) for name, (shape, spacing, *rest, spread) in PUBLISHED.items()
     }
     rows |= {Path(folder).name: measured(folder) for folder in sys.argv[2:]}
-    fixture = {}
+    path = Path(sys.argv[1])
+    fixture = json.loads(path.read_text()) if path.is_file() else {}
     for name, row in rows.items():
+        if name in fixture:
+            continue
         shapes, spacings, cases, channels, classes = row
         fixture[name] = {
             "shapes": shapes,
@@ -122,11 +128,9 @@ def main() -> None:
             "channels": channels,
             "classes": classes,
         }
-        fixture[name]["plans"] = plans(*row)
+        fixture[name]["plans"] = plans(PLANNERS if name in RESIDUAL_TOO else {"nnunet": PLANNERS["nnunet"]}, *row)
         print(name, fixture[name]["plans"]["nnunet"]["3d_fullres"]["patch_size"], flush=True)
-        Path(sys.argv[1]).write_text(
-            json.dumps(fixture, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
-        )
+        path.write_text(json.dumps(fixture, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ PRETRAIN, FINETUNE = (ROOT / "bundles" / name for name in ("tsfm_pretrain", "tsf
 BUNDLES = (PRETRAIN, FINETUNE)
 
 # What one bundle declares otherwise than the other, line by line: everything else is the same.
-AS_A_WHOLE = {"network_def", "parameters", "in_channels", "patch"}
+AS_A_WHOLE = {"network_def", "parameters", "in_channels", "planned"}
 TRAIN_DIFFERS = {
-    *("_desc_", "pool_file", "epochs", "learning_rate", "patch_size", "spacing_mm", "ct_normalization", "network_def"),
+    *("_desc_", "pool_file", "epochs", "learning_rate", "patch_size", "spacing_mm", "batch_size", "network_def"),
     *("settings#pool", "settings#patch_size", "described_network#patch_size", "pool#_target_", "parameters"),
     *("optimizer#weight_decay", "train#dataset#patch_size", "validate#dataset#patch_size"),
+    *("network_size", "planned", "preparation#spacing_mm", "settings#batch_size", "train#handlers"),
+    *(f"{part}#{user}#batch_size" for part in ("train", "validate") for user in ("sampler", "dataloader")),
 }
 ONLY_PRETRAIN_TRAINS = {
     *("datasets", "allow_missing", "pool#datasets", "pool#allow_missing"),
@@ -29,7 +31,8 @@ ONLY_PRETRAIN_TRAINS = {
 }
 ONLY_FINETUNE_TRAINS = {
     *("images", "labels", "label_ids", "regions", "modality", "pretrained", "from_scratch", "freeze", "warmup_epochs"),
-    *("head_learning_rate", "encoder_learning_rate", "in_channels", "patch", "loss#reduction"),
+    *("head_learning_rate", "encoder_learning_rate", "in_channels", "patch", "batch", "loss#reduction"),
+    *("plan", "memory_gb", "step_seconds"),
     *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs")),
     *(f"settings#{key}" for key in ("head_learning_rate", "encoder_learning_rate")),
     *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
@@ -90,6 +93,11 @@ def differences(name):
 )
 def test_both_bundles_declare_the_same_but_for_what_is_listed_here(name, differs, only_pretrain, only_finetune):
     assert differences(name) == (differs, only_pretrain, only_finetune)
+
+
+def test_the_handlers_are_the_same_but_for_the_forecast_of_the_plan():
+    first, second = (config(bundle, "train.json")["train"]["handlers"] for bundle in BUNDLES)
+    assert [handler for handler in second if handler["_target_"] != "tsfm.planning.forecast.Forecast"] == first
 
 
 def test_the_order_of_declarations_is_the_same():
@@ -173,7 +181,8 @@ def test_finetuning_declares_nnunets_defaults():
     optimizer = train["optimizer"]
     assert (optimizer["momentum"], optimizer["nesterov"], optimizer["weight_decay"]) == (0.99, True, 3e-5)
     assert train["learning_rate"] == 1e-2 and train["lr_scheduler"]["power"] == 0.9
-    assert (train["batch_size"], train["iterations_per_epoch"], train["val_iterations"]) == (2, 250, 50)
+    assert (train["batch_size"], train["iterations_per_epoch"], train["val_iterations"]) == ("auto", 250, 50)
+    assert train["spacing_mm"] == train["patch_size"] == "auto" and train["ct_normalization"] == "fingerprint"
     assert train["freeze"] == "none" and train["warmup_epochs"] == 0
 
 
@@ -201,6 +210,20 @@ def test_the_declared_network_has_1600_million_parameters():
     with torch.device("meta"):
         network = create_network(**declared)
     assert 1.56e9 < sum(parameter.numel() for parameter in network.parameters()) < 1.64e9
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "most"), [("s", 1e6, 3e6), ("b", 4e7, 5e7), ("l", 3e8, 5e8), ("h", 1.5e9, 1.7e9)]
+)
+def test_tsfm_comes_in_four_sizes_in_both_bundles(size, least, most):
+    overlay = config(FINETUNE, f"tsfm_{size}.json")
+    assert overlay["network_size"] == f"tsfm_{size}" and set(overlay) == {"_desc_", "network_size"}
+    train = merge_overlay(config(PRETRAIN, "train.json"), config(PRETRAIN, f"tsfm_{size}.json"))
+    parser = ConfigParser({**train, "bundle_root": str(PRETRAIN)})
+    with torch.device("meta"):
+        network = parser.get_parsed_content("network_def")
+    assert least < sum(parameter.numel() for parameter in network.parameters()) < most
+    assert network.description["network"]["strides"] == [[2, 2, 2]] * 4 + [[1, 2, 2]]
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)

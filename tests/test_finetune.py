@@ -21,6 +21,7 @@ SHORT = {
     "epochs": 1,
     "iterations_per_epoch": 2,
     "val_iterations": 1,
+    "step_seconds": 0.05,
     "num_workers": 0,
     "checkpointing": False,
     "device": "cpu",
@@ -125,10 +126,9 @@ def test_brats_regions_are_nested_and_the_excluded_case_stays_out(tmp_path):
 @pytest.mark.parametrize(
     ("cases", "how", "settings"),
     [
-        (1, {}, {}),
+        (1, {}, {"fold": "all"}),
         (2, {}, {"fold": "all"}),
         (2, {"labels": (1,)}, {"label_ids": {"1": "liver"}}),
-        (2, {"labels": ()}, {}),
         (2, {"shape": (9, 12, 11)}, {}),
         (2, {"shape": (64, 64, 8), "spacing": (0.3, 0.3, 6.0)}, {"spacing_mm": "auto"}),
         (2, {"shape": (64, 64, 8), "spacing": (0.3, 0.3, 6.0)}, {"spacing_mm": "checkpoint"}),
@@ -142,7 +142,6 @@ def test_brats_regions_are_nested_and_the_excluded_case_stays_out(tmp_path):
         "1-case",
         "fold-all",
         "one-class",
-        "no-foreground",
         "smaller-than-patch",
         "0.3x6mm-auto",
         "0.3x6mm-checkpoint",
@@ -152,7 +151,8 @@ def test_brats_regions_are_nested_and_the_excluded_case_stays_out(tmp_path):
 def test_little_or_odd_data_trains_and_infers_without_special_treatment(cases, how, settings, pretrained, tmp_path):
     data = two_folders(tmp_path / "data", cases, **how) | settings
     _, description = finetune(tmp_path / "run", pretrained, **data)
-    assert all(side % 4 == 0 for side in description["patch_size"])
+    strides = np.prod(description["network"]["strides"], 0)
+    assert not any(np.mod(description["patch_size"], strides))
     validated = bool(curve(tmp_path / "run")[0]["val_mean_dice"])
     assert validated == (cases > 1 and data.get("fold") != "all")
     image = tmp_path / "data/images/case0.nii.gz"
@@ -228,6 +228,28 @@ def test_from_scratch_takes_the_architecture_and_no_weight(pretrained, tmp_path)
     assert not (tmp_path / "run/transfer_report.json").exists()
 
 
+def test_a_start_from_nothing_needs_no_file_and_says_so(tmp_path, capsys):
+    data = two_folders(tmp_path / "data", 2)
+    options = {
+        "output_dir": str(tmp_path / "run"),
+        "store_dir": str(tmp_path / "store"),
+        "ckpt_dir": str(tmp_path / "no"),
+    }
+    experiments.run_bundle(
+        BUNDLE, ["train.json", "small.json"], **options, **data, **SHORT | {"iterations_per_epoch": 9}
+    )
+    output = capsys.readouterr().out
+    assert "starts from nothing" in output and "plan for 0.05 s a step" in output and "h for" in output
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    _, description = read_state(tmp_path / "run/model.pt")
+    assert plan["patch_size"] == description["patch_size"] and plan["hours"] >= 0 and plan["network"] == "tsfm_s"
+    experiments.run_bundle(
+        BUNDLE, ["train.json", "small.json"], plan=str(tmp_path / "run/plan.json"), from_scratch=True, **data,
+        **options | {"output_dir": str(tmp_path / "again")}, **SHORT | {"iterations_per_epoch": 1},
+    )  # fmt: skip
+    assert read_state(tmp_path / "again/model.pt")[1]["patch_size"] == plan["patch_size"]
+
+
 @pytest.mark.parametrize(("freeze", "moves"), [("encoder", {"decoder", "heads"}), ("all_but_heads", {"heads"})])
 def test_frozen_parts_do_not_move(freeze, moves, pretrained, tmp_path):
     from tsfm.planning.transfer import part_of
@@ -292,6 +314,11 @@ def interrupted(folder, pretrained, settings, data):
 
 
 # ---- what cannot work is said before anything long -----------------------------------------------------------------
+
+
+def test_labels_of_which_there_is_no_voxel_stop_the_run(tmp_path, pretrained):
+    with pytest.raises(PoolError, match=r"none has a voxel of the labels 1 \(liver\), 2 \(liver_tumor\)"):
+        finetune(tmp_path / "run", pretrained, **two_folders(tmp_path / "data", 2, labels=()))
 
 
 def test_missing_weights_are_named_with_what_to_do(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +17,9 @@ from tsfm.errors import first_cause
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning import plan as planning
+from tsfm.planning.forecast import Forecast
+from tsfm.planning.plan_run import plan_run
+from tsfm.planning.planner import PlanError
 from tsfm.training.checkpoint import (
     EXTRA_STATE,
     CheckpointError,
@@ -97,6 +101,58 @@ def test_decathlon_labels_become_targets(tmp_path, labels, names):
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     pool = planning.dataset_pool(str(tmp_path))
     assert pool.table.names == names and pool.cases[0]["modality"] == "MR"
+
+
+def nnunet_folder(folder, cases=("x_001", "x_002"), channels=1, **content):
+    """nnU-Net v2's layout: one file per channel, no list of cases."""
+    for case in cases:
+        for channel in range(channels):
+            write(folder, case, suffix=f"_{channel:04d}", kinds=("imagesTr", "labelsTr"))
+    content = {"channel_names": {str(i): "MRI" for i in range(channels)}, "numTraining": len(cases), **content}
+    (folder / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", **content}))
+    return planning.dataset_pool(str(folder))
+
+
+def test_nnunets_second_layout_has_a_file_per_channel_and_no_list(tmp_path):
+    pool = nnunet_folder(tmp_path, channels=2, labels={"background": 0, "Liver": 1, "ignore": 2})
+    assert [item["case"] for item in pool.cases] == ["x_001", "x_002"]
+    assert [Path(path).name for path in pool.cases[0]["image"]] == ["x_001_0000.nii.gz", "x_001_0001.nii.gz"]
+    assert planning.count_channels(pool) == 2 and pool.table.names == ("liver",)
+    assert pool.table.label_rules(tmp_path.name.lower().strip("_"))["ignore"] == [2]
+    (tmp_path / "imagesTr/x_002_0001.nii.gz").unlink()
+    with pytest.raises(PoolError, match=r"x_002_0001\.nii\.gz"):
+        _ = planning.dataset_pool(str(tmp_path)).cases
+
+
+def test_regions_are_lists_of_ids_and_nested(tmp_path):
+    labels = {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]}
+    pool = nnunet_folder(tmp_path, labels=labels, regions_class_order=[1, 2, 3])
+    assert pool.table.names == ("whole_tumor", "tumor_core", "enhancing_tumor")
+    assert [pool.table.parent(name) for name in pool.table.names] == [None, "whole_tumor", "tumor_core"]
+    rows = {raw: pool.table.targets[code].tolist() for code, (_, raw) in enumerate(pool.table.codes) if code < 4}
+    assert rows == {0: [0, 0, 0], 1: [1, 0, 0], 2: [1, 1, 0], 3: [1, 1, 1]}
+    with pytest.raises(PoolError, match="one entry for each of"):
+        nnunet_folder(tmp_path, labels=labels, regions_class_order=[1, 2])
+
+
+def test_the_first_layouts_list_leaves_the_channels_number_out(tmp_path):
+    listed = [{"image": "./imagesTr/x_001.nii.gz", "label": "./labelsTr/x_001.nii.gz"}]
+    pool = nnunet_folder(tmp_path, ("x_001",), labels={"0": "background", "1": "liver"}, training=listed)
+    assert Path(pool.cases[0]["image"]).name == "x_001_0000.nii.gz"
+
+
+def test_two_folders_with_a_file_per_channel(tmp_path):
+    for channel in range(3):
+        write(tmp_path, "case_0007", suffix=f"_{channel:04d}")
+    pool = planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
+    assert pool.cases[0]["case"] == "case_0007" and len(pool.cases[0]["image"]) == 3
+
+
+def test_a_number_that_is_the_cases_own_is_no_channel(tmp_path):
+    for name in ("case_0000", "case_0001"):
+        write(tmp_path, name)
+    pool = planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
+    assert [item["case"] for item in pool.cases] == ["case_0000", "case_0001"]
 
 
 def test_what_is_missing_is_named(tmp_path, weights):
@@ -216,13 +272,72 @@ def test_several_channels_are_measured_too(tmp_path, weights):
     assert found.spacing_mm == (4.0, 2.0, 2.0) and found.default_modality == "MR"
 
 
-def test_the_patch_fits_cases_and_strides(pool, weights, tmp_path):
-    preparation = planning.plan_preparation(pool, str(tmp_path), pretrained=weights)
-    assert planning.plan_patch([8, 16, 16], pool, str(tmp_path), preparation, weights) == [8, 16, 16]
-    # (12, 22, 20) voxels at the checkpoint's spacing, strides 2 x 4 x 4, at most the pretrained 16 x 32 x 32
-    assert planning.plan_patch("auto", pool, str(tmp_path), preparation, weights) == [12, 24, 20]
-    with pytest.raises(CheckpointError, match="--patch_size"):
-        planning.plan_patch("auto", pool, str(tmp_path), preparation, "none")
+def test_the_plan_is_the_datas_with_and_without_weights(pool, weights, tmp_path):
+    """Cases of 12 x 22 x 20 voxels at 4 x 2 x 2 mm: S is halved last, along it the first kernel is flat."""
+    for pretrained in (None, weights):
+        plan = plan_run(pool, str(tmp_path), pretrained=pretrained, step_seconds=0.05)
+        assert plan.spacing_mm == (4.0, 2.0, 2.0) and plan.patch_size == (12, 24, 20)
+        assert plan.strides[0] == (1, 2, 2) and plan.kernel_sizes[0] == (1, 3, 3)
+        assert plan.network == ("weights" if pretrained else "tsfm_s") and plan.batch_size == 2
+    assert plan.features == (4, 8, 16) and len(plan.strides) == 2, "weights keep their levels"
+    network = planning.downstream_network(pool, plan.patch_size, 1, weights, plan=plan, output_dir=str(tmp_path))
+    assert network(torch.zeros(1, 1, *plan.patch_size))[0].shape == (1, 1, *plan.patch_size)
+    report = json.loads((tmp_path / "transfer_report.json").read_text())
+    assert any("kernels" in note for note in report["mismatches"]) and any("strides" in n for n in report["mismatches"])
+
+
+def test_numbers_and_the_checkpoints_geometry_on_request(pool, weights, tmp_path):
+    given = plan_run(pool, str(tmp_path), [4, 2, 2], [8, 16, 16], 3, pretrained=weights)
+    assert (given.patch_size, given.batch_size) == ((8, 16, 16), 3)
+    # at most the pretrained 16 x 32 x 32, rounded up to its strides 2 x 4 x 4
+    assert plan_run(pool, str(tmp_path), "checkpoint", "checkpoint", pretrained=weights).patch_size == (12, 24, 20)
+    for name in ("spacing_mm", "patch_size"):
+        with pytest.raises(ValueError, match="--pretrained"):
+            plan_run(pool, str(tmp_path), **{name: "checkpoint"})
+    with pytest.raises(ValueError, match="spacing_mm is 'fine'"):
+        plan_run(pool, str(tmp_path), "fine")
+
+
+def test_a_plan_is_taken_back_from_its_file(pool, tmp_path):
+    plan = plan_run(pool, str(tmp_path))
+    Forecast(str(tmp_path), plan).save(hours=2.0)
+    assert plan_run(pool, str(tmp_path), plan_file=str(tmp_path / "plan.json")) == plan
+    with pytest.raises(PlanError, match="leave --patch_size out"):
+        plan_run(pool, str(tmp_path), patch_size=[8, 16, 16], plan_file=str(tmp_path / "plan.json"))
+    with pytest.raises(PlanError, match=r"no\.json cannot be read"):
+        plan_run(pool, str(tmp_path), plan_file=str(tmp_path / "no.json"))
+
+
+def test_data_of_which_nothing_can_be_learned_is_refused_before_the_work(folders, tmp_path):
+    absent = planning.dataset_pool(str(folders), label_ids={"1": "liver", "3": "cyst"})
+    with pytest.raises(PoolError, match=r"of the 2 cases none has a voxel of the labels 3 \(cyst\)"):
+        plan_run(absent, str(tmp_path))
+    (folders / "images/b.nii.gz").unlink()
+    single = planning.dataset_pool(str(folders), label_ids={"1": "liver"})
+    with pytest.raises(PoolError, match=r"single case.*--fold all"):
+        plan_run(single, str(tmp_path))
+    assert plan_run(single, str(tmp_path), fold="all").batch_size == 2
+    for name in ("a", "b"):
+        flat = np.zeros((20, 22, 1), np.uint8)
+        flat[5:9, 5:9] = 1
+        for kind in ("images", "labels"):
+            nib.save(nib.Nifti1Image(flat, np.eye(4)), folders / kind / f"{name}.nii.gz")
+    with pytest.raises(PlanError, match="two-dimensional"):
+        plan_run(planning.dataset_pool(str(folders), label_ids={"1": "liver"}), str(tmp_path))
+
+
+def test_a_spacing_too_coarse_for_a_structure_is_named(pool, tmp_path, caplog):
+    plan_run(pool, str(tmp_path), [4, 2, 2])
+    assert "coarse" not in caplog.text
+    plan_run(pool, str(tmp_path), [4, 6, 6])  # the ball is 3 x 4 x 4 voxels of 4 x 2 x 2 mm
+    assert "4x6x6 mm (S, P, L) is coarse for liver: at its smallest it is 3x1.33x1.33 voxels" in caplog.text
+
+
+def test_weights_that_are_far_from_the_data_are_named(folders, weights, tmp_path, caplog):
+    pool = planning.dataset_pool(str(folders), label_ids={"1": "cyst"}, modality="MR")
+    plan_run(pool, str(tmp_path), [4, 2, 0.9], pretrained=weights)
+    for words in ("none of the targets ['cyst']", "more than 2 times as large"):
+        assert words in caplog.text
 
 
 def test_the_network_is_the_pretrained_one_in_the_tasks_shape(pool, weights, tmp_path):

@@ -158,6 +158,22 @@ def test_another_stride_keeps_the_shortcut_of_a_constant_image(old, new, tmp_pat
     assert any("stride" in entry.note for entry in report.entries)
 
 
+def test_a_flat_kernel_grows_without_changing_a_number_and_shrinks_to_its_sum(tmp_path):
+    """Slices that are all the same look the same to a kernel of three and to its sum; back again nothing is lost."""
+    flat, cubes = [(1, 3, 3), (3, 3, 3), (3, 3, 3)], [(3, 3, 3)] * 3
+    first, second, third = (network(seed=seed, kernel_sizes=k) for seed, k in enumerate((flat, cubes, flat)))
+    save_weights(first, tmp_path / "flat.pt")
+    report = load_pretrained(second, tmp_path / "flat.pt")
+    x = torch.randn(1, 1, 16, 16, 16)
+    torch.testing.assert_close(second.eval()(x), first.eval()(x), rtol=1e-4, atol=1e-4)
+    assert {entry.note for entry in report.entries if entry.how == "adapted"} == {"kernel (1, 3, 3) to (3, 3, 3)"}
+    save_weights(network(seed=5, kernel_sizes=cubes), tmp_path / "cubes.pt")
+    load_pretrained(third, tmp_path / "cubes.pt")
+    theirs = network(seed=5, kernel_sizes=cubes)
+    same = torch.randn(1, 1, 1, 16, 16).expand(-1, -1, 16, -1, -1)
+    torch.testing.assert_close(third.stem(same)[:, :, 1:-1], theirs.stem(same)[:, :, 1:-1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

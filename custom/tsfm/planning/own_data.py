@@ -56,10 +56,10 @@ def dataset_pool(
     if os.path.isfile(declared):
         with open(declared, encoding="utf-8") as file:
             content = json.load(file)
-        entry |= _declared_files(content, declared) | {"modality": modality or _declared_modality(content)}
         if not label_ids:
             label_ids, targets, ignored = _declared_labels(content, declared)
             entry |= {"ignore": ignored} if ignored else {}
+        entry |= _declared_files(content, declared) | {"modality": modality or _declared_modality(content)}
     elif os.path.isdir(os.path.join(dataset_dir, images)):
         entry |= _two_folders(dataset_dir, images, labels)
         entry["modality"] = modality or "CT"

@@ -164,10 +164,10 @@ def check_data(pool: DatasetPool, found: Fingerprint, fold: int | str) -> None:
             "alone with --fold all (the weights will then know this case only)"
         )
     absent = [
-        f"{raw} ({pool._meaning(name, raw)})"
-        for name in pool.scan[0]
-        for raw in pool.table.local_ids(name)[1:]
-        if str(raw) in pool.table.label_rules(name)["labels"] and str(raw) not in found.extents_mm.get(name, {})
+        f"{raw} ({meaning})"
+        for name, entry in pool.summary()["datasets"].items()
+        for raw, meaning in entry["labels"].items()
+        if raw in pool.table.label_rules(name)["labels"] and raw not in found.extents_mm.get(name, {})
     ]
     if absent:
         raise PoolError(
@@ -180,15 +180,15 @@ def warn_of_small_structures(pool: DatasetPool, found: Fingerprint, spacing_mm: 
     """Name structures of which a spacing coarser than the images' leaves fewer than four voxels along an axis."""
     own = found.median_spacing_mm
     coarser = [axis for axis in range(3) if spacing_mm[axis] > 1.05 * own[axis]]
+    datasets = pool.summary()["datasets"]
     for name, extents in found.extents_mm.items():
         for raw, extent in extents.items():
             voxels = [mm / spacing for mm, spacing in zip(extent, spacing_mm, strict=True)]
             if any(voxels[axis] < SEEN_VOXELS for axis in coarser):
-                ids = {str(known): known for known in pool.table.local_ids(name)}
                 logger.warning(
                     "spacing %s mm (S, P, L) is coarse for %s: at its smallest it is %s voxels; the images have %s mm, give "
                     "--spacing_mm auto or finer numbers",
-                    _numbers(spacing_mm), pool._meaning(name, ids[raw]), _numbers(voxels), _numbers(own),
+                    _numbers(spacing_mm), datasets[name]["labels"][raw], _numbers(voxels), _numbers(own),
                 )  # fmt: skip
 
 

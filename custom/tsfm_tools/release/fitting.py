@@ -11,7 +11,7 @@ import torch
 from tsfm.network.networks import REQUIRED
 from tsfm.training.checkpoint import table_of
 
-PREPARATION_IDS = ("spacing_mm", "ct_normalization")
+DECIDED_IDS = ("spacing_mm", "ct_normalization", "network_size", "planned")
 
 README_BLOCK = ("<!-- weights: begin -->", "<!-- weights: end -->")
 
@@ -62,7 +62,7 @@ def fill_configs(
 
 def _drop_decided(config: dict[str, Any]) -> None:
     """Take out of a config, in place, what the weights decide: it would have no effect, or the weights would not fit."""
-    for key in [key for key in config if key in PREPARATION_IDS or key.startswith("network_def#")]:
+    for key in [key for key in config if key in DECIDED_IDS or key.startswith("network_def#")]:
         del config[key]
 
 
