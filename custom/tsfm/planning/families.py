@@ -113,8 +113,6 @@ def _stunet(size: str, base: int, depth: int) -> Family:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("swinunetr", "fixed", 48, 768, (2,), (1,), strides=SWIN_STRIDES, patch=(96, 96, 96)),
-        *(_stunet(*row) for row in (("s", 16, 1), ("b", 32, 1), ("l", 64, 2), ("h", 96, 3))),
         Family("nnunet", "plain", 32, 320, (2,), (2,), 560e6),
         Family("nnunet_resenc_m", "residual", 32, 320, (1, 3, 4, 6), (1,), 680e6, 8, 1.0),
         Family("nnunet_resenc_l", "residual", 32, 320, (1, 3, 4, 6), (1,), 2100e6, 24, 1.0),
@@ -123,6 +121,8 @@ FAMILIES = {
         Family("tsfm_b", "tsfm", 32, 320, (1,), (1,), levels=6, transformer=(192, 6, 6, 768)),
         Family("tsfm_l", "tsfm", 48, 1024, (2,), (2,), levels=6, transformer=(576, 12, 12, 2304)),
         Family("tsfm_h", "tsfm", 64, 2048, (2,), (2, 2, 2, 2, 3), bottom=4, levels=6, transformer=(768, 12, 12, 3072)),
+        Family("swinunetr", "fixed", 48, 768, (2,), (1,), strides=SWIN_STRIDES, patch=(96, 96, 96)),
+        *(_stunet(*row) for row in (("s", 16, 1), ("b", 32, 1), ("l", 64, 2), ("h", 96, 3))),
     )
 }
 """Networks that `plan` knows by name; tsfm_h is the paper's."""

@@ -306,8 +306,11 @@ def _adapt(
         return Entry(name, shape, "adapted" if reused else "new", reused, size - reused, note), value
     if source.shape == current.shape:
         return Entry(name, shape, "loaded", size, 0), source
-    other_channels = source.shape[1] != current.shape[1] and _differ_only_in(source, current, (1, 2, 3, 4))
-    if re.match(parts.inputs, name) and other_channels:
+    if (
+        re.match(parts.inputs, name)
+        and source.shape[1] != current.shape[1]
+        and _differ_only_in(source, current, (1, 2, 3, 4))
+    ):
         note = f"{source.shape[1]} to {current.shape[1]} input channels"
         fitted = _fit_kernel(source, (*source.shape[:2], *shape[2:]))
         return Entry(name, shape, "adapted", size, 0, note), _spread(fitted, shape)
