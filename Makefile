@@ -7,6 +7,8 @@ export OMP_WAIT_POLICY = passive
 # Files and output are UTF-8, whatever the locale says.
 export PYTHONUTF8 = 1
 TORCH = torch==2.13.0
+# The baselines' networks; --no-deps, because what they ask for replaces a CPU build of torch by gigabytes of CUDA packages.
+NETWORKS = dynamic-network-architectures==0.4.4 medim==0.1.2
 
 .PHONY: demo test test-avx2 test-label test-docs lint format gate release bench-env clean
 
@@ -38,6 +40,7 @@ $(VENV)/run: requirements.txt custom/pyproject.toml
 
 $(VENV)/dev: requirements-dev.txt $(VENV)/run
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(NETWORKS)
 	touch $@
 
 # MONAI Label in an environment of its own (3 GB, minutes to build), driven by the tests of the usual one.
@@ -55,7 +58,7 @@ $(VENV_LABEL)/done: requirements-label.txt
 	$(PYTHON) -m venv $(VENV_LABEL)
 	$(VENV_LABEL)/bin/pip install --quiet --disable-pip-version-check --prefer-binary torch==2.13.0 'numpy<2'
 	$(VENV_LABEL)/bin/pip install --quiet --disable-pip-version-check --prefer-binary -r requirements-label.txt
-	$(VENV_LABEL)/bin/pip install --quiet --disable-pip-version-check --no-deps monailabel==0.8.5
+	$(VENV_LABEL)/bin/pip install --quiet --disable-pip-version-check --no-deps monailabel==0.8.5 $(NETWORKS)
 	touch $@
 
 clean:

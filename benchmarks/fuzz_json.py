@@ -331,7 +331,8 @@ def hostile(description: dict[str, Any], draw: random.Random) -> tuple[str, dict
 def checkpoint_mutations(count: int, seed: int, folder: Path) -> Iterator[tuple[str, Callable[[str], Any], Path, Any]]:
     """`count` mutated weight files: ``model.pt``, ``model.safetensors`` and a run's ``last.pt``, one in three hostile."""
     import torch
-    from tsfm.training.checkpoint import EXTRA_STATE, encode_description, save_weights, write_pt
+    from tsfm.training.checkpoint import EXTRA_STATE, encode_description, save_weights
+    from tsfm.training.weight_files import write_pt
 
     draw = random.Random(seed)
     network, last = weights(folder)

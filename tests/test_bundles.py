@@ -10,17 +10,17 @@ import torch
 from conftest import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow
 from tsfm.labels import LabelTable
-from tsfm.network.tsfm_net import TSFM
+from tsfm.network.networks import create_network
 from tsfm_tools.release.fitting import merge_overlay
 
 PRETRAIN, FINETUNE = (ROOT / "bundles" / name for name in ("tsfm_pretrain", "tsfm_finetune"))
 BUNDLES = (PRETRAIN, FINETUNE)
 
 # What one bundle declares otherwise than the other, line by line: everything else is the same.
-AS_A_WHOLE = {"network_def", "optimizer#params", "in_channels", "planned"}
+AS_A_WHOLE = {"network_def", "parameters", "in_channels", "planned"}
 TRAIN_DIFFERS = {
     *("_desc_", "pool_file", "epochs", "learning_rate", "patch_size", "spacing_mm", "batch_size", "network_def"),
-    *("settings#pool", "settings#patch_size", "described_network#patch_size", "pool#_target_", "optimizer#params"),
+    *("settings#pool", "settings#patch_size", "described_network#patch_size", "pool#_target_", "parameters"),
     *("optimizer#weight_decay", "train#dataset#patch_size", "validate#dataset#patch_size"),
     *("network_size", "planned", "preparation#spacing_mm", "settings#batch_size", "train#handlers"),
     *(f"{part}#{user}#batch_size" for part in ("train", "validate") for user in ("sampler", "dataloader")),
@@ -88,6 +88,7 @@ def differences(name):
         ("multi_gpu_train.json", set(), set(), set()),
         ("fsdp_train.json", set(), set(), set()),
         ("keep_sides.json", set(), set(), set()),
+        *((f"{name}.json", set(), set(), set()) for name in ("nnunet", "nnunet_resenc", "swinunetr", "stunet")),
     ],
 )
 def test_both_bundles_declare_the_same_but_for_what_is_listed_here(name, differs, only_pretrain, only_finetune):
@@ -166,7 +167,7 @@ def test_an_inference_that_names_a_targets_choice_says_so_in_one_place():
 def test_pretraining_declares_the_papers_numbers():
     train = config(PRETRAIN, "train.json")
     assert train["optimizer"] == {
-        "_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": "@learning_rate", "momentum": 0.99,
+        "_target_": "torch.optim.SGD", "params": "@parameters", "lr": "@learning_rate", "momentum": 0.99,
         "nesterov": True, "weight_decay": 1e-3, "fused": "$torch.device(@device).type == 'cuda'",
     }  # fmt: skip
     assert train["lr_scheduler"]["power"] == 0.9 and train["learning_rate"] == 1e-3
@@ -207,7 +208,7 @@ def test_the_declared_network_has_1600_million_parameters():
     declared = {key: value for key, value in config(PRETRAIN, "train.json")["network_def"].items() if key[0] != "_"}
     declared |= {"out_channels": 31, "img_size": [112, 160, 192], "deep_supervision": True, "checkpointing": True}
     with torch.device("meta"):
-        network = TSFM(**declared)
+        network = create_network(**declared)
     assert 1.56e9 < sum(parameter.numel() for parameter in network.parameters()) < 1.64e9
 
 

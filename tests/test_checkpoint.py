@@ -8,7 +8,6 @@ from tsfm.files import atomic_write
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import (
-    CheckpointError,
     build_network,
     describe_network,
     load_weights,
@@ -18,6 +17,7 @@ from tsfm.training.checkpoint import (
     save_weights,
     table_of,
 )
+from tsfm.training.weight_files import CheckpointError
 
 pytestmark = pytest.mark.convolutions
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, run_bundle
 from tsfm.cases.folders import PoolError
-from tsfm.training.checkpoint import CheckpointError, read_state
+from tsfm.training.checkpoint import read_state
+from tsfm.training.weight_files import CheckpointError
 from tsfm_tools.paper import grids as experiments
 from tsfm_tools.phantoms import layouts as phantoms
 

@@ -27,16 +27,15 @@ from tsfm.options import OptionError, check_options
 from tsfm.patches import store as store_module
 from tsfm.patches.store import CaseStore
 from tsfm.training.checkpoint import (
-    CheckpointError,
     describe_network,
     encode_description,
-    load_pt,
     read_description,
     read_state,
     save_weights,
     table_of,
 )
 from tsfm.training.record import RunRecord
+from tsfm.training.weight_files import CheckpointError, load_pt
 
 ROOT = Path(__file__).parents[1]
 CT = {"CT": {"lower": -1000, "upper": 400, "mean": 50, "sd": 200}}

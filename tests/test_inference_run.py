@@ -14,7 +14,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from tsfm.cases.pool import DatasetPool
 from tsfm.inference.prediction import FailedCases
 from tsfm.inference.windows import mirrored_axes
-from tsfm.training.checkpoint import CheckpointError, build_network, load_weights, read_description, save_weights
+from tsfm.training.checkpoint import build_network, load_weights, read_description, save_weights
+from tsfm.training.weight_files import CheckpointError
 from tsfm_tools.paper import grids as experiments
 
 pytestmark = pytest.mark.convolutions

@@ -20,14 +20,8 @@ from tsfm.planning import plan as planning
 from tsfm.planning.forecast import Forecast
 from tsfm.planning.plan_run import plan_run
 from tsfm.planning.planner import PlanError
-from tsfm.training.checkpoint import (
-    EXTRA_STATE,
-    CheckpointError,
-    describe_network,
-    encode_description,
-    read_state,
-    save_weights,
-)
+from tsfm.training.checkpoint import EXTRA_STATE, describe_network, encode_description, read_state, save_weights
+from tsfm.training.weight_files import CheckpointError
 
 pytestmark = pytest.mark.convolutions
 

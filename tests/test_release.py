@@ -92,7 +92,11 @@ def write(path: Path, content) -> None:
 def source(tmp_path) -> Path:
     """A source bundle with what a release touches."""
     bundle = tmp_path / "toy"
-    definition = {"_target_": "tsfm.network.tsfm_net.TSFM", "out_channels": 31, "checkpointing": "@checkpointing"}
+    definition = {
+        "_target_": "tsfm.network.networks.create_network",
+        "out_channels": 31,
+        "checkpointing": "@checkpointing",
+    }
     common = {
         "imports": ["$import os"],
         "bundle_root": ".",

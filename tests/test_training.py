@@ -8,11 +8,12 @@ from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
 from tsfm.network.tsfm_net import TSFM
-from tsfm.training.checkpoint import CheckpointError, read_state
+from tsfm.training.checkpoint import read_state
 from tsfm.training.curve import Curve, write_csv
 from tsfm.training.record import versions
 from tsfm.training.run_state import AllStepsSkipped, RunState
 from tsfm.training.steps import TrainStep, poly_schedule
+from tsfm.training.weight_files import CheckpointError
 
 pytestmark = pytest.mark.convolutions
 

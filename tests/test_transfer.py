@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning.transfer import freeze, load_pretrained, parameter_groups
-from tsfm.training.checkpoint import CheckpointError, load_weights, save_weights
+from tsfm.training.checkpoint import load_weights, save_weights
+from tsfm.training.weight_files import CheckpointError
 
 pytestmark = pytest.mark.convolutions
 

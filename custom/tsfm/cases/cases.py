@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..labels import LabelTable
 from .folders import DETACHED
 from .grids import spacing_of
 from .pool import complete_items
-from .volumes import RawVolume, on_grid_of, read_labels, read_volume, to_spl
+from .volumes import RawVolume, axis_codes, on_grid_of, read_labels, read_volume, to_spl
 
 HU_RANGE = (-9000.0, 35000.0)
 """No CT scanner writes values beyond these, padding (-3024, -8192) and metal (up to about 31000) included."""
@@ -30,6 +30,11 @@ class Preparation:
     (CT: HU); a modality that is not listed is z-scored per case and channel. masked: modality -> whether the z-score
     looks at the non-zero region only (nnU-Net's plan); by default where cropping removed more than a quarter of the
     case. default_modality: for items that name none.
+
+    The rest is for networks that were trained elsewhere. channels: the rule of each channel, whatever its modality:
+    {"scheme": "ct" (with lower, upper, mean, sd) | "zscore" (with "masked") | "none" | "01" (to the range 0 to 1) | "rgb"
+    (over 255)}. orientation: of the axes, see `reading.axis_codes`; where it is not "SPL", "(S, P, L)" reads "the three
+    axes in this order" everywhere. resample_first: normalise after resampling (nnU-Net 1), not before.
     """
 
     spacing_mm: tuple[float, float, float]
@@ -37,6 +42,9 @@ class Preparation:
     in_channels: int = 1
     default_modality: str = "CT"
     masked: Mapping[str, bool] = field(default_factory=dict)
+    channels: Sequence[Mapping[str, Any]] = ()
+    orientation: str = "SPL"
+    resample_first: bool = False
 
     def __post_init__(self) -> None:
         spacing = tuple(float(side) for side in self.spacing_mm)
@@ -47,6 +55,10 @@ class Preparation:
             missing = {"lower", "upper", "mean", "sd"} - set(values)
             if missing:
                 raise ValueError(f"Preparation.intensity of {modality} lacks {sorted(missing)}; it has {list(values)}")
+        object.__setattr__(self, "channels", tuple(dict(rule) for rule in self.channels))
+        if self.channels and len(self.channels) != self.in_channels:
+            raise ValueError(f"Preparation.channels has {len(self.channels)} rules for {self.in_channels} channels")
+        axis_codes(np.eye(4), self.orientation)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON from which `from_dict` builds the same preparation."""
@@ -55,6 +67,7 @@ class Preparation:
         plain["intensity"] = {
             name: {k: float(v) for k, v in sorted(values.items())} for name, values in sorted(self.intensity.items())
         }
+        plain["channels"] = [dict(rule) for rule in self.channels]
         plain["masked"] = {name: bool(value) for name, value in sorted(self.masked.items())}
         return plain
 
@@ -92,7 +105,7 @@ def load_case(item: Mapping[str, Any], table: LabelTable | None, preparation: Pr
         item = complete_items([item], table, preparation.default_modality)[0]
     modality = item.get("modality") or preparation.default_modality
     raw = read_volume(item["image"])
-    image, affine = to_spl(raw, np.float32)
+    image, affine = to_spl(raw, np.float32, preparation.orientation)
     image_grid = RawVolume(image, affine, raw.source)
     del raw
     check_image(image, preparation, modality, image_grid.source)

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from monai.data import ImageReader
 from monai.utils import SpaceKeys
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt2axcodes, ornt_transform
 
 from ..errors import CaseError
 from .dicom import open_file, open_series
 from .folders import NIFTI
 from .grids import (
     SAME_GRID,
-    SPL,
     check_body,
     grid_difference,
     grid_distance_mm,
@@ -143,9 +143,25 @@ def on_grid_of(first: RawVolume, second: RawVolume, what: str) -> RawVolume:
     return second
 
 
-def to_spl(volume: RawVolume, dtype: type | None = None) -> tuple[np.ndarray, np.ndarray]:
+def axis_codes(affine: np.ndarray, orientation: str = "SPL") -> str:
+    """Where each axis shall point, "SPL" for example; an `orientation` of stored axes ("kji") in this affine's letters.
+
+    Stored axes are NIfTI's voxel indices i, j, k: "kji" is their order reversed and none turned round, as nnU-Net has it.
+
+    Raises:
+        ValueError: an orientation that is neither.
+    """
+    if sorted(orientation) == ["i", "j", "k"]:
+        codes = ornt2axcodes(io_orientation(affine))
+        return "".join(codes["ijk".index(axis)] for axis in orientation)
+    if sorted("LPS"["LRPAIS".index(axis) // 2] for axis in orientation if axis in "LRPAIS") != ["L", "P", "S"]:
+        raise ValueError(f"orientation is {orientation!r}; expected three of LR, PA, IS, or the stored axes i, j and k")
+    return orientation
+
+
+def to_spl(volume: RawVolume, dtype: type | None = None, orientation: str = "SPL") -> tuple[np.ndarray, np.ndarray]:
     """Voxels (C, S, P, L), contiguous, and their affine: the axes turned by the affine alone, as Orientationd does."""
-    turn = turn_to(volume.affine, SPL)
+    turn = ornt_transform(io_orientation(volume.affine), axcodes2ornt(axis_codes(volume.affine, orientation)))
     affine = turn_grid(volume.array.shape[1:], volume.affine, turn)[1]
     return np.ascontiguousarray(turn_array(volume.array, turn), dtype), affine
 

@@ -148,6 +148,8 @@ class SlabInferer(Inferer):
         amp: bfloat16 autocast, on devices that compute in it.
         channels_last: lay tensors out as (S, P, L, C), which convolutions like best.
         progress: show a progress bar over the windows.
+        activation: "sigmoid", or "softmax" of networks whose first output is the background: the largest logit of each
+            voxel wins, and thresholds are not looked at.
 
     Raises:
         ValueError: an unknown target or axis, a threshold outside (0, 1), inputs that are not one image (1, C, S, P, L),
@@ -166,6 +168,7 @@ class SlabInferer(Inferer):
         amp: bool = True,
         channels_last: bool = True,
         progress: bool = True,
+        activation: str = "sigmoid",
     ) -> None:
         self.roi_size = tuple(int(side) for side in roi_size)
         if len(self.roi_size) != 3 or min(self.roi_size) < 1:
@@ -177,7 +180,13 @@ class SlabInferer(Inferer):
         unknown = [name for name in chosen if name not in self.names]
         if unknown or not chosen:
             raise ValueError(f"unknown targets {unknown}; choose from {list(self.names)}")
-        self.channels = [i for i, name in enumerate(self.names) if name in chosen]
+        if activation not in ("sigmoid", "softmax"):
+            raise ValueError(f"activation is {activation!r}, expected 'sigmoid' or 'softmax'")
+        self.exclusive = activation == "softmax"
+        self.outputs = (*(("background",) if self.exclusive else ()), *self.names)
+        # Of a softmax all outputs compete, whichever are painted.
+        self.channels = [i for i, name in enumerate(self.outputs) if self.exclusive or name in chosen]
+        self.chosen = chosen
         window_starts(1, 1, overlap)
         self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
         self.amp, self.channels_last, self.progress = amp, channels_last, progress
@@ -192,12 +201,16 @@ class SlabInferer(Inferer):
         """Label map (1, 1, s, p, l), uint8, of one prepared image (1, C, S, P, L), with the image's metadata."""
         image, grid = self._image(inputs), source_grid(inputs)
         order = self.table.paint_order() if isinstance(self.table, LabelTable) else range(len(self.names))
-        paint = [(self.channels.index(i), i + 1) for i in order if i in self.channels]
-        levels = [self.levels[i] for i in self.channels]
-        painter = Painter(image.shape[1:], grid.shape, paint, levels, grid.thick)
+        values = [(i + self.exclusive, i + 1) for i in order]
+        paint = [(self.channels.index(output), value) for output, value in values if output in self.channels]
+        levels = self.levels if self.exclusive else [self.levels[i] for i in self.channels]
+        painter = Painter(image.shape[1:], grid.shape, paint, levels, grid.thick, self.exclusive)
         for slab in self.slabs(image, network, *args, **kwargs) if paint else ():
             painter.add(slab)
         label_map = painter.label_map[None, None]
+        for value, name in enumerate(self.names, start=1):
+            if self.exclusive and name not in self.chosen:
+                label_map[label_map == value] = 0
         if not isinstance(inputs, MetaTensor):
             return label_map
         return MetaTensor(label_map).copy_meta_from(inputs, copy_attr=False)
@@ -211,10 +224,14 @@ class SlabInferer(Inferer):
         return whole[None]
 
     def uncertainty(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> float:
-        """Mean binary entropy (bits) of all targets over the voxels where some target is painted, 0 where none is."""
+        """Mean binary entropy (bits) of all targets over the voxels where some target is painted, 0 where none is.
+
+        Of a softmax network's targets, against the background.
+        """
         total, count, done = 0.0, 0, 0
         for slab in self.slabs(self._image(inputs), network, *args, **kwargs):
             logits, done = slab.logits[:, done - slab.start :].float(), slab.stop
+            logits = logits[1:] - logits[:1] if self.exclusive else logits
             logits = logits[:, (logits > 0).any(0)]
             p = torch.sigmoid(logits)
             entropy = torch.nn.functional.softplus(logits) - p * logits
@@ -288,7 +305,7 @@ class SlabInferer(Inferer):
     def _checked(self, logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """The finest output, plain; ValueError where it does not fit the table."""
         logits = logits[0] if isinstance(logits, (list, tuple)) else logits
-        check_names(self.names, logits.shape[1])
+        check_names(self.outputs, logits.shape[1])
         if tuple(logits.shape[2:]) != self.roi_size:
             raise ValueError(f"the network turns windows {self.roi_size} into {tuple(logits.shape[2:])}; same expected")
         return logits.as_tensor() if isinstance(logits, MetaTensor) else logits

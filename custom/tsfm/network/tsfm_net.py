@@ -24,7 +24,6 @@ The network traces (torch.jit.trace), exports (torch.export, ONNX) and compiles;
 Shapes: B batch, C channels, SPL voxels to superior, posterior, left (the patch as the paper prints it), N tokens, H hidden.
 """
 
-import json
 from collections.abc import Sequence
 from math import log, prod
 
@@ -35,12 +34,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .cpu import instance_norm
-
-AXES = "SPL"
+from .described import DescribedNetwork, Parts
 
 LEAKY_SLOPE = 0.01  # nnU-Net's LeakyReLU
 
 INITIAL_PROBABILITY = 0.1  # of every target in an untrained network: most voxels are in no target
+
+PARTS = Parts(
+    encoder=r"stem\.|encoder\.|down\.|bottleneck\.",
+    head=r"heads\.",
+    heads=r"heads\.\d+\.conv\.",
+    optional=r"bottleneck\.|heads\.[1-9]\d*\.",
+    inputs=r"stem\.weight$",
+)
 
 CUBE = (3, 3, 3)
 
@@ -208,7 +214,7 @@ class Head(nn.Module):
         return self.conv(self.norm(x))
 
 
-class TSFM(nn.Module):
+class TSFM(DescribedNetwork):
     """The network: (B,in_channels,S,P,L) -> logits (B,out_channels,S,P,L), one per target (sigmoid outside).
 
     In training with `deep_supervision` the output is a list of logits, finest first, one per decoder level; else one tensor.
@@ -252,16 +258,12 @@ class TSFM(nn.Module):
         interpolation: str = "nearest",
         kernel_sizes: Sequence[Sequence[int]] | None = None,
     ):
-        super().__init__()
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self._arguments = json.loads(json.dumps(arguments))
-        self.description = {"network": self._arguments}
         kernels = [tuple(size) for size in kernel_sizes or [CUBE] * len(features)]
         check_levels(features, depths_down, depths_up, strides, kernels)
-        self.in_channels = in_channels
+        super().__init__(arguments, strides, PARTS)
         self.deep_supervision = deep_supervision
         self.checkpointing = checkpointing
-        self.total_stride = tuple(prod(axis) for axis in zip(*strides, strict=True))
         self.check_size(img_size)
         grid = [size // stride for size, stride in zip(img_size, self.total_stride, strict=True)]
 
@@ -308,37 +310,6 @@ class TSFM(nn.Module):
             if level == 0 or (self.training and self.deep_supervision):
                 outputs.insert(0, self.heads[level](x))
         return outputs if self.training and self.deep_supervision else outputs[0]
-
-    def check_size(self, size: Sequence[int], shape: Sequence[int] | None = None) -> None:
-        """Raise a ValueError when the strides do not divide `size` (S,P,L); with an input's `shape`, check that too."""
-        if shape is not None and (len(shape) != 5 or shape[1] != self.in_channels):
-            raise ValueError(
-                f"TSFM: the input has shape {tuple(shape)}; expected (batch, {self.in_channels}, S, P, L): "
-                f"set in_channels to the number of image channels"
-            )
-        for axis, voxels, stride in zip(AXES, size, self.total_stride, strict=True):
-            if voxels % stride or voxels < stride:
-                below = voxels // stride * stride
-                fits = f"{below} or {below + stride}" if below else f"{stride}"
-                raise ValueError(
-                    f"TSFM: axis {AXES.index(axis)} ({axis}) has {voxels} voxels, which {stride} (the product of its strides) "
-                    f"does not divide; {fits} would fit"
-                )
-        if all(voxels == stride for voxels, stride in zip(size, self.total_stride, strict=True)):
-            raise ValueError(
-                f"TSFM: {tuple(size)} leaves a single voxel at the lowest level, of which instance normalization leaves "
-                f"nothing; double at least one axis, for example {(size[0], size[1], 2 * size[2])}, or use fewer strides"
-            )
-
-    def get_extra_state(self) -> Tensor:
-        """`description` as a uint8 tensor of JSON, so that it travels with the weights in any tensor file."""
-        text = json.dumps({**self.description, "network": self._arguments})
-        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over the description of loaded weights; the constructor's own arguments stay."""
-        text = bytes(state.cpu().tolist()).decode()
-        self.description = {**json.loads(text), "network": self._arguments}
 
 
 def interpolate_positions(position_embedding: Tensor, grid: Sequence[int]) -> Tensor:

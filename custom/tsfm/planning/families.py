@@ -64,10 +64,11 @@ class Family:
     """A network that can be as deep as the data asks.
 
     base, cap: channels of the finest level, doubled per level up to cap. blocks_down, blocks_up: per level, finest first;
-    the last entry goes on; `bottom` replaces it at the lowest level. kind: ``plain``, ``residual`` or ``tsfm``.
+    the last entry goes on; `bottom` replaces it at the lowest level. kind: ``plain``, ``residual``, ``tsfm`` or ``fixed``.
     reference, reference_gb: nnU-Net's currency: so many feature map values of one sample fill so many GB with a batch of 2.
     dataset_share: a batch holds at most this share of the data set's voxels. levels: most levels. widths: the channels, where
-    they follow no rule (weights). transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim.
+    they follow no rule (weights). strides, kernel_sizes, patch: of a network that is as deep as it is (kind ``fixed``); its
+    patch is no larger than that. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim.
     """
 
     name: str
@@ -83,6 +84,9 @@ class Family:
     levels: int | None = None
     transformer: tuple[int, int, int, int] = (0, 0, 0, 0)
     widths: tuple[int, ...] | None = None
+    strides: tuple[tuple[int, ...], ...] = ()
+    kernel_sizes: tuple[tuple[int, ...], ...] = ()
+    patch: tuple[int, ...] = ()
 
     def features(self, levels: int) -> tuple[int, ...]:
         return self.widths or tuple(min(self.cap, self.base * 2**level) for level in range(levels))
@@ -93,6 +97,17 @@ class Family:
         if self.bottom is not None:
             down[-1] = self.bottom
         return tuple(down), tuple(self.blocks_up[min(i, len(self.blocks_up) - 1)] for i in range(levels - 1))
+
+
+SWIN_STRIDES = ((2, 2, 2),) * 5
+
+STUNET_STRIDES = (*((2, 2, 2),) * 4, (1, 1, 2))
+
+
+def _stunet(size: str, base: int, depth: int) -> Family:
+    return Family(
+        f"stunet_{size}", "fixed", base, 16 * base, (depth,), (depth,), strides=STUNET_STRIDES, patch=(128, 128, 128)
+    )
 
 
 FAMILIES = {
@@ -106,6 +121,8 @@ FAMILIES = {
         Family("tsfm_b", "tsfm", 32, 320, (1,), (1,), levels=6, transformer=(192, 6, 6, 768)),
         Family("tsfm_l", "tsfm", 48, 1024, (2,), (2,), levels=6, transformer=(576, 12, 12, 2304)),
         Family("tsfm_h", "tsfm", 64, 2048, (2,), (2, 2, 2, 2, 3), bottom=4, levels=6, transformer=(768, 12, 12, 3072)),
+        Family("swinunetr", "fixed", 48, 768, (2,), (1,), strides=SWIN_STRIDES, patch=(96, 96, 96)),
+        *(_stunet(*row) for row in (("s", 16, 1), ("b", 32, 1), ("l", 64, 2), ("h", 96, 3))),
     )
 }
 """Networks that `plan` knows by name; tsfm_h is the paper's."""

@@ -14,7 +14,8 @@ from ..cases.pool import DatasetPool
 from ..cases.volumes import read_grid
 from ..names import modality_name, plain_name, plain_names
 from ..schema import FileError, read_json
-from ..training.checkpoint import CheckpointError, read_description
+from ..training.weight_files import CheckpointError
+from .public_weights import read_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def dataset_pool(
             raise PoolError(
                 f"{dataset_dir}: two folders say nothing about the labels; name them (--label_ids \"{{'1': 'liver'}}\")"
             )
-    elif pretrained is not None and os.path.isfile(str(pretrained)):
+    elif pretrained is not None and os.path.exists(str(pretrained)):
         description = pretrained_description(pretrained)
         return DatasetPool({"targets": description["targets"], "datasets": []}, dataset_dir, **options)
     else:
@@ -90,12 +91,18 @@ def pretrained_description(pretrained: str | None) -> dict[str, Any]:
         raise CheckpointError(
             "there are no pretrained weights to plan by: give --pretrained FILE, or numbers, or 'auto'"
         )
-    if not os.path.isfile(str(pretrained)):
+    if not os.path.exists(str(pretrained)):
         raise CheckpointError(
             f"the pretrained weights {os.path.abspath(str(pretrained))} do not exist: name the model.pt of a pretraining "
             "(--pretrained FILE), or leave --pretrained out to start from nothing"
         )
-    return read_description(str(pretrained))
+    description = read_pretrained(str(pretrained)).description
+    if "network" not in description:
+        raise CheckpointError(
+            f"{pretrained}: the weights carry no description of their network, so nothing can be planned by them. Use a "
+            "model.pt that tsfm's bundles wrote, or weights in a layout that docs/networks.md lists"
+        )
+    return description
 
 
 def _plain_name(name: str) -> str:

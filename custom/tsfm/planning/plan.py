@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from ..cases.cases import Preparation, file_identity
 from ..cases.folders import PoolError
 from ..cases.pool import DatasetPool
 from ..files import atomic_write
-from ..network.tsfm_net import TSFM
+from ..network.described import DescribedNetwork
+from ..network.networks import create_network
 from ..patches.store import CaseStore
 from ..preparation.fingerprint import Fingerprint, fingerprint, plan_spacing
 from ..schema import FileError, read_json
 from ..training.checkpoint import build_network
-from .families import FAMILIES
 from .own_data import count_channels, pretrained_description
-from .planner import Plan, PlanError
+from .planner import Plan
 from .transfer import freeze as freeze_parts
 from .transfer import load_pretrained
 
@@ -69,13 +69,18 @@ def plan_preparation(
         logger.info("target spacing by nnU-Net's rule: %s mm (S, P, L)", [round(float(side), 3) for side in spacing])
     masked = dict(known.get("masked", {}))
     has_ct = bool(pool.entries) and any(item["modality"] == "CT" for item in pool.cases)
-    if ct_normalization == "checkpoint" and has_ct and "CT" not in known["intensity"]:
+    if (
+        ct_normalization == "checkpoint"
+        and has_ct
+        and "CT" not in known.get("intensity", {})
+        and not known.get("channels")
+    ):
         logger.warning(
             "the pretrained weights never saw CT: its normalization follows from the fingerprint of this data"
         )
         ct_normalization = "fingerprint"
     if ct_normalization == "checkpoint":
-        intensity = dict(known["intensity"])
+        intensity = dict(known.get("intensity", {}))
     elif isinstance(ct_normalization, Mapping):
         intensity = {"CT": dict(ct_normalization)}
     elif ct_normalization == "fingerprint":
@@ -93,7 +98,13 @@ def plan_preparation(
             f"ct_normalization is {ct_normalization!r}; expected 'checkpoint', 'fingerprint' or four numbers"
         )
     modality = known.get("default_modality") if not pool.entries else pool.cases[0]["modality"]
-    return Preparation(tuple(spacing), intensity, in_channels, modality, masked)
+    found = Preparation(tuple(spacing), intensity, in_channels, modality, masked)
+    if list(found.spacing_mm) != list(known.get("spacing_mm", ())):
+        return found
+    kept = {key: known[key] for key in ("orientation", "resample_first") if key in known}
+    if ct_normalization == "checkpoint" and len(known.get("channels", ())) == in_channels:
+        kept["channels"] = known["channels"]
+    return replace(found, **kept)
 
 
 def downstream_network(
@@ -107,30 +118,21 @@ def downstream_network(
     output_dir: str | None = None,
     plan: Plan | None = None,
     **overrides: Any,
-) -> TSFM:
+) -> DescribedNetwork:
     """The network of a downstream task: the plan's, or the pretrained one with the task's channels, targets and patch.
 
     From weights, the `plan` gives strides and kernels, and the weights are taken over; `from_scratch` drops them (the
-    paper's "nopretrain" rows). Without `pretrained` the network is the plan's TSFM, else TSFM with `overrides` alone. The
-    report of what was taken over goes to ``transfer_report.json`` in `output_dir`.
-
-    Raises:
-        PlanError: a plan for a network of another make.
+    paper's "nopretrain" rows). Without `pretrained` the network is the plan's, else what `overrides` name. The report of
+    what was taken over goes to ``transfer_report.json`` in `output_dir`.
     """
     shape = {"in_channels": in_channels, "out_channels": len(pool.table.names), "img_size": list(patch_size)}
     if pretrained is None:
-        if plan is not None and (plan.network not in FAMILIES or FAMILIES[plan.network].kind != "tsfm"):
-            raise PlanError(
-                f"the plan is for {plan.network}, which is no TSFM from nothing: add the overlay that declares this network, "
-                "or name one of the sizes (--network_size tsfm_s)"
-            )
-        network = TSFM(**(plan.network_arguments() if plan else {}) | shape | overrides)
+        network = create_network(**shape, plan=plan, **overrides)
     else:
-        if plan is not None:
+        if plan is not None and plan.strides:
             shape |= {"strides": plan.to_dict()["strides"], "kernel_sizes": plan.kernels_if_any_is_flat()}
-        shape |= overrides
-        network = build_network(pretrained_description(pretrained), **shape)
-        network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
+        network = build_network(pretrained_description(pretrained), **shape | overrides)
+    network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
     if pretrained is not None and not from_scratch:
         report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
         task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}

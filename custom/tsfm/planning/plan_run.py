@@ -17,7 +17,7 @@ from ..cases.folders import PoolError
 from ..cases.pool import DatasetPool
 from ..preparation.fingerprint import Fingerprint, fit_patch, plan_spacing
 from ..schema import FileError, read_json
-from .families import Family
+from .families import SWIN_STRIDES, Family
 from .own_data import pretrained_description
 from .plan import pool_fingerprint, rank
 from .planner import Budget, Plan, PlanError, coarse_spacing, plan
@@ -86,7 +86,7 @@ def plan_run(
         return plan(found.median_prepared_shape(spacing), spacing, patch_size=patch, budget=budget, **numbers)
 
     patch = None if isinstance(patch_size, str) else [int(side) for side in patch_size]
-    if patch_size == "checkpoint":
+    if patch_size == "checkpoint" and (family is None or family.kind != "fixed"):
         network = pretrained_description(pretrained)["network"]
         shape = found.median_prepared_shape(spacing)
         patch = list(fit_patch(shape, network["strides"], description["patch_size"]))
@@ -117,23 +117,33 @@ def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | No
     start = f"starts from {pretrained}" if pretrained else "starts from nothing: no pretrained weights were given"
     strides = " ".join("".join(map(str, stride)) for stride in plan.strides)
     kernels = " ".join("".join(map(str, kernel)) for kernel in plan.kernel_sizes)
+    size = f", {plan.parameters / 1e6:.3g} million parameters" if plan.parameters else ""
+    cost = (
+        f"{plan.memory_gb:g} GB on a GPU, {plan.step_seconds:g} s a step on one CPU core" if plan.memory_gb else "none"
+    )
     return "\n".join(
         (
             f"plan{f' for {budget}' if budget else ''} (S, P, L):",
             f"  spacing   {spacing} mm, median case {shape} voxels",
             f"  patch     {patch}, batch {plan.batch_size}",
-            f"  network   {plan.network}, {plan.parameters / 1e6:.3g} million parameters; {start}",
+            f"  network   {plan.network}{size}; {start}",
             f"  levels    {len(plan.features)}: features {' '.join(map(str, plan.features))}, strides {strides}, kernels {kernels}",
-            f"  estimate  {plan.memory_gb:g} GB on a GPU, {plan.step_seconds:g} s a step on one CPU core",
+            f"  estimate  {cost}",
         )
     )
 
 
 def weights_family(description: Mapping[str, Any]) -> Family | None:
-    """The network of TSFM weights as the planner wants it; None for a network of another make."""
+    """The network of given weights as the planner wants it: TSFM's depth may change, others are as they are."""
     network = description["network"]
-    if "features" not in network:
-        return None
+    if network.get("name", "tsfm") != "tsfm":
+        strides = tuple(map(tuple, network.get("strides", SWIN_STRIDES)))
+        levels = len(strides) + 1
+        return Family(
+            "weights", "fixed", 0, 0, tuple(network.get("depths_down", (1,) * levels)), (1,), levels=levels,
+            widths=tuple(network.get("features", (0,) * levels)), strides=strides,
+            kernel_sizes=tuple(map(tuple, network.get("kernel_sizes") or ())), patch=tuple(description["patch_size"]),
+        )  # fmt: skip
     bottleneck = [network[key] for key in ("hidden_size", "num_layers", "num_heads", "mlp_dim")]
     return Family(
         "weights", "tsfm", network["features"][0], network["features"][-1], tuple(network["depths_down"]),
@@ -241,12 +251,15 @@ def _plan_of_weights(
 ) -> Plan:
     """Where items come from outside (MONAI Label) there is no data to plan by: the weights' own geometry."""
     family, network = weights_family(description), description["network"]
+    number = None if batch_size == "auto" else int(batch_size)
     patch = description["patch_size"] if isinstance(patch_size, str) else patch_size
     spacing = description["preparation"]["spacing_mm"] if isinstance(spacing_mm, str) else spacing_mm
+    if family.kind == "fixed":
+        return plan(patch, spacing, patch_size=patch, batch_size=number, family=family)
     kernels = network.get("kernel_sizes") or [[3, 3, 3]] * len(network["features"])
     found = plan(patch, spacing, patch_size=None, family=family, levels=family.levels, budget=Budget(memory_gb=1e6))
     geometry = {"patch_size": tuple(patch), "strides": network["strides"], "kernel_sizes": kernels}
-    return Plan.from_dict(found.to_dict() | geometry | {"batch_size": 2 if batch_size == "auto" else int(batch_size)})
+    return Plan.from_dict(found.to_dict() | geometry | {"batch_size": number or 2})
 
 
 def _numbers(values: Sequence[float]) -> str:

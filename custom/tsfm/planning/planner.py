@@ -34,7 +34,7 @@ class Plan:
     """What a run needs to know of its geometry. Lengths in voxels (S, P, L); `network` names a `Family`.
 
     strides has one entry per step down, kernel_sizes, features and blocks_down one per level, finest first.
-    memory_gb and step_seconds are estimates for one training step (a GPU's memory; one CPU core's time).
+    memory_gb and step_seconds are estimates for one training step (a GPU's memory; one CPU core's time); 0: none is known.
     """
 
     network: str
@@ -71,6 +71,24 @@ class Plan:
     def kernels_if_any_is_flat(self) -> list[list[int]] | None:
         """`kernel_sizes` as TSFM takes them: None where all are 3x3x3."""
         return _lists(self.kernel_sizes) if any(min(kernel) == 1 for kernel in self.kernel_sizes) else None
+
+    def create_arguments(self) -> dict[str, Any]:
+        """Name and arguments of `networks.create_network` that the plan decides."""
+        family = FAMILIES[self.network]
+        if family.kind == "tsfm":
+            return {"name": "tsfm", **self.network_arguments()}
+        if self.network == "swinunetr":
+            return {"name": "swinunetr", "img_size": list(self.patch_size)}
+        shared = {
+            "features": list(self.features),
+            "depths_down": list(self.blocks_down),
+            "strides": _lists(self.strides),
+        }
+        shared |= {"img_size": list(self.patch_size)}
+        if family.kind == "fixed":
+            return {"name": "stunet", **shared}
+        shared |= {"kernel_sizes": _lists(self.kernel_sizes), "depths_up": list(self.blocks_up)}
+        return {"name": "nnunet", "residual": family.kind == "residual", **shared}
 
     def network_arguments(self) -> dict[str, Any]:
         """The constructor arguments that the plan decides: of TSFM, PlainConvUNet or ResidualEncoderUNet."""
@@ -153,6 +171,8 @@ def plan(
         raise PlanError(f"network is {network!r}; expected 'auto' or one of {', '.join(FAMILIES)}")
     family = family or FAMILIES[network]
     budget = budget or Budget(memory_gb=family.reference_gb)
+    if family.kind == "fixed":
+        return _plan_fixed(family, median_shape, spacing_mm, patch_size, batch_size)
     # nnU-Net puts the thickest axis first, which decides between sides that are equally long for their case.
     thick = int(np.argmax(spacing_mm))
     order = [thick, *(axis for axis in range(3) if axis != thick)]
@@ -179,6 +199,26 @@ def plan_patch(
 ) -> Plan:
     """The plan for a patch that is given, whatever it costs; `options` are those of `plan`."""
     return plan(patch_size, spacing_mm, network, Budget(), patch_size=patch_size, batch_size=batch_size, **options)
+
+
+def _plan_fixed(family: Family, median_shape, spacing_mm, patch_size, batch_size) -> Plan:
+    """The plan of a network whose levels are given: a patch that they divide, no larger than the case or its own one."""
+    levels = len(family.strides) + 1
+    divisor = [prod(axis) for axis in zip(*family.strides, strict=True)]
+    patch = [int(n) for n in patch_size or (min(n, m) for n, m in zip(median_shape, family.patch, strict=True))]
+    fits = [-(-n // d) * d for n, d in zip(patch, divisor, strict=True)]
+    if fits == divisor:  # a single voxel at the lowest level
+        fits[int(np.argmax(median_shape))] *= 2
+    if patch_size and fits != patch:
+        raise PlanError(
+            f"patch {_shown(patch)} (S, P, L): {family.name} halves the axes until {_shown(divisor)} voxels are one, so a side "
+            f"is a multiple of that; {_shown(fits)} would fit"
+        )
+    down, up = family.depths(levels)
+    return Plan(
+        family.name, tuple(map(float, spacing_mm)), tuple(map(float, median_shape)), tuple(fits), int(batch_size or MIN_BATCH),
+        family.strides, family.kernel_sizes or ((3, 3, 3),) * levels, family.features(levels), down, up, 0, 0.0, 0.0,
+    )  # fmt: skip
 
 
 def _largest(median_shape, spacing_mm, budget: Budget | None, options: Mapping[str, Any]) -> Plan:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..files import atomic_write
-from ..network.tsfm_net import interpolate_positions
-from ..training.checkpoint import EXTRA_STATE, CheckpointError, read_state
-
-PARTS = {"encoder": ("stem.", "encoder.", "down.", "bottleneck."), "heads": ("heads.",)}
+from ..network.described import DescribedNetwork, Parts
+from ..network.tsfm_net import PARTS, interpolate_positions
+from ..training.checkpoint import EXTRA_STATE
+from ..training.weight_files import CheckpointError
+from .public_weights import read_pretrained
 
 FREEZE = ("none", "encoder", "all_but_heads")
 
@@ -117,7 +119,7 @@ class TransferReport:
 
 
 def load_pretrained(
-    network: nn.Module,
+    network: DescribedNetwork,
     checkpoint: str | os.PathLike,
     report_path: str | os.PathLike | None = None,
     task: Mapping[str, Any] | None = None,
@@ -129,8 +131,8 @@ def load_pretrained(
     differs is named in the report and stops nothing.
 
     Args:
-        network: a `TSFM` (its ``description["targets"]`` names the outputs), not yet wrapped for several processes.
-        checkpoint: any weight file that `checkpoint.read_state` takes.
+        network: its ``description["targets"]`` names the outputs; not yet wrapped for several processes.
+        checkpoint: any weight file or folder that `public_weights.read_pretrained` takes.
         report_path: JSON file for the report; a ``.txt`` goes beside it.
         task: description of the new task where the network does not carry one yet: ``targets`` (names in order),
             ``preparation``, ``modalities``. Its entries go before those of ``network.description``.
@@ -140,7 +142,10 @@ def load_pretrained(
         CheckpointError: an unreadable or unsafe file, or weights that do not fit; the network is then unchanged.
     """
     path = os.fspath(checkpoint)
-    found, theirs = read_state(path)
+    read = read_pretrained(path)
+    found, theirs, parts = read.tensors, read.description, network.parts
+    if theirs.get("activation") == "softmax":  # a sigmoid head is a softmax head relative to the background's
+        found = {key: value[1:] - value[:1] if re.match(parts.heads, key) else value for key, value in found.items()}
     ours = {**getattr(network, "description", {}), **(task or {})}
     own = {name: value for name, value in network.state_dict().items() if not name.endswith(EXTRA_STATE)}
     heads = _HeadMap(list(theirs.get("targets", ())), list(ours.get("targets", ())))
@@ -150,18 +155,22 @@ def load_pretrained(
         fresh = name.startswith(tuple(reinitialize))
         source = None if fresh else found.get(name)
         if source is None:
-            if not fresh and not _may_be_absent(name, found):
+            if not fresh and not re.match(read.absent, name) and not _may_be_absent(parts, name, found):
                 problems.append(f"{name} {tuple(current.shape)}: not in the checkpoint")
             entries.append(Entry(name, tuple(current.shape), "new", 0, current.numel()))
             continue
-        adapted = _adapt(name, source, current, heads)
+        adapted = _adapt(parts, name, source, current, heads)
         if adapted is None:
             problems.append(f"{name}: checkpoint {tuple(source.shape)}, network {tuple(current.shape)}")
             continue
         entry, values[name] = adapted
         entries.append(entry)
     unused = {name: tuple(value.shape) for name, value in found.items() if values.get(name) is None}
-    superfluous = [name for name in found if name not in own and not _may_be_absent(name, own)]
+    superfluous = [
+        name
+        for name in found
+        if name not in own and not re.match(read.unused, name) and not _may_be_absent(parts, name, own)
+    ]
     problems += [f"{name} {unused[name]}: not in the network" for name in superfluous]
     if not any(entry.reused for entry in entries):
         problems.insert(0, "not a single tensor fits")
@@ -178,7 +187,7 @@ def load_pretrained(
         unused,
         sum(value.numel() for value in found.values()),
         heads.summary(),
-        _mismatches(theirs, ours),
+        [*read.notes, *_mismatches(theirs, ours)],
     )
     if (
         not torch.distributed.is_available()
@@ -199,19 +208,26 @@ def freeze(network: nn.Module, what: str) -> None:
     """
     if what not in FREEZE:
         raise ValueError(f"freeze is {what!r}; expected one of {', '.join(FREEZE)}")
-    parts = [part_of(name) for name, _ in network.named_parameters()]
-    if what != "none" and not set(PARTS) <= set(parts):
+    parts = [part_of(name, parts_of(network)) for name, _ in network.named_parameters()]
+    if what != "none" and not {"encoder", "heads"} <= set(parts):
         raise ValueError(f"freeze={what!r} needs a network with the parts of TSFM; {type(network).__name__} lacks them")
     for part, parameter in zip(parts, network.parameters(), strict=True):
         frozen = part != "heads" if what == "all_but_heads" else part == what
         parameter.requires_grad_(not frozen)
 
 
-def part_of(name: str) -> str:
+def part_of(name: str, parts: Parts = PARTS) -> str:
     """``"encoder"``, ``"decoder"`` or ``"heads"``: the part of the network that a parameter's `name` belongs to."""
     for wrapper in ("module.", "_orig_mod."):
         name = name.removeprefix(wrapper)
-    return next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), "decoder")
+    return "encoder" if re.match(parts.encoder, name) else "heads" if re.match(parts.head, name) else "decoder"
+
+
+def parts_of(network: nn.Module) -> Parts:
+    """The parts of a network, wrapped or not; TSFM's where it declares none."""
+    while hasattr(network, "module") or hasattr(network, "_orig_mod"):
+        network = network.module if hasattr(network, "module") else network._orig_mod
+    return getattr(network, "parts", PARTS)
 
 
 def parameter_groups(
@@ -229,9 +245,10 @@ def parameter_groups(
     if min(rates.values()) < 0:
         raise ValueError(f"learning rates are {rates}; expected none below 0")
     groups: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
+    parts = parts_of(network)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            groups[part_of(name)].append(parameter)
+            groups[part_of(name, parts)].append(parameter)
     if not any(groups.values()):
         raise ValueError(
             f"{type(network).__name__} has no parameter that requires a gradient: nothing would be trained"
@@ -275,12 +292,14 @@ class _HeadMap:
         }
 
 
-def _adapt(name: str, source: Tensor, current: Tensor, heads: _HeadMap) -> tuple[Entry, Tensor | None] | None:
+def _adapt(
+    parts: Parts, name: str, source: Tensor, current: Tensor, heads: _HeadMap
+) -> tuple[Entry, Tensor | None] | None:
     """The entry and the value for one tensor of the network (value None: keep the start); None where it cannot fit."""
     shape, size = tuple(current.shape), current.numel()
     if source.ndim != current.ndim:
         return None
-    if name.startswith("heads.") and ".conv." in name and not (heads.same and source.shape == current.shape):
+    if re.match(parts.heads, name) and not (heads.same and source.shape == current.shape):
         if not heads.fits(source, current):
             return None
         value, reused = heads.take(source, current)
@@ -288,7 +307,11 @@ def _adapt(name: str, source: Tensor, current: Tensor, heads: _HeadMap) -> tuple
         return Entry(name, shape, "adapted" if reused else "new", reused, size - reused, note), value
     if source.shape == current.shape:
         return Entry(name, shape, "loaded", size, 0), source
-    if name == "stem.weight" and source.shape[1] != current.shape[1] and _differ_only_in(source, current, (1, 2, 3, 4)):
+    if (
+        re.match(parts.inputs, name)
+        and source.shape[1] != current.shape[1]
+        and _differ_only_in(source, current, (1, 2, 3, 4))
+    ):
         note = f"{source.shape[1]} to {current.shape[1]} input channels"
         fitted = _fit_kernel(source, (*source.shape[:2], *shape[2:]))
         return Entry(name, shape, "adapted", size, 0, note), _spread(fitted, shape)
@@ -335,14 +358,10 @@ def _differ_only_in(source: Tensor, current: Tensor, axes: tuple[int, ...]) -> b
     return all(a == b or i in axes for i, (a, b) in enumerate(zip(source.shape, current.shape, strict=True)))
 
 
-def _may_be_absent(name: str, other: Mapping[str, Any]) -> bool:
+def _may_be_absent(parts: Parts, name: str, other: Mapping[str, Any]) -> bool:
     """Whether the side `other` may lack `name`: the whole Transformer, or the head of one level."""
-    if name.startswith("bottleneck."):
-        return not any(key.startswith("bottleneck.") for key in other)
-    if name.startswith("heads."):
-        head = ".".join(name.split(".")[:2]) + "."
-        return head != "heads.0." and not any(key.startswith(head) for key in other)
-    return False
+    group = re.match(parts.optional, name)
+    return group is not None and not any(key.startswith(group[0]) for key in other)
 
 
 def _misfit(path: str, problems: list[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

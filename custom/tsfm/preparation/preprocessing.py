@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, MapTransform
+from monai.transforms import InvertibleTransform, MapTransform, Orientationd
 
 from ..cases.cases import Preparation, check_image, load_case
 from ..cases.grids import spacing_of
+from ..cases.volumes import axis_codes
 from ..errors import CaseError
 from ..labels import LabelTable
 from ..names import modality_name
@@ -101,18 +102,32 @@ def normalize(image: torch.Tensor, preparation: Preparation, modality: str, crop
     Listed modalities (CT) are clipped to [lower, upper], shifted by mean and divided by sd. Others are z-scored per
     channel; `cropped_share` (what the crop kept of the volume) then decides on the mask where the plan does not.
     """
-    values = preparation.intensity.get(modality)
-    if values is not None:
-        image.clamp_(values["lower"], values["upper"])
-        return image.sub_(values["mean"]).div_(max(values["sd"], 1e-8))
+    masked = {"scheme": "zscore", "masked": preparation.masked.get(modality, cropped_share < MASKED_BELOW)}
+    rule = {"scheme": "ct", **preparation.intensity[modality]} if modality in preparation.intensity else masked
+    rules = preparation.channels or [rule] * len(image)
     mask = None
-    if preparation.masked.get(modality, cropped_share < MASKED_BELOW):
+    if any(rule.get("masked") for rule in rules):
         mask = torch.from_numpy(filled_mask(image.cpu().numpy())).to(image.device)
-    for channel in image:
+    for channel, rule in zip(image, rules, strict=True):
+        _normalize_channel(channel, rule, mask if rule.get("masked") else None)
+    return image
+
+
+def _normalize_channel(channel: torch.Tensor, rule: Mapping[str, Any], mask: torch.Tensor | None) -> None:
+    """One channel (S, P, L) in place, by a rule of `Preparation.channels`."""
+    scheme = rule["scheme"]
+    if scheme == "ct":
+        channel.clamp_(rule["lower"], rule["upper"]).sub_(rule["mean"]).div_(max(rule["sd"], 1e-8))
+    elif scheme == "01":
+        channel.sub_(channel.min()).div_(channel.max().clamp_min(1e-8))
+    elif scheme == "rgb":
+        channel.div_(255.0)
+    elif scheme == "zscore":
         sd, mean = torch.std_mean(channel if mask is None else channel[mask], correction=0)
         scaled = channel.sub(mean).div_(sd.clamp_min(1e-8))
         channel.copy_(scaled if mask is None else torch.where(mask, scaled, channel))
-    return image
+    elif scheme != "none":
+        raise ValueError(f"normalization scheme {scheme!r} is unknown; expected 'ct', 'zscore', '01', 'rgb' or 'none'")
 
 
 def check_prepared_shape(shape: Sequence[int], prepared: Sequence[int], spacing_mm, target_mm, source: str) -> None:
@@ -151,13 +166,21 @@ def prepare_image(
     grid = Grid(
         tuple(image.shape[1:]), crop, tuple(cropped.shape[1:]), shape, tuple(spacing_mm), preparation.spacing_mm
     )
+    thick = thick_axis(spacing_mm, preparation.spacing_mm)
+    if preparation.resample_first:
+        cropped = _resample_channels(cropped, shape, thick, source)
     with one_thread():
         cropped = normalize(cropped, preparation, modality, share)
-    thick = thick_axis(spacing_mm, preparation.spacing_mm)
+    if preparation.resample_first:
+        return cropped, grid
+    return _resample_channels(cropped, shape, thick, source), grid
+
+
+def _resample_channels(image: torch.Tensor, shape: Sequence[int], thick: int | None, source: str) -> torch.Tensor:
     try:
-        if len(cropped) == 1:
-            return resample(cropped[0], shape, 3, thick)[None], grid
-        return torch.stack([resample(channel, shape, 3, thick) for channel in cropped]), grid
+        if len(image) == 1:
+            return resample(image[0], shape, 3, thick)[None]
+        return torch.stack([resample(channel, shape, 3, thick) for channel in image])
     except (MemoryError, RuntimeError) as error:
         if "alloc" not in str(error) and "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
@@ -191,10 +214,31 @@ def prepare_case(item: Mapping[str, Any], table: LabelTable | None, preparation:
     return Prepared(np.ascontiguousarray(image.numpy()), codes, properties)
 
 
+class OrientImaged(Orientationd):
+    """Turn images (C, X, Y, Z) to the `orientation` of a `Preparation` (or its `to_dict`), and back.
+
+    MONAI's Orientationd, for orientations that depend on the image ("kji", see `reading.axis_codes`) too.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, preparation: Preparation | Mapping[str, Any], allow_missing_keys: bool = False
+    ) -> None:
+        given = preparation.orientation if isinstance(preparation, Preparation) else preparation.get("orientation")
+        self.orientation = given or "SPL"
+        super().__init__(keys, "SPL", labels=None, allow_missing_keys=allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        out = dict(data)
+        for key in self.key_iterator(out):
+            self.ornt_transform.axcodes = axis_codes(np.asarray(out[key].affine, float), self.orientation)
+            out[key] = self.ornt_transform(out[key])
+        return out
+
+
 class PrepareImaged(MapTransform, InvertibleTransform):
     """`prepare_image` as a MONAI transform, and the way back.
 
-    Takes what `Orientationd(axcodes="SPL", labels=None)` gives: a MetaTensor (C, S, P, L). `preparation` may be its
+    Takes what `OrientImaged` gives: a MetaTensor (C, S, P, L). `preparation` may be its
     `to_dict`. The modality is the argument, else `data["modality"]`, else the preparation's default.
 
     `inverse` accepts a tensor on the prepared grid (brought back by nearest voxel) or already on the cropped source

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,25 +18,17 @@ from torch import nn
 from .._version import __version__
 from ..files import atomic_write
 from ..labels import LabelTable
+from ..network.described import DescribedNetwork
 from ..network.description import check_description
-from ..network.tsfm_net import TSFM
+from ..network.networks import create_network
+from .weight_files import CheckpointError, load_file, write_state
 
 EXTRA_STATE = "_extra_state"
 
 NESTED_KEYS = ("model", "state_dict", "network", "network_weights")
 
-CHECKSUM = "crc32"
-"""Entry of a safetensors file's metadata."""
-
-AGAIN = "download or copy it again"
 
 PREFIXES = ("module.", "_orig_mod.", "network.")
-
-_VERIFIED: set[tuple[str, int, int]] = set()
-
-
-class CheckpointError(ValueError):
-    """A weight file that is missing, unsafe, or does not hold what is needed."""
 
 
 def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -51,7 +40,7 @@ def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[s
     Raises:
         CheckpointError: no such file, not a weight file, or a pickle that holds more than tensors and plain values.
     """
-    state = _load_file(os.fspath(path))
+    state = load_file(os.fspath(path))
     for key in NESTED_KEYS:
         if isinstance(state.get(key), Mapping):
             state = state[key]
@@ -104,7 +93,7 @@ def decode_description(extra: torch.Tensor | None, source: str = "the weights") 
 
 
 def describe_network(
-    network: TSFM,
+    network: DescribedNetwork,
     table: LabelTable,
     preparation: Any,
     patch_size: Sequence[int],
@@ -113,7 +102,7 @@ def describe_network(
     param_dtype: str = "float32",
     mirror_axes: str = "SPL",
     initial_weights: str | None = None,
-) -> TSFM:
+) -> DescribedNetwork:
     """Give `network` the description that travels with its weights, and move it to `device`.
 
     `items` are the training items: their modalities and data sets are written down. `param_dtype` ``bfloat16`` halves
@@ -202,9 +191,20 @@ def known_modalities(description: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([first, *description.get("modalities", ())]))
 
 
-def build_network(description: Mapping[str, Any], **overrides: Any) -> TSFM:
-    """The network that `description` names, without its weights; `overrides` change constructor arguments (dropout)."""
-    network = TSFM(**{**description["network"], **overrides})
+def build_network(description: Mapping[str, Any], **overrides: Any) -> DescribedNetwork:
+    """The network that `description` names, without its weights; `overrides` change constructor arguments (dropout).
+
+    Raises:
+        CheckpointError: `overrides` that name another network.
+    """
+    arguments = {"name": "tsfm", **description["network"]}
+    name = overrides.pop("name", None) or arguments["name"]
+    if name != arguments["name"]:
+        raise CheckpointError(
+            f"the weights are those of a network '{arguments['name']}', the configuration asks for '{name}': leave its "
+            "overlay out, or give other weights (--pretrained)"
+        )
+    network = create_network(**{**arguments, **overrides})
     network.description = {**description, "network": network.description["network"]}
     return network
 
@@ -266,100 +266,6 @@ def save_weights(network: nn.Module | Mapping[str, torch.Tensor], path: str | os
     atomic_write(path, lambda temporary: write_state(state, temporary, path.endswith(".safetensors")))
 
 
-def write_state(state: Mapping[str, torch.Tensor], path: str, safetensors: bool) -> None:
-    """Write tensors to `path`, with checksums: the zip of ``.pt`` has one per record, safetensors gets one of all."""
-    if safetensors:
-        from safetensors.torch import save_file
-
-        save_file(dict(state), path, metadata={CHECKSUM: _checksum(state)})
-    else:
-        write_pt(state, path)
-
-
-def write_pt(content: Any, path: str) -> None:
-    """`torch.save` whose bytes do not depend on the file's name, and that tells a full disk from a defect (OSError)."""
-    with open(path, "wb") as file:
-        torch.save(content, file)
-
-
-def load_pt(path: str, mmap: bool = True) -> Any:
-    """Plain values and tensors of a ``.pt`` file, its checksums compared first; the tensors are mapped, unless not `mmap`.
-
-    Raises:
-        CheckpointError: a damaged file, or a pickle that holds more than tensors and plain values.
-    """
-    is_zip = zipfile.is_zipfile(path)
-    if is_zip:
-        _verify_zip(path)
-    try:
-        # Files in the format before torch 1.6 cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} is refused: it is damaged, or a pickle with code in it instead of tensors and plain values only "
-            f"({reason}). Ask its author for a state dict or safetensors."
-        ) from None
-    except Exception as error:  # the unpickler stumbles over damaged bytes in any way
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path} is not a readable PyTorch weight file ({reason}): {AGAIN}") from None
-
-
-def _verify_zip(path: str) -> None:
-    """Compare the checksums of a ``.pt`` file's records, which torch writes and does not read; once per process."""
-    identity = _identity(path)
-    if identity in _VERIFIED:
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # a damaged directory of the archive misleads its reader in any way
-        damaged = f"{type(error).__name__}: {error}".splitlines()[0]
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: its checksums do not fit its content ({damaged}): {AGAIN}")
-    _VERIFIED.add(identity)
-
-
-def _identity(path: str) -> tuple[str, int, int]:
-    state = os.stat(path)
-    return os.path.abspath(path), state.st_size, state.st_mtime_ns
-
-
-def _load_safetensors(path: str) -> dict[str, torch.Tensor]:
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            expected = (file.metadata() or {}).get(CHECKSUM)
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): {AGAIN}") from None
-    if expected not in (None, _checksum(state)):
-        raise CheckpointError(f"{path} is damaged: its checksum does not fit its content: {AGAIN}")
-    return state
-
-
-def _checksum(state: Mapping[str, torch.Tensor]) -> str:
-    """CRC-32 (hexadecimal) of names, types, shapes and values."""
-    value = 0
-    for name, tensor in sorted(state.items()):
-        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
-    return f"{value:08x}"
-
-
-def _load_file(path: str) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"weight file {os.path.abspath(path)} does not exist")
-    if path.endswith(".safetensors"):
-        return _load_safetensors(path)
-    state = load_pt(path)
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a state dict")
-    return dict(state)
-
-
 def bundle_description(path: str) -> dict[str, Any]:
     """What travels with the weights at `path`, or else with those of the bundle that this package lies in.
 
@@ -375,5 +281,6 @@ def bundled_weights(path: str) -> str:
     `monai.bundle.load` builds the network without saying where the bundle is, so that a released config's relative
     path leads nowhere from another working folder.
     """
-    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models", "model.pt")
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    beside = os.path.join(os.path.dirname(package), "models", "model.pt")
     return beside if not os.path.isfile(path) and os.path.isfile(beside) else path

@@ -25,8 +25,9 @@ from torch import nn
 from ..cases.pool import is_bare
 from ..files import PARTIAL, atomic_write, check_writable
 from ..network.sharding import gather_state, is_sharded, scatter_state
-from .checkpoint import EXTRA_STATE, CheckpointError, decode_description, load_pt, save_weights, write_pt
+from .checkpoint import EXTRA_STATE, decode_description, save_weights
 from .curve import Curve
+from .weight_files import CheckpointError, load_pt, write_pt
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import monai
 from tsfm.errors import first_cause
 from tsfm.files import atomic_write
 from tsfm.schema import read_json
-from tsfm.training.checkpoint import CheckpointError
+from tsfm.training.weight_files import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tsfm.network.networks import REQUIRED
 from tsfm.training.checkpoint import table_of
 
 DECIDED_IDS = ("spacing_mm", "ct_normalization", "network_size", "planned")
@@ -23,14 +24,14 @@ def fill_configs(
     A config that takes them from the pretrained weights (fine-tuning) keeps doing so: those are the released ones,
     found from any working folder; only a run of the bundle itself writes a report of what was taken over.
     """
-    network = {"_target_": "tsfm.network.tsfm_net.TSFM", **description["network"]}
+    network = {"_target_": "tsfm.network.networks.create_network", "name": "tsfm", **description["network"]}
     preparation = {"_target_": "tsfm.cases.cases.Preparation.from_dict", "values": description["preparation"]}
     train, inference = configs.get("train.json", {}), configs["inference.json"]
     if "description" in inference:
         inference["description"]["_target_"] = "tsfm.training.checkpoint.bundle_description"
     else:
         inference["network_def"] = network
-    if train.get("network_def", {}).get("_target_") == "tsfm.network.tsfm_net.TSFM":
+    if train.get("network_def", {}).get("_target_") == "tsfm.network.networks.create_network":
         references = {key: value for key, value in train["network_def"].items() if str(value).startswith("@")}
         references.pop("img_size", None)  # the grid of the position embedding is the weights', whatever the patch
         train["network_def"] = {**network, **references}
@@ -51,9 +52,11 @@ def fill_configs(
     if "pool.json" in configs:
         configs["pool.json"] = _fitted_pool(configs["pool.json"], description)
     configs["metadata.json"] = _fitted_metadata(configs["metadata.json"], description, name, trained_on)
+    network = description["network"].get("name", "tsfm")
+    method = "TSFM, the Tumor Segmentation Foundation Model," if network == "tsfm" else f"A network ({network})"
     configs["metadata.json"]["description"] = (
-        f"TSFM, the Tumor Segmentation Foundation Model, as a network of {parameters / 1e6:.3g} million parameters that "
-        f"segments {', '.join(description['targets'])}. Trained on: {trained_on or ', '.join(description['trained_on'])}."
+        f"{method} of {parameters / 1e6:.3g} million parameters that segments {', '.join(description['targets'])}. "
+        f"Trained on: {trained_on or ', '.join(description['trained_on'])}."
     )
 
 
@@ -118,6 +121,13 @@ def _fitted_metadata(
         "value_range": [0, len(table.names)],
         "channel_def": table.channel_def(),
     }
+    network = description["network"].get("network", description["network"])  # an ensemble's own
+    if network.get("name") in REQUIRED:
+        package, version = REQUIRED[network["name"]]
+        metadata = {
+            **metadata,
+            "required_packages_version": {**metadata["required_packages_version"], package: version},
+        }
     filled = {**metadata, "name": name, "network_data_format": data, "label_classes": _classes(table.channel_def())}
     filled["pred_classes"] = filled["label_classes"]
     filled["image_classes"] = f"{channels} channel(s): {modality}, any size, spacing and orientation"
@@ -196,7 +206,8 @@ def _normalization(preparation: Mapping[str, Any]) -> str:
         f"{modality}: clip to [{rule['lower']:g}, {rule['upper']:g}], minus {rule['mean']:g}, over {rule['sd']:g}"
         for modality, rule in (preparation.get("intensity") or {}).items()
     ]
-    return "; ".join([*ranges, "every other modality: z-score per image and channel"])
+    schemes = [f"channel {i}: {rule['scheme']}" for i, rule in enumerate(preparation.get("channels") or ())]
+    return "; ".join(schemes or [*ranges, "every other modality: z-score per image and channel"])
 
 
 def dice_per_target(summary: Mapping[str, Any], path: str) -> dict[str, float]:

@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import tsfm
+import tsfm_tools
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LABEL_MAP, LabelTable
 from tsfm.network.tsfm_net import TSFM
@@ -95,11 +97,13 @@ def gate(bundle_dir: str) -> list[Check]:
     if not os.path.isdir(bundle_dir):
         raise FileNotFoundError(f"bundle folder {bundle_dir} does not exist")
     vendored = os.path.join(bundle_dir, "tsfm")
-    if not os.path.isdir(vendored) or os.path.samefile(vendored, os.path.dirname(__file__)):
+    if not os.path.isdir(vendored) or os.path.samefile(vendored, os.path.dirname(tsfm.__file__)):
         return run_checks(bundle_dir)
     with tempfile.TemporaryDirectory() as folder:
         report = os.path.join(folder, "gate.json")
-        environment = {**os.environ, "PYTHONPATH": bundle_dir, "PYTHONDONTWRITEBYTECODE": "1"}
+        # The bundle's own copy of tsfm comes first; this module's folder brings tsfm_tools.
+        path = os.pathsep.join([bundle_dir, os.path.dirname(os.path.dirname(tsfm_tools.__file__))])
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "tsfm_tools.release.gate", bundle_dir, report]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if not os.path.isfile(report):

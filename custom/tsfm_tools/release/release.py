@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import tsfm
 from tsfm.schema import read_json
-from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state, write_state
+from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
+from tsfm.training.weight_files import write_state
 
 from .fitting import dice_per_target, fill_configs, merge_overlay, write_readme
 

@@ -1,0 +1,104 @@
+"""Imported nnU-Net models beside nnU-Net 2.8.1 itself: logits of one patch, prepared images, label maps.
+
+The peer (nnunet_peer.py, in the benchmark environment) trains three small models on ../shared/data with nnU-Net's trainer
+and predicts two images with each: a softmax model of two folds, a region model with a residual encoder and transposed axes,
+an anisotropic CT model. Each is imported, and the bundle's own inference.json segments the same images.
+
+nnU-Net sums weighted logits in half precision, so that windows' corners, where the weights are nearly nothing, come out
+rounded: models have to be trained for a while, until nothing is found there, before label maps agree to the last voxels.
+
+    python benchmarks/nnunet_parity.py --peer .venv-bench/bin/python --data ../shared/data
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import LoadImage
+from tsfm.cases.volumes import Reader
+from tsfm.preparation.preprocessing import OrientImaged, PrepareImaged
+from tsfm.training.checkpoint import build_network, load_weights, read_description
+from tsfm_tools.release.import_nnunet import import_nnunet
+
+LARGEST_LOGIT_DIFFERENCE = 1e-4
+LEAST_DICE = 0.999
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    """Mean over the values that occur; 1 where both are empty."""
+    values = [value for value in np.union1d(one, other) if value]
+    each = [2 * np.sum((one == v) & (other == v)) / (np.sum(one == v) + np.sum(other == v)) for v in values]
+    return float(np.mean(each)) if each else 1.0
+
+
+def compare(expected: Path, work: Path) -> list[str]:
+    """One line per image; raises where it differs by more than the bounds."""
+    said = json.loads((expected / "info.json").read_text())
+    bundle = Path(import_nnunet(said["folder"], str(work / "bundles"), name=f"nnunet_{expected.name}"))
+    weights = str(bundle / "models/model.pt")
+    description = read_description(weights)
+    network = build_network(description).eval()
+    load_weights(network, weights)
+    predictions = work / "predictions" / expected.name
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+    command += ["--bundle_root", ".", "--dataset_dir", str(said["images"]), "--output_dir", str(predictions)]
+    command += ["--amp", "False", "--existing", "overwrite", "--device", "cpu", "--progress", "False"]
+    environment = {**os.environ, "PYTHONPATH": str(bundle)}
+    subprocess.run(command, cwd=bundle, env=environment, check=True, stdout=subprocess.DEVNULL)
+    lines = []
+    for path in said["images"]:
+        case = Path(path).name.removesuffix(".nii.gz")
+        theirs = np.load(expected / f"{case}.npz")
+        with torch.no_grad():
+            logits = network(torch.from_numpy(theirs["image"])).numpy()
+        by_logit = float(np.abs(logits - theirs["logits"]).max())
+        image = LoadImage(reader=Reader(), ensure_channel_first=True)(path)
+        item = {"image": image if isinstance(image, MetaTensor) else MetaTensor(image)}
+        for transform in (OrientImaged, PrepareImaged):
+            item = transform("image", description["preparation"])(item)
+        prepared = item["image"].numpy()
+        assert prepared.shape == theirs["prepared"].shape, (prepared.shape, theirs["prepared"].shape)
+        by_voxel = float(np.abs(prepared - theirs["prepared"]).max())
+        one, other = (
+            np.asarray(nib.load(file).dataobj) for file in (predictions / f"{case}.nii.gz", expected / f"{case}.nii.gz")
+        )
+        score = dice(one, other)
+        values = len(np.unique(other)) - 1
+        lines.append(f"| {expected.name} | {case} | {by_logit:.1e} | {by_voxel:.1e} | {values} | {score:.5f} |")
+        print(lines[-1], flush=True)
+        assert by_logit <= LARGEST_LOGIT_DIFFERENCE and score >= LEAST_DICE, lines[-1]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", help="Python of the environment with nnU-Net; without it WORK has its results")
+    parser.add_argument("--data", default="../shared/data")
+    parser.add_argument("--work", default=os.path.join(tempfile.gettempdir(), "nnunet_parity"))
+    parser.add_argument("--iterations", default="150")
+    options = parser.parse_args()
+    work = Path(options.work)
+    if options.peer:
+        script = Path(__file__).with_name("nnunet_peer.py")
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        subprocess.run(
+            [options.peer, str(script), str(work), options.data, options.iterations], check=True, env=environment
+        )
+    print("| model | image | largest difference of a logit | of a prepared voxel | classes found | Dice |")
+    print("|---|---|---:|---:|---:|---:|")
+    for expected in sorted((work / "expected").iterdir()):
+        compare(expected, work)
+
+
+if __name__ == "__main__":
+    main()

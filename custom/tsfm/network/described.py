@@ -1,0 +1,78 @@
+"""What the package asks of any network: to say what it is, which sizes fit, and which of its tensors do what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+AXES = "SPL"
+
+
+class Parts(NamedTuple):
+    """A network's tensors by what they do: patterns (`re`) that match the beginning of their names.
+
+    head: all of the heads. heads: of these, weights and biases with one row per target. optional: what may be missing in a checkpoint as a whole: all that
+    shares what the pattern matches. inputs: kernels with one slice (axis 1) per image channel.
+    """
+
+    encoder: str
+    head: str
+    heads: str
+    optional: str
+    inputs: str
+
+
+class DescribedNetwork(nn.Module):
+    """(B,in_channels,S,P,L) -> logits (B,out_channels,S,P,L), one per target; a list, finest first, in deep supervision.
+
+    Args:
+        arguments: what rebuilds the network (plain JSON), with its ``in_channels`` and ``out_channels``; part of
+            `description`, which travels with the weights.
+        strides: per step down, one factor per axis.
+        parts: see `Parts`.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], strides: Sequence[Sequence[int]], parts: Parts) -> None:
+        super().__init__()
+        self._arguments = json.loads(json.dumps(arguments))
+        self.description: dict[str, Any] = {"network": self._arguments}
+        self.in_channels = arguments["in_channels"]
+        self.total_stride = tuple(prod(axis) for axis in zip(*strides, strict=True))
+        self.parts = parts
+
+    def check_size(self, size: Sequence[int], shape: Sequence[int] | None = None) -> None:
+        """Raise a ValueError when the strides do not divide `size` (S,P,L); with an input's `shape`, check that too."""
+        name = type(self).__name__
+        if shape is not None and (len(shape) != 5 or shape[1] != self.in_channels):
+            raise ValueError(
+                f"{name}: the input has shape {tuple(shape)}; expected (batch, {self.in_channels}, S, P, L): "
+                f"set in_channels to the number of image channels"
+            )
+        for axis, voxels, stride in zip(AXES, size, self.total_stride, strict=True):
+            if voxels % stride or voxels < stride:
+                below = voxels // stride * stride
+                fits = f"{below} or {below + stride}" if below else f"{stride}"
+                raise ValueError(
+                    f"{name}: axis {AXES.index(axis)} ({axis}) has {voxels} voxels, which {stride} (the product of its "
+                    f"strides) does not divide; {fits} would fit"
+                )
+        if all(voxels == stride for voxels, stride in zip(size, self.total_stride, strict=True)):
+            raise ValueError(
+                f"{name}: {tuple(size)} leaves a single voxel at the lowest level, of which instance normalization leaves "
+                f"nothing; double at least one axis, for example {(size[0], size[1], 2 * size[2])}, or use fewer strides"
+            )
+
+    def get_extra_state(self) -> Tensor:
+        """`description` as a uint8 tensor of JSON, so that it travels with the weights in any tensor file."""
+        text = json.dumps({**self.description, "network": self._arguments})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the description of loaded weights; the constructor's own arguments stay."""
+        text = bytes(state.cpu().tolist()).decode()
+        self.description = {**json.loads(text), "network": self._arguments}

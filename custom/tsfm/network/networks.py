@@ -1,0 +1,322 @@
+"""The networks that the bundles train, by name: TSFM, and the paper's baselines from the packages that keep them.
+
+| name      | network                          | package                                                              |
+|-----------|----------------------------------|----------------------------------------------------------------------|
+| tsfm      | `TSFM`                           | this one                                                             |
+| nnunet    | nnU-Net's plain or residual U-Net | dynamic-network-architectures 0.4.4, `pip install --no-deps`        |
+| swinunetr | SwinUNETR                        | MONAI                                                                |
+| stunet    | STU-Net                          | medim 0.1.2, `pip install --no-deps`, with appdirs and requests      |
+| sam_med3d | SAM-Med3D, which needs clicks    | medim                                                                |
+| ensemble  | the mean of several, all alike   |                                                                      |
+
+The name and the arguments travel with the weights, so that a weight file names nothing but an entry of this list: no
+file can have anything else imported or called. Packages are imported when their network is built.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .described import DescribedNetwork, Parts
+from .tsfm_net import TSFM, run
+
+LEVEL_STRIDES = ((2, 2, 2),) * 5
+
+STUNET_STRIDES = (*((2, 2, 2),) * 4, (1, 1, 2))
+
+STUNET_SIZES = {"S": (16, 1), "B": (32, 1), "L": (64, 2), "H": (96, 3)}  # first width, blocks per level
+
+INSTALL = {
+    "dynamic_network_architectures": "pip install --no-deps dynamic-network-architectures==0.4.4",
+    "medim": "pip install --no-deps medim==0.1.2 && pip install appdirs requests",
+}
+
+REQUIRED = {"nnunet": ("dynamic-network-architectures", "0.4.4"), "stunet": ("medim", "0.1.2")}
+
+REQUIRED["sam_med3d"] = REQUIRED["stunet"]
+"""Packages that a network's bundle needs beside the others, for its metadata."""
+
+
+class NetworkError(ValueError):
+    """An unknown network or argument, or a package that is not installed."""
+
+
+class Adapted(DescribedNetwork):
+    """A network of another package as `net`; in training with `deep_supervision` its outputs as a list, finest first."""
+
+    def __init__(self, arguments: Mapping[str, Any], net: nn.Module, strides: Sequence, parts: Parts) -> None:
+        super().__init__(arguments, strides, parts)
+        self.net = net
+        self.deep_supervision = bool(arguments["deep_supervision"])
+        self.check_size(arguments["img_size"])
+        self.train()
+
+    def train(self, mode: bool = True) -> Adapted:
+        """As any module's; deep supervision is for training."""
+        super().train(mode)
+        if hasattr(self.net, "decoder"):
+            self.net.decoder.deep_supervision = mode and self.deep_supervision
+        return self
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if not torch.jit.is_tracing():
+            self.check_size(x.shape[2:], x.shape)
+        outputs = self.net(x)
+        return list(outputs) if isinstance(outputs, list | tuple) else outputs
+
+
+class NNUNet(Adapted):
+    """nnU-Net's U-Net: plain, or with residual blocks in the encoder (`residual`).
+
+    Args:
+        img_size: the training patch (S,P,L); only checked.
+        features: channels of each level, finest first; by default 32, doubled up to 320.
+        strides: per step down, one factor per axis.
+        kernel_sizes: one per level, 3x3x3 by default.
+        depths_down: convolutions (blocks, if residual) of each level; 2 by default, of residual blocks 1, 3, 4, 6, 6...
+        depths_up: convolutions of each decoder level, finest first; 2 by default, 1 if residual.
+        bias: of convolutions.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 31,
+        img_size: Sequence[int] = (128, 128, 128),
+        features: Sequence[int] | None = None,
+        strides: Sequence[Sequence[int]] = LEVEL_STRIDES,
+        kernel_sizes: Sequence[Sequence[int]] | None = None,
+        depths_down: Sequence[int] | None = None,
+        depths_up: Sequence[int] | None = None,
+        residual: bool = False,
+        bias: bool = True,
+        deep_supervision: bool = True,
+        checkpointing: bool = False,
+    ):
+        levels = len(strides) + 1
+        features = features or [min(32 * 2**level, 320) for level in range(levels)]
+        kernel_sizes = kernel_sizes or [[3, 3, 3]] * levels
+        depths_down = depths_down or ([1, 3, 4, *[6] * levels][:levels] if residual else [2] * levels)
+        depths_up = depths_up or [1 if residual else 2] * (levels - 1)
+        arguments = {"name": "nnunet", **given(NNUNet, locals())}
+        for key, expected in (
+            ("features", levels),
+            ("kernel_sizes", levels),
+            ("depths_down", levels),
+            ("depths_up", levels - 1),
+        ):
+            if len(arguments[key]) != expected:
+                raise NetworkError(
+                    f"nnunet: {key} has {len(arguments[key])} entries, expected {expected} for {len(strides)} strides"
+                )
+        unet = package("dynamic_network_architectures.architectures.unet")
+        build = unet.ResidualEncoderUNet if residual else unet.PlainConvUNet
+        net = build(
+            in_channels, levels, list(features), nn.Conv3d, kernel_sizes, [[1, 1, 1], *map(list, strides)], list(depths_down),
+            out_channels, list(depths_up)[::-1], conv_bias=bias, norm_op=nn.InstanceNorm3d,
+            norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+            deep_supervision=True,
+        )  # fmt: skip
+        net.apply(net.initialize)
+        drop_duplicates(net)
+        if not deep_supervision:
+            only_finest(net.decoder.seg_layers)
+        stem = r"encoder\.stem\.convs\.0" if residual else r"encoder\.stages\.0\.0\.convs\.0"
+        finest = len(strides) - 1
+        parts = Parts(
+            r"net\.encoder\.",
+            r"net\.decoder\.seg_layers\.",
+            r"net\.decoder\.seg_layers\.",
+            rf"net\.decoder\.seg_layers\.(?!{finest}\.)\d+\.",
+            rf"net\.{stem}\.all_modules\.0\.weight$",
+        )
+        super().__init__(arguments, net, strides, parts)
+        if checkpointing:
+            recompute([*net.encoder.stages, *net.decoder.stages])
+
+
+class SwinUNETR(Adapted):
+    """MONAI's SwinUNETR; every side of the patch a multiple of 32. "Base" in the paper's tables is `feature_size` 48.
+
+    It has no deep supervision. `window_size`, `depths` and `num_heads` as MONAI has them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 31,
+        img_size: Sequence[int] = (96, 96, 96),
+        feature_size: int = 48,
+        dropout: float = 0.0,
+        use_v2: bool = False,
+        deep_supervision: bool = False,
+        checkpointing: bool = False,
+    ):
+        from monai.networks.nets import SwinUNETR as Swin
+
+        arguments = {"name": "swinunetr", **given(SwinUNETR, locals()), "deep_supervision": False}
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # it computes its drop path rates, which the meta device cannot
+            net = Swin(
+                in_channels, out_channels, feature_size=feature_size, drop_rate=dropout, use_checkpoint=checkpointing,
+                use_v2=use_v2,
+            )  # fmt: skip
+        net.to(device)
+        inputs = r"net\.(swinViT\.patch_embed\.proj|encoder1\.layer\.conv[13]\.conv)\.weight$"
+        parts = Parts(r"net\.swinViT\.", r"net\.out\.", r"net\.out\.", r"(?!)", inputs)
+        super().__init__(arguments, net, LEVEL_STRIDES, parts)
+
+
+class STUNet(Adapted):
+    """STU-Net; its sizes S, B, L and H differ in width and depth.
+
+    Args:
+        img_size: the training patch (S,P,L); only checked.
+        size: "S" (14.6 million parameters), "B" (58), "L" (440) or "H" (1457); not looked at where `features` are given.
+        features, depths_down: channels and residual blocks of each level, finest first.
+        strides: per step down, one factor per axis.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 31,
+        img_size: Sequence[int] = (128, 128, 128),
+        size: str = "B",
+        features: Sequence[int] | None = None,
+        depths_down: Sequence[int] | None = None,
+        strides: Sequence[Sequence[int]] = STUNET_STRIDES,
+        deep_supervision: bool = True,
+        checkpointing: bool = False,
+    ):
+        if size not in STUNET_SIZES:
+            raise NetworkError(f"stunet: size is {size!r}; expected one of {list(STUNET_SIZES)}")
+        width, depth = STUNET_SIZES[size]
+        levels = len(strides) + 1
+        depths_down = depths_down or [depth if features is None else 1] * levels
+        features = features or [min(width * 2**level, 16 * width) for level in range(levels)]
+        arguments = {"name": "stunet", **given(STUNet, locals())}
+        net = package("medim.models.stu_net").STUNet(
+            in_channels, out_channels, list(depths_down), list(features), [list(stride) for stride in strides],
+            [[3, 3, 3]] * levels, enable_deep_supervision=True,
+        )  # fmt: skip
+        net.final_nonlin, net.upscale_logits_ops = (
+            nn.Identity(),
+            [nn.Identity()] * (levels - 2),
+        )  # lambdas do not pickle
+        finest = len(strides) - 1
+        parts = Parts(
+            r"net\.conv_blocks_context\.",
+            r"net\.seg_outputs\.",
+            r"net\.seg_outputs\.",
+            rf"net\.seg_outputs\.(?!{finest}\.)\d+\.",
+            r"net\.conv_blocks_context\.0\.0\.conv[13]\.weight$",
+        )
+        if not deep_supervision:
+            only_finest(net.seg_outputs)
+        super().__init__(arguments, net, strides, parts)
+        if checkpointing:
+            recompute([*net.conv_blocks_context, *net.conv_blocks_localization])
+
+
+class Ensemble(DescribedNetwork):
+    """The mean of the logits of several networks that are alike but for their weights: folds of a cross-validation.
+
+    Args:
+        count: how many.
+        network: the arguments of each, name included.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, count: int, network: Mapping[str, Any]):
+        members = [create_network(**{**network, "deep_supervision": False}) for _ in range(count)]
+        super().__init__({"name": "ensemble", **given(Ensemble, locals())}, [members[0].total_stride], members[0].parts)
+        self.members = nn.ModuleList(member.eval().net for member in members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_tracing():
+            self.check_size(x.shape[2:], x.shape)
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+NETWORKS = {"tsfm": TSFM, "nnunet": NNUNet, "swinunetr": SwinUNETR, "stunet": STUNet, "ensemble": Ensemble}
+
+
+def networks() -> dict[str, type[DescribedNetwork]]:
+    """Every network by its name."""
+    from .prompted import SAMMed3D
+
+    return {**NETWORKS, "sam_med3d": SAMMed3D}
+
+
+def create_network(name: str | None = None, plan: Any = None, **arguments: Any) -> DescribedNetwork:
+    """The network `name` with its `arguments`; those that only other networks know are left out, so overlays combine.
+
+    `plan`: a `planner.Plan`, which decides what `name` (else TSFM) and `arguments` do not.
+
+    Raises:
+        NetworkError: an unknown network, an argument that no network knows, a package that is not installed.
+    """
+    found = networks()
+    planned = plan.create_arguments() if plan is not None else {}
+    name = name or planned.get("name", "tsfm")
+    if planned.pop("name", name) == name:
+        arguments = {**planned, **arguments}
+    if name not in found:
+        raise NetworkError(f"network {name!r} is unknown; expected one of {', '.join(found)}")
+    known = {key: inspect.signature(network).parameters for key, network in found.items()}
+    unknown = [key for key in arguments if not any(key in parameters for parameters in known.values())]
+    if unknown:
+        raise NetworkError(f"no network has the argument(s) {unknown}; {name} has {list(known[name])}")
+    return found[name](**{key: value for key, value in arguments.items() if key in known[name]})
+
+
+def package(module: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises:
+        NetworkError: it is not installed; says how to.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        root = module.split(".")[0]
+        raise NetworkError(f"this network needs the package {root} ({error}): {INSTALL[root]}") from None
+
+
+def given(network: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments out of its `locals()`."""
+    return {key: values[key] for key in inspect.signature(network).parameters}
+
+
+def drop_duplicates(net: nn.Module) -> None:
+    """Take out, in place, what dynamic-network-architectures registers twice: tensors shared by several names.
+
+    Every convolution block is also in its `all_modules`, which computes, and the encoder is also in the decoder.
+    """
+    del net.decoder.encoder
+    for block in [module for module in net.modules() if hasattr(module, "all_modules")]:
+        for name in [name for name in block._modules if name != "all_modules"]:
+            delattr(block, name)
+
+
+def only_finest(heads: nn.ModuleList) -> None:
+    """Without deep supervision the heads of the lower levels (the first ones) would be parameters that nothing trains."""
+    for level in range(len(heads) - 1):
+        heads[level] = nn.Identity()
+
+
+def recompute(modules: Sequence[nn.Module]) -> None:
+    """Let these modules recompute their activations in the backward pass; names and numbers do not change."""
+    for module in modules:
+        module.forward = partial(_recomputed, module)
+
+
+def _recomputed(module: nn.Module, x: Tensor) -> Tensor:
+    return run(partial(type(module).forward, module), x, module.training)

@@ -1,0 +1,171 @@
+"""A trained model folder of nnU-Net 1 in the terms of nnunet.py: its plain U-Net is nnU-Net 2's with some biases of 0."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._version import __version__
+from ..cases.cases import Preparation
+from ..training.safe_pickle import read_pickle
+from ..training.weight_files import CheckpointError, load_file
+from .nnunet import Model, by_modality, rename
+
+CHECKPOINT = "model_final_checkpoint.model"
+
+TRAINER = re.compile(
+    r"nnUNetTrainerV2(_noMirroring|_DA5|_insaneDA|_noDataAugmentation|_SGD_.*|_Adam.*|_Loss_.*|_Mish)?"
+)
+
+SCHEMES = {"CT": "ct", "CT2": "ct", "nonCT": "zscore", "noNorm": "none"}
+
+
+def read_model(
+    folder: str, folds: Sequence[int | str] | None = None, checkpoint: str = CHECKPOINT, trainer: str = ""
+) -> Model:
+    """The model in `folder`, which holds ``plans.pkl`` and ``fold_X/model_final_checkpoint.model`` with its ``.pkl``.
+
+    nnU-Net 1 averages and resamples probabilities; here, as in nnU-Net 2, logits are: label maps may differ where classes
+    are nearly as likely.
+
+    Raises:
+        CheckpointError: as `nnunet.read_model`.
+    """
+    from .nnunet import find_folds
+
+    description, weights = None, {}
+    for fold in find_folds(folder, folds, checkpoint):
+        path = os.path.join(folder, f"fold_{fold}", checkpoint)
+        weights[fold], described = read_checkpoint(path, trainer)
+        description = description or described
+    return Model(weights, description)
+
+
+def read_checkpoint(path: str, trainer: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of one ``.model`` file with its ``.model.pkl``."""
+    information = read_pickle(path + ".pkl")
+    name, plans = information["name"], information["plans"]
+    if name != trainer and not TRAINER.fullmatch(name):
+        raise CheckpointError(
+            f"{path}: trainer '{name}' is unknown, so its network and preprocessing may be its own; if it only trains "
+            f"otherwise, say so: --trainer {name}"
+        )
+    stage = max(plans["plans_per_stage"])
+    if stage and name.endswith("CascadeFullRes"):
+        raise CheckpointError(f"{path} is the second stage of a cascade; import 3d_fullres")
+    state = load_file(path)["state_dict"]
+    description = describe(state, plans, plans["plans_per_stage"][stage], name, path)
+    return rename(_as_version_2(state), description["network"], path), description
+
+
+def describe(
+    state: Mapping[str, Tensor], plans: Mapping[str, Any], stage: Mapping[str, Any], trainer: str, source: str
+) -> dict[str, Any]:
+    """The description of a version 1 checkpoint's network."""
+    patch = [int(side) for side in stage["patch_size"]]
+    if len(patch) != 3:
+        raise CheckpointError(f"{source}: patch {patch} is two-dimensional; only 3D networks can be imported")
+    strides = [[int(n) for n in row] for row in stage["pool_op_kernel_sizes"]]
+    levels = len(strides) + 1
+    heads = state[f"seg_outputs.{len(strides) - 1}.weight"]
+    features = [_first_conv(state, level).shape[0] for level in range(levels)]
+    depth = int(plans.get("conv_per_stage", 2))
+    network = {
+        "name": "nnunet",
+        "in_channels": int(_first_conv(state, 0).shape[1]),
+        "out_channels": len(heads),
+        "img_size": patch,
+        "features": features,
+        "strides": strides,
+        "kernel_sizes": [[int(n) for n in row] for row in stage["conv_kernel_sizes"]],
+        "depths_down": [depth] * levels,
+        "depths_up": [depth] * (levels - 1),
+        "residual": False,
+        "bias": True,
+        "deep_supervision": True,
+        "checkpointing": False,
+    }
+    rules = _rules(plans, network["in_channels"], source)
+    preparation = Preparation(
+        [float(mm) for mm in stage["current_spacing"]],
+        in_channels=network["in_channels"],
+        orientation="".join("kji"[int(axis)] for axis in plans.get("transpose_forward", (0, 1, 2))),
+        resample_first=True,
+        **by_modality(rules),
+    ).to_dict()
+    names = [f"label_{value}" for value in range(1, len(heads))]
+    return {
+        "format": 1,
+        "version": __version__,
+        "network": network,
+        "targets": {name: {} for name in names},
+        "dataset_labels": [{"name": "nnunet", "labels": {str(i): name for i, name in enumerate(names, 1)}}],
+        "preparation": preparation,
+        "patch_size": patch,
+        "modalities": [preparation["default_modality"]],
+        "trained_on": ["nnunet"],
+        "mirror_axes": "" if "noMirroring" in trainer else "SPL",
+        "activation": "softmax",
+        "trained_by": f"nnU-Net 1, {trainer}",
+    }
+
+
+def _rules(plans: Mapping[str, Any], channels: int, source: str) -> list[dict[str, Any]]:
+    rules = []
+    for channel in range(channels):
+        scheme = plans["normalization_schemes"][channel]
+        if scheme not in SCHEMES:
+            raise CheckpointError(f"{source}: normalization '{scheme}' is unknown; expected one of {list(SCHEMES)}")
+        rule: dict[str, Any] = {"scheme": SCHEMES[scheme]}
+        if rule["scheme"] == "ct":
+            values = plans["dataset_properties"]["intensityproperties"][channel]
+            rule |= {"lower": float(values["percentile_00_5"]), "upper": float(values["percentile_99_5"])}
+            rule |= {"mean": float(values["mean"]), "sd": float(values["sd"])}
+        elif rule["scheme"] == "zscore":
+            rule["masked"] = bool(plans["use_mask_for_norm"][channel])
+        rules.append(rule)
+    return rules
+
+
+def _first_conv(state: Mapping[str, Tensor], level: int) -> Tensor:
+    """The first kernel of a level; the lowest one is a Sequential of two stacks."""
+    name = f"conv_blocks_context.{level}.blocks.0.conv.weight"
+    return state[name] if name in state else state[f"conv_blocks_context.{level}.0.blocks.0.conv.weight"]
+
+
+def _as_version_2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Version 1's names in version 2's; transposed convolutions and heads get biases of 0, which they lack there."""
+    found: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for name, value in state.items():
+        name = name.removeprefix("module.")
+        block = re.fullmatch(
+            r"conv_blocks_(context|localization)\.(\d+)\.(?:(\d+)\.)?blocks\.(\d+)\.(conv|instnorm)\.(\w+)", name
+        )
+        if block:
+            where, level, stack, index, what, kind = block.groups()
+            base = f"encoder.stages.{level}.0" if where == "context" else f"decoder.stages.{level}"
+            first = counts.setdefault(f"{base}.{stack}", _blocks_before(state, where, level, stack))
+            what = "norm" if what == "instnorm" else "conv"
+            found[f"{base}.convs.{first + int(index)}.{what}.{kind}"] = value
+        elif match := re.fullmatch(r"(tu|seg_outputs)\.(\d+)\.(weight|bias)", name):
+            part = "transpconvs" if match[1] == "tu" else "seg_layers"
+            found[f"decoder.{part}.{match[2]}.{match[3]}"] = value
+        else:
+            found[name] = value  # named in the error
+    for name in [name for name in found if re.fullmatch(r"decoder\.(transpconvs|seg_layers)\.\d+\.weight", name)]:
+        outputs = found[name].shape[1 if "transpconvs" in name else 0]
+        found.setdefault(name.removesuffix("weight") + "bias", torch.zeros(outputs))
+    return found
+
+
+def _blocks_before(state: Mapping[str, Tensor], where: str, level: str, stack: str | None) -> int:
+    """Convolutions of the stacks before this one on the same level."""
+    pattern = re.compile(rf"(?:module\.)?conv_blocks_{where}\.{level}\.(\d+)\.blocks\.\d+\.conv\.weight")
+    before = [match for name in state if (match := pattern.fullmatch(name)) and int(match[1]) < int(stack or 0)]
+    return len(before)

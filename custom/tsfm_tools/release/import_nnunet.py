@@ -1,0 +1,85 @@
+"""A trained nnU-Net model becomes a bundle that infers, evaluates, fine-tunes and serves as the others do."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+
+from tsfm.planning.public_weights import read_folder
+from tsfm.training.checkpoint import build_network, encode_description, save_weights
+
+from .release import release
+
+TEMPLATE = os.path.join(os.path.dirname(__file__), "..", "..", "..", "bundles", "tsfm_finetune")
+
+
+def import_nnunet(
+    model_folder: str,
+    output_dir: str,
+    name: str = "nnunet",
+    folds: Sequence[int | str] | None = None,
+    checkpoint: str | None = None,
+    trainer: str = "",
+    trained_on: str | None = None,
+    bundle_dir: str = TEMPLATE,
+) -> str:
+    """Make a bundle of a model folder of nnU-Net 2 (or 1): all folds, as one network whose logits are their mean.
+
+    The bundle needs nothing of nnU-Net but the network's package, dynamic-network-architectures.
+
+    Args:
+        model_folder: ``DatasetNNN_NAME/TRAINER__PLANS__CONFIGURATION``.
+        output_dir: the bundle goes below it, as `name`.
+        name: of the bundle.
+        folds: which; by default all that are there.
+        checkpoint: file name in each fold's folder, by default ``checkpoint_final.pth`` (version 1:
+            ``model_final_checkpoint.model``).
+        trainer: a trainer of your own that leaves network, preprocessing and labels as the plans have them.
+        trained_on: a sentence on what the weights were trained on, for metadata and README.
+        bundle_dir: the bundle whose configs are taken.
+
+    Returns:
+        the bundle's folder.
+
+    Raises:
+        CheckpointError: no such model, or something in it that would be done differently here.
+        ReleaseError: `output_dir` holds something else under this name.
+    """
+    model = read_folder(
+        model_folder, folds=folds, trainer=trainer, **({"checkpoint": checkpoint} if checkpoint else {})
+    )
+    description = dict(model.description)
+    members = list(model.folds.values())
+    state = members[0]
+    if len(members) > 1:
+        one = description["network"]
+        shape = {key: one[key] for key in ("in_channels", "out_channels")}
+        description["network"] = {"name": "ensemble", **shape, "count": len(members), "network": one}
+        kept = build_network(description).state_dict()
+        state = {
+            f"members.{i}.{key.removeprefix('net.')}": value
+            for i, member in enumerate(members)
+            for key, value in member.items()
+        }
+        state = {
+            key: value for key, value in state.items() if key in kept
+        }  # heads of deep supervision are for training
+    with tempfile.TemporaryDirectory() as scratch:
+        path = os.path.join(scratch, "model.pt")
+        save_weights({**state, "_extra_state": encode_description(description)}, path)
+        said = trained_on or f"an nnU-Net model ({description['trained_by']}, fold {', '.join(model.folds)})"
+        bundle = release(bundle_dir, path, output_dir, name=name, trained_on=said, zipped=False)
+    _mirror_by_default(os.path.join(bundle, "configs", "inference.json"), bool(description["mirror_axes"]))
+    print(f"{bundle}: {len(members)} fold(s), targets {', '.join(description['targets'])}")
+    return bundle
+
+
+def _mirror_by_default(path: str, mirrored: bool) -> None:
+    """nnU-Net's predictor averages over mirrored versions unless it is told not to."""
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    config["displayable_configs"]["mirroring"] = mirrored
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(config, indent=4, ensure_ascii=False) + "\n")

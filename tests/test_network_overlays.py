@@ -1,0 +1,95 @@
+"""The baselines' overlays: the same file for both bundles, with every other overlay, and one whole run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ROOT, run_bundle
+from monai.bundle import ConfigParser
+from tsfm.errors import first_cause
+from tsfm.planning.public_weights import read_pretrained
+from tsfm.training.checkpoint import read_description
+
+OVERLAYS = {"nnunet": "nnunet", "nnunet_resenc": "nnunet", "swinunetr": "swinunetr", "stunet": "stunet"}
+
+
+def parsed(bundle, files, phantom_pool, folder, **settings):
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "bundles" / bundle / "configs" / name) for name in files])
+    dataset = {"dataset_dir": str(phantom_pool), "allow_missing": True}
+    if bundle == "tsfm_finetune":
+        dataset = {"dataset_dir": str(phantom_pool / "Task03_Liver"), "pretrained": None}
+    for key, value in {
+        "bundle_root": str(ROOT / "bundles" / bundle), "store_dir": str(folder / "store"), "output_dir": str(folder / "out"),
+        "device": "cpu", "num_workers": 0, **dataset, **settings,
+    }.items():  # fmt: skip
+        parser[key] = value
+    return parser
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("bundle", ["tsfm_pretrain", "tsfm_finetune"])
+def test_every_overlay_declares_its_network_and_recipe_in_both_bundles(bundle, overlay, phantom_pool, tmp_path):
+    name = OVERLAYS[overlay]
+    pytest.importorskip({"nnunet": "dynamic_network_architectures", "stunet": "medim"}.get(name, "monai"))
+    narrow = {"patch_size": [32, 64, 64]}
+    parser = parsed(
+        bundle, ["train.json", f"{overlay}.json"], phantom_pool, tmp_path, epochs=200, device="meta", **narrow
+    )
+    with torch.device("meta"):
+        network = parser.get_parsed_content("network_def")
+    assert network.description["network"]["name"] == name
+    if overlay == "nnunet_resenc":
+        assert network.description["network"]["residual"]
+    network.check_size(parser.get_parsed_content("planned").patch_size)
+    optimizer, schedule = (parser.get_parsed_content(key) for key in ("optimizer", "lr_scheduler"))
+    rates = []
+    for _ in range(200):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    best = {"nnunet": 1e-2, "nnunet_resenc": 1e-2, "swinunetr": 1e-4, "stunet": 1e-3}[overlay]
+    assert max(rates) == pytest.approx(best) and rates[-1] < 0.02 * best
+    warmed = overlay == "swinunetr"
+    assert isinstance(optimizer, torch.optim.AdamW if warmed else torch.optim.SGD) and (rates[0] < best) == warmed
+
+
+@pytest.mark.parametrize("order", [["small.json", "stunet.json"], ["stunet.json", "small.json"]])
+def test_overlays_combine_with_the_laptops_in_any_order(order, phantom_pool, tmp_path):
+    pytest.importorskip("medim")
+    for bundle in ("tsfm_pretrain", "tsfm_finetune"):
+        parser = parsed(bundle, ["train.json", *order], phantom_pool, tmp_path)
+        network = parser.get_parsed_content("network_def")
+        assert network.description["network"]["name"] == "stunet"
+        assert "hidden_size" not in network.description["network"]
+
+
+def test_a_patch_that_swinunetr_does_not_divide_is_refused_with_what_fits(phantom_pool, tmp_path):
+    parser = parsed(
+        "tsfm_finetune", ["train.json", "swinunetr.json"], phantom_pool, tmp_path, patch_size=[112, 160, 192]
+    )
+    with pytest.raises(RuntimeError) as refused:
+        parser.get_parsed_content("planned")
+    assert "128x160x192 would fit" in str(first_cause(refused.value))
+
+
+def test_nnunet_trains_resumes_and_segments_like_tsfm(phantom_pool, tmp_path):
+    pytest.importorskip("dynamic_network_architectures")
+    options = {
+        "dataset_dir": phantom_pool / "Task03_Liver", "store_dir": tmp_path / "store", "output_dir": tmp_path / "out",
+        "ckpt_dir": tmp_path / "models", "iterations_per_epoch": 2, "val_iterations": 1, "device": "cpu", "num_workers": 0,
+        "patch_size": "[16,32,32]", "spacing_mm": "[8.0,8.0,8.0]", "network_def#features": "[4,8,8,8]", "batch_size": 2,
+    }  # fmt: skip
+    files = ["train.json", "nnunet.json"]
+    run_bundle("tsfm_finetune", files, **options, epochs=1)
+    first = read_description(tmp_path / "out/model.pt")
+    assert first["network"]["name"] == "nnunet"
+    run_bundle("tsfm_finetune", files, **options, epochs=2)
+    assert len((tmp_path / "out/curve.csv").read_text().splitlines()) == 3, "the second run goes on after the first"
+    weights = tmp_path / "models/model.pt"
+    run_bundle(
+        "tsfm_finetune", ["inference.json"], dataset_dir=phantom_pool / "Task03_Liver/imagesTr", checkpoint=weights,
+        output_dir=tmp_path / "maps", device="cpu",
+    )  # fmt: skip
+    assert list((tmp_path / "maps").glob("*.nii.gz"))
+    assert read_pretrained(weights).description["network"]["name"] == "nnunet"
