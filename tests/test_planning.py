@@ -16,6 +16,7 @@ from tsfm.cases.pool import DatasetPool
 from tsfm.errors import first_cause
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
+from tsfm.planning import own_data
 from tsfm.planning import plan as planning
 from tsfm.planning.forecast import Forecast
 from tsfm.planning.plan_run import plan_run
@@ -64,19 +65,19 @@ def folders(tmp_path):
 
 
 def test_two_folders_are_paired_by_name(folders):
-    pool = planning.dataset_pool(str(folders), label_ids={"1": "liver"}, modality="MR")
+    pool = own_data.dataset_pool(str(folders), label_ids={"1": "liver"}, modality="MR")
     assert [(item["case"], item["modality"]) for item in pool.cases] == [("a", "MR"), ("b", "MR")]
     assert pool.table.names == ("liver",)
 
 
 def test_nnunets_channel_suffix_is_understood(tmp_path):
     write(tmp_path, "case_1", suffix="_0000")
-    pool = planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
+    pool = own_data.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
     assert pool.cases[0]["case"] == "case_1" and pool.cases[0]["label"].endswith("labels/case_1.nii.gz")
 
 
 def test_ids_may_stand_for_several_targets(folders):
-    pool = planning.dataset_pool(str(folders), label_ids={"1": ["liver", "organ"]})
+    pool = own_data.dataset_pool(str(folders), label_ids={"1": ["liver", "organ"]})
     assert pool.table.names == ("liver", "organ")
 
 
@@ -95,7 +96,7 @@ def test_decathlon_labels_become_targets(tmp_path, labels, names):
         "training": [{"image": "./imagesTr/x.nii.gz", "label": "./labelsTr/x.nii.gz"}],
     }
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    pool = planning.dataset_pool(str(tmp_path))
+    pool = own_data.dataset_pool(str(tmp_path))
     assert pool.table.names == names and pool.cases[0]["modality"] == "MR"
 
 
@@ -106,18 +107,18 @@ def nnunet_folder(folder, cases=("x_001", "x_002"), channels=1, **content):
             write(folder, case, suffix=f"_{channel:04d}", kinds=("imagesTr", "labelsTr"))
     content = {"channel_names": {str(i): "MRI" for i in range(channels)}, "numTraining": len(cases), **content}
     (folder / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", **content}))
-    return planning.dataset_pool(str(folder))
+    return own_data.dataset_pool(str(folder))
 
 
 def test_nnunets_second_layout_has_a_file_per_channel_and_no_list(tmp_path):
     pool = nnunet_folder(tmp_path, channels=2, labels={"background": 0, "Liver": 1, "ignore": 2})
     assert [item["case"] for item in pool.cases] == ["x_001", "x_002"]
     assert [Path(path).name for path in pool.cases[0]["image"]] == ["x_001_0000.nii.gz", "x_001_0001.nii.gz"]
-    assert planning.count_channels(pool) == 2 and pool.table.names == ("liver",)
+    assert own_data.count_channels(pool) == 2 and pool.table.names == ("liver",)
     assert pool.table.label_rules(tmp_path.name.lower().strip("_"))["ignore"] == [2]
     (tmp_path / "imagesTr/x_002_0001.nii.gz").unlink()
     with pytest.raises(PoolError, match=r"x_002_0001\.nii\.gz"):
-        _ = planning.dataset_pool(str(tmp_path)).cases
+        _ = own_data.dataset_pool(str(tmp_path)).cases
 
 
 def test_regions_are_lists_of_ids_and_nested(tmp_path):
@@ -140,35 +141,35 @@ def test_the_first_layouts_list_leaves_the_channels_number_out(tmp_path):
 def test_two_folders_with_a_file_per_channel(tmp_path):
     for channel in range(3):
         write(tmp_path, "case_0007", suffix=f"_{channel:04d}")
-    pool = planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
+    pool = own_data.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
     assert pool.cases[0]["case"] == "case_0007" and len(pool.cases[0]["image"]) == 3
 
 
 def test_a_number_that_is_the_cases_own_is_no_channel(tmp_path):
     for name in ("case_0000", "case_0001"):
         write(tmp_path, name)
-    pool = planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
+    pool = own_data.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
     assert [item["case"] for item in pool.cases] == ["case_0000", "case_0001"]
 
 
 def test_what_is_missing_is_named(tmp_path, weights):
     with pytest.raises(PoolError, match=r"neither dataset\.json .* nor a folder 'images'"):
-        planning.dataset_pool(str(tmp_path))
+        own_data.dataset_pool(str(tmp_path))
     (tmp_path / "images").mkdir()
     with pytest.raises(PoolError, match=r"holds no \.nii\.gz"):
-        planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
+        own_data.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
     write(tmp_path, "a", kinds=("images", "elsewhere"))
     with pytest.raises(PoolError, match="labels does not exist"):
-        planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
+        own_data.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {}}))
     with pytest.raises(PoolError, match='no "labels"'):
-        planning.dataset_pool(str(tmp_path))
+        own_data.dataset_pool(str(tmp_path))
 
 
 def test_without_files_the_targets_are_those_of_the_weights(tmp_path, weights):
-    pool = planning.dataset_pool(str(tmp_path), pretrained=weights)
+    pool = own_data.dataset_pool(str(tmp_path), pretrained=weights)
     assert pool.table.names == ("liver", "spleen") and pool.table.bare_dataset == "label_map"
-    assert planning.count_channels(pool, weights) == 1
+    assert own_data.count_channels(pool, weights) == 1
     with pytest.raises(PoolError, match="holds no data set"):
         _ = pool.cases
 
@@ -178,7 +179,7 @@ def test_without_files_the_targets_are_those_of_the_weights(tmp_path, weights):
 
 @pytest.fixture
 def pool(folders):
-    return planning.dataset_pool(str(folders), label_ids={"1": "liver"})
+    return own_data.dataset_pool(str(folders), label_ids={"1": "liver"})
 
 
 def test_spacing_and_normalization_are_the_checkpoints_unless_asked_otherwise(pool, weights, tmp_path):
@@ -213,7 +214,7 @@ def test_a_fingerprint_is_measured_once_and_anew_when_a_file_changes(pool, folde
     assert len(measured) == 1
     write(folders, "a", spacing=(3.0, 3.0, 4.0))
     planning.plan_preparation(
-        planning.dataset_pool(str(folders), label_ids={"1": "liver"}), store, "auto", "fingerprint"
+        own_data.dataset_pool(str(folders), label_ids={"1": "liver"}), store, "auto", "fingerprint"
     )
     assert len(measured) == 2
 
@@ -247,7 +248,7 @@ def test_ct_without_a_labelled_voxel_is_a_clear_error(folders, tmp_path):
     for path in (folders / "labels").glob("*"):
         image = nib.load(path)
         nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
-    pool = planning.dataset_pool(str(folders), label_ids={"1": "liver"})
+    pool = own_data.dataset_pool(str(folders), label_ids={"1": "liver"})
     with pytest.raises(PoolError, match="no CT case has a labelled voxel"):
         planning.plan_preparation(pool, str(tmp_path), (4, 2, 2), "fingerprint")
 
@@ -257,13 +258,13 @@ def test_channels_are_counted_in_other_formats_too(tmp_path):
         (tmp_path / kind).mkdir()
         volume = SimpleITK.GetImageFromArray(np.ones((6, 8, 8), np.int16))
         SimpleITK.WriteImage(volume, str(tmp_path / kind / "a.nrrd"))
-    assert planning.count_channels(planning.dataset_pool(str(tmp_path), label_ids={"1": "liver"})) == 1
+    assert own_data.count_channels(own_data.dataset_pool(str(tmp_path), label_ids={"1": "liver"})) == 1
 
 
 def test_several_channels_are_measured_too(tmp_path, weights):
     write(tmp_path / "data", "a", channels=3)
-    pool = planning.dataset_pool(str(tmp_path / "data"), label_ids={"1": "liver"}, modality="MR")
-    assert planning.count_channels(pool) == 3
+    pool = own_data.dataset_pool(str(tmp_path / "data"), label_ids={"1": "liver"}, modality="MR")
+    assert own_data.count_channels(pool) == 3
     found = planning.plan_preparation(pool, str(tmp_path), "auto", in_channels=3, pretrained=weights)
     assert found.spacing_mm == (4.0, 2.0, 2.0) and found.default_modality == "MR"
 
@@ -305,11 +306,11 @@ def test_a_plan_is_taken_back_from_its_file(pool, tmp_path):
 
 
 def test_data_of_which_nothing_can_be_learned_is_refused_before_the_work(folders, tmp_path):
-    absent = planning.dataset_pool(str(folders), label_ids={"1": "liver", "3": "cyst"})
+    absent = own_data.dataset_pool(str(folders), label_ids={"1": "liver", "3": "cyst"})
     with pytest.raises(PoolError, match=r"of the 2 cases none has a voxel of the labels 3 \(cyst\)"):
         plan_run(absent, str(tmp_path))
     (folders / "images/b.nii.gz").unlink()
-    single = planning.dataset_pool(str(folders), label_ids={"1": "liver"})
+    single = own_data.dataset_pool(str(folders), label_ids={"1": "liver"})
     with pytest.raises(PoolError, match=r"single case.*--fold all"):
         plan_run(single, str(tmp_path))
     assert plan_run(single, str(tmp_path), fold="all").batch_size == 2
@@ -319,7 +320,7 @@ def test_data_of_which_nothing_can_be_learned_is_refused_before_the_work(folders
         for kind in ("images", "labels"):
             nib.save(nib.Nifti1Image(flat, np.eye(4)), folders / kind / f"{name}.nii.gz")
     with pytest.raises(PlanError, match="two-dimensional"):
-        plan_run(planning.dataset_pool(str(folders), label_ids={"1": "liver"}), str(tmp_path))
+        plan_run(own_data.dataset_pool(str(folders), label_ids={"1": "liver"}), str(tmp_path))
 
 
 def test_a_spacing_too_coarse_for_a_structure_is_named(pool, tmp_path, caplog):
@@ -330,7 +331,7 @@ def test_a_spacing_too_coarse_for_a_structure_is_named(pool, tmp_path, caplog):
 
 
 def test_weights_that_are_far_from_the_data_are_named(folders, weights, tmp_path, caplog):
-    pool = planning.dataset_pool(str(folders), label_ids={"1": "cyst"}, modality="MR")
+    pool = own_data.dataset_pool(str(folders), label_ids={"1": "cyst"}, modality="MR")
     plan_run(pool, str(tmp_path), [4, 2, 0.9], pretrained=weights)
     for words in ("none of the targets ['cyst']", "more than 2 times as large"):
         assert words in caplog.text

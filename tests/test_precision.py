@@ -65,7 +65,7 @@ FLAT = """
 import json, torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tsfm import precision
+from tsfm.network import cpu as precision
 
 CONV, CPU = nn.Conv3d, torch.device("cpu")
 
