@@ -255,7 +255,7 @@ def test_a_start_from_nothing_needs_no_file_and_says_so(tmp_path, capsys):
 
 @pytest.mark.parametrize(("freeze", "moves"), [("encoder", {"decoder", "heads"}), ("all_but_heads", {"heads"})])
 def test_frozen_parts_do_not_move(freeze, moves, pretrained, tmp_path):
-    from tsfm.planning.transfer import part_of
+    from tsfm.planning.parts import part_of
 
     data = two_folders(tmp_path / "data", 2)
     weights, _ = finetune(tmp_path / "run", pretrained, freeze=freeze, learning_rate=0.1, **data)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
+from tsfm.network.adapted import NetworkError
 from tsfm.network.loss import PartialLabelLoss
-from tsfm.network.networks import NetworkError, create_network
-from tsfm.planning.transfer import freeze, load_pretrained, parameter_groups
+from tsfm.network.networks import create_network
+from tsfm.planning.parts import freeze, parameter_groups
+from tsfm.planning.transfer import load_pretrained
 from tsfm.training.checkpoint import build_network, describe_network, load_weights, read_description, save_weights
 from tsfm_tools.release.export import relative_difference
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 from tsfm.network.tsfm_net import TSFM
-from tsfm.planning.transfer import freeze, load_pretrained, parameter_groups
+from tsfm.planning.parts import freeze, parameter_groups
+from tsfm.planning.transfer import load_pretrained
 from tsfm.training.checkpoint import load_weights, save_weights
 from tsfm.training.weight_files import CheckpointError
 

@@ -178,3 +178,8 @@ def _convolution_backward(
         return _original.call_boxed(keys, grad_output, image, weight, *options)
     gradients = _original.call_boxed(keys, grad_output.float(), image.float(), weight.float(), *options)
     return tuple(gradient if gradient is None else gradient.to(image.dtype) for gradient in gradients)
+
+
+def is_eager_on_cpu(x: Tensor) -> bool:
+    """Whether the layout is ours to choose: graphs (tracing, export, torch.compile) plan their own."""
+    return x.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_compiling())

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapted import REQUIRED, Adapted, NetworkError, drop_duplicates, given, only_finest, package, recompute
 from .described import DescribedNetwork, Parts
-from .tsfm_net import TSFM, run
+from .prompted import SAMMed3D
+from .tsfm_net import TSFM
 
 LEVEL_STRIDES = ((2, 2, 2),) * 5
 
@@ -33,43 +33,9 @@ STUNET_STRIDES = (*((2, 2, 2),) * 4, (1, 1, 2))
 
 STUNET_SIZES = {"S": (16, 1), "B": (32, 1), "L": (64, 2), "H": (96, 3)}  # first width, blocks per level
 
-INSTALL = {
-    "dynamic_network_architectures": "pip install --no-deps dynamic-network-architectures==0.4.4",
-    "medim": "pip install --no-deps medim==0.1.2 && pip install appdirs requests",
-}
-
-REQUIRED = {"nnunet": ("dynamic-network-architectures", "0.4.4"), "stunet": ("medim", "0.1.2")}
 
 REQUIRED["sam_med3d"] = REQUIRED["stunet"]
 """Packages that a network's bundle needs beside the others, for its metadata."""
-
-
-class NetworkError(ValueError):
-    """An unknown network or argument, or a package that is not installed."""
-
-
-class Adapted(DescribedNetwork):
-    """A network of another package as `net`; in training with `deep_supervision` its outputs as a list, finest first."""
-
-    def __init__(self, arguments: Mapping[str, Any], net: nn.Module, strides: Sequence, parts: Parts) -> None:
-        super().__init__(arguments, strides, parts)
-        self.net = net
-        self.deep_supervision = bool(arguments["deep_supervision"])
-        self.check_size(arguments["img_size"])
-        self.train()
-
-    def train(self, mode: bool = True) -> Adapted:
-        """As any module's; deep supervision is for training."""
-        super().train(mode)
-        if hasattr(self.net, "decoder"):
-            self.net.decoder.deep_supervision = mode and self.deep_supervision
-        return self
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if not torch.jit.is_tracing():
-            self.check_size(x.shape[2:], x.shape)
-        outputs = self.net(x)
-        return list(outputs) if isinstance(outputs, list | tuple) else outputs
 
 
 class NNUNet(Adapted):
@@ -245,14 +211,15 @@ class Ensemble(DescribedNetwork):
         return torch.stack([member(x) for member in self.members]).mean(0)
 
 
-NETWORKS = {"tsfm": TSFM, "nnunet": NNUNet, "swinunetr": SwinUNETR, "stunet": STUNet, "ensemble": Ensemble}
-
-
-def networks() -> dict[str, type[DescribedNetwork]]:
-    """Every network by its name."""
-    from .prompted import SAMMed3D
-
-    return {**NETWORKS, "sam_med3d": SAMMed3D}
+NETWORKS: dict[str, type[DescribedNetwork]] = {
+    "tsfm": TSFM,
+    "nnunet": NNUNet,
+    "swinunetr": SwinUNETR,
+    "stunet": STUNet,
+    "sam_med3d": SAMMed3D,
+    "ensemble": Ensemble,
+}
+"""Every network by its name."""
 
 
 def create_network(name: str | None = None, plan: Any = None, **arguments: Any) -> DescribedNetwork:
@@ -263,7 +230,7 @@ def create_network(name: str | None = None, plan: Any = None, **arguments: Any) 
     Raises:
         NetworkError: an unknown network, an argument that no network knows, a package that is not installed.
     """
-    found = networks()
+    found = NETWORKS
     planned = plan.create_arguments() if plan is not None else {}
     name = name or planned.get("name", "tsfm")
     if planned.pop("name", name) == name:
@@ -275,48 +242,3 @@ def create_network(name: str | None = None, plan: Any = None, **arguments: Any) 
     if unknown:
         raise NetworkError(f"no network has the argument(s) {unknown}; {name} has {list(known[name])}")
     return found[name](**{key: value for key, value in arguments.items() if key in known[name]})
-
-
-def package(module: str) -> Any:
-    """Import a module of an optional package.
-
-    Raises:
-        NetworkError: it is not installed; says how to.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        root = module.split(".")[0]
-        raise NetworkError(f"this network needs the package {root} ({error}): {INSTALL[root]}") from None
-
-
-def given(network: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments out of its `locals()`."""
-    return {key: values[key] for key in inspect.signature(network).parameters}
-
-
-def drop_duplicates(net: nn.Module) -> None:
-    """Take out, in place, what dynamic-network-architectures registers twice: tensors shared by several names.
-
-    Every convolution block is also in its `all_modules`, which computes, and the encoder is also in the decoder.
-    """
-    del net.decoder.encoder
-    for block in [module for module in net.modules() if hasattr(module, "all_modules")]:
-        for name in [name for name in block._modules if name != "all_modules"]:
-            delattr(block, name)
-
-
-def only_finest(heads: nn.ModuleList) -> None:
-    """Without deep supervision the heads of the lower levels (the first ones) would be parameters that nothing trains."""
-    for level in range(len(heads) - 1):
-        heads[level] = nn.Identity()
-
-
-def recompute(modules: Sequence[nn.Module]) -> None:
-    """Let these modules recompute their activations in the backward pass; names and numbers do not change."""
-    for module in modules:
-        module.forward = partial(_recomputed, module)
-
-
-def _recomputed(module: nn.Module, x: Tensor) -> Tensor:
-    return run(partial(type(module).forward, module), x, module.training)

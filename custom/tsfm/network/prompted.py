@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .adapted import Adapted, NetworkError, given, package
 from .described import Parts
-from .networks import Adapted, NetworkError, given, package
 
 PARTS = Parts(r"net\.image_encoder\.", r"net\.mask_decoder\.", r"(?!)", r"(?!)", r"(?!)")
 

@@ -33,7 +33,7 @@ from monai.networks.blocks import TransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cpu import instance_norm
+from .cpu import instance_norm, is_eager_on_cpu
 from .described import DescribedNetwork, Parts
 
 LEAKY_SLOPE = 0.01  # nnU-Net's LeakyReLU
@@ -318,11 +318,6 @@ def interpolate_positions(position_embedding: Tensor, grid: Sequence[int]) -> Te
         return position_embedding
     resized = F.interpolate(position_embedding.float(), size=tuple(grid), mode="trilinear", align_corners=False)
     return resized.to(position_embedding.dtype)
-
-
-def is_eager_on_cpu(x: Tensor) -> bool:
-    """Whether the layout is ours to choose: graphs (tracing, export, torch.compile) plan their own."""
-    return x.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
 
 
 def run(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:

@@ -28,8 +28,8 @@ from ..preparation.fingerprint import Fingerprint, fingerprint, plan_spacing
 from ..schema import FileError, read_json
 from ..training.checkpoint import build_network
 from .own_data import count_channels, pretrained_description
+from .parts import freeze as freeze_parts
 from .planner import Plan
-from .transfer import freeze as freeze_parts
 from .transfer import load_pretrained
 
 logger = logging.getLogger(__name__)

@@ -16,106 +16,23 @@ whether there is one channel or several (from one to n: weight / n repeated; fro
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._version import __version__
-from ..files import atomic_write
 from ..network.described import DescribedNetwork, Parts
-from ..network.tsfm_net import PARTS, interpolate_positions
+from ..network.tsfm_net import interpolate_positions
 from ..training.checkpoint import EXTRA_STATE
 from ..training.weight_files import CheckpointError
 from .public_weights import read_pretrained
-
-FREEZE = ("none", "encoder", "all_but_heads")
+from .transfer_report import SHOWN, Entry, TransferReport
 
 CONVOLUTIONS = ("stem.", "encoder.", "down.", "decoder.")
-
-SHOWN = 10  # names that an error or a report spells out
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the network: how it got its values, and how many of them come from the checkpoint."""
-
-    name: str
-    shape: tuple[int, ...]
-    how: str  # loaded | adapted | new
-    reused: int
-    new: int
-    note: str = ""
-
-
-@dataclass
-class TransferReport:
-    """What `load_pretrained` did; `str()` is the text that it prints."""
-
-    checkpoint: str
-    entries: list[Entry]
-    unused: dict[str, tuple[int, ...]]
-    checkpoint_parameters: int
-    targets: dict[str, list[str]]
-    mismatches: list[str] = field(default_factory=list)
-
-    def totals(self) -> dict[str, dict[str, float]]:
-        """Tensors, parameters and per cent: of the network for loaded, adapted, new; of the checkpoint for unused.
-
-        An adapted tensor's values that are new (heads of new targets) count as new parameters.
-        """
-        parameters = {
-            "loaded": sum(entry.reused for entry in self.entries if entry.how == "loaded"),
-            "adapted": sum(entry.reused for entry in self.entries if entry.how == "adapted"),
-            "new": sum(entry.new for entry in self.entries),
-        }
-        whole = sum(parameters.values())
-        totals = {
-            how: {
-                "tensors": sum(entry.how == how for entry in self.entries),
-                "parameters": count,
-                "percent": 100 * count / max(whole, 1),
-            }
-            for how, count in parameters.items()
-        }
-        unused = sum(_count(shape) for shape in self.unused.values())
-        percent = 100 * unused / max(self.checkpoint_parameters, 1)
-        return {**totals, "unused": {"tensors": len(self.unused), "parameters": unused, "percent": percent}}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {**asdict(self), "totals": self.totals()}
-
-    def __str__(self) -> str:
-        lines = [
-            f"Pretrained weights from {self.checkpoint}",
-            f"{'':10}{'tensors':>9}{'parameters':>15}{'per cent':>10}",
-        ]
-        for how, total in self.totals().items():
-            of = "of the checkpoint" if how == "unused" else "of the network"
-            lines.append(
-                f"{how:10}{total['tensors']:>9}{total['parameters']:>15,}{_percent(total['percent']):>10} {of}"
-            )
-        adapted = [f"{entry.name}: {entry.note}" for entry in self.entries if entry.how == "adapted"]
-        lines += _listed("adapted", adapted) + _listed("new", [e.name for e in self.entries if e.how == "new"])
-        lines += _listed("unused", list(self.unused))
-        lines += [f"targets {kind}: {', '.join(names) or '-'}" for kind, names in self.targets.items()]
-        lines += [f"note: {mismatch}" for mismatch in self.mismatches]
-        return "\n".join(lines)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """JSON at `path`, and the text beside it with the suffix ``.txt``."""
-        path = os.fspath(path)
-        for name, text in (
-            (path, json.dumps(self.to_dict(), indent=4)),
-            (os.path.splitext(path)[0] + ".txt", str(self)),
-        ):
-            atomic_write(name, lambda temporary, text=text: _write(temporary, text + "\n"))
 
 
 def load_pretrained(
@@ -198,62 +115,6 @@ def load_pretrained(
         if report_path is not None:
             report.save(report_path)
     return report
-
-
-def freeze(network: nn.Module, what: str) -> None:
-    """Switch training off for ``"encoder"`` (stem, encoder, down, Transformer), for ``"all_but_heads"``, or ``"none"``.
-
-    Raises:
-        ValueError: another word, or a network without parts of these names.
-    """
-    if what not in FREEZE:
-        raise ValueError(f"freeze is {what!r}; expected one of {', '.join(FREEZE)}")
-    parts = [part_of(name, parts_of(network)) for name, _ in network.named_parameters()]
-    if what != "none" and not {"encoder", "heads"} <= set(parts):
-        raise ValueError(f"freeze={what!r} needs a network with the parts of TSFM; {type(network).__name__} lacks them")
-    for part, parameter in zip(parts, network.parameters(), strict=True):
-        frozen = part != "heads" if what == "all_but_heads" else part == what
-        parameter.requires_grad_(not frozen)
-
-
-def part_of(name: str, parts: Parts = PARTS) -> str:
-    """``"encoder"``, ``"decoder"`` or ``"heads"``: the part of the network that a parameter's `name` belongs to."""
-    for wrapper in ("module.", "_orig_mod."):
-        name = name.removeprefix(wrapper)
-    return "encoder" if re.match(parts.encoder, name) else "heads" if re.match(parts.head, name) else "decoder"
-
-
-def parts_of(network: nn.Module) -> Parts:
-    """The parts of a network, wrapped or not; TSFM's where it declares none."""
-    while hasattr(network, "module") or hasattr(network, "_orig_mod"):
-        network = network.module if hasattr(network, "module") else network._orig_mod
-    return getattr(network, "parts", PARTS)
-
-
-def parameter_groups(
-    network: nn.Module, learning_rate: float, head_lr: float | None = None, encoder_lr: float | None = None
-) -> list[dict[str, Any]]:
-    """Groups for the optimizer, each with its own learning rate; frozen parameters and empty groups are left out.
-
-    `head_lr` and `encoder_lr` are `learning_rate` unless given.
-
-    Raises:
-        ValueError: a negative rate, or nothing left to train.
-    """
-    rates = {"encoder": encoder_lr, "decoder": learning_rate, "heads": head_lr}
-    rates = {part: learning_rate if rate is None else rate for part, rate in rates.items()}
-    if min(rates.values()) < 0:
-        raise ValueError(f"learning rates are {rates}; expected none below 0")
-    groups: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
-    parts = parts_of(network)
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            groups[part_of(name, parts)].append(parameter)
-    if not any(groups.values()):
-        raise ValueError(
-            f"{type(network).__name__} has no parameter that requires a gradient: nothing would be trained"
-        )
-    return [{"params": group, "lr": rates[part], "name": part} for part, group in groups.items() if group]
 
 
 class _HeadMap:
@@ -416,21 +277,3 @@ def _mismatches(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     if unseen and theirs.get("modalities"):
         found.append(f"modality {', '.join(unseen)} is new: the checkpoint saw {', '.join(theirs['modalities'])}")
     return found
-
-
-def _listed(title: str, names: list[str]) -> list[str]:
-    more = f", ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return [f"{title}: {', '.join(names[:SHOWN])}{more}"] if names else []
-
-
-def _percent(value: float) -> str:
-    return f"{value:.2f}" if value < 99.995 or value == 100 else "99.99"
-
-
-def _count(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)

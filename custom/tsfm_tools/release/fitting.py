@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tsfm.network.networks import REQUIRED
+from tsfm.network.adapted import REQUIRED
 from tsfm.training.checkpoint import table_of
 
 DECIDED_IDS = ("spacing_mm", "ct_normalization", "network_size", "planned")

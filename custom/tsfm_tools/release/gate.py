@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 import tsfm
-import tsfm_tools
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LABEL_MAP, LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import describe_network, load_weights, read_state, save_weights, table_of
+
+import tsfm_tools
 
 from ..phantoms.layouts import write_all_ten, write_pool
 from .export import TOLERANCE, relative_difference
