@@ -1,10 +1,6 @@
-"""Tables: the summary of scored rows, and Markdown in the shape of the paper's Tables 1, 2 and 3.
+"""Tables: the summary of scored rows, and Markdown in the shape of the paper's Table 1.
 
-Rows are the plain dicts of :mod:`tsfm.evaluation.evaluation`. Results of transfer and ablation are plain dicts too:
-
-- Table 2: ``{"dataset", "initialization", "epochs", "seed", "dice"}``; ``initialization`` is ``"pretrained"``,
-  ``"scratch"`` or the name of another method; ``epochs: None`` stands for a reference that has one value only.
-- Table 3: ``{"dataset", "pretraining", "seed", "dice"}``; ``pretraining`` names what it was pretrained on.
+Rows are the plain dicts of :mod:`tsfm.evaluation.evaluation`.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ def load_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _value(key: str, text: str) -> Any:
-    if key in ("case", "dataset", "target", "status", "kind", "initialization", "pretraining"):
+    if key in ("case", "dataset", "target", "status", "kind", "row"):
         return text
     if text == "":
         return None

@@ -1,7 +1,7 @@
-"""Grids of fine-tuning runs: the paper's Table 2 (pretrained or from scratch x epochs) and Table 3 (which pool).
+"""The paper's tables as commands: the runs of a grid, one after the other, and the table anew after each.
 
-A cell is one run of the `tsfm_finetune` bundle (train, then segment and score the validation cases whole) in its own
-folder. A cell that is done is kept, an interrupted one resumes; the tables are made anew after every cell.
+A run trains a bundle, then segments and scores the validation cases whole, in its own folder. What is done is kept, what
+was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -9,19 +9,32 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import monai
 from tsfm.errors import first_cause
 from tsfm.files import atomic_write
-from tsfm.schema import read_json
+from tsfm.options import OptionError, check_options
+from tsfm.schema import FileError, nearest, read_json
 from tsfm.training.weight_files import CheckpointError
+
+from .grid_files import Grid, Run
+from .tables import write_tables
 
 logger = logging.getLogger(__name__)
 
 PAPER_EPOCHS = (10, 20, 50, 100)
+
+PIP_NAMES = {"dynamic_network_architectures": "dynamic-network-architectures"}
+
+EVALUATED = (
+    *("pool_file", "images", "labels", "label_ids", "regions", "modality", "splits_file", "fold", "allow_missing"),
+    *("device", "amp"),
+)
+"""Ids of a training run that its evaluation needs too."""
 
 
 def run_bundle(bundle_dir: str | os.PathLike, configs: Sequence[str], **overrides: Any) -> None:
@@ -30,10 +43,9 @@ def run_bundle(bundle_dir: str | os.PathLike, configs: Sequence[str], **override
     An error is raised as what it was before MONAI wrapped it.
     """
     folder = Path(bundle_dir) / "configs"
-    files = [str(folder / name) if (folder / name).is_file() else str(name) for name in configs]
     try:
         monai.bundle.run(
-            config_file=files,
+            config_file=_config_paths(bundle_dir, configs),
             meta_file=str(folder / "metadata.json"),
             logging_file=str(folder / "logging.conf"),
             bundle_root=str(bundle_dir),
@@ -41,6 +53,254 @@ def run_bundle(bundle_dir: str | os.PathLike, configs: Sequence[str], **override
         )
     except RuntimeError as error:
         raise first_cause(error) from None
+
+
+def _config_paths(bundle_dir: str | os.PathLike, configs: Sequence[str]) -> list[str]:
+    folder = Path(bundle_dir) / "configs"
+    return [str(folder / name) if (folder / name).is_file() else str(name) for name in configs]
+
+
+class GridRunner:
+    """What is common to the runs of a grid.
+
+    Args:
+        grid: the table.
+        dataset_dir: folder of its data sets.
+        output_dir: for ``cells``, one folder per run, and ``store``, the prepared cases.
+        weights: name in the grid -> weight file.
+        overlays: over the configs of every training run.
+        settings: ids of train.json for every training run whose bundle has them.
+
+    Raises:
+        FileError, OptionError, CheckpointError: bundles, configs, weights, options that do not exist: before any run.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        dataset_dir: str | os.PathLike,
+        output_dir: str | os.PathLike,
+        weights: Mapping[str, str] | None = None,
+        overlays: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.grid, self.overlays, self.settings = grid, list(overlays), dict(settings or {})
+        self.dataset_dir, self.output_dir = Path(os.path.abspath(dataset_dir)), Path(os.path.abspath(output_dir))
+        self.weights = {name: os.path.abspath(path) for name, path in (weights or {}).items()}
+        if not self.dataset_dir.is_dir():
+            raise FileError(f"--dataset_dir {self.dataset_dir} is no folder")
+        for name, path in self.weights.items():
+            if name not in grid.weights:
+                raise FileError(
+                    f"--weights: the table asks for {list(grid.weights)}, not for '{name}'{nearest(name, grid.weights)}"
+                )
+            if not os.path.exists(path):
+                raise CheckpointError(f"--weights: {path} ('{name}') does not exist")
+        self.recipes = {name: next(grid.runs(w["row"])) for name, w in grid.weights.items() if "row" in w}
+        self.runs = sorted((run for row in grid.rows for run in grid.runs(row)), key=lambda run: run.epochs or 0)
+        trained = [run for run in (*self.runs, *self.recipes.values()) if not run.row.get("prompted")]
+        self._ids = {bundle: self._known_ids(bundle) for bundle in {run.row["bundle"] for run in trained}}
+        known = set().union(*self._ids.values())
+        unknown = [f"--{key}{nearest(key, known)}" for key in self.settings if key.split("#")[0] not in known]
+        if unknown:
+            raise OptionError(f"no bundle of this table has an id for {', '.join(unknown)}")
+        for run in trained:
+            bundle, configs = self._bundle(run)
+            options = [word for key, value in self._options(run).items() for word in (f"--{key}", str(value))]
+            check_options(["run", "--config_file", str(_config_paths(bundle, configs)), *options])
+
+    def _known_ids(self, bundle: str) -> set[str]:
+        folder = self.grid.bundles_dir / bundle / "configs"
+        if not (folder / "train.json").is_file():
+            raise FileError(
+                f"{folder / 'train.json'} does not exist: --bundles_dir is the folder of the bundles, with {bundle}"
+            )
+        return {key.split("#")[0] for path in folder.glob("*.json") for key in read_json(path)}
+
+    def _bundle(self, run: Run) -> tuple[Path, list[str]]:
+        """The bundle of a training run, and its configs."""
+        bundle = self.grid.bundles_dir / run.row["bundle"]
+        configs = ["train.json", *self._of_data(run), *run.row.get("overlays", ()), *self.overlays]
+        for path in _config_paths(bundle, configs):
+            if not os.path.isfile(path):
+                raise FileError(f"{self.grid.source}: {bundle} has no config {path}, and there is no such file")
+        return bundle, configs
+
+    def _of_data(self, run: Run) -> list[str]:
+        return self.grid.datasets[run.dataset].get("overlays", [])
+
+    def _options(self, run: Run) -> dict[str, Any]:
+        """Ids of a training run, data and folders aside."""
+        known = self._ids[run.row["bundle"]]
+        options = {key: value for key, value in self.settings.items() if key.split("#")[0] in known}
+        options |= {**run.row.get("options", {}), "epochs": run.epochs, "seed": run.seed}
+        if "only" in self.grid.datasets[run.dataset]:
+            options["pool_file"] = self.grid.pool(run.dataset)
+        return options
+
+    def folder_of(self, dataset: str) -> Path:
+        """Where a data set lies."""
+        return self.dataset_dir / self.grid.datasets[dataset].get("folder", "")
+
+    # ---- what keeps a run from running --------------------------------------------------------------------------
+
+    def obstacle(self, run: Run) -> str | None:
+        """Why a run cannot start: a package, data or weights that are not here."""
+        absent = [name for name in run.row.get("packages", ()) if find_spec(name) is None]
+        if absent:
+            names = " ".join(PIP_NAMES.get(name, name) for name in absent)
+            return f"the package {names} is not installed (pip install --no-deps {names}, docs/networks.md)"
+        return self._absent_data(run) or self._absent_weights(run)
+
+    def _absent_data(self, run: Run) -> str | None:
+        pool = self.grid.pool(run.dataset)
+        entries = [] if pool is None else [entry.get("folder", ".") for entry in pool["datasets"]]
+        folders = [self.folder_of(run.dataset) / name for name in entries or [""]]
+        absent = [str(path) for path in folders if not path.is_dir()]
+        if not absent or (self.settings.get("allow_missing") and len(absent) < len(folders)):
+            return None
+        return f"no data ({', '.join(absent)})"
+
+    def _absent_weights(self, run: Run) -> str | None:
+        name = run.row.get("weights")
+        if name is None or name in self.weights:
+            return None
+        recipe = self.recipes.get(name)
+        reason = self.obstacle(recipe) if recipe else self.grid.weights[name].get("file", "")
+        if reason is None:
+            return None
+        return f"no weights '{name}' ({reason}; --weights \"{{'{name}': FILE}}\")"
+
+    # ---- running ------------------------------------------------------------------------------------------------
+
+    def train(self, run: Run) -> Path:
+        """Train a run unless that is done; its weights."""
+        folder = self.output_dir / "cells" / run.folder
+        bundle, configs = self._bundle(run)
+        options = self._options(run)
+        if "weights" in run.row:
+            options["pretrained"] = self.weights_of(run.row["weights"])
+        settings = self._settings(run, options, configs)
+        kept = self.record(run)
+        if kept and kept["settings"] != settings:
+            raise CheckpointError(f"{folder} holds a cell with other settings; give this grid its own --output_dir")
+        if kept:
+            logger.info("%s is trained already", folder.name)
+            return folder / "model.pt"
+        run_bundle(
+            bundle, configs, dataset_dir=str(self.folder_of(run.dataset)), output_dir=str(folder), **options,
+            store_dir=str(self.output_dir / "store"), ckpt_dir=str(folder / "published"),
+        )  # fmt: skip
+        self._write(run, {"settings": settings})
+        return folder / "model.pt"
+
+    def weights_of(self, name: str) -> str:
+        """The file of weights, trained first where the grid says how."""
+        return self.weights.get(name) or str(self.train(self.recipes[name]))
+
+    def scores(self, run: Run) -> dict[str, dict[str, float]]:
+        """Train and score a run unless that is done: data set -> target -> Dice."""
+        if run.row.get("prompted"):
+            return self._prompted(run)
+        checkpoint, record = self.train(run), self.record(run)
+        if "scores" in record:
+            return record["scores"]
+        evaluated = checkpoint.parent / "evaluation"
+        bundle, _ = self._bundle(run)
+        data = {key: value for key, value in self._options(run).items() if key in EVALUATED}
+        run_bundle(
+            bundle, ["inference.json", "evaluate.json", *self._of_data(run)], dataset_dir=str(self.folder_of(run.dataset)),
+            checkpoint=str(checkpoint), output_dir=str(evaluated), progress=False, **data,
+        )  # fmt: skip
+        parts = read_json(evaluated / "summary.json")["datasets"]
+        scores = {
+            dataset: {target: entry["dice"]["mean"] for target, entry in part.items() if entry["dice"]}
+            for dataset, part in parts.items()
+        }
+        self._write(run, {**record, "scores": scores})
+        return scores
+
+    def _settings(self, run: Run, options: Mapping[str, Any], configs: Sequence[str]) -> dict[str, Any]:
+        """What a run that is done must have been run with."""
+        settings = {"run": dict(options), "dataset_dir": str(self.folder_of(run.dataset)), "configs": list(configs)}
+        if os.path.isfile(
+            str(options.get("pretrained"))
+        ):  # a pretraining that ran again left other weights under this name
+            state = os.stat(options["pretrained"])
+            settings["pretrained"] = [state.st_size, state.st_mtime_ns]
+        return json.loads(json.dumps(settings))
+
+    def record(self, run: Run) -> dict[str, Any]:
+        """What is kept of a run that is trained: its settings, and its scores once it is scored."""
+        path = self.output_dir / "cells" / run.folder / "cell.json"
+        return read_json(path) if path.is_file() else {}
+
+    def _write(self, run: Run, record: Mapping[str, Any]) -> None:
+        path = self.output_dir / "cells" / run.folder / "cell.json"
+        text = json.dumps(record, indent=4)
+        atomic_write(str(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def run_grid(runner: GridRunner, name: str, run: bool = True) -> str:
+    """Run what is missing and can run, write the tables after each run, and return the Markdown.
+
+    With `run` False only what is done already is shown.
+    """
+    results: list[dict[str, Any]] = []
+    obstacles: dict[str, list[str]] = {}
+    for one in runner.runs:
+        if reason := runner.obstacle(one):
+            obstacles.setdefault(reason, []).append(one.folder)
+    hindered = {folder for folders in obstacles.values() for folder in folders}
+    text = write_tables(runner.grid, results, obstacles, runner.output_dir, name)
+    for one in runner.runs:
+        is_run = run and one.folder not in hindered
+        scores = runner.scores(one) if is_run else runner.record(one).get("scores")
+        if scores is not None:
+            key = {"row": one.row["id"], "dataset": one.dataset, "epochs": one.epochs, "seed": one.seed}
+            results.append({**key, "scores": scores})
+            text = write_tables(runner.grid, results, obstacles, runner.output_dir, name)
+    return text
+
+
+def table1(dataset_dir: str, output_dir: str = "tables", **options: Any) -> str:
+    """The paper's Table 1: run what is missing and can run, and print our figures beside the paper's.
+
+    Args:
+        dataset_dir: folder that holds the data sets' folders.
+        output_dir: runs (``cells``) and tables; one folder may serve all three tables.
+        options: ``bundles_dir``, the folder of the two bundles (``bundles``); ``grid``, a grid file of your own in place of
+            the paper's; ``weights``, files of weights that the grid names, which are else trained first or marked as absent
+            (``{'pool': 'model.pt', 'stunet_h': 'huge_ep4k.model', 'sam_med3d': 'sam_med3d_turbo.pth'}``); ``overlays``,
+            further configs for every training run, over the grid's; ``run``, False to print the table as far as it has been
+            run; and any id of train.json, for every training run.
+    """
+    return _paper_table("table1", dataset_dir, output_dir, **options)
+
+
+def table2(dataset_dir: str, output_dir: str = "tables", **options: Any) -> str:
+    """The paper's Table 2, transfer; the arguments are those of `table1`."""
+    return _paper_table("table2", dataset_dir, output_dir, **options)
+
+
+def table3(dataset_dir: str, output_dir: str = "tables", **options: Any) -> str:
+    """The paper's Table 3, what it was pretrained on; the arguments are those of `table1`."""
+    return _paper_table("table3", dataset_dir, output_dir, **options)
+
+
+def _paper_table(
+    name: str,
+    dataset_dir: str,
+    output_dir: str,
+    bundles_dir: str = "bundles",
+    grid: str | None = None,
+    weights: Mapping[str, str] | None = None,
+    overlays: Sequence[str] = (),
+    run: bool = True,
+    **settings: Any,
+) -> str:
+    declared = Grid(grid or Path(__file__).parent / f"{name}.json", bundles_dir)
+    return run_grid(GridRunner(declared, dataset_dir, output_dir, weights, overlays, settings), name, run)
 
 
 def transfer_table(
@@ -54,7 +314,7 @@ def transfer_table(
     name: str | None = None,
     **settings: Any,
 ) -> str:
-    """Fine-tune from `pretrained` and from scratch for each number of `epochs` and each seed, and tabulate the Dice.
+    """Table 2 on one data set of your own: from `pretrained` and from scratch for each number of `epochs` and each seed.
 
     Args:
         pretrained: weights of the pretraining; "from scratch" uses the same network without them.
@@ -69,112 +329,25 @@ def transfer_table(
     Returns:
         the table as Markdown.
     """
-    from .tables import write_table2
-
-    arms = {"pretrained": {"from_scratch": False}, "scratch": {"from_scratch": True}}
-    cells = [
-        (
-            f"{arm}-{epoch}epochs-seed{seed}",
-            {"initialization": arm, "epochs": int(epoch), "seed": int(seed)},
-            {**choice, "epochs": int(epoch), "seed": int(seed), "pretrained": os.path.abspath(pretrained)},
-        )
-        for epoch in sorted(epochs)
-        for arm, choice in arms.items()
-        for seed in seeds
-    ]
-    return _grid(cells, bundle_dir, dataset_dir, output_dir, overlays, name, settings, write_table2)
-
-
-def ablation_table(
-    checkpoints: Mapping[str, str],
-    dataset_dir: str,
-    output_dir: str,
-    bundle_dir: str = "bundles/tsfm_finetune",
-    epochs: int = 100,
-    seeds: Sequence[int] = (0,),
-    overlays: Sequence[str] = (),
-    name: str | None = None,
-    **settings: Any,
-) -> str:
-    """Fine-tune from several pretrainings (``{"pool": a.pt, "amos22": b.pt}``) and tabulate the Dice (Table 3).
-
-    The other arguments are those of `transfer_table`.
-    """
-    from .tables import write_table3
-
-    cells = [
-        (
-            f"{label}-{epochs}epochs-seed{seed}",
-            {"pretraining": label, "seed": int(seed)},
-            {"epochs": int(epochs), "seed": int(seed), "pretrained": os.path.abspath(path)},
-        )
-        for label, path in checkpoints.items()
-        for seed in seeds
-    ]
-    return _grid(cells, bundle_dir, dataset_dir, output_dir, overlays, name, settings, write_table3)
-
-
-def _grid(
-    cells: Sequence[tuple[str, dict[str, Any], dict[str, Any]]],
-    bundle_dir: str,
-    dataset_dir: str,
-    output_dir: str,
-    overlays: Sequence[str],
-    name: str | None,
-    settings: Mapping[str, Any],
-    write: Callable[[list[dict[str, Any]], str], Path],
-) -> str:
-    """Run the cells (folder, the table's columns, the run's options) one after the other; the table as Markdown."""
-    results, table = [], ""
-    for folder, columns, options in cells:
-        run, store = {**settings, **options}, Path(output_dir, "store")
-        score = _cell(Path(output_dir, "cells", folder), bundle_dir, dataset_dir, overlays, run, store)
-        results.append({"dataset": name or Path(dataset_dir).resolve().name, **columns, **score})
-        table = write(results, output_dir).read_text(encoding="utf-8").strip()
-    return table
-
-
-def _cell(
-    folder: Path, bundle_dir: str, dataset_dir: str, overlays: Sequence[str], run: Mapping[str, Any], store_dir: Path
-) -> dict[str, Any]:
-    """Train and score one cell unless it is done; its mean Dice over targets, and the Dice per target."""
-    settings = json.loads(
-        json.dumps({"run": dict(run), "dataset_dir": os.path.abspath(dataset_dir), "overlays": list(overlays)})
-    )
-    if os.path.isfile(str(run.get("pretrained"))):  # a pretraining that ran again left other weights under this name
-        state = os.stat(run["pretrained"])
-        settings["pretrained"] = [state.st_size, state.st_mtime_ns]
-    done = folder / "cell.json"
-    if done.is_file():
-        kept = read_json(done)
-        if kept["settings"] != settings:
-            raise CheckpointError(f"{folder} holds a cell with other settings; give this grid its own --output_dir")
-        logger.info("%s is done already", folder.name)
-        return kept["score"]
-    shared = {"dataset_dir": os.path.abspath(dataset_dir), "output_dir": str(folder)}
-    run_bundle(
-        bundle_dir,
-        ["train.json", *overlays],
-        **shared,
-        **run,
-        store_dir=str(store_dir),
-        ckpt_dir=str(folder / "published"),
-    )
-    kept_ids = ("pool_file", "images", "labels", "label_ids", "regions", "modality", "splits_file", "fold")
-    data = {key: run[key] for key in kept_ids if key in run}
-    evaluated = folder / "evaluation"
-    run_bundle(
-        bundle_dir, ["inference.json", "evaluate.json", *overlays],
-        dataset_dir=shared["dataset_dir"], checkpoint=str(folder / "model.pt"), output_dir=str(evaluated), progress=False, **data,
-    )  # fmt: skip
-    summary = read_json(evaluated / "summary.json")
-    targets = {
-        target: entry["dice"]["mean"]
-        for part in summary["datasets"].values()
-        for target, entry in part.items()
-        if entry["dice"]
+    bundle, title = Path(bundle_dir), name or Path(dataset_dir).resolve().name
+    row = {
+        "bundle": bundle.name,
+        "weights": "pretrained",
+        "datasets": ["data"],
+        "epochs": sorted(epochs),
+        "seeds": list(seeds),
     }
-    score = {"dice": summary["mean"]["dice"], **{f"dice_{target}": dice for target, dice in targets.items()}}
-    content = json.dumps({"settings": settings, "score": score}, indent=4)
-    atomic_write(str(done), lambda temporary: Path(temporary).write_text(content, encoding="utf-8"))
-    return score
+    content = {
+        "title": f"Transfer to {title}",
+        "datasets": {"data": {"name": title, "overlays": list(overlays)}},
+        "columns": [{"name": title, "block": title, "dataset": "data", "epochs": sorted(epochs)}],
+        "weights": {"pretrained": {"file": str(pretrained)}},
+        "rows": [
+            {"id": "pretrained", "name": "TSFM, pretrained", **row},
+            {"id": "scratch", "name": "TSFM, from scratch", **row, "options": {"from_scratch": True}},
+        ],
+    }
+    runner = GridRunner(
+        Grid(content, bundle.parent), dataset_dir, output_dir, {"pretrained": pretrained}, settings=settings
+    )
+    return run_grid(runner, "table2")

@@ -1,10 +1,13 @@
-"""The paper's tables 2 and 3: rows of runs become Markdown, CSV and a picture."""
+"""Results of a grid's runs become Markdown in the paper's shape, CSV and a picture.
+
+A result is ``{"row": id, "dataset", "epochs", "seed", "scores": {data set: {target: Dice}}}``.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,112 +16,115 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tsfm.evaluation.tables import markdown
 
-ROW_NAMES = {"pretrained": "TSFM, pretrained", "scratch": "TSFM, from scratch"}
+from .grid_files import Column, Grid
+
+FIELDS = ("row", "dataset", "target", "epochs", "seed", "dice")
 
 
-def cells_of(results: Sequence[Mapping[str, Any]], row: str, column: str) -> dict[tuple, list[float]]:
-    """(dataset, row, column) -> Dice of all seeds, in the order of the results."""
-    cells: dict[tuple, list[float]] = {}
+def figures(
+    grid: Grid, row: Mapping[str, Any], column: Column, results: Sequence[Mapping[str, Any]]
+) -> dict[int, float]:
+    """Seed -> a row's Dice in a column. A mean over columns needs all of them."""
+    if column.mean_of:
+        parts = [figures(grid, row, other, results) for other in grid.columns if other.name in column.mean_of]
+        return {seed: float(np.mean([part[seed] for part in parts])) for seed in set.intersection(*map(set, parts))}
+    found = {}
     for result in results:
-        if result["dice"] is not None:
-            cells.setdefault((result["dataset"], result[row], result[column]), []).append(float(result["dice"]))
-    return cells
+        fits = column.epochs in (None, result["epochs"]) and column.dataset in grid.covers(result["dataset"])
+        if result["row"] != row["id"] or not fits:
+            continue
+        scores = result["scores"]
+        part = scores.get(column.dataset) or (next(iter(scores.values())) if len(scores) == 1 else {})
+        values = [part.get(target) for target in column.targets or part]
+        if values and None not in values:
+            found[result["seed"]] = float(np.mean(values))
+    return found
 
 
-def _cell(values: Sequence[float] | None) -> str:
-    if not values:
-        return "-"
+def is_asked(grid: Grid, row: Mapping[str, Any], column: Column) -> bool:
+    """Whether the runs of a row give a column's figure."""
+    if column.mean_of:
+        return all(is_asked(grid, row, other) for other in grid.columns if other.name in column.mean_of)
+    epochs = column.epochs is None or column.epochs in row.get("epochs", ())
+    return epochs and any(column.dataset in grid.covers(dataset) for dataset in row["datasets"])
+
+
+def table(grid: Grid, results: Sequence[Mapping[str, Any]], obstacles: Mapping[str, Sequence[str]]) -> str:
+    """Rows down, columns across in the grid's blocks, the paper's figure beside each of ours; below, what hinders which runs.
+
+    `obstacles`: reason -> runs that it keeps from running. Nothing is ranked: prompted rows would not compare.
+    """
+    blocks = []
+    for block in dict.fromkeys(column.block for column in grid.columns):
+        header, cells = [block], [[row["name"]] for row in grid.rows]
+        for column in (column for column in grid.columns if column.block == block):
+            printed = [grid.in_print(row, column) for row in grid.rows]
+            is_printed = any(figure is not None for figure in printed)
+            header += [column.label, "paper"] if is_printed else [column.label]
+            for line, row, figure in zip(cells, grid.rows, printed, strict=True):
+                values = list(figures(grid, row, column, results).values())
+                line.append(_with_spread(values) if values else "not run" if is_asked(grid, row, column) else "-")
+                line += ["-" if figure is None else f"{figure:.4f}"] if is_printed else []
+        blocks.append(markdown(header, cells))
+    notes = ["Dice; mean ± standard deviation where there are several seeds. Figures under \"paper\" are quoted from it: its data splits are unknown."]  # fmt: skip
+    notes += [f"Not run, {reason}: {', '.join(runs)}." for reason, runs in obstacles.items()]
+    return "\n\n".join([f"**{grid.title}**", *blocks, "\n".join(f"- {note}" for note in notes)])
+
+
+def _with_spread(values: Sequence[float]) -> str:
     spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
     return f"{np.mean(values):.4f}{spread}"
 
 
-def table2(results: Sequence[Mapping[str, Any]]) -> str:
-    """Transfer, one block per data set: methods down, epochs across, mean ± sd over seeds (the paper's Table 2).
-
-    Results with ``epochs: None`` (a reference of another length, as its name says) stand in a last column.
-    """
-    cells = cells_of(results, "initialization", "epochs")
-    blocks = []
-    for dataset in dict.fromkeys(key[0] for key in cells):
-        mine = {key[1:]: values for key, values in cells.items() if key[0] == dataset}
-        columns = sorted({epoch for _, epoch in mine}, key=lambda epoch: (epoch is None, epoch))
-        header = [dataset, *("as named" if epoch is None else f"{epoch} epochs" for epoch in columns)]
-        methods = dict.fromkeys(name for name, _ in mine)
-        lines = [[ROW_NAMES.get(name, name), *(_cell(mine.get((name, e))) for e in columns)] for name in methods]
-        blocks.append(markdown(header, lines))
-    return "\n\n".join([*blocks, _seeds(cells.values())])
-
-
-def table3(results: Sequence[Mapping[str, Any]]) -> str:
-    """Ablation of the pool: pretraining down, downstream data sets across, mean ± sd over seeds (Table 3)."""
-    cells = {(key[1], key[0]): values for key, values in cells_of(results, "pretraining", "pretraining").items()}
-    datasets = list(dict.fromkeys(dataset for _, dataset in cells))
-    names = dict.fromkeys(name for name, _ in cells)
-    lines = [[name, *(_cell(cells.get((name, dataset))) for dataset in datasets)] for name in names]
-    return markdown(["pretrained on", *datasets], lines) + "\n\n" + _seeds(cells.values())
-
-
-def _seeds(groups: Iterable[Sequence[float]]) -> str:
-    counts = sorted({len(values) for values in groups})
-    return f"Dice; mean ± standard deviation over seeds (seeds per cell: {', '.join(map(str, counts))})."
-
-
-def csv_text(results: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """The results as CSV, one line per run."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(results)
-    return buffer.getvalue()
-
-
-def transfer_png(results: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Dice over epochs, one panel per data set, mean and single seeds; a method with one value is a dashed line."""
-    cells = cells_of(results, "initialization", "epochs")
-    datasets = list(dict.fromkeys(key[0] for key in cells))
-    figure = Figure(figsize=(4.6 * len(datasets), 3.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-        mine = {key[1:]: values for key, values in cells.items() if key[0] == dataset}
-        for number, method in enumerate(dict.fromkeys(method for method, _ in mine)):
-            color, label = f"C{number}", ROW_NAMES.get(method, method)
-            epochs = sorted(epoch for name, epoch in mine if name == method and epoch is not None)
-            if (method, None) in mine:
-                axes.axhline(np.mean(mine[method, None]), color=color, linestyle="--", label=label)
-            if epochs:
-                axes.plot(
-                    epochs, [np.mean(mine[method, epoch]) for epoch in epochs], color=color, marker="o", label=label
-                )
-            for epoch in epochs:
-                axes.scatter([epoch] * len(mine[method, epoch]), mine[method, epoch], color=color, s=12, alpha=0.45)
-        ticks = sorted({epoch for _, epoch in mine if epoch is not None})
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.set(title=dataset, xlabel="epochs of transfer training", ylabel="Dice")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(path)
-    return Path(path)
-
-
-def write_table2(results: Sequence[Mapping[str, Any]], output_dir: str | Path, name: str = "table2") -> Path:
-    """Markdown, CSV (one line per run) and plot of the transfer table; returns the Markdown file."""
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    transfer_png(results, Path(output_dir) / f"{name}.png")
-    return _write(
-        output_dir, name, table2(results), csv_text(results, ("dataset", "initialization", "epochs", "seed", "dice"))
-    )
-
-
-def write_table3(results: Sequence[Mapping[str, Any]], output_dir: str | Path, name: str = "table3") -> Path:
-    """Markdown and CSV (one line per run) of the ablation table; returns the Markdown file."""
-    return _write(output_dir, name, table3(results), csv_text(results, ("dataset", "pretraining", "seed", "dice")))
-
-
-def _write(output_dir: str | Path, name: str, text: str, lines: str) -> Path:
+def write_tables(
+    grid: Grid,
+    results: Sequence[Mapping[str, Any]],
+    obstacles: Mapping[str, Sequence[str]],
+    output_dir: str | Path,
+    name: str,
+) -> str:
+    """Markdown, CSV (a line per run and target) and, where columns are numbers of epochs, a plot; returns the Markdown."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.csv").write_text(lines, encoding="utf-8")
+    text = table(grid, results, obstacles)
     (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    return folder / f"{name}.md"
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(FIELDS)
+    for result in results:
+        for dataset, scores in result["scores"].items():
+            for target, dice in scores.items():
+                writer.writerow([result["row"], dataset, target, result["epochs"], result["seed"], dice])
+    (folder / f"{name}.csv").write_text(buffer.getvalue(), encoding="utf-8")
+    if results and any(column.epochs for column in grid.columns):
+        transfer_png(grid, results, folder / f"{name}.png")
+    return text
+
+
+def transfer_png(grid: Grid, results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Dice over epochs, one panel per block, mean and single seeds; a row of one length is a dashed line."""
+    blocks = list(dict.fromkeys(column.block for column in grid.columns if column.epochs))
+    picture = Figure(figsize=(4.6 * len(blocks), 3.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(picture)
+    for axes, block in zip(picture.subplots(1, len(blocks), squeeze=False)[0], blocks, strict=True):
+        ticks = set()
+        for number, row in enumerate(grid.rows):
+            columns = [column for column in grid.columns if column.block == block]
+            points = {column.epochs: list(figures(grid, row, column, results).values()) for column in columns}
+            points = {epochs: values for epochs, values in points.items() if values}
+            means, look = [np.mean(values) for values in points.values()], {"color": f"C{number}", "label": row["name"]}
+            if len(row.get("epochs", ())) == 1 and len(columns) > 1 and means:
+                axes.axhline(means[0], linestyle="--", **look)
+            elif means:
+                axes.plot(list(points), means, marker="o", **look)
+                ticks |= set(points)
+                for epochs, values in points.items():
+                    axes.scatter([epochs] * len(values), values, color=look["color"], s=12, alpha=0.45)
+        axes.set_xscale("log")
+        axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
+        axes.minorticks_off()
+        axes.set(title=block, xlabel="epochs of transfer training", ylabel="Dice")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc="lower right")
+    picture.savefig(path)

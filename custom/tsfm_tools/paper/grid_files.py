@@ -1,0 +1,249 @@
+"""What a grid file says: the rows of a table, what each of them runs, its columns, and the figures in print.
+
+``table1.json``, ``table2.json`` and ``table3.json`` beside this module are the paper's; their data sets name a pool file or
+overlays of the bundles. A row runs once per data set, number of epochs and seed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tsfm.schema import KINDS, TEXT, TEXTS, FileError, check, nearest, read_json
+
+COUNT = {"type": "integer", "minimum": 1, "description": "a whole number from 1"}
+
+COUNTS = {"type": "array", "minItems": 1, "items": COUNT, "description": "a list of whole numbers, like [10, 20]"}
+
+
+def _object(description: str, required: Sequence[str], properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": description,
+        "required": list(required),
+        "additionalProperties": False,
+        "properties": {**properties, "_desc_": {}},
+    }
+
+
+def _named(entry: Mapping[str, Any], description: str) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": entry, "description": description}
+
+
+ROW = _object(
+    'an object like {"id": "nnunet", "name": "nnU-Net", "bundle": "tsfm_finetune", "datasets": [...]}',
+    ["id", "name", "datasets"],
+    {
+        **dict.fromkeys(("id", "name", "bundle", "weights"), TEXT),
+        **dict.fromkeys(("overlays", "packages", "datasets"), TEXTS),
+        "epochs": COUNTS,
+        "seeds": {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "integer"},
+            "description": "a list of whole numbers",
+        },
+        "prompted": {"type": "boolean", "description": "true or false"},
+        "options": {"type": "object", "description": "an object of ids of the bundle's train.json"},
+        "paper": _named(
+            {
+                "type": ["number", "array"],
+                "items": {"type": ["number", "null"]},
+                "description": "a figure, or one per number of epochs of the row",
+            },
+            "an object from columns to figures",
+        ),
+    },
+)
+
+KINDS["grid"] = _object(
+    'an object with "title", "datasets", "columns" and "rows"',
+    ["title", "datasets", "columns", "rows"],
+    {
+        "title": TEXT,
+        "datasets": _named(
+            _object(
+                "an object that says where a data set lies and which targets it has",
+                ["name"],
+                {"name": TEXT, "folder": TEXT, "pool_file": TEXT, "only": TEXTS, "overlays": TEXTS},
+            ),
+            "an object of data sets",
+        ),
+        "columns": {
+            "type": "array",
+            "minItems": 1,
+            "description": "a list of columns",
+            "items": _object(
+                'an object like {"name": "Liver: tumor", "dataset": "msd_liver", "targets": ["liver_tumor"]}',
+                ["name"],
+                {
+                    **dict.fromkeys(("name", "block", "dataset"), TEXT),
+                    "targets": TEXTS,
+                    "mean_of": TEXTS,
+                    "epochs": COUNTS,
+                },
+            ),
+        },
+        "weights": _named(
+            _object(
+                'an object with a "file" that others publish, or the "row" that trains it',
+                [],
+                {"file": TEXT, "row": ROW},
+            ),
+            "an object of weights",
+        ),
+        "rows": {"type": "array", "minItems": 1, "items": ROW, "description": "a list of rows"},
+    },
+)
+
+
+class Column(NamedTuple):
+    """A figure per row: the mean Dice over `targets` (all, if None) of a data set, or over the columns `mean_of`."""
+
+    name: str
+    block: str
+    label: str
+    dataset: str | None
+    epochs: int | None
+    targets: tuple[str, ...] | None
+    mean_of: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and its evaluation; `folder` is its name in the output folder."""
+
+    row: Mapping[str, Any]
+    dataset: str
+    epochs: int | None
+    seed: int
+    folder: str
+
+
+class Grid:
+    """A table as declared.
+
+    Args:
+        content: the path of a grid file, or what such a file holds.
+        bundles_dir: folder of the bundles, for the pool files that data sets name.
+
+    Raises:
+        FileError: a file that is no grid, with every place; a data set, column, or weights that are declared nowhere.
+    """
+
+    def __init__(self, content: str | os.PathLike | Mapping[str, Any], bundles_dir: str | os.PathLike) -> None:
+        self.source = "the grid" if isinstance(content, Mapping) else os.fspath(content)
+        if not isinstance(content, Mapping):
+            content = read_json(content, "grid")
+        else:
+            check(content, "grid", self.source)
+        self.title: str = content["title"]
+        self.datasets: dict[str, dict[str, Any]] = dict(content["datasets"])
+        self.weights: dict[str, dict[str, Any]] = dict(content.get("weights", {}))
+        self.rows: list[dict[str, Any]] = list(content["rows"])
+        self.columns = [column for entry in content["columns"] for column in _columns(entry)]
+        self.bundles_dir = Path(bundles_dir)
+        self._pools = {key: self._pool(key) for key in self.datasets}
+        self._check(content)
+
+    def _check(self, content: Mapping[str, Any]) -> None:
+        names = [entry["name"] for entry in content["columns"]]
+        rows = [*self.rows, *(entry["row"] for entry in self.weights.values() if "row" in entry)]
+        for kind, found in (("column", names), ("row", [row["id"] for row in self.rows])):
+            twice = sorted({name for name in found if found.count(name) > 1})
+            if twice:
+                raise FileError(f"{self.source}: the {kind}s {twice} are there twice")
+        for row in rows:
+            for kind, asked, known in (
+                ("data set", row["datasets"], self.datasets),
+                ("column", row.get("paper", ()), names),
+                ("weights", [row["weights"]] if "weights" in row else [], self.weights),
+            ):
+                self._known(f"row '{row['name']}'", kind, asked, known)
+            if not row.get("prompted") and not {"bundle", "epochs"} <= set(row):
+                raise FileError(f"{self.source}: row '{row['name']}' lacks a 'bundle' or its 'epochs'")
+            for name, figures in row.get("paper", {}).items():
+                if isinstance(figures, list) and len(figures) != len(row["epochs"]):
+                    raise FileError(
+                        f"{self.source}: row '{row['name']}' has {len(figures)} figures of {name} for epochs {row['epochs']}"
+                    )
+        covered = {name for key in self.datasets for name in self.covers(key)}
+        for entry in content["columns"]:
+            if ("dataset" in entry) == ("mean_of" in entry):
+                raise FileError(f"{self.source}: column '{entry['name']}' needs either a 'dataset' or 'mean_of'")
+            self._known(f"column '{entry['name']}'", "column", entry.get("mean_of", ()), names)
+            self._known(
+                f"column '{entry['name']}'", "data set", [entry[k] for k in ("dataset",) if k in entry], covered
+            )
+
+    def _known(self, where: str, kind: str, asked: Sequence[str], known: Any) -> None:
+        for name in asked:
+            if name not in known:
+                raise FileError(
+                    f"{self.source}: {where} names the {kind} '{name}', which is declared nowhere{nearest(name, known)}"
+                )
+
+    def pool(self, dataset: str) -> dict[str, Any] | None:
+        """What a data set's pool file holds: with ``only``, just these data sets, their targets and the targets' parents."""
+        return self._pools[dataset]
+
+    def _pool(self, dataset: str) -> dict[str, Any] | None:
+        entry = self.datasets[dataset]
+        if "pool_file" not in entry:
+            return None
+        path = self.bundles_dir / entry["pool_file"]
+        pool = read_json(path, "pool")
+        if "only" not in entry:
+            return pool
+        kept = [found for found in pool["datasets"] if found["name"] in entry["only"]]
+        absent = sorted(set(entry["only"]) - {found["name"] for found in kept})
+        if absent:
+            raise FileError(f"{self.source}: data set '{dataset}' asks for {absent}, which {path} does not hold")
+        wanted = {name for found in kept for names in found["labels"].values() for name in _listed(names)}
+        while (
+            parents := {pool["targets"][name].get(link) for name in wanted for link in ("part_of", "inside")}
+            - wanted
+            - {None}
+        ):
+            wanted |= parents
+        return {
+            "targets": {name: target for name, target in pool["targets"].items() if name in wanted},
+            "datasets": kept,
+        }
+
+    def covers(self, dataset: str) -> list[str]:
+        """The data sets that a run on `dataset` scores."""
+        pool = self.pool(dataset)
+        return [dataset] if pool is None else [entry["name"] for entry in pool["datasets"]]
+
+    def runs(self, row: Mapping[str, Any]) -> Iterator[Run]:
+        """The runs of a row, short ones first."""
+        for epochs in sorted(row.get("epochs", [None]), key=lambda number: number or 0):
+            for dataset in row["datasets"]:
+                for seed in row.get("seeds", (0,)):
+                    parts = [row["id"], dataset if len(self.datasets) > 1 else "", f"{epochs}epochs" if epochs else ""]
+                    yield Run(row, dataset, epochs, seed, "-".join([*filter(None, parts), f"seed{seed}"]))
+
+    def in_print(self, row: Mapping[str, Any], column: Column) -> float | None:
+        """The paper's figure."""
+        figures = row.get("paper", {}).get(column.name)
+        if not isinstance(figures, list):
+            return figures
+        return dict(zip(row["epochs"], figures, strict=True)).get(column.epochs)
+
+
+def _columns(entry: Mapping[str, Any]) -> Iterator[Column]:
+    targets = tuple(entry["targets"]) if "targets" in entry else None
+    for epochs in entry.get("epochs", [None]):
+        label = f"{epochs} epochs" if epochs else entry["name"]
+        block = entry.get("block", "")
+        yield Column(
+            entry["name"], block, label, entry.get("dataset"), epochs, targets, tuple(entry.get("mean_of", ()))
+        )
+
+
+def _listed(names: str | Sequence[str]) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
