@@ -14,7 +14,8 @@ from typing import Any
 from tsfm.cases.pool import DatasetPool
 
 from .narration import Narrator
-from .paper.grids import run_bundle, transfer_table
+from .paper.commands import transfer_table
+from .paper.grids import run_bundle
 from .phantoms import layouts as phantoms
 
 SIZE = (56, 64, 76)

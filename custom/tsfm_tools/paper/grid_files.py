@@ -165,6 +165,8 @@ class Grid:
                 self._known(f"row '{row['name']}'", kind, asked, known)
             if not row.get("prompted") and not {"bundle", "epochs"} <= set(row):
                 raise FileError(f"{self.source}: row '{row['name']}' lacks a 'bundle' or its 'epochs'")
+            if row.get("prompted") and not all(self._pools.get(key) for key in row["datasets"]):
+                raise FileError(f"{self.source}: the data sets of row '{row['name']}' need a 'pool_file'")
             for name, figures in row.get("paper", {}).items():
                 if isinstance(figures, list) and len(figures) != len(row["epochs"]):
                     raise FileError(

@@ -1,4 +1,4 @@
-"""The paper's tables as commands: the runs of a grid, one after the other, and the table anew after each.
+"""The runs of a grid.
 
 A run trains a bundle, then segments and scores the validation cases whole, in its own folder. What is done is kept, what
 was interrupted goes on.
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import monai
+from tsfm.cases.pool import DatasetPool
 from tsfm.errors import first_cause
 from tsfm.files import atomic_write
 from tsfm.options import OptionError, check_options
+from tsfm.planning.own_data import pretrained_description
 from tsfm.schema import FileError, nearest, read_json
 from tsfm.training.weight_files import CheckpointError
 
 from .grid_files import Grid, Run
-from .tables import write_tables
+from .prompted import prompted_scores
 
 logger = logging.getLogger(__name__)
-
-PAPER_EPOCHS = (10, 20, 50, 100)
 
 PIP_NAMES = {"dynamic_network_architectures": "dynamic-network-architectures"}
 
@@ -94,8 +94,7 @@ class GridRunner:
                 raise FileError(
                     f"--weights: the table asks for {list(grid.weights)}, not for '{name}'{nearest(name, grid.weights)}"
                 )
-            if not os.path.exists(path):
-                raise CheckpointError(f"--weights: {path} ('{name}') does not exist")
+            pretrained_description(path)
         self.recipes = {name: next(grid.runs(w["row"])) for name, w in grid.weights.items() if "row" in w}
         self.runs = sorted((run for row in grid.rows for run in grid.runs(row)), key=lambda run: run.epochs or 0)
         trained = [run for run in (*self.runs, *self.recipes.values()) if not run.row.get("prompted")]
@@ -181,10 +180,7 @@ class GridRunner:
         if "weights" in run.row:
             options["pretrained"] = self.weights_of(run.row["weights"])
         settings = self._settings(run, options, configs)
-        kept = self.record(run)
-        if kept and kept["settings"] != settings:
-            raise CheckpointError(f"{folder} holds a cell with other settings; give this grid its own --output_dir")
-        if kept:
+        if self._kept(run, settings):
             logger.info("%s is trained already", folder.name)
             return folder / "model.pt"
         run_bundle(
@@ -220,6 +216,19 @@ class GridRunner:
         self._write(run, {**record, "scores": scores})
         return scores
 
+    def _prompted(self, run: Run) -> dict[str, dict[str, float]]:
+        """The scores of a network that is shown each target, which is not trained here."""
+        weights = self.weights[run.row["weights"]]
+        chosen = {key: self.settings[key] for key in ("fold", "device") if key in self.settings}
+        settings = self._settings(run, {"pretrained": weights, "seed": run.seed, **chosen}, [])
+        record = self._kept(run, settings)
+        if not record:
+            splits = self.settings.get("splits_file")
+            pool = DatasetPool(self.grid.pool(run.dataset), self.folder_of(run.dataset), splits_file=splits)
+            record = {"settings": settings, "scores": prompted_scores(weights, pool, seed=run.seed, **chosen)}
+            self._write(run, record)
+        return record["scores"]
+
     def _settings(self, run: Run, options: Mapping[str, Any], configs: Sequence[str]) -> dict[str, Any]:
         """What a run that is done must have been run with."""
         settings = {"run": dict(options), "dataset_dir": str(self.folder_of(run.dataset)), "configs": list(configs)}
@@ -235,119 +244,15 @@ class GridRunner:
         path = self.output_dir / "cells" / run.folder / "cell.json"
         return read_json(path) if path.is_file() else {}
 
+    def _kept(self, run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """`record`; CheckpointError where it is that of other settings."""
+        record = self.record(run)
+        if record and record["settings"] != settings:
+            folder = self.output_dir / "cells" / run.folder
+            raise CheckpointError(f"{folder} holds a cell with other settings; give this grid its own --output_dir")
+        return record
+
     def _write(self, run: Run, record: Mapping[str, Any]) -> None:
         path = self.output_dir / "cells" / run.folder / "cell.json"
         text = json.dumps(record, indent=4)
         atomic_write(str(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def run_grid(runner: GridRunner, name: str, run: bool = True) -> str:
-    """Run what is missing and can run, write the tables after each run, and return the Markdown.
-
-    With `run` False only what is done already is shown.
-    """
-    results: list[dict[str, Any]] = []
-    obstacles: dict[str, list[str]] = {}
-    for one in runner.runs:
-        if reason := runner.obstacle(one):
-            obstacles.setdefault(reason, []).append(one.folder)
-    hindered = {folder for folders in obstacles.values() for folder in folders}
-    text = write_tables(runner.grid, results, obstacles, runner.output_dir, name)
-    for one in runner.runs:
-        is_run = run and one.folder not in hindered
-        scores = runner.scores(one) if is_run else runner.record(one).get("scores")
-        if scores is not None:
-            key = {"row": one.row["id"], "dataset": one.dataset, "epochs": one.epochs, "seed": one.seed}
-            results.append({**key, "scores": scores})
-            text = write_tables(runner.grid, results, obstacles, runner.output_dir, name)
-    return text
-
-
-def table1(dataset_dir: str, output_dir: str = "tables", **options: Any) -> str:
-    """The paper's Table 1: run what is missing and can run, and print our figures beside the paper's.
-
-    Args:
-        dataset_dir: folder that holds the data sets' folders.
-        output_dir: runs (``cells``) and tables; one folder may serve all three tables.
-        options: ``bundles_dir``, the folder of the two bundles (``bundles``); ``grid``, a grid file of your own in place of
-            the paper's; ``weights``, files of weights that the grid names, which are else trained first or marked as absent
-            (``{'pool': 'model.pt', 'stunet_h': 'huge_ep4k.model', 'sam_med3d': 'sam_med3d_turbo.pth'}``); ``overlays``,
-            further configs for every training run, over the grid's; ``run``, False to print the table as far as it has been
-            run; and any id of train.json, for every training run.
-    """
-    return _paper_table("table1", dataset_dir, output_dir, **options)
-
-
-def table2(dataset_dir: str, output_dir: str = "tables", **options: Any) -> str:
-    """The paper's Table 2, transfer; the arguments are those of `table1`."""
-    return _paper_table("table2", dataset_dir, output_dir, **options)
-
-
-def table3(dataset_dir: str, output_dir: str = "tables", **options: Any) -> str:
-    """The paper's Table 3, what it was pretrained on; the arguments are those of `table1`."""
-    return _paper_table("table3", dataset_dir, output_dir, **options)
-
-
-def _paper_table(
-    name: str,
-    dataset_dir: str,
-    output_dir: str,
-    bundles_dir: str = "bundles",
-    grid: str | None = None,
-    weights: Mapping[str, str] | None = None,
-    overlays: Sequence[str] = (),
-    run: bool = True,
-    **settings: Any,
-) -> str:
-    declared = Grid(grid or Path(__file__).parent / f"{name}.json", bundles_dir)
-    return run_grid(GridRunner(declared, dataset_dir, output_dir, weights, overlays, settings), name, run)
-
-
-def transfer_table(
-    pretrained: str,
-    dataset_dir: str,
-    output_dir: str,
-    bundle_dir: str = "bundles/tsfm_finetune",
-    epochs: Sequence[int] = PAPER_EPOCHS,
-    seeds: Sequence[int] = (0,),
-    overlays: Sequence[str] = (),
-    name: str | None = None,
-    **settings: Any,
-) -> str:
-    """Table 2 on one data set of your own: from `pretrained` and from scratch for each number of `epochs` and each seed.
-
-    Args:
-        pretrained: weights of the pretraining; "from scratch" uses the same network without them.
-        dataset_dir: the downstream data set, as for the bundle.
-        output_dir: cells, ``table2.md``, ``table2.csv`` and a plot of Dice over epochs.
-        bundle_dir: the fine-tuning bundle.
-        epochs, seeds: the grid. One split (``--fold`` or ``--splits_file``) serves all cells.
-        overlays: further configs that describe the data (``brats2020.json``), over train.json and evaluate.json.
-        name: the data set's name in the table.
-        settings: any other id of the bundle's train.json, for all cells.
-
-    Returns:
-        the table as Markdown.
-    """
-    bundle, title = Path(bundle_dir), name or Path(dataset_dir).resolve().name
-    row = {
-        "bundle": bundle.name,
-        "weights": "pretrained",
-        "datasets": ["data"],
-        "epochs": sorted(epochs),
-        "seeds": list(seeds),
-    }
-    content = {
-        "title": f"Transfer to {title}",
-        "datasets": {"data": {"name": title, "overlays": list(overlays)}},
-        "columns": [{"name": title, "block": title, "dataset": "data", "epochs": sorted(epochs)}],
-        "weights": {"pretrained": {"file": str(pretrained)}},
-        "rows": [
-            {"id": "pretrained", "name": "TSFM, pretrained", **row},
-            {"id": "scratch", "name": "TSFM, from scratch", **row, "options": {"from_scratch": True}},
-        ],
-    }
-    runner = GridRunner(
-        Grid(content, bundle.parent), dataset_dir, output_dir, {"pretrained": pretrained}, settings=settings
-    )
-    return run_grid(runner, "table2")

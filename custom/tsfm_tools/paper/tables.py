@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tsfm.evaluation.tables import markdown
 
-from .grid_files import Column, Grid
+from .grid_files import Column, Grid, Run
 
 FIELDS = ("row", "dataset", "target", "epochs", "seed", "dice")
 
@@ -49,7 +49,7 @@ def is_asked(grid: Grid, row: Mapping[str, Any], column: Column) -> bool:
     return epochs and any(column.dataset in grid.covers(dataset) for dataset in row["datasets"])
 
 
-def table(grid: Grid, results: Sequence[Mapping[str, Any]], obstacles: Mapping[str, Sequence[str]]) -> str:
+def table(grid: Grid, results: Sequence[Mapping[str, Any]], obstacles: Mapping[str, Sequence[Run]]) -> str:
     """Rows down, columns across in the grid's blocks, the paper's figure beside each of ours; below, what hinders which runs.
 
     `obstacles`: reason -> runs that it keeps from running. Nothing is ranked: prompted rows would not compare.
@@ -67,7 +67,9 @@ def table(grid: Grid, results: Sequence[Mapping[str, Any]], obstacles: Mapping[s
                 line += ["-" if figure is None else f"{figure:.4f}"] if is_printed else []
         blocks.append(markdown(header, cells))
     notes = ["Dice; mean ± standard deviation where there are several seeds. Figures under \"paper\" are quoted from it: its data splits are unknown."]  # fmt: skip
-    notes += [f"Not run, {reason}: {', '.join(runs)}." for reason, runs in obstacles.items()]
+    for reason, runs in obstacles.items():
+        names = dict.fromkeys(f"{run.row['name']} on {grid.datasets[run.dataset]['name']}" for run in runs)
+        notes.append(f"Not run, {reason}: {', '.join(names)}.")
     return "\n\n".join([f"**{grid.title}**", *blocks, "\n".join(f"- {note}" for note in notes)])
 
 
@@ -79,11 +81,11 @@ def _with_spread(values: Sequence[float]) -> str:
 def write_tables(
     grid: Grid,
     results: Sequence[Mapping[str, Any]],
-    obstacles: Mapping[str, Sequence[str]],
+    obstacles: Mapping[str, Sequence[Run]],
     output_dir: str | Path,
     name: str,
 ) -> str:
-    """Markdown, CSV (a line per run and target) and, where columns are numbers of epochs, a plot; returns the Markdown."""
+    """Markdown and CSV (a line per run and target); returns the Markdown."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = table(grid, results, obstacles)
@@ -96,14 +98,17 @@ def write_tables(
             for target, dice in scores.items():
                 writer.writerow([result["row"], dataset, target, result["epochs"], result["seed"], dice])
     (folder / f"{name}.csv").write_text(buffer.getvalue(), encoding="utf-8")
-    if results and any(column.epochs for column in grid.columns):
-        transfer_png(grid, results, folder / f"{name}.png")
     return text
 
 
 def transfer_png(grid: Grid, results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Dice over epochs, one panel per block, mean and single seeds; a row of one length is a dashed line."""
+    """Dice over epochs, one panel per block, mean and single seeds; a row of one length is a dashed line.
+
+    Nothing is drawn of a grid whose columns are not numbers of epochs.
+    """
     blocks = list(dict.fromkeys(column.block for column in grid.columns if column.epochs))
+    if not blocks:
+        return
     picture = Figure(figsize=(4.6 * len(blocks), 3.8), dpi=110, layout="constrained")
     FigureCanvasAgg(picture)
     for axes, block in zip(picture.subplots(1, len(blocks), squeeze=False)[0], blocks, strict=True):

@@ -1,0 +1,277 @@
+"""The paper's tables as grids: what they declare, what runs, what is marked, and one row of each table for real, tiny."""
+
+import copy
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from tsfm.network.prompted import SAMMed3D
+from tsfm.options import OptionError
+from tsfm.schema import FileError, read_json
+from tsfm.training.checkpoint import save_weights
+from tsfm.training.weight_files import CheckpointError
+from tsfm_tools.paper import commands, grids
+from tsfm_tools.paper.grid_files import Grid
+from tsfm_tools.phantoms import layouts as phantoms
+
+TABLES = ("table1", "table2", "table3")
+FILES = Path(commands.__file__).parent
+TARGETS = ("liver", "liver_tumor", "lung_tumor", "pancreas", "pancreas_tumor", "hepatic_vessel", "colon_tumor", "kidney",
+           "kidney_tumor", "breast_tumor", "spleen", "whole_tumor", "tumor_core", "enhancing_tumor")  # fmt: skip
+
+
+def content(name):
+    return read_json(FILES / f"{name}.json")
+
+
+def cells(text):
+    """Row name -> cells, of all blocks of a Markdown table one after the other."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("| ") and "---" not in line:
+            name, *rest = (cell.strip() for cell in line.strip("|").split("|"))
+            found.setdefault(name, []).extend(rest)
+    return found
+
+
+@pytest.fixture
+def stubbed(monkeypatch, tmp_path):
+    """(calls, data folder, output folder): runs leave what a bundle leaves, and nothing is trained."""
+    calls = []
+
+    def run_bundle(bundle, configs, **options):
+        calls.append((Path(options["output_dir"]), list(configs), options))
+        folder = Path(options["output_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        if configs[0] == "train.json":
+            (folder / "model.pt").write_text("weights")
+            return
+        declared = Path(bundle) / "configs" / ("pool.json" if Path(bundle).name == "tsfm_pretrain" else configs[-1])
+        pool = options.get("pool_file") or read_json(declared).get("pool_file") or read_json(declared)
+        names = [entry["name"] for entry in pool["datasets"]]
+        scores = {name: {target: {"dice": {"mean": 0.5}} for target in TARGETS} for name in names}
+        (folder / "summary.json").write_text(json.dumps({"datasets": scores}))
+
+    def prompted_scores(weights, pool, **chosen):
+        calls.append((Path(weights), [], chosen))
+        return {name: dict.fromkeys(TARGETS, 0.75) for name in pool.entries}
+
+    monkeypatch.setattr(grids, "run_bundle", run_bundle)
+    monkeypatch.setattr(grids, "prompted_scores", prompted_scores)
+    monkeypatch.setattr(grids, "pretrained_description", lambda path: {})
+    monkeypatch.setattr(grids, "find_spec", lambda name: name)
+    data = tmp_path / "data"
+    for name in TABLES:
+        grid = Grid(content(name), ROOT / "bundles")
+        for key, entry in grid.datasets.items():
+            for part in (grid.pool(key) or {"datasets": [{"folder": "."}]})["datasets"]:
+                (data / entry.get("folder", ".") / part["folder"]).mkdir(parents=True, exist_ok=True)
+    for weights in ("stunet_h", "sam_med3d"):
+        (tmp_path / weights).touch()
+    return calls, data, tmp_path / "out"
+
+
+def run(name, data, out, **options):
+    return getattr(commands, name)(str(data), str(out), bundles_dir=str(ROOT / "bundles"), **options)
+
+
+# ---- what is declared -------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_means_are_those_of_its_tumor_columns():
+    for row in content("table1")["rows"]:
+        tumors = [figure for name, figure in row["paper"].items() if name.endswith(": tumor")]
+        assert len(tumors) == 7
+        assert np.mean(tumors) == pytest.approx(row["paper"]["mean Dice for tumor"], abs=1.1e-4)
+
+
+def test_table_3_begins_with_table_2_at_100_epochs():
+    pretrained = {row["id"]: row for row in content("table2")["rows"]}["tsfm-pretrained"]
+    first = content("table3")["rows"][0]
+    assert first["id"] == pretrained["id"] and first["weights"] == pretrained["weights"]
+    assert first["paper"] == {name: figures[-1] for name, figures in pretrained["paper"].items()}
+
+
+# ---- what runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_runs_once_and_fills_its_cells(stubbed, tmp_path):
+    calls, data, out = stubbed
+    texts = {
+        "table1": run("table1", data, out, weights={"sam_med3d": str(tmp_path / "sam_med3d")}),
+        "table2": run("table2", data, out, weights={"stunet_h": str(tmp_path / "stunet_h")}),
+        "table3": run("table3", data, out),
+    }
+    assert not [name for name, text in texts.items() if "not run" in text.lower()]
+    trained = [folder.name for folder, configs, _ in calls if configs[:1] == ["train.json"]]
+    assert len(trained) == len(set(trained)) == (7 + 7 + 1 + 1) + 3 * (4 * 4 + 1) + 3 * 2 + 2
+    assert trained.count("tsfm-pool-1000epochs-seed0") == 1, "the pretraining serves all three tables"
+    one = next(options for folder, _, options in calls if folder.name == "nnunet-msd_liver-1000epochs-seed0")
+    assert one["pool_file"]["targets"].keys() == {"liver", "liver_tumor"} and one["epochs"] == 1000
+    two = next(options for folder, _, options in calls if folder.name == "tsfm-pancreas-kits2019-100epochs-seed0")
+    assert two["pretrained"] == str(out / "cells/tsfm-msd_pancreas-1000epochs-seed0/model.pt")
+    assert cells(texts["table1"])["TSFM on the pool"][:4] == ["0.5000", "0.9619", "0.5000", "0.6209"]
+    assert cells(texts["table1"])["SAM-Med3D (prompted with ground-truth clicks)"][-2:] == ["0.7500", "0.5030"]
+    assert cells(texts["table2"])["nnU-Net"][:10] == ["-"] * 8 + ["0.5000", "0.5553"]
+    count = len(calls)
+    assert run("table3", data, out) == texts["table3"] and len(calls) == count, "what is done is not run again"
+    assert run("table3", data, out, run=False) == texts["table3"]
+    rows = list(csv.DictReader((out / "table3.csv").open()))
+    assert {row["row"] for row in rows} == {"tsfm-pretrained", "tsfm-amos22", "tsfm-pancreas"}
+    assert (out / "table2.png").stat().st_size > 5000
+
+
+def test_seeds_show_their_spread_and_an_interrupted_table_shows_what_there_is(stubbed, tmp_path, monkeypatch):
+    calls, data, out = stubbed
+    grid = content("table3")
+    grid["rows"] = grid["rows"][:1]
+    grid["rows"][0]["seeds"] = [0, 1]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(grid))
+    done = grids.run_bundle
+
+    def until(bundle, configs, **options):
+        if "kits2019" in options["output_dir"]:
+            raise KeyboardInterrupt
+        done(bundle, configs, **options)
+
+    monkeypatch.setattr(grids, "run_bundle", until)
+    with pytest.raises(KeyboardInterrupt):
+        run("table3", data, out, grid=str(path))
+    assert cells((out / "table3.md").read_text())["the pool"] == [
+        *("0.5000 ± 0.0000", "0.5571", "not run", "0.8503", "not run", "0.9437")
+    ]
+
+
+# ---- what is marked -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_without_package_data_or_weights_are_marked_with_the_reason_and_the_others_run(stubbed, monkeypatch):
+    calls, data, out = stubbed
+    monkeypatch.setattr(grids, "find_spec", lambda name: None if name == "dynamic_network_architectures" else name)
+    os.rmdir(data / "kits19/data")
+    text = run("table2", data, out)
+    table = cells(text)
+    assert table["nnU-Net"][8:10] == ["not run", "0.5553"] and table["STU-Net-H, pretrained"][0] == "not run"
+    assert table["TSFM, pretrained"][0] == "0.5000" and table["TSFM, pretrained"][10] == "not run"
+    assert "pip install --no-deps dynamic-network-architectures" in text
+    assert f"Not run, no data ({data / 'kits19/data'}): TSFM, pretrained on KiTS2019, TSFM, from scratch" in text
+    assert "no weights 'stunet_h' (huge_ep4k.model; --weights" in text
+
+
+# ---- what is refused, before anything runs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"learning_rat": 0.1}, OptionError, "learning_rate"),
+        ({"iterations_per_epoch": 0}, OptionError, "iterations_per_epoch"),
+        ({"overlays": ["gone.json"]}, FileError, "gone.json"),
+        ({"weights": {"pol": "x.pt"}}, FileError, "did you mean 'pool'"),
+        ({"weights": {"pool": "x.pt"}}, CheckpointError, "x.pt do not exist"),
+        ({"bundles_dir": "/nowhere"}, FileError, "pool.json does not exist"),
+        ({"grid": "/nowhere/table.json"}, FileError, "does not exist"),
+    ],
+)
+def test_a_mistake_is_named_before_any_run(options, kind, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(grids, "run_bundle", None)
+    given = {"bundles_dir": str(ROOT / "bundles"), **options}
+    with pytest.raises(kind) as caught:
+        commands.table2(str(tmp_path), str(tmp_path / "out"), **given)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda grid: grid["rows"][0].update(datasets=["kits2091"]), "did you mean 'kits2019'"),
+        (lambda grid: grid["rows"][0].update(weights="amos"), "'amos', which is declared nowhere"),
+        (lambda grid: grid["rows"][0]["paper"].update(Brats=0.5), "names the column 'Brats'"),
+        (lambda grid: grid["rows"][0].pop("epochs"), "lacks a 'bundle' or its 'epochs'"),
+        (lambda grid: grid["rows"][0].update(epoch=3), "'epoch' (did you mean 'epochs'?)"),
+        (lambda grid: grid["rows"].append(grid["rows"][0]), "there twice"),
+        (lambda grid: grid["datasets"]["amos22"].update(only=["amos"]), "['amos'], which"),
+    ],
+)
+def test_a_grid_that_contradicts_itself_is_refused(change, message):
+    grid = copy.deepcopy(content("table3"))
+    change(grid)
+    with pytest.raises(FileError) as caught:
+        Grid(grid, ROOT / "bundles")
+    assert message in str(caught.value)
+
+
+# ---- for real, on phantoms ------------------------------------------------------------------------------------------------
+
+SHORT = {"iterations_per_epoch": 2, "val_iterations": 1, "num_workers": 0, "device": "cpu", "checkpointing": False}
+TINY_ROWS = {
+    "nnunet": {"patch_size": [16, 32, 32], "spacing_mm": [8.0] * 3, "network_def#features": [4, 8, 8, 8], "batch_size": 2},
+    "swinunetr": {"patch_size": [32, 32, 64], "spacing_mm": [10.0] * 3, "network_def#feature_size": 12, "batch_size": 2},
+    "nnunet_pool": {"patch_size": [16, 32, 32], "spacing_mm": [8.0] * 3, "network_def#features": [4, 8, 8, 8]},
+    "stunet-scratch": {"network_size": "stunet_s", "patch_size": [32, 32, 64], "spacing_mm": [10.0] * 3, "batch_size": 2},
+    "stunet-pretrained": {"patch_size": [32, 32, 64], "spacing_mm": [10.0] * 3, "batch_size": 2},
+}  # fmt: skip
+
+
+def tiny_grid(name, folder, rows=None):
+    """The grid file with one epoch per run, tiny networks, and of the rows those named."""
+    grid = content(name)
+    grid["rows"] = [row for row in grid["rows"] if rows is None or row["id"] in rows]
+    lengths = {epochs: number for number, epochs in enumerate((10, 20, 50, 100, 1000), 1)}
+    for column in grid["columns"]:
+        column |= {"epochs": [lengths[epochs] for epochs in column["epochs"]]} if "epochs" in column else {}
+    for row in [*grid["rows"], *(entry["row"] for entry in grid["weights"].values() if "row" in entry)]:
+        if "epochs" in row:
+            row["epochs"] = (
+                [lengths[epochs] for epochs in row["epochs"]] if name == "table2" else [1] * len(row["epochs"])
+            )
+        row["options"] = {**row.get("options", {}), **TINY_ROWS.get(row["id"], {})}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(grid))
+    return str(path)
+
+
+def small_sam(folder):
+    network = SAMMed3D(img_size=(32, 32, 32), width=48, depth=2, num_heads=2, global_layers=(1,))
+    save_weights(network, folder / "sam_med3d.pt")
+    return {"sam_med3d": str(folder / "sam_med3d.pt")}
+
+
+def test_rows_run_for_real(phantom_pool, tmp_path):
+    pytest.importorskip("dynamic_network_architectures")
+    pytest.importorskip("medim")
+    grid = tiny_grid("table1", tmp_path, ("nnunet", "sam_med3d"))
+    text = run("table1", phantom_pool, tmp_path / "out", grid=grid, weights=small_sam(tmp_path), **SHORT)
+    print(text)
+    table = cells(text)
+    assert 0 <= float(table["nnU-Net"][0]) <= 1 and table["nnU-Net"][1] == "0.9621"
+    assert 0 <= float(table["SAM-Med3D (prompted with ground-truth clicks)"][2]) <= 1
+
+
+@pytest.mark.skipif(os.environ.get("TSFM_DOCS") != "all", reason="minutes: part of make test-docs")
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_of_every_table_runs_on_phantoms(name, tmp_path, tiny):
+    from tsfm.network.networks import STUNet
+
+    data = tmp_path / "data"
+    phantoms.write_all_ten(str(data), 5, (32, 48, 48))
+    phantoms.write_brats2020(str(data / "MICCAI_BraTS2020_TrainingData"), 5)
+    phantoms.write_kits19(str(data / "kits19/data"), 5)
+    phantoms.write_abdomenct1k(str(data / "AbdomenCT-1K"), 5)
+    weights = small_sam(tmp_path) if name == "table1" else {}
+    if name == "table2":
+        import torch
+
+        network = STUNet(1, 105, features=[4, 8, 8, 8, 8, 8], depths_down=[1] * 6)
+        state = {
+            key.removeprefix("net."): value for key, value in network.state_dict().items() if key.startswith("net.")
+        }
+        torch.save({"state_dict": state}, tmp_path / "small_ep4k.model")
+        weights["stunet_h"] = str(tmp_path / "small_ep4k.model")
+    text = run(name, data, tmp_path / "out", grid=tiny_grid(name, tmp_path), weights=weights, **SHORT)
+    assert "not run" not in text.lower(), text
