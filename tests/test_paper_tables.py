@@ -126,7 +126,7 @@ def test_every_row_runs_once_and_fills_its_cells(stubbed, tmp_path):
 
 
 def test_seeds_show_their_spread_and_an_interrupted_table_shows_what_there_is(stubbed, tmp_path, monkeypatch):
-    calls, data, out = stubbed
+    _, data, out = stubbed
     grid = content("table3")
     grid["rows"] = grid["rows"][:1]
     grid["rows"][0]["seeds"] = [0, 1]
@@ -151,7 +151,7 @@ def test_seeds_show_their_spread_and_an_interrupted_table_shows_what_there_is(st
 
 
 def test_rows_without_package_data_or_weights_are_marked_with_the_reason_and_the_others_run(stubbed, monkeypatch):
-    calls, data, out = stubbed
+    _, data, out = stubbed
     monkeypatch.setattr(grids, "find_spec", lambda name: None if name == "dynamic_network_architectures" else name)
     os.rmdir(data / "kits19/data")
     text = run("table2", data, out)
@@ -247,7 +247,6 @@ def test_rows_run_for_real(phantom_pool, tmp_path):
     pytest.importorskip("medim")
     grid = tiny_grid("table1", tmp_path, ("nnunet", "sam_med3d"))
     text = run("table1", phantom_pool, tmp_path / "out", grid=grid, weights=small_sam(tmp_path), **SHORT)
-    print(text)
     table = cells(text)
     assert 0 <= float(table["nnU-Net"][0]) <= 1 and table["nnU-Net"][1] == "0.9621"
     assert 0 <= float(table["SAM-Med3D (prompted with ground-truth clicks)"][2]) <= 1

@@ -16,7 +16,7 @@ from tsfm.evaluation.evaluation import evaluate_folder
 from tsfm.evaluation.tables import load_rows, markdown_scores, summarize, table1
 from tsfm.labels import LabelTable
 from tsfm_tools.paper import tables
-from tsfm_tools.paper.tables import table2, table3
+from tsfm_tools.paper.grid_files import Grid
 
 TARGETS = {"liver": {}, "liver_tumor": {"inside": "liver"}, "kidney": {}, "kidney_tumor": {"inside": "kidney"}}
 DATASETS = [
@@ -91,46 +91,59 @@ def test_table1_puts_methods_below_each_other():
     assert lines[1:] == [["one", "0.5000", "0.7000", "0.6000"], ["two", "-", "0.9000", "0.9000"]]
 
 
+def transfer():
+    """A grid of two methods and a reference of another length, and three seeds of each but of the reference."""
+    rows = [
+        {"id": name, "name": name, "bundle": "b", "datasets": ["kits19"], "epochs": [10, 100], "seeds": [0, 1, 2]}
+        for name in ("pretrained", "scratch")
+    ]
+    rows.append(
+        {**rows[0], "id": "nnunet", "name": "nnU-Net", "epochs": [1000], "seeds": [0], "paper": {"kits19": [0.8454]}}
+    )
+    columns = [
+        {"name": "kits19", "block": "kits19", "dataset": "kits19", "epochs": [10, 100, 1000], "targets": ["tumor"]}
+    ]
+    grid = {"title": "Transfer", "datasets": {"kits19": {"name": "kits19"}}, "columns": columns, "rows": rows}
+    return Grid(grid, "bundles")
+
+
 def results():
-    """Three seeds of two initializations at two lengths, and one reference."""
     entries = [
-        {"dataset": "kits19", "initialization": name, "epochs": epochs, "seed": seed, "dice": base + seed / 100}
+        {
+            "row": name,
+            "dataset": "kits19",
+            "epochs": epochs,
+            "seed": seed,
+            "scores": {"kits19": {"tumor": base + seed / 100}},
+        }
         for name, base in (("pretrained", 0.7), ("scratch", 0.2))
         for epochs in (100, 10)
         for seed in range(3)
     ]
-    return [*entries, {"dataset": "kits19", "initialization": "nnU-Net", "epochs": None, "seed": 0, "dice": 0.8}]
+    nnunet = {"row": "nnunet", "dataset": "kits19", "epochs": 1000, "seed": 0, "scores": {"kits19": {"tumor": 0.8}}}
+    return [*entries, nnunet]
 
 
 def test_table2_has_the_papers_shape_with_mean_and_spread_over_seeds(tmp_path):
-    lines = cells(table2(results()))
-    assert lines[0] == ["kits19", "10 epochs", "100 epochs", "as named"]
-    assert lines[1] == ["TSFM, pretrained", *["0.7100 ± 0.0100"] * 2, "-"]
-    assert lines[2][0] == "TSFM, from scratch"
-    assert lines[3] == ["nnU-Net", "-", "-", "0.8000"]
-    path = tables.write_table2(results(), tmp_path / "new")
-    assert path.read_text().strip() == table2(results())
-    assert load_rows(path.with_suffix(".csv")) == results()
-    assert matplotlib.image.imread(path.with_suffix(".png")).std() > 0
+    text = tables.write_tables(transfer(), results(), {}, tmp_path / "new", "table2")
+    lines = [line for line in cells(text) if len(line) > 1]
+    assert lines[0] == ["kits19", "10 epochs", "100 epochs", "1000 epochs", "paper"]
+    assert lines[1] == ["pretrained", *["0.7100 ± 0.0100"] * 2, "-", "-"]
+    assert lines[2][0] == "scratch"
+    assert lines[3] == ["nnU-Net", "-", "-", "0.8000", "0.8454"]
+    assert (tmp_path / "new/table2.md").read_text().strip() == text
+    rows = load_rows(tmp_path / "new/table2.csv")
+    assert [(row["row"], row["epochs"], row["seed"], row["dice"]) for row in rows] == [
+        (result["row"], result["epochs"], result["seed"], result["scores"]["kits19"]["tumor"]) for result in results()
+    ]
+    tables.transfer_png(transfer(), results(), tmp_path / "table2.png")
+    assert matplotlib.image.imread(tmp_path / "table2.png").std() > 0
 
 
 def test_an_unfinished_grid_shows_what_there_is():
     some = [entry for entry in results() if entry["epochs"] == 10 and entry["seed"] == 0]
-    assert cells(table2([*some, {**some[0], "epochs": 100, "dice": None}]))[1] == ["TSFM, pretrained", "0.7000"]
-
-
-def test_table3_crosses_pretraining_and_data_set(tmp_path):
-    entries = [
-        {"pretraining": name, "dataset": dataset, "seed": seed, "dice": dice + seed / 50}
-        for name, dice in (("pool", 0.8), ("pancreas", 0.7))
-        for dataset in ("brats", "kits")
-        for seed in (0, 1)
-    ]
-    lines = cells(table3(entries))
-    assert lines[:2] == [["pretrained on", "brats", "kits"], ["pool", *["0.8100 ± 0.0141"] * 2]]
-    assert load_rows(tables.write_table3(entries, tmp_path).with_suffix(".csv"))[0] == {
-        "dataset": "brats", "pretraining": "pool", "seed": 0, "dice": 0.8
-    }  # fmt: skip
+    lines = cells(tables.table(transfer(), [*some, {**some[0], "epochs": 100, "scores": {"kits19": {}}}], {}))
+    assert ["pretrained", "0.7000", "not run", "-", "-"] in lines
 
 
 def test_truth_is_painted_with_the_innermost_annotated_target(table):

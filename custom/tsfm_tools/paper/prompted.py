@@ -66,6 +66,7 @@ def segment(network: SAMMed3D, image: torch.Tensor, truth: np.ndarray, rng: np.r
     """Bool mask (R, A, S) of what a click somewhere in `truth` marks in `image`, both at 1.5 mm.
 
     The window lies around the middle of the truth's box; its intensities are z-scored by those above 0.
+    Where it shows nothing of the truth (lesions far apart), nothing can be clicked and nothing is marked.
     """
     side = network.side
     middle = [(low + high) // 2 for low, high in label_box(truth)]
@@ -80,11 +81,13 @@ def segment(network: SAMMed3D, image: torch.Tensor, truth: np.ndarray, rng: np.r
     bright = window[window > 0]
     if len(bright) > 1:
         window = (window - bright.mean()) / bright.std().clamp_min(1e-8)
+    mask = np.zeros(truth.shape, bool)
     inside = np.argwhere(truth[tuple(here)]) + [span.start for span in there]
+    if not len(inside):
+        return mask
     click = torch.tensor(inside[rng.integers(len(inside))])[None, None]
     device = next(network.parameters()).device
     with torch.inference_mode():
         logits = network(window[None, None].to(device), click.to(device), torch.ones(1, 1, device=device))
-    mask = np.zeros(truth.shape, bool)
     mask[tuple(here)] = (logits[0, 0].cpu() > 0).numpy()[tuple(there)]
     return mask

@@ -66,7 +66,11 @@ def table(grid: Grid, results: Sequence[Mapping[str, Any]], obstacles: Mapping[s
                 line.append(_with_spread(values) if values else "not run" if is_asked(grid, row, column) else "-")
                 line += ["-" if figure is None else f"{figure:.4f}"] if is_printed else []
         blocks.append(markdown(header, cells))
-    notes = ["Dice; mean ± standard deviation where there are several seeds. Figures under \"paper\" are quoted from it: its data splits are unknown."]  # fmt: skip
+    notes = ["Dice; mean ± standard deviation where there are several seeds."]
+    if any(row.get("paper") for row in grid.rows):
+        notes.append(
+            'Figures under "paper" are quoted from it; its splits into training and test cases are not published.'
+        )
     for reason, runs in obstacles.items():
         names = dict.fromkeys(f"{run.row['name']} on {grid.datasets[run.dataset]['name']}" for run in runs)
         notes.append(f"Not run, {reason}: {', '.join(names)}.")
