@@ -49,10 +49,11 @@ VENV_LABEL ?= .venv-label
 test-label: $(VENV)/dev $(VENV_LABEL)/done
 	OMP_NUM_THREADS=1 TSFM_LABEL_PYTHON=$(abspath $(VENV_LABEL))/bin/python $(BIN)/python -m pytest tests/test_monai_label.py -q
 
-# Every command of every page, those that build environments, run the demo and serve included: about half an hour.
+# Every command of every page, those that build environments, run the demo and serve included, and every row of the paper's
+# tables on phantoms.
 test-docs: $(VENV)/dev $(VENV_LABEL)/done
 	OMP_NUM_THREADS=1 TSFM_DOCS=all TSFM_LABEL_PYTHON=$(abspath $(VENV_LABEL))/bin/python \
-		$(BIN)/python -m pytest tests/test_docs_run.py -q
+		$(BIN)/python -m pytest tests/test_docs_run.py tests/test_paper_tables.py -q
 
 $(VENV_LABEL)/done: requirements-label.txt
 	$(PYTHON) -m venv $(VENV_LABEL)
