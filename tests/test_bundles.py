@@ -24,15 +24,18 @@ TRAIN_DIFFERS = {
     *("_desc_", "pool_file", "epochs", "learning_rate", "patch_size", "spacing_mm", "batch_size", "network_def"),
     *("settings#pool", "pool#_target_", "parameters", "optimizer#weight_decay", "patch", "batch"),
     *("network_size", "planned", "preparation#spacing_mm", "train#handlers"),
+    *("loaded_network#_target_", "described_network#network"),
 }
 ONLY_PRETRAIN_TRAINS = {
     *("datasets", "allow_missing", "pool#datasets", "pool#allow_missing"),
-    *("initial_weights", "described_network#initial_weights"),
+    *("initial_weights", "loaded_network#path"),
 }
 ONLY_FINETUNE_TRAINS = {
     *("images", "labels", "label_ids", "regions", "modality", "pretrained", "from_scratch", "freeze", "warmup_epochs"),
     *("head_learning_rate", "encoder_learning_rate", "in_channels", "loss#reduction"),
     *("plan", "memory_gb", "step_seconds"),
+    *(f"loaded_network#{key}" for key in ("pool", "preparation", "pretrained", "output_dir")),
+    *(f"frozen_network#{key}" for key in ("_target_", "network", "what")),
     *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs")),
     *(f"settings#{key}" for key in ("head_learning_rate", "encoder_learning_rate")),
     *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
