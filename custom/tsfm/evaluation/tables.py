@@ -1,6 +1,6 @@
 """Tables: the summary of scored rows, and Markdown in the shape of the paper's Tables 1, 2 and 3.
 
-Rows are the plain dicts of :mod:`tsfm.evaluation.evaluation`. Results of transfer and ablation are plain dicts too:
+Rows are the plain dicts of :mod:`tsfm.evaluation.scores`. Results of transfer and ablation are plain dicts too:
 
 - Table 2: ``{"dataset", "initialization", "epochs", "seed", "dice"}``; ``initialization`` is ``"pretrained"``,
   ``"scratch"`` or the name of another method; ``epochs: None`` stands for a reference that has one value only.

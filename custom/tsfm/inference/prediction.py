@@ -60,7 +60,6 @@ class CaseEvaluator(SupervisedEvaluator):
 
     Args:
         table: label table or target names, to name the label map's values in the summary.
-        summary: print the table of cases at the end.
         annotated_only: paint a case with the targets that its data set ("dataset") annotates in `table`, as MultiTalent
             scores: what another data set would call these voxels does not cover them. The inferer is a `SlabInferer`.
         others: as for SupervisedEvaluator; batches of one case. `amp` belongs to the inferer.
@@ -73,7 +72,6 @@ class CaseEvaluator(SupervisedEvaluator):
         self,
         *args: Any,
         table: LabelTable | Sequence[str] | None = None,
-        summary: bool = True,
         annotated_only: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -82,18 +80,25 @@ class CaseEvaluator(SupervisedEvaluator):
         if annotated_only:
             self.annotated = {dataset: table.annotated(dataset) for dataset in table.datasets}
         self.names = table.names if isinstance(table, LabelTable) else tuple(table or ())
-        self.summary = summary
         self.results: list[dict[str, Any]] = []
 
     def run(self, global_epoch: int = 1) -> None:
         self.results, self._mark = [], time.perf_counter()
         super().run(global_epoch)
-        if self.summary and self.results:
+        if self.results:
             print(format_results(self.results))
-        failed = [row for row in self.results if "error" in row]
-        if failed:
+        if failed := self.failed:
             listed = "\n".join(f"  {row['case']}: {row['error']}" for row in failed)
             raise FailedCases(f"{len(failed)} of {len(self.results)} cases failed:\n{listed}")
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Rows of the cases that failed, with their "error"."""
+        return [row for row in self.results if "error" in row]
+
+    def mark_failed(self, error: str) -> None:
+        """Count the last case as failed: a handler had no use for its label map."""
+        self.results[-1]["error"] = error
 
     @property
     def protocol(self) -> dict[str, str]:
