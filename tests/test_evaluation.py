@@ -256,14 +256,23 @@ def test_one_prediction_cannot_serve_two_cases(table, tmp_path):
         evaluate_folder(tmp_path / "out", items, table, tmp_path / "scores", dataset="kits")
 
 
+class Given(torch.nn.Module):
+    """A network that is perfect at one thing: its image is the prediction already."""
+
+    def forward(self, image):
+        return image.to(torch.uint8)
+
+
 def evaluator_over(items, handler, kind=SupervisedEvaluator):
-    """An evaluator whose network is perfect at one thing: its image is the prediction already."""
+    """An evaluator of `Given`; items without an image go as they are."""
     data = [
         {**item, "image": MetaTensor(torch.from_numpy(item["image"].astype(np.float32))[None], affine=item["affine"])}
+        if "image" in item
+        else item
         for item in items
     ]
     return kind(
-        device=torch.device("cpu"), val_data_loader=DataLoader(data, batch_size=1), network=torch.nn.Identity(),
+        device=torch.device("cpu"), val_data_loader=DataLoader(data, batch_size=1), network=Given(),
         decollate=True, val_handlers=[handler],
     )  # fmt: skip
 
@@ -316,8 +325,7 @@ def test_an_evaluator_that_collects_failures_is_told_and_raises_itself(table, tm
         for n in range(2)
     ]  # fmt: skip
     handler = CaseScores(str(tmp_path / "scores"), table)
-    evaluator = evaluator_over(items, handler, CaseEvaluator)
-    evaluator.data_loader = [{"case": ["broken"], "error": ["no such file"]}, *evaluator.data_loader]
+    evaluator = evaluator_over([{"case": "broken", "error": "no such file"}, *items], handler, CaseEvaluator)
     with pytest.raises(FailedCases, match=r"(?s)2 of 3 cases failed.*broken: no such file.*case_0: .*different grids"):
         evaluator.run()
     assert [failure["case"] for failure in handler.summary["failed"]] == ["case_0", "broken"]

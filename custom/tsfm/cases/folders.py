@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import logging
 import os
-import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,68 +40,6 @@ def stem(path: str | os.PathLike) -> str:
 
 class PoolError(ValueError):
     """A pool file or a data set folder that cannot be used, with everything that is wrong at once."""
-
-
-def _paths(value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _msd_pairs(folder: str) -> list[tuple[str, str, str]]:
-    declared = read_json(os.path.join(folder, "dataset.json"), "dataset.json", PoolError)
-    listed = [
-        tuple(os.path.normpath(os.path.join(folder, entry[key])) for key in ("image", "label"))
-        for entry in declared.get("training", [])
-    ]
-    plain = [stem(image) for image, _ in listed]
-    names = case_names(plain, [os.path.relpath(image, folder) for image, _ in listed])
-    return [(name, image, label) for name, (image, label) in zip(names, listed, strict=True)]
-
-
-def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    images = _paths(entry["image"])
-    found = _match(folder, images[0])
-    pairs = []
-    for case, first in found.items():
-        channels = [first, *(_resolve(folder, pattern, case) for pattern in images[1:])]
-        if "{structure}" in entry["label"]:
-            label: Any = {
-                structure: _resolve(folder, entry["label"].replace("{structure}", structure), case)
-                for structure in entry["labels"]
-            }
-        else:
-            label = _resolve(folder, entry["label"], case)
-        pairs.append((case, channels if isinstance(entry["image"], list) else first, label))
-    return pairs
-
-
-def _match(folder: str, pattern: str) -> dict[str, str]:
-    """Case name -> path of every file below `folder` that fits `pattern`."""
-    head, *rest = pattern.split("{case}")
-    expression = re.escape(head) + "(?P<case>[^/]+?)" + "(?P=case)".join(re.escape(part) for part in rest)
-    expression = expression.replace(r"\*", "[^/]*")
-    found: dict[str, str] = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern.replace("{case}", "*")))):
-        relative = os.path.relpath(path, folder).replace(os.sep, "/")
-        match = re.fullmatch(expression, relative)
-        if match is None or os.path.basename(path).startswith("."):
-            continue
-        case = match.group("case")
-        if case in found:
-            raise PoolError(f"two files fit {pattern!r} for case '{case}': {found[case]} and {path}")
-        found[case] = path
-    return found
-
-
-def _resolve(folder: str, pattern: str, case: str) -> str:
-    path = os.path.join(folder, pattern.replace("{case}", case))
-    if "*" not in path:
-        return os.path.normpath(path)
-    matches = sorted(glob.glob(path))
-    if len(matches) > 1:
-        raise PoolError(f"{len(matches)} files fit {path}: {matches[:3]}")
-    return matches[0] if matches else path
 
 
 def find_images(
