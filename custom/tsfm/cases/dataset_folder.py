@@ -20,7 +20,7 @@ from typing import Any
 
 from ..names import case_names, modality_name, unknown_names
 from ..schema import read_json
-from .folders import PoolError, stem
+from .folders import PoolError, paths_of, stem
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +90,6 @@ def read_dataset(dataset_dir: str, entry: Mapping[str, Any], source: str) -> lis
     if not items:
         raise PoolError(f"folder {folder} holds no case in the layout {_layout(entry)}")
     return items
-
-
-def paths_of(value: Any) -> list[str]:
-    """The files of an item's ``image`` or ``label``: one, one per channel, or one per structure."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _msd_pairs(folder: str) -> list[tuple[str, str, str]]:

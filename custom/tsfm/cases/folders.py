@@ -38,6 +38,13 @@ def stem(path: str | os.PathLike) -> str:
     return name[: len(name) - len(ending)]
 
 
+def paths_of(value: Any) -> list[Any]:
+    """The paths of an item's ``image`` or ``label``: one, one per channel, or one per structure."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 class PoolError(ValueError):
     """A pool file or a data set folder that cannot be used, with everything that is wrong at once."""
 
@@ -165,4 +172,4 @@ def _case_names(items: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _first(image: Any) -> str:
-    return os.path.abspath(os.fspath(image[0] if isinstance(image, (list, tuple)) else image))
+    return os.path.abspath(os.fspath(paths_of(image)[0]))

@@ -18,8 +18,8 @@ import numpy as np
 from ..labels import LabelError, LabelTable
 from ..names import case_names, modality_name, unknown_names
 from ..schema import check, nearest, read_json
-from .dataset_folder import check_entry, paths_of, read_dataset
-from .folders import PoolError, stem
+from .dataset_folder import check_entry, read_dataset
+from .folders import PoolError, paths_of, stem
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
-from ..cases.folders import stem
 from ..cases.grids import spacing_of, upright_share
-from ..inference.prediction import CaseEvaluator
+from ..inference.prediction import CaseEvaluator, case_name
 from ..labels import LabelTable, as_table
 from .label_maps import load_map, load_truth, match_predictions
 from .score_files import ScoreWriter
@@ -69,7 +68,7 @@ class CaseScores:
     def _score(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             prediction = output[self.pred_key]
-            name = _case_name(item, prediction)
+            name = case_name(item, prediction)
             try:
                 self._writer.add(self._score_one(item, prediction, name))
             except (ValueError, OSError) as error:
@@ -152,8 +151,3 @@ def _voxel(affine: np.ndarray) -> dict[str, Any]:
 def failure_text(failed: Sequence[Mapping[str, str]]) -> str:
     """One message that names every case that could not be scored."""
     return f"{len(failed)} case(s) could not be scored: " + "; ".join(f"{f['case']}: {f['error']}" for f in failed)
-
-
-def _case_name(item: Mapping[str, Any], prediction: Any) -> str:
-    source = prediction.meta.get("filename_or_obj") if isinstance(prediction, MetaTensor) else None
-    return str(item.get("case") or (stem(source) if source else "case"))

@@ -29,8 +29,6 @@ from ..labels import LabelTable
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-
 
 class FailedCases(RuntimeError):
     """Some cases of a run failed; the others are done. The message lists them."""
@@ -142,6 +140,17 @@ def _case_of(batchdata: Mapping[str, Any], number: int) -> str:
     return stem(names[0] if isinstance(names, (list, tuple)) else names) if names else f"case {number}"
 
 
+def case_name(item: Mapping[str, Any], image: torch.Tensor) -> str:
+    """Name of one case (no batch): what the item says, else that of the image's file."""
+    source = _source(image)
+    return str(item.get("case") or (stem(source) if source else "case"))
+
+
+def _source(image: torch.Tensor) -> str:
+    """The file that an image, or what was made of it, was read from; empty where it was none."""
+    return str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else ""
+
+
 def root_cause(error: BaseException) -> str:
     """The message of an exception, without the RuntimeError that MONAI wraps around a transform's own."""
     error = first_cause(error)
@@ -193,9 +202,7 @@ class SaveLabelMapd(SaveImaged):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
-            source = str(item[key].meta.get("filename_or_obj", "")) if isinstance(item[key], MetaTensor) else ""
-            case = item.get("case") or (stem(source) if source else "prediction")
-            path = output_path(self.output_dir, case)
+            path = output_path(self.output_dir, case_name(item, item[key]))
             if path.exists() and not self.overwrite:
                 raise FileExistsError(f"{path} is already there; remove it, or allow to overwrite it")
             write_label_map(item[key], path)
@@ -209,7 +216,7 @@ def write_label_map(label_map: torch.Tensor, path: str | os.PathLike) -> None:
     """
     array = np.asarray(label_map.detach().cpu())[0]
     affine = np.asarray(label_map.affine, float) if isinstance(label_map, MetaTensor) else np.eye(4)
-    source = str(label_map.meta.get("filename_or_obj", "")) if isinstance(label_map, MetaTensor) else ""
+    source = _source(label_map)
     header = nib.load(source).header.copy() if source.lower().endswith(NIFTI) else None
     if header is not None:
         header.set_data_shape(array.shape)
