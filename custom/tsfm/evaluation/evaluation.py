@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 class CaseScores:
     """Handler for evaluate.json: scores every label map against its truth and writes the files of `ScoreWriter`.
 
-    Needs, per decollated item, the prediction ``output[pred_key]`` (1, X, Y, Z) on the image's own grid (after
-    ``Invertd``) and ``batch[label_key]``: the label file (a path, or one path per structure), which is read here and
+    Needs, per decollated item, the prediction ``output["pred"]`` (1, X, Y, Z) on the image's own grid (after
+    ``Invertd``) and ``batch["label"]``: the label file (a path, or one path per structure), which is read here and
     compared with the prediction's affine; or raw ids as a tensor on that grid.
 
     Args:
@@ -44,14 +44,11 @@ class CaseScores:
         self,
         output_dir: str,
         table: LabelTable | Mapping | str,
-        pred_key: str = "pred",
-        label_key: str = "label",
         dataset: str | None = None,
         tolerances_mm: Mapping[str, float] | float | None = None,
         targets: Sequence[str] | str | None = None,
     ) -> None:
         self.output_dir, self.table, self.dataset = output_dir, as_table(table), dataset
-        self.pred_key, self.label_key = pred_key, label_key
         self.tolerances_mm = tolerances_mm
         self.targets = (targets,) if isinstance(targets, str) else targets
         self.summary: dict[str, Any] = {}
@@ -67,7 +64,7 @@ class CaseScores:
 
     def _score(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            prediction = output[self.pred_key]
+            prediction = output["pred"]
             name = case_name(item, prediction)
             try:
                 self._writer.add(self._score_one(item, prediction, name))
@@ -80,7 +77,7 @@ class CaseScores:
         dataset = item.get("dataset") or self.dataset or only_dataset(self.table)
         affine = np.asarray(prediction.affine) if isinstance(prediction, MetaTensor) else np.eye(4)
         array = np.asarray(prediction.cpu())[0]
-        truth, _ = load_truth(item[self.label_key], self.table, dataset, (array, affine, name))
+        truth, _ = load_truth(item["label"], self.table, dataset, (array, affine, name))
         settings = {"tolerances_mm": self.tolerances_mm, "case": name}
         rows = score_case(array, truth, self.table, dataset, **_voxel(affine), **settings)
         return [row for row in rows if self.targets is None or row["target"] in self.targets]

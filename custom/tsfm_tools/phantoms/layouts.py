@@ -101,14 +101,8 @@ def write_kits19(folder: str, cases: int = 2, size: Sequence[int] = (40, 56, 64)
 def write_abdomenct1k(folder: str, cases: int = 2, size: Sequence[int] = (40, 56, 64), seed: int = 0) -> list[str]:
     """AbdomenCT-1K as its archives unpack (1 liver, 2 kidney, 3 spleen, 4 pancreas)."""
     names = [f"Case_{i:05d}" for i in range(1, cases + 1)]
-    for index, name in enumerate(names):
-        body = draw_case("abdomenct1k", index, size, seed)
-        save_case(
-            body,
-            "abdomenct1k",
-            _path(folder, "AbdomenCT-1K-ImagePart1", f"{name}_0000.nii.gz"),
-            _path(folder, "Mask", f"{name}.nii.gz"),
-        )
+    files = [(f"AbdomenCT-1K-ImagePart1/{case}_0000.nii.gz", f"Mask/{case}.nii.gz") for case in names]
+    _write_cases("abdomenct1k", folder, files, size, seed)
     return names
 
 
@@ -123,15 +117,19 @@ _MSD = {  # folder, prefix, first number and its digits, names of the raw ids
 _TOTAL_FILES = {"portal_and_splenic_vein": "portal_vein_and_splenic_vein"}  # the one that is named otherwise on disk
 
 
+def _write_cases(name: str, root: str, files: Sequence[tuple[str, str]], size: Sequence[int], seed: int) -> None:
+    """Draw a data set's cases into (image, label) files below `root`."""
+    for index, paths in enumerate(files):
+        save_case(draw_case(name, index, size, seed), name, *(_path(root, path) for path in paths))
+
+
 def _write_msd(folder: str, name: str, cases: int, size: Sequence[int], seed: int) -> list[str]:
     task, pattern, first, ids = _MSD[name]
     names = [pattern.format(first + i) for i in range(cases)]
-    for index, case in enumerate(names):
-        body = draw_case(name, index, size, seed)
-        paths = [_path(folder, task, kind, f"{case}.nii.gz") for kind in ("imagesTr", "labelsTr")]
-        save_case(body, name, *paths)
+    files = [(f"imagesTr/{case}.nii.gz", f"labelsTr/{case}.nii.gz") for case in names]
+    _write_cases(name, os.path.join(folder, task), files, size, seed)
     os.makedirs(os.path.join(folder, task, "imagesTs"), exist_ok=True)
-    training = [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in names]
+    training = [{"image": f"./{image}", "label": f"./{label}"} for image, label in files]
     _write_json(
         _path(folder, task, "dataset.json"),
         _dataset_json(task.split("_")[1], {"0": "CT"}, ids, training) | {"test": [], "numTest": 0},
@@ -143,9 +141,7 @@ def _write_kits(folder: str, name: str, cases: int, size: Sequence[int], seed: i
     root = os.path.join(folder, "kits21", "kits21", "data") if name == "kits21" else folder
     label = "aggregated_MAJ_seg.nii.gz" if name == "kits21" else "segmentation.nii.gz"
     names = [f"case_{i:05d}" for i in range(cases)]
-    for index, case in enumerate(names):
-        body = draw_case(name, index, size, seed)
-        save_case(body, name, _path(root, case, "imaging.nii.gz"), _path(root, case, label))
+    _write_cases(name, root, [(f"{case}/imaging.nii.gz", f"{case}/{label}") for case in names], size, seed)
     return names
 
 
@@ -168,9 +164,7 @@ def _write_amos(folder: str, name: str, cases: int, size: Sequence[int], seed: i
 def _write_btcv(folder: str, name: str, cases: int, size: Sequence[int], seed: int) -> list[str]:
     root = os.path.join(folder, "BTCV", "RawData", "Training")
     names = [f"{i:04d}" for i in [*range(1, 11), *range(21, 41), *range(41, 1000)][:cases]]
-    for index, case in enumerate(names):
-        body = draw_case(name, index, size, seed)
-        save_case(body, name, _path(root, "img", f"img{case}.nii.gz"), _path(root, "label", f"label{case}.nii.gz"))
+    _write_cases(name, root, [(f"img/img{case}.nii.gz", f"label/label{case}.nii.gz") for case in names], size, seed)
     return names
 
 

@@ -138,7 +138,7 @@ def _vessels(c: Canvas) -> None:
         c.paint(where, depth, c.tissue(tissue), organ=organ)
 
 
-def _bowel(c: Canvas, cavity: np.ndarray, over_dome: np.ndarray) -> None:
+def _bowel(c: Canvas, cavity: np.ndarray) -> None:
     """Loops of small bowel in the belly's fat, and the colon's frame with stool and gas."""
     where = c.box((40, -115, -130), (165, 30, 130))
     s, p, lat = (g[where] for g in c.grid)
@@ -299,7 +299,7 @@ def draw_torso(
     over_dome = _dome(c)
     _chest(c, cavity, over_dome)
     _skeleton(c, cavity)
-    _bowel(c, cavity, over_dome)
+    _bowel(c, cavity)
     _abdomen(c, cavity, over_dome)
     _vessels(c)
     for kind in lesions:

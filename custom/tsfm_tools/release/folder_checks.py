@@ -5,10 +5,12 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tsfm.labels import LABEL_MAP
+from tsfm.schema import read_json
 from tsfm.training.checkpoint import read_state, table_of
 
 from .release import LARGE_FILE_BYTES, list_files
@@ -60,8 +62,7 @@ def config_path(bundle: str, file: str) -> str:
 
 
 def metadata_of(bundle: str) -> dict[str, Any]:
-    with open(config_path(bundle, "metadata.json"), encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(config_path(bundle, "metadata.json"))
 
 
 def _name(bundle: str) -> str:
@@ -69,18 +70,11 @@ def _name(bundle: str) -> str:
     return os.path.basename(bundle)
 
 
-def _files(bundle: str) -> str:
-    missing = [file for file in REQUIRED if not os.path.isfile(os.path.join(bundle, file))]
+def _files(bundle: str, files: Sequence[str] = REQUIRED) -> str:
+    missing = [file for file in files if not os.path.isfile(os.path.join(bundle, file))]
     need(not missing, f"missing {missing}")
-    if not has_weights(bundle):
-        return f"{len(REQUIRED)} files; no models/model.pt: a source bundle"
-    return f"{len(REQUIRED)} files and models/model.pt"
-
-
-def _preferred(bundle: str) -> str:
-    missing = [file for file in PREFERRED if not os.path.isfile(os.path.join(bundle, file))]
-    need(not missing, f"missing {missing}")
-    return f"{len(PREFERRED)} files"
+    weights = " and models/model.pt" if has_weights(bundle) else "; no models/model.pt: a source bundle"
+    return f"{len(files)} files" + weights * (files is REQUIRED)
 
 
 def _clean(bundle: str) -> str:
@@ -111,13 +105,15 @@ def _holds(path: str, text: str | None) -> bool:
     return False
 
 
+def _text(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
 def _large_files(bundle: str) -> str:
     large = [f for f in list_files(bundle) if os.path.getsize(os.path.join(bundle, f)) > LARGE_FILE_BYTES]
     listing = os.path.join(bundle, "large_files.yml")
-    named = ""
-    if os.path.isfile(listing):
-        with open(listing, encoding="utf-8") as file:
-            named = file.read()
+    named = _text(listing) if os.path.isfile(listing) else ""
     missing = [file for file in large if file not in named]
     need(not missing, f"over 25 MB and not in large_files.yml: {missing}")
     return f"{len(large)} files over 25 MB"
@@ -127,8 +123,7 @@ def _json_style(bundle: str) -> str:
     wrong = []
     files = sorted(glob.glob(os.path.join(bundle, "configs", "*.json")))
     for path in files:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        text = _text(path)
         content = json.loads(text)
         if text.rstrip("\n") not in (json.dumps(content, indent=4), json.dumps(content, indent=4, ensure_ascii=False)):
             wrong.append(os.path.basename(path))
@@ -160,15 +155,13 @@ def _versions(bundle: str) -> str:
 
 
 def _license(bundle: str) -> str:
-    with open(os.path.join(bundle, "LICENSE"), encoding="utf-8") as file:
-        text = file.read()
+    text = _text(os.path.join(bundle, "LICENSE"))
     need("Apache License" in text and "Version 2.0" in text, "LICENSE is not the Apache License 2.0")
     return "Apache-2.0"
 
 
 def _data_license(bundle: str) -> str:
-    with open(os.path.join(bundle, "docs", "data_license.txt"), encoding="utf-8") as file:
-        text = file.read().lower()
+    text = _text(os.path.join(bundle, "docs", "data_license.txt")).lower()
     need(text.strip(), "docs/data_license.txt is empty")
     pool = config_path(bundle, "pool.json")
     names = []
@@ -176,16 +169,15 @@ def _data_license(bundle: str) -> str:
         trained_on = read_state(os.path.join(bundle, "models", "model.pt"))[1].get("trained_on", [])
         names = [name for name in trained_on if name != LABEL_MAP]  # label maps from a server name no data set
     elif os.path.isfile(pool):
-        with open(pool, encoding="utf-8") as file:
-            names = [entry["name"] for entry in json.load(file)["datasets"]]
+        names = [entry["name"] for entry in read_json(pool)["datasets"]]
     missing = [name for name in names if name.lower() not in text]
     need(not missing, f"docs/data_license.txt does not name the data sets {missing} (release: --data_license)")
     return f"{len(names)} data sets named"
 
 
 def _readme(bundle: str) -> str:
-    with open(os.path.join(bundle, "docs", "README.md"), encoding="utf-8") as file:
-        headings = [line.lstrip("#").strip(" *:\n").lower() for line in file if line.startswith("#")]
+    lines = _text(os.path.join(bundle, "docs", "README.md")).splitlines()
+    headings = [line.lstrip("#").strip(" *:").lower() for line in lines if line.startswith("#")]
     missing = [heading for heading in README_HEADINGS if heading.lower() not in headings]
     need(not missing, f"docs/README.md has no heading {missing}")
     return f"{len(README_HEADINGS)} headings of the zoo's template"
@@ -207,7 +199,7 @@ def _channel_def(bundle: str) -> str:
 FOLDER_CHECKS: dict[str, Callable[[str], str]] = {
     "bundle name": _name,
     "required files": _files,
-    "preferred files": _preferred,
+    "preferred files": partial(_files, files=PREFERRED),
     "self-contained and clean": _clean,
     "large files": _large_files,
     "JSON style": _json_style,

@@ -58,7 +58,8 @@ def check_weights(bundle: str) -> dict[str, int]:
     Raises:
         ReleaseError: tensors that are missing, superfluous, of another shape, or differ between the two files.
     """
-    network = _declared_network(bundle)
+    with torch.device("meta"):  # no memory, whatever its size
+        network = built(bundle, "inference.json", "network_def")
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items() if key != EXTRA_STATE}
     first, _ = read_state(os.path.join(bundle, "models", "model.pt"))
     for file in ("model.pt", "model.safetensors"):
@@ -75,12 +76,11 @@ def check_weights(bundle: str) -> dict[str, int]:
     return {"tensors": len(expected), "parameters": sum(value.numel() for value in first.values())}
 
 
-def _declared_network(bundle: str) -> torch.nn.Module:
-    """What ``network_def`` of inference.json builds, on the meta device: no memory, whatever its size."""
+def built(bundle: str, file: str, name: str) -> Any:
+    """What the entry `name` of a bundle's config file builds."""
     from monai.bundle import ConfigParser
 
     parser = ConfigParser()
-    parser.read_config(os.path.join(bundle, "configs", "inference.json"))
+    parser.read_config(os.path.join(bundle, "configs", file))
     parser["bundle_root"] = bundle
-    with torch.device("meta"):
-        return parser.get_parsed_content("network_def")
+    return parser.get_parsed_content(name)

@@ -18,7 +18,7 @@ from tsfm.training.checkpoint import describe_network, load_weights, save_weight
 from ..phantoms.layouts import write_all_ten, write_pool
 from .export import TOLERANCE, relative_difference
 from .folder_checks import Failed, config_path, has_weights, metadata_of, need, need_weights
-from .rules import check_weights
+from .rules import built, check_weights
 
 TINY = (16, 24, 24)  # voxels of the phantoms that the workflows are given
 
@@ -30,13 +30,8 @@ TOY_NETWORK = {
 
 def _label_maps(bundle: str) -> str:
     """What a MONAI Label server hands back for training are label maps 1..N; train.json has to read them as such."""
-    from monai.bundle import ConfigParser
-
     need_weights(bundle)
-    parser = ConfigParser()
-    parser.read_config(config_path(bundle, "train.json"))
-    parser["bundle_root"] = bundle
-    table = parser.get_parsed_content("table")
+    table = built(bundle, "train.json", "table")
     values = np.arange(len(table.names) + 1)
     rows = {}
     for dataset in (table.bare_dataset, LABEL_MAP):
@@ -129,44 +124,39 @@ def _weights(bundle: str) -> str:
     return f"{found['tensors']} tensors, {found['parameters']:,} parameters, both files"
 
 
+def _inference(bundle: str) -> dict[str, str]:
+    """Arguments by which MONAI's commands know a bundle's inference."""
+    files = {"config_file": "inference.json", "meta_file": "metadata.json"}
+    return {"bundle_root": bundle, **{key: config_path(bundle, file) for key, file in files.items()}}
+
+
 def _shape(bundle: str) -> str:
     from monai.bundle import verify_net_in_out
 
     need_weights(bundle)
     inputs = metadata_of(bundle)["network_data_format"]["inputs"]["image"]
-    arguments = {
-        "config_file": config_path(bundle, "inference.json"),
-        "meta_file": config_path(bundle, "metadata.json"),
-    }
-    verify_net_in_out(net_id="network_def", device="cpu", bundle_root=bundle, **arguments)
+    verify_net_in_out(net_id="network_def", device="cpu", **_inference(bundle))
     return f"one forward pass of {inputs['num_channels']} x {inputs['spatial_shape']}"
 
 
 def _export(bundle: str) -> str:
-    from monai.bundle import ConfigParser, ckpt_export
+    from monai.bundle import ckpt_export
 
     need_weights(bundle)
     spec = metadata_of(bundle)["network_data_format"]["inputs"]["image"]
     shape = [1, spec["num_channels"], *spec["spatial_shape"]]
     weights = os.path.join(bundle, "models", "model.pt")
-    arguments = {
-        "config_file": config_path(bundle, "inference.json"),
-        "meta_file": config_path(bundle, "metadata.json"),
-    }
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.ts")
         way, remark = "scripted", ""
         try:
-            ckpt_export("network_def", filepath=path, ckpt_file=weights, bundle_root=bundle, **arguments)
+            ckpt_export("network_def", filepath=path, ckpt_file=weights, **_inference(bundle))
         except Exception:
             way, remark = "traced", "; the zoo scripts unless the bundle is in its exclude_verify_torchscript_list"
             extra = {"use_trace": True, "input_shape": shape}
-            ckpt_export("network_def", filepath=path, ckpt_file=weights, bundle_root=bundle, **arguments, **extra)
+            ckpt_export("network_def", filepath=path, ckpt_file=weights, **_inference(bundle), **extra)
         exported = torch.jit.load(path).eval()
-    parser = ConfigParser()
-    parser.read_config(arguments["config_file"])
-    parser["bundle_root"] = bundle
-    network = parser.get_parsed_content("network_def").eval()
+    network = built(bundle, "inference.json", "network_def").eval()
     load_weights(network, weights)
     with torch.no_grad():
         difference = relative_difference(network, exported, tuple(shape))
