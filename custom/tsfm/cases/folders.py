@@ -164,12 +164,8 @@ def _from_datalist(path: str) -> list[dict[str, Any]]:
 def _case_names(items: Sequence[dict[str, Any]]) -> list[str]:
     """A file name for each item: its own, with its folders where that is not unique, numbered where even that is not."""
     roots = [item.pop("root", None) for item in items]
-    firsts = [_first(item["image"]) for item in items]
+    firsts = [os.path.abspath(os.fspath(paths_of(item["image"])[0])) for item in items]
     names = [str(item.get("case") or stem(path)) for item, path in zip(items, firsts, strict=True)]
     names = [name.replace("/", "_").replace(os.sep, "_") for name in names]
     parents = [root or os.path.dirname(os.path.dirname(path)) or "." for root, path in zip(roots, firsts, strict=True)]
     return case_names(names, [os.path.relpath(path, parent) for path, parent in zip(firsts, parents, strict=True)])
-
-
-def _first(image: Any) -> str:
-    return os.path.abspath(os.fspath(paths_of(image)[0]))

@@ -20,7 +20,7 @@ from monai.data import Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.transforms import SaveImaged
 
-from ..cases.folders import NIFTI, OUTPUT_SUFFIX, _first, output_path, stem
+from ..cases.folders import NIFTI, OUTPUT_SUFFIX, output_path, paths_of, stem
 from ..cases.grids import is_upright
 from ..cases.nifti import unit_mm
 from ..errors import first_cause
@@ -45,7 +45,7 @@ class CaseDataset(Dataset):
         try:
             return super()._transform(index)
         except Exception as error:
-            case = item.get("case") or stem(_first(item["image"]))
+            case = item.get("case") or stem(paths_of(item["image"])[0])
             logger.debug("case %s", case, exc_info=True)
             return {"case": case, "error": root_cause(error)}
 

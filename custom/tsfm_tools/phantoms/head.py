@@ -17,15 +17,8 @@ def draw_head(
     Images and map are (S, P, L); outside of the brain the images are exactly 0.
     """
     low = [-n * d / 2 for n, d in zip(shape, spacing_mm, strict=True)]
-    c = Canvas(
-        tuple(shape),
-        tuple(spacing_mm),
-        tuple(low),
-        rng,
-        scale=float(rng.uniform(0.95, 1.05)),
-        deform_mm=5,
-        modality="MR",
-    )
+    scale = float(rng.uniform(0.95, 1.05))
+    c = Canvas(tuple(shape), tuple(spacing_mm), tuple(low), rng, scale=scale, deform_mm=5, modality="MR")
     s, p, lat = c.grid
     brain = (1 - np.sqrt((s / 66) ** 2 + (p / 84) ** 2 + (lat / 66) ** 2)) * 66
     folds = c.noise(15)

@@ -205,17 +205,10 @@ _WRITERS = {
 
 
 def _dataset_json(name: str, modality: dict[str, str], ids: Sequence[str], training: list) -> dict:
-    return {
-        "name": name,
-        "description": "phantoms made by tsfm_tools.phantoms.layouts; no patient data",
-        "licence": "Apache-2.0",
-        "release": "1.0",
-        "tensorImageSize": "3D",
-        "modality": modality,
-        "labels": {str(i): label for i, label in enumerate(ids)},
-        "numTraining": len(training),
-        "training": training,
-    }
+    about = {"name": name, "description": "phantoms made by tsfm_tools.phantoms.layouts; no patient data"}
+    about |= {"licence": "Apache-2.0", "release": "1.0", "tensorImageSize": "3D", "modality": modality}
+    labels = {str(i): label for i, label in enumerate(ids)}
+    return {**about, "labels": labels, "numTraining": len(training), "training": training}
 
 
 def _write_json(path: str, content: dict) -> None:

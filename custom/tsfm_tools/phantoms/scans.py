@@ -124,14 +124,9 @@ def save_case(body: Body, name: str, image: str, label: str | None = None) -> No
 
 
 def save(
-    array_SPL: np.ndarray,
-    spacing_mm: Sequence[float],
-    axes: str,
-    path: str,
-    slope: float = 1.0,
-    intercept: float = 0.0,
-    tilt_degrees: float = 0.0,
-) -> None:
+    array_SPL: np.ndarray, spacing_mm: Sequence[float], axes: str, path: str, slope: float = 1.0,
+    intercept: float = 0.0, tilt_degrees: float = 0.0,
+) -> None:  # fmt: skip
     """Store an (S, P, L) array with the given array axes; int16 (uint8 for labels), origin at its center."""
     affine = np.zeros((4, 4))
     affine[2, 0], affine[1, 1], affine[0, 2] = spacing_mm[0], -spacing_mm[1], -spacing_mm[2]

@@ -123,16 +123,12 @@ def _vessels(c: Canvas) -> None:
     for sign in (-1, 1):
         where, depth = c.tube([(82, 34, 2), (15, 0, sign * 55)], (8, 7))
         c.paint(where, depth, c.tissue("artery"))
+    portal = [(214, 2, -48), (190, 8, -14), (194, 2, 24), (214, 34, 88)]
     for organ, tissue, points, radii in (
         ("esophagus", "esophagus", [(425, 34, 6), (300, 36, 6), (262, 26, 14), (240, 8, 28)], (9, 9, 9, 9)),
         ("aorta", "artery", [(345, 40, 22), (250, 36, 16), (82, 34, 4)], (12.5, 12, 9)),
         ("inferior_vena_cava", "vein", [(80, 34, -18), (190, 30, -22), (258, 12, -28)], (11, 12, 12)),
-        (
-            "portal_and_splenic_vein",
-            "vein",
-            [(214, 2, -48), (190, 8, -14), (194, 2, 24), (214, 34, 88)],
-            (8, 8, 6.5, 5.5),
-        ),
+        ("portal_and_splenic_vein", "vein", portal, (8, 8, 6.5, 5.5)),
     ):
         where, depth = c.tube([c.jitter(point, 2.5) for point in points], radii)
         c.paint(where, depth, c.tissue(tissue), organ=organ)
@@ -149,15 +145,9 @@ def _bowel(c: Canvas, cavity: np.ndarray) -> None:
     c.paint(where, np.minimum(folds - 8, inside), c.tissue("fluid") + 15 * c.noise(20)[where])
     stool = c.noise(14)
     frame = [
-        (62, 20, -108),
-        (160, 28, -108),
-        (172, -48, -90),
-        (150, -72, 0),
-        (178, -45, 92),
-        (192, 35, 112),
-        (62, 30, 112),
-        (30, 25, 70),
-    ]
+        (62, 20, -108), (160, 28, -108), (172, -48, -90), (150, -72, 0),
+        (178, -45, 92), (192, 35, 112), (62, 30, 112), (30, 25, 70),
+    ]  # fmt: skip
     radii = (20, 18, 16, 16, 16, 14, 14, 14)
     where, depth = c.tube([c.jitter(point, 4) for point in frame], radii)
     depth = np.minimum(depth + 2.5 * c.noise(18)[where], cavity[where] - 2)
@@ -261,13 +251,11 @@ def _lesion(c: Canvas, kind: str, hosts: Sequence[str], radius_mm: tuple[float, 
         c.paint(where, depth - 0.45 * float(radii.min()), core)
 
 
+LARGE_LOBES = ("upper_lobe_left", "lower_lobe_left", "upper_lobe_right", "lower_lobe_right")
+
 LESIONS = {  # hosts, radius (mm), may it grow out of its host
     "liver_tumor": (("liver",), (13, 28), False),
-    "lung_tumor": (
-        ("lung_upper_lobe_left", "lung_lower_lobe_left", "lung_upper_lobe_right", "lung_lower_lobe_right"),
-        (9, 18),
-        False,
-    ),
+    "lung_tumor": (tuple(f"lung_{lobe}" for lobe in LARGE_LOBES), (9, 18), False),
     "pancreas_tumor": (("pancreas",), (10, 16), True),
     "colon_tumor": (("colon",), (12, 19), True),
     "kidney_tumor": (("kidney_left", "kidney_right"), (12, 26), True),
