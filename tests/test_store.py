@@ -211,7 +211,7 @@ def test_an_interrupt_ends_the_run_and_its_workers(tmp_path):
         textwrap.dedent("""
         import sys, time
         from pathlib import Path
-        from tsfm.parallel import run_all
+        from tsfm.preparation.parallel import run_all
 
         def wait(folder, n):
             (Path(folder) / f"started{n}").touch()
