@@ -167,7 +167,7 @@ def first_process_first() -> Iterator[None]:
 def rank() -> int:
     """Of this process under torchrun; 0 without."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.getrank() if distributed else 0
+    return torch.distributed.get_rank() if distributed else 0
 
 
 def pool_fingerprint(pool: DatasetPool, store_dir: str) -> Fingerprint:
