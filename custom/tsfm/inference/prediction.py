@@ -34,6 +34,20 @@ class FailedCases(RuntimeError):
     """Some cases of a run failed; the others are done. The message lists them."""
 
 
+def chosen_targets(choice: str | Sequence[str], trained: Sequence[str]) -> Sequence[str]:
+    """Names of the targets to paint: `choice` (a name or several), or all `trained` ones where "all" is among it.
+
+    3D Slicer shows a list of names and sends one or several of them back.
+    """
+    names = [choice] if isinstance(choice, str) else list(choice)
+    return trained if "all" in names else names
+
+
+def chosen_modality(choice: str | Sequence[str]) -> str | None:
+    """The modality to normalize as, or None for each image's own: a list is what 3D Slicer shows to choose from."""
+    return choice if isinstance(choice, str) else None
+
+
 class CaseDataset(Dataset):
     """MONAI's Dataset, but a case whose transforms fail gives ``{"case", "error"}`` in place of an exception.
 
