@@ -95,7 +95,7 @@ def check_options(arguments: Sequence[str]) -> None:
     contents = {path: read_json(path) for path in paths}
     wrong = [path for path, content in contents.items() if not isinstance(content, dict)]
     if wrong:
-        raise OptionError(f'{wrong[0]} holds no object of ids, like {{"epochs": 10}}')
+        raise OptionError(f'{wrong[0]} holds no object of ids, expected one like {{"epochs": 10}}')
     known = _known_ids(contents, arguments)
     for path, content in list(contents.items())[1:]:
         listed = "; ".join(_unknown([key for key in content if not key.startswith("_")], known, contents, ""))
