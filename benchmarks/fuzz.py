@@ -19,6 +19,7 @@ input and gives ("kind of damage: detail", path), and `judge(path, prepared)`, w
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import resource
@@ -38,6 +39,10 @@ PARTS = {"NIfTI": fuzz_nifti, "JSON": fuzz_json, "weights": fuzz_weights}
 OUTCOMES = ("refused", "right", "silent", "hanging", "unhelpful")
 SECONDS = 20
 MEMORY_BYTES = 2**30  # beyond what the imports take
+IMPORTS = (
+    "SimpleITK", "jsonschema", "scipy.ndimage", "monai.data", "tsfm.cases.cases", "tsfm.planning.own_data", "tsfm.options",
+    "tsfm.training.run_state",
+)  # fmt: skip
 ADVICE = (
     "download", "correct", "convert", "rename", "check", "repair", "give", "leave out", "replace", "save", "put",
     "resample", "install", "name", "set", "expected", "did you mean", "known:",
@@ -140,9 +145,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="inputs per part, in place of the usual number")
     parser.add_argument("--show", type=int, default=5, help="examples of each outcome that is not wanted, per part")
     options = parser.parse_args()
-    import SimpleITK  # noqa: F401  (imported before the fork: neither their time nor their memory counts)
-    import torch  # noqa: F401
-    import tsfm.cases  # noqa: F401
+    for module in IMPORTS:  # before the fork: neither their time nor their memory counts
+        importlib.import_module(module)
 
     start, results = time.perf_counter(), []
     for name in options.parts:

@@ -35,7 +35,11 @@ DATASET_JSON = {
 }
 DATALIST = {"testing": [{"image": "img/c0.nii.gz", "modality": "MR", "case": "first"}, {"image": "img/c1.nii.gz"}]}
 SPLITS = {"own": [{"train": ["c0", "c1"], "val": ["c2"]}]}
-OVERLAY = {"epochs": 3, "amp": False, "learning_rate": 0.1, "patch_size": [16, 16, 16], "mirror_axes": "SP", "num_workers": 0, "val_interval": 2, "checkpointing": False}  # fmt: skip
+OVERLAY = {
+    "epochs": 3, "amp": False, "amp_dtype": "float16", "learning_rate": 0.1, "patch_size": [16, 16, 16], "spacing_mm": [1, 1, 1],
+    "mirror_axes": "SP", "batch_size": 2, "num_workers": 0, "val_interval": 2, "save_interval": 2, "checkpointing": False,
+    "fold": 0,
+}  # fmt: skip
 FREE_KEYS = {"liver", "tumor", "own", "default", "c3", "0", "1", "2", "3"}  # names of the user's own
 
 

@@ -150,6 +150,17 @@ def test_keys_of_others_in_a_dataset_json_are_left_alone(tmp_path):
     assert [item["case"] for item in dataset_pool(str(tmp_path)).cases] == ["a"]
 
 
+@pytest.mark.parametrize(("written", "meant"), [("CT", "CT"), ({"0": "MRI"}, "MR"), (["ct"], "CT"), ("T2w", "MR")])
+def test_a_modality_may_be_a_text_a_list_or_an_object(tmp_path, written, meant):
+    touch(tmp_path, "a.nii.gz", "b.nii.gz")
+    training = [{"image": "./a.nii.gz", "label": "./b.nii.gz"}]
+    write(
+        tmp_path / "dataset.json",
+        {"modality": written, "labels": {"0": "background", "1": "liver"}, "training": training},
+    )
+    assert [item["modality"] for item in dataset_pool(str(tmp_path)).cases] == [meant]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
