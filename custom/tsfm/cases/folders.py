@@ -70,7 +70,9 @@ def find_images(
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
     items = [item for one in sources for item in _items(one)]
     if not items:
-        raise FileNotFoundError(f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders")
+        raise FileNotFoundError(
+            f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders; check that it is what you meant"
+        )
     for item, name in zip(items, _case_names(items), strict=True):
         item["case"] = name
     if output_dir is not None:
