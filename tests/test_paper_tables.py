@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, TINY
+from tsfm.network.networks import STUNet
 from tsfm.network.prompted import SAMMed3D
 from tsfm.options import OptionError
 from tsfm.schema import FileError, read_json
@@ -210,6 +212,7 @@ def test_a_grid_that_contradicts_itself_is_refused(change, message):
 
 SHORT = {"iterations_per_epoch": 2, "val_iterations": 1, "num_workers": 0, "device": "cpu", "checkpointing": False}
 TINY_ROWS = {
+    "tsfm": {key: value for key, value in TINY.items() if key.startswith(("network_def#", "patch_size", "spacing_mm"))},
     "nnunet": {"patch_size": [16, 32, 32], "spacing_mm": [8.0] * 3, "network_def#features": [4, 8, 8, 8], "batch_size": 2},
     "swinunetr": {"patch_size": [32, 32, 64], "spacing_mm": [10.0] * 3, "network_def#feature_size": 12, "batch_size": 2},
     "nnunet_pool": {"patch_size": [16, 32, 32], "spacing_mm": [8.0] * 3, "network_def#features": [4, 8, 8, 8]},
@@ -218,14 +221,15 @@ TINY_ROWS = {
 }  # fmt: skip
 
 
-def tiny_grid(name, folder, rows=None):
-    """The grid file with one epoch per run, tiny networks, and of the rows those named."""
+def tiny_grid(name, folder, rows=None, datasets=None):
+    """The grid file with few epochs per run, tiny networks, and of the rows those named, on `datasets`."""
     grid = content(name)
     grid["rows"] = [row for row in grid["rows"] if rows is None or row["id"] in rows]
     lengths = {epochs: number for number, epochs in enumerate((10, 20, 50, 100, 1000), 1)}
     for column in grid["columns"]:
         column |= {"epochs": [lengths[epochs] for epochs in column["epochs"]]} if "epochs" in column else {}
     for row in [*grid["rows"], *(entry["row"] for entry in grid["weights"].values() if "row" in entry)]:
+        row["datasets"] = datasets or row["datasets"]
         if "epochs" in row:
             row["epochs"] = (
                 [lengths[epochs] for epochs in row["epochs"]] if name == "table2" else [1] * len(row["epochs"])
@@ -245,18 +249,17 @@ def small_sam(folder):
 def test_rows_run_for_real(phantom_pool, tmp_path):
     pytest.importorskip("dynamic_network_architectures")
     pytest.importorskip("medim")
-    grid = tiny_grid("table1", tmp_path, ("nnunet", "sam_med3d"))
+    grid = tiny_grid("table1", tmp_path, ("nnunet", "sam_med3d"), ["msd_liver"])
     text = run("table1", phantom_pool, tmp_path / "out", grid=grid, weights=small_sam(tmp_path), **SHORT)
     table = cells(text)
+    assert "Not run" not in text and table["nnU-Net"][4] == "-"
     assert 0 <= float(table["nnU-Net"][0]) <= 1 and table["nnU-Net"][1] == "0.9621"
     assert 0 <= float(table["SAM-Med3D (prompted with ground-truth clicks)"][2]) <= 1
 
 
 @pytest.mark.skipif(os.environ.get("TSFM_DOCS") != "all", reason="minutes: part of make test-docs")
 @pytest.mark.parametrize("name", TABLES)
-def test_every_row_of_every_table_runs_on_phantoms(name, tmp_path, tiny):
-    from tsfm.network.networks import STUNet
-
+def test_every_row_of_every_table_runs_on_phantoms(name, tmp_path):
     data = tmp_path / "data"
     phantoms.write_all_ten(str(data), 5, (32, 48, 48))
     phantoms.write_brats2020(str(data / "MICCAI_BraTS2020_TrainingData"), 5)
@@ -264,8 +267,6 @@ def test_every_row_of_every_table_runs_on_phantoms(name, tmp_path, tiny):
     phantoms.write_abdomenct1k(str(data / "AbdomenCT-1K"), 5)
     weights = small_sam(tmp_path) if name == "table1" else {}
     if name == "table2":
-        import torch
-
         network = STUNet(1, 105, features=[4, 8, 8, 8, 8, 8], depths_down=[1] * 6)
         state = {
             key.removeprefix("net."): value for key, value in network.state_dict().items() if key.startswith("net.")
