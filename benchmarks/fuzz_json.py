@@ -149,6 +149,13 @@ def another_type(value: Any, draw: random.Random) -> Any:
     return draw.choice([one for one in values if kind(one) != kind(value)])
 
 
+def another_value(value: Any) -> Any:
+    """A value of the same JSON type."""
+    if isinstance(value, bool):
+        return not value
+    return value + "_b" if isinstance(value, str) else type(value)() if isinstance(value, dict | list) else value + 1
+
+
 def mistype(word: str, draw: random.Random) -> str:
     """`word` with one letter dropped, doubled, swapped or replaced; never `word` itself."""
     while True:
@@ -180,7 +187,8 @@ def damage(content: Any, draw: random.Random) -> tuple[str, bytes]:
     if how == "repeat":
         place = draw.choice([place for place in everywhere if isinstance(place[-1], str)])
         whole = json.dumps({place[-1]: at(copy, place)})[1:-1]
-        return f"key twice: {place}", text.replace(whole, f"{whole}, {whole}", 1).encode()
+        other = json.dumps({place[-1]: another_value(at(copy, place))})[1:-1]
+        return f"key twice: {place}", text.replace(whole, f"{whole}, {other}", 1).encode()
     if how == "cut":
         return "cut", text[: draw.randrange(len(text))].encode()
     if how == "bytes":

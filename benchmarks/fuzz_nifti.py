@@ -43,7 +43,7 @@ def prepare(folder: Path) -> None:
 
 
 def mutate(rng: np.random.Generator, folder: Path, _whole: None) -> tuple[str, Path]:
-    kind = str(rng.choice(["field", "field", "header bits", "gzip bits", "voxel bits", "cut", "grown", "swapped", "content",
+    kind = str(rng.choice(["field", "field", "unit", "header bits", "gzip bits", "voxel bits", "cut", "grown", "swapped", "content",
                            "extension", "no file"]))  # fmt: skip
     packed = kind == "gzip bits" or bool(rng.integers(2))
     path = folder / ("damaged.nii.gz" if packed else "damaged.nii")
@@ -61,6 +61,12 @@ def mutate(rng: np.random.Generator, folder: Path, _whole: None) -> tuple[str, P
     elif kind in ("header bits", "voxel bits"):
         low, high = (0, 352) if kind == "header bits" else (352, len(plain))
         _flip(rng, plain, low, high)
+    elif kind == "unit":
+        code, scale = int(rng.choice([0, 1, 2, 3, 5])), float(rng.choice([0.001, 1, 1000]))
+        plain[123] = code | 8  # seconds beside it
+        for offset, count in ((80, 3), (268, 3), (280, 12)):  # voxel sizes and both forms
+            scaled = np.frombuffer(plain, "<f4", count, offset) * np.float32(scale)
+            plain[offset : offset + 4 * count] = scaled.tobytes()
     elif kind == "grown":
         plain += rng.bytes(int(rng.choice([1, 3, 500, 1000, 5000])))
     elif kind == "swapped":

@@ -82,7 +82,10 @@ def write_all_ten(
 
 
 def write_brats2020(folder: str, cases: int = 2, size: Sequence[int] = (40, 48, 40), seed: int = 0) -> list[str]:
-    """BraTS 2020's training folder: four co-registered, skull-stripped channels and the map with ids 1, 2 and 4."""
+    """BraTS 2020's training folder: four co-registered, skull-stripped channels and the map with ids 1, 2 and 4.
+
+    Beside the `cases` that are returned lies the one whose segmentation has another name, as the training set unpacks.
+    """
     names = [f"BraTS20_Training_{i:03d}" for i in range(1, cases + 1)]
     spacing = (155.0 / size[0], 190.0 / size[1], 150.0 / size[2])
     for index, name in enumerate(names):
@@ -90,6 +93,10 @@ def write_brats2020(folder: str, cases: int = 2, size: Sequence[int] = (40, 48, 
         for channel, image in images.items():
             save(image, spacing, "LPS", _path(folder, name, f"{name}_{channel}.nii.gz"))
         save(label, spacing, "LPS", _path(folder, name, f"{name}_seg.nii.gz"))
+    odd = "BraTS20_Training_355"
+    for channel, image in images.items():
+        save(image, spacing, "LPS", _path(folder, odd, f"{odd}_{channel}.nii.gz"))
+    save(label, spacing, "LPS", _path(folder, odd, "W39_1998.09.19_Segm.nii"))
     return names
 
 
