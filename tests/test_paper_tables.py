@@ -225,11 +225,12 @@ def tiny_grid(name, folder, rows=None, datasets=None):
     """The grid file with few epochs per run, tiny networks, and of the rows those named, on `datasets`."""
     grid = content(name)
     grid["rows"] = [row for row in grid["rows"] if rows is None or row["id"] in rows]
+    for row in grid["rows"]:
+        row["datasets"] = datasets or row["datasets"]
     lengths = {epochs: number for number, epochs in enumerate((10, 20, 50, 100, 1000), 1)}
     for column in grid["columns"]:
         column |= {"epochs": [lengths[epochs] for epochs in column["epochs"]]} if "epochs" in column else {}
     for row in [*grid["rows"], *(entry["row"] for entry in grid["weights"].values() if "row" in entry)]:
-        row["datasets"] = datasets or row["datasets"]
         if "epochs" in row:
             row["epochs"] = (
                 [lengths[epochs] for epochs in row["epochs"]] if name == "table2" else [1] * len(row["epochs"])
