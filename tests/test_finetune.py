@@ -394,8 +394,8 @@ def test_folders_that_hold_nothing_known_and_labels_that_are_not_named(pretraine
     ("damage", "message"),
     [
         ("label id", "holds the ids"),
-        ("label grid", "one grid"),
-        ("fractions", "whole numbers"),
+        ("label grid", "different grids"),
+        ("fractions", "no whole number"),
         ("truncated", "ends too early|cut short"),
         ("nan", "NaN"),
     ],

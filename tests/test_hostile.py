@@ -358,7 +358,7 @@ def test_signals_end_a_run_as_an_interrupt_does(tmp_path, name):
     )
     assert running.stdout.readline() == "ready\n"
     os.killpg(running.pid, number)
-    output, errors = running.communicate(timeout=30)
+    output, errors = running.communicate(timeout=240)  # importing torch takes long on a busy machine
     assert running.returncode in (128 + number, -number)  # Python itself ends by SIGINT
     assert "The same command goes on" in errors and "Traceback" not in errors and "cleaned up" in output
 

@@ -226,7 +226,7 @@ def test_an_interrupt_ends_the_run_and_its_workers(tmp_path):
     while len(list(tmp_path.glob("started*"))) < 2 and time.monotonic() < start + 300:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=120)
+    _, errors = running.communicate(timeout=240)
     assert running.returncode != 0 and "KeyboardInterrupt" in errors
     assert len(list(tmp_path.glob("started*"))) == 2
 
