@@ -73,7 +73,9 @@ def items(first=3, second=5):
 
 
 def augmentation():
-    return ConfigParser({"mirror_axes": "SPL", "transforms": json.loads(AUGMENTATION.read_text())}).get_parsed_content("transforms")
+    return ConfigParser({"mirror_axes": "SPL", "transforms": json.loads(AUGMENTATION.read_text())}).get_parsed_content(
+        "transforms"
+    )
 
 
 def whole(patch_size=(16, 16, 16), channels=1, **kwargs):
