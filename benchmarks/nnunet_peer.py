@@ -35,6 +35,7 @@ from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepo
 # nnU-Net looks a trainer up by importing all of them, some of which need torchvision.
 predict_from_raw_data.recursive_find_trainer_class_by_name = lambda name: nnUNetTrainer_1epoch
 CASES = 6
+HALF = torch.half
 MODELS = {
     "softmax": {
         "id": 4,
@@ -117,6 +118,10 @@ def edit_plans(path: Path, model: dict) -> dict:
 
 
 def train(dataset: str, model: dict, iterations: int) -> None:
+    """Nothing, where WORK has the model already."""
+    trained = [f"*/fold_{fold}/checkpoint_final.pth" for fold in model["folds"]]
+    if all(any((WORK / "results" / dataset).glob(pattern)) for pattern in trained):
+        return
     base = WORK / "preprocessed" / dataset
     extract_fingerprints([model["id"]], num_processes=1, check_dataset_integrity=False)
     plan_experiments([model["id"]])
@@ -132,7 +137,7 @@ def train(dataset: str, model: dict, iterations: int) -> None:
 
 
 def predict(name: str, dataset: str, model: dict, images: list[Path]) -> None:
-    """For every image: label map by nnU-Net with mirroring, and the logits of one patch and of the whole, without."""
+    """For every image: label maps by nnU-Net, as it is and with float32 sums; prepared image; logits of one patch."""
     folder = next((WORK / "results" / dataset).iterdir())
     out = WORK / "expected" / name
     out.mkdir(parents=True, exist_ok=True)
@@ -141,8 +146,10 @@ def predict(name: str, dataset: str, model: dict, images: list[Path]) -> None:
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
     for path in images:
         case = path.name.removesuffix(".nii.gz")
-        files = [[str(path)]]
-        predictor.predict_from_files_sequential(files, [str(out / case)], save_probabilities=False)
+        for ending, sums in (("", HALF), ("_float32", torch.float32)):
+            torch.half = sums  # what the predictor asks for, for its sums and nothing else
+            predictor.predict_from_files_sequential([[str(path)]], [str(out / (case + ending))])
+        torch.half = HALF
         data, _, _ = preprocessor.run_case(
             [str(path)], None, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
         )
