@@ -1,285 +1,81 @@
 """Damaged inputs by the thousand: each is refused by name with what to do, or read as the file itself says.
 
-    python benchmarks/fuzz.py [--parts nifti] [--seed 0] [--count 1000] [--show 5]
+    python benchmarks/fuzz.py [--seed 0] [--parts NIfTI JSON weights] [--count 100] [--show 5]
 
 One mutated input after the other goes through the package in a process of its own, with a limit on memory and time.
 What comes of it is one of
 
-* fine: refused with the file's name and an advice, or read exactly as an independent parser reads the bytes;
+* refused: an error of the package that names the file and says what to do;
+* right: read exactly as an independent parser reads the bytes, or as the file was before;
 * silent: read without error or warning although the bytes contradict themselves, or read as something else;
 * hanging: no answer within the time limit (the process is killed);
 * unhelpful: another exception than the package's own, or one without the file's name or without an advice.
 
-The table at the end counts them for each kind of damage; the exit status is 1 unless all are fine. The same seed gives
-the same inputs. A further part is one more entry in `PARTS`.
+The exit status is 1 unless all are refused or right. The same seed gives the same inputs. A part is a module with
+`COUNT`, `prepare(folder)`, which makes what all its inputs need, `mutate(rng, folder, prepared)`, which writes one damaged
+input and gives ("kind of damage: detail", path), and `judge(path, prepared)`, which gives (outcome, detail) or raises.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
+import importlib
 import multiprocessing
 import os
 import resource
 import sys
 import tempfile
-import warnings
+import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fuzz_json
+import fuzz_nifti
+import fuzz_weights
 import numpy as np
 
-CLASSES = ("fine", "silent", "hanging", "unhelpful")
+PARTS = {"NIfTI": fuzz_nifti, "JSON": fuzz_json, "weights": fuzz_weights}
+OUTCOMES = ("refused", "right", "silent", "hanging", "unhelpful")
 SECONDS = 20
-MEMORY_BYTES = 2**30
+MEMORY_BYTES = 2**30  # beyond what the imports take
+IMPORTS = (
+    "SimpleITK", "jsonschema", "scipy.ndimage", "monai.data", "tsfm.cases.cases", "tsfm.planning.own_data", "tsfm.options",
+    "tsfm.training.run_state",
+)  # fmt: skip
 ADVICE = (
     "download", "correct", "convert", "rename", "check", "repair", "give", "leave out", "replace", "save", "put",
-    "resample", "install", "name", "set", "expected",
+    "resample", "install", "name", "set", "expected", "did you mean", "known:",
 )  # fmt: skip
 
 
-class Part(NamedTuple):
-    """A kind of input. `prepare` makes what all its items need in a folder; `mutate(rng, folder)` writes one damaged
-    input and returns (kind of damage, path); `judge(path, folder)` gives (class, detail)."""
+class Result(NamedTuple):
+    """What came of one input."""
 
-    count: int
-    prepare: Callable[[Path], None]
-    mutate: Callable[[np.random.Generator, Path], tuple[str, Path]]
-    judge: Callable[[Path, Path], tuple[str, str]]
-
-
-# ---- NIfTI ---------------------------------------------------------------------------------------------------------
-
-SHAPE = (24, 22, 20)
-AFFINE = np.array([[-0.8, 0, 0, 10], [0, -0.9, 0, 20], [0, 0, 2.0, -30], [0, 0, 0, 1.0]])
-DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-FIELDS = {  # offset and type of the header's fields that decide something
-    "sizeof_hdr": (0, "i4"), "dim[0]": (40, "i2"), "dim[1]": (42, "i2"), "dim[3]": (46, "i2"), "dim[4]": (48, "i2"),
-    "datatype": (70, "i2"), "bitpix": (72, "i2"), "pixdim[0]": (76, "f4"), "pixdim[1]": (80, "f4"), "pixdim[3]": (88, "f4"),
-    "vox_offset": (108, "f4"), "scl_slope": (112, "f4"), "scl_inter": (116, "f4"), "xyzt_units": (123, "u1"),
-    "qform_code": (252, "i2"), "sform_code": (254, "i2"), "quatern_b": (256, "f4"), "qoffset_x": (268, "f4"),
-    "srow_x[0]": (280, "f4"), "srow_y[3]": (308, "f4"), "srow_z[2]": (320, "f4"), "magic": (344, "i4"),
-}  # fmt: skip
-VALUES = (
-    0,
-    1,
-    -1,
-    2,
-    3,
-    4,
-    7,
-    100,
-    255,
-    32767,
-    -32768,
-    2**31 - 1,
-    1e-30,
-    1e-3,
-    0.5,
-    1e3,
-    1e30,
-    np.inf,
-    -np.inf,
-    np.nan,
-)
+    part: str
+    kind: str
+    outcome: str
+    detail: str
+    seconds: float
 
 
-def prepare_nifti(folder: Path) -> None:
-    """A CT with both forms that agree, plain and compressed."""
-    import nibabel as nib
-
-    rng = np.random.default_rng(0)
-    smooth = np.cumsum(np.cumsum(rng.normal(size=SHAPE), 0), 1)
-    voxels = np.clip(smooth * 60, -1000, 1500).astype(np.int16)
-    voxels.flat[:2] = -1000, 1500
-    image = nib.Nifti1Image(voxels, AFFINE)
-    image.set_sform(AFFINE, 1)
-    image.set_qform(AFFINE, 1)
-    image.header.set_xyzt_units("mm")
-    nib.save(image, folder / "whole.nii")
-    (folder / "whole.nii.gz").write_bytes(gzip.compress((folder / "whole.nii").read_bytes(), mtime=0))
-
-
-def mutate_nifti(rng: np.random.Generator, folder: Path) -> tuple[str, Path]:
-    kind = str(rng.choice(["field", "field", "header bits", "gzip bits", "voxel bits", "cut", "grown", "swapped", "content",
-                           "extension", "no file"]))  # fmt: skip
-    packed = kind == "gzip bits" or bool(rng.integers(2))
-    path = folder / ("damaged.nii.gz" if packed else "damaged.nii")
-    for old in folder.glob("damaged*"):
-        old.rmdir() if old.is_dir() and not old.is_symlink() else old.unlink()
-    plain = bytearray((folder / "whole.nii").read_bytes())
-    if kind == "field":
-        name = list(FIELDS)[rng.integers(len(FIELDS))]
-        offset, dtype = FIELDS[name]
-        value = VALUES[rng.integers(len(VALUES))]
-        with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plain[offset : offset + int(dtype[1])] = np.array([value], float).astype(f"<{dtype}").tobytes()
-        kind = f"field {name.split('[')[0]}"
-    elif kind in ("header bits", "voxel bits"):
-        low, high = (0, 352) if kind == "header bits" else (352, len(plain))
-        _flip(rng, plain, low, high)
-    elif kind == "grown":
-        plain += rng.bytes(int(rng.choice([1, 3, 500, 1000, 5000])))
-    elif kind == "swapped":
-        size = int(rng.choice([2, 4, 8]))
-        part = np.frombuffer(bytes(plain[:352]), f"<u{size}").byteswap().tobytes()
-        plain[:352] = part
-    elif kind == "extension":
-        plain[348:352] = bytes([1, 0, 0, 0])
-        plain[352:352] = np.array([rng.choice([0, 8, 15, 16, 32, -16, 2**31 - 1]), 4], "<i4").tobytes() + bytes(8)
-        plain[108:112] = np.float32(rng.choice([352, 360, 368, 384])).tobytes()
-    raw = bytearray(gzip.compress(plain, mtime=0)) if packed else plain
-    if kind == "gzip bits":
-        _flip(rng, raw, 0, len(raw))
-    elif kind == "cut":
-        raw = raw[: int(len(raw) * rng.choice([0, 0.001, 0.02, 0.5, 0.9, 0.9999]))]
-    elif kind == "content":
-        other = {"html": b"<html>not found</html>" * 50, "zeros": bytes(len(plain)), "noise": rng.bytes(5000),
-                 "other name": plain if packed else gzip.compress(plain), "zip": b"PK\x03\x04" + rng.bytes(900)}  # fmt: skip
-        raw = other[str(rng.choice(list(other)))]
-        raw = gzip.compress(raw) if packed and rng.integers(3) == 0 else raw
-    if kind != "no file":
-        path.write_bytes(raw)
-        return kind, path
-    which = int(rng.integers(4))
-    if which == 0:
-        path.symlink_to("/nowhere/a.nii.gz")
-    elif which == 1:
-        os.mkfifo(path)
-    elif which == 2:
-        path.mkdir()
-    return kind, path
-
-
-def _flip(rng: np.random.Generator, raw: bytearray, low: int, high: int) -> None:
-    """One to three flipped bits."""
-    for position in rng.integers(low, high, rng.integers(1, 4)):
-        raw[position] ^= 1 << int(rng.integers(8))
-
-
-def judge_nifti(path: Path, _folder: Path) -> tuple[str, str]:
-    from tsfm.cases.cases import Preparation, load_case
-    from tsfm.cases.volumes import read_volume
-    from tsfm.errors import CaseError, CaseWarning
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            load_case({"image": str(path), "modality": "CT"}, None, Preparation((1.5, 1.0, 1.0)))
-            found = read_volume(str(path))
-        except CaseError as error:
-            return _refusal(str(error), path)
-    warned = any(issubclass(one.category, CaseWarning) for one in caught)
-    try:
-        voxels, affine, consistent = as_written(path)
-    except Exception as error:
-        return "silent", f"read, although {type(error).__name__}: {error}"
-    if found.array.shape != voxels.shape or not np.allclose(found.array, voxels, rtol=1e-5, atol=1e-3, equal_nan=True):
-        return "silent", f"other voxels than the file's: {found.array.shape}, {voxels.shape}"
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(voxels.shape[1:]) - 1)
-    apart = np.abs((corners @ (found.affine - affine)[:3, :3].T) + (found.affine - affine)[:3, 3]).max()
-    if not apart < 0.01:
-        return ("fine" if warned else "silent"), f"another place than the file's: {apart:g} mm"
-    if not consistent and not warned:
-        return "silent", "the header contradicts itself"
-    return "fine", "read as written" + (", with a warning" if warned else "")
-
-
-def as_written(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Voxels (C, I, J, K), affine to RAS mm and whether the two forms agree, from the bytes by NIfTI-1's definition alone.
-
-    Raises:
-        ValueError: bytes that contradict themselves.
-    """
-    raw = path.read_bytes()
-    raw = gzip.decompress(raw) if path.name.endswith(".gz") else raw
-    order = next((o for o in "<>" if np.frombuffer(raw[:4], f"{o}i4")[0] == 348), None)
-    if order is None:
-        raise ValueError("no NIfTI-1 header")
-
-    def field(offset: int, dtype: str, count: int = 1) -> np.ndarray:
-        return np.frombuffer(raw, order + dtype, count, offset)
-
-    dim, pixdim = field(40, "i2", 8), field(76, "f4", 8).astype(float)
-    shape = [int(n) for n in dim[1 : dim[0] + 1]]
-    dtype = np.dtype(order + DTYPES[int(field(70, "i2")[0])])
-    offset, count = int(field(108, "f4")[0]), int(np.prod(shape))
-    missing = offset + count * dtype.itemsize - len(raw)
-    if not 1 <= dim[0] <= 7 or min(shape) < 1 or missing > 0 or -missing >= dtype.itemsize * shape[0] * shape[1]:
-        raise ValueError(f"dimensions {dim.tolist()} do not fit {len(raw)} bytes")
-    if not np.isfinite(pixdim[1:4]).all() or (pixdim[1:4] == 0).any():
-        raise ValueError(f"pixdim {pixdim[1:4]}")
-    voxels = np.frombuffer(raw, dtype, count, offset).reshape(shape, order="F").astype(float)
-    slope, inter = (float(value) for value in field(112, "f4", 2))
-    if np.isfinite(slope) and slope != 0:
-        voxels = voxels * slope + inter
-    voxels = np.moveaxis(voxels.reshape(*shape[:3], -1), -1, 0)
-    q_code, s_code = field(252, "i2", 2)
-    qform, sform = _qform(field, np.abs(pixdim), pixdim[0]), np.eye(4)
-    sform[:3] = field(280, "f4", 12).reshape(3, 4)
-    unit = int(field(123, "u1")[0]) & 7
-    scale = np.diag([*[{0: 1, 1: 1000, 2: 1, 3: 0.001}.get(unit, 1)] * 3, 1.0])
-    default = np.diag([-1.0, 1, 1, 1]) @ np.diag([*np.abs(pixdim[1:4]), 1])
-    default[:3, 3] = -default[:3, :3] @ (np.array(shape[:3]) - 1) / 2
-    affine = sform if s_code > 0 else qform if q_code > 0 else default
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape[:3]) - 1)
-    apart = np.linalg.norm(corners @ (qform - sform)[:3, :3].T + (qform - sform)[:3, 3], axis=1).max()
-    agree = (
-        apart < 0.1 * np.linalg.norm(affine[:3, :3], axis=0).min() if min(s_code, q_code) > 0 else s_code + q_code > 0
-    )
-    return voxels, scale @ affine, bool(agree and unit <= 3)
-
-
-def _qform(field: Callable, sides: np.ndarray, handed: float) -> np.ndarray:
-    b, c, d = field(256, "f4", 3).astype(float)
-    a = np.sqrt(max(0.0, 1 - b * b - c * c - d * d))
-    rotation = np.array([
-        [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
-        [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
-        [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
-    ])  # fmt: skip
-    affine = np.eye(4)
-    affine[:3, :3] = rotation * sides[1:4] * (1, 1, -1 if handed < 0 else 1)
-    affine[:3, 3] = field(268, "f4", 3)
-    return affine
-
-
-def _refusal(message: str, path: Path) -> tuple[str, str]:
-    """Class of a refusal: it must name the file, say what to do, and not be about memory for a file this small."""
-    if path.name not in message:
-        return "unhelpful", f"does not name the file: {message}"
-    if "memory" in message or not any(word in message for word in ADVICE):
-        return "unhelpful", f"says nothing to do: {message}"
-    return "fine", message
-
-
-PARTS = {"nifti": Part(1000, prepare_nifti, mutate_nifti, judge_nifti)}
-
-
-# ---- running -------------------------------------------------------------------------------------------------------
-
-
-def run_part(name: str, seed: int, count: int, folder: Path) -> list[tuple[str, str, str]]:
-    """(kind of damage, class, detail) of every item."""
-    import SimpleITK  # noqa: F401  (imported before the fork: neither their time nor their memory counts)
-    import tsfm.cases  # noqa: F401
-
-    PARTS[name].prepare(folder)
-    results: list[tuple[str, str, str]] = []
+def run_part(name: str, seed: int, count: int, folder: Path) -> list[Result]:
+    """All inputs of a part; a process that hangs or dies is replaced, and the next input is its successor's first."""
+    prepared = PARTS[name].prepare(folder)
+    results: list[Result] = []
     context = multiprocessing.get_context("fork")
     while len(results) < count:
         ours, theirs = context.Pipe()
-        worker = context.Process(target=_work, args=(name, seed, len(results), count, folder, theirs), daemon=True)
+        arguments = (name, seed, len(results), count, folder, prepared, theirs)
+        worker = context.Process(target=_work, args=arguments, daemon=True)
         worker.start()
         theirs.close()
         kind = "?"
         try:
             while len(results) < count:
                 if not ours.poll(SECONDS):
-                    results.append((kind, "hanging", f"item {len(results)}: no answer within {SECONDS} s"))
+                    text = f"input {len(results)}: no answer within {SECONDS} s"
+                    results.append(Result(name, kind, "hanging", text, SECONDS))
                     break
                 answer = ours.recv()
                 if isinstance(answer, str):
@@ -287,55 +83,83 @@ def run_part(name: str, seed: int, count: int, folder: Path) -> list[tuple[str, 
                 else:
                     results.append(answer)
         except EOFError:
-            results.append((kind, "unhelpful", f"item {len(results)}: the process died"))
+            results.append(Result(name, kind, "unhelpful", f"input {len(results)}: the process died", 0))
         worker.kill()
         worker.join()
     return results
 
 
-def _work(name: str, seed: int, first: int, count: int, folder: Path, pipe: Any) -> None:
-    """Items `first` to `count`: the kind of damage is sent before the work, what came of it after."""
+def _work(name: str, seed: int, first: int, count: int, folder: Path, prepared: Any, pipe: Any) -> None:
+    """Inputs `first` to `count`: the kind of damage is sent before the work, what came of it after."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # ITK and nibabel print beside what they raise
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # ITK, nibabel and logging print beside what is raised
     for index in range(first, count):
-        kind, path = PARTS[name].mutate(np.random.default_rng((seed, index)), folder)
+        kind, path = PARTS[name].mutate(np.random.default_rng((seed, index)), folder, prepared)
         pipe.send(kind)
+        start = time.perf_counter()
         try:
-            found, detail = PARTS[name].judge(path, folder)
+            outcome, detail = PARTS[name].judge(path, prepared)
         except Exception as error:
-            found, detail = "unhelpful", f"{type(error).__name__}: {error}"
-        pipe.send((kind, found, f"item {index}: {detail}"))
+            outcome, detail = refusal(error, path)
+        pipe.send(Result(name, kind, outcome, f"input {index}: {detail}", time.perf_counter() - start))
 
 
-def table(results: list[tuple[str, str, str]]) -> str:
-    """Markdown: a row per kind of damage, a column per class."""
-    counts = Counter((kind, found) for kind, found, _ in results)
-    lines = [f"| damage | inputs | {' | '.join(CLASSES)} |", "|---|" + "---:|" * (len(CLASSES) + 1)]
-    for kind in [*sorted({kind for kind, _, _ in results}), "all"]:
-        row = [sum(n for (k, f), n in counts.items() if kind in (k, "all") and f == found) for found in CLASSES]
-        lines.append(f"| {kind} | {sum(row)} | {' | '.join(map(str, row))} |")
+def refusal(error: Exception, path: Path) -> tuple[str, str]:
+    """Outcome of an error: is it the package's own, does it name the file, does it say what to do?"""
+    message = f"{type(error).__name__}: {error}"
+    if not (type(error).__module__.startswith("tsfm") or isinstance(error, OSError)):
+        return "unhelpful", f"not the package's: {message}"
+    if path.name not in message and str(path.parent) not in message:
+        return "unhelpful", f"does not name the file: {message}"
+    if "memory" in message or not any(word in message for word in ADVICE):  # the files are small
+        return "unhelpful", f"says nothing to do: {message}"
+    return "refused", message
+
+
+def table(results: list[Result]) -> str:
+    """Markdown: a row per part and kind of damage, a column per outcome."""
+    counts = Counter((one.part, _kind(one), one.outcome) for one in results)
+    lines = [f"| input | damage | inputs | {' | '.join(OUTCOMES)} |", "|---|---|" + "---:|" * (len(OUTCOMES) + 1)]
+    parts = dict.fromkeys(one.part for one in results)
+    rows = [
+        (part, kind) for part in parts for kind in [*sorted({_kind(one) for one in results if one.part == part}), "all"]
+    ]
+    for part, kind in rows:
+        row = [
+            sum(n for (p, k, o), n in counts.items() if p == part and kind in (k, "all") and o == outcome)
+            for outcome in OUTCOMES
+        ]
+        lines.append(f"| {part} | {kind} | {sum(row)} | {' | '.join(map(str, row))} |")
     return "\n".join(lines)
+
+
+def _kind(one: Result) -> str:
+    return one.kind.partition(":")[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, help="items per part, in place of the usual number")
-    parser.add_argument("--show", type=int, default=5, help="examples of each class that is not fine")
+    parser.add_argument("--count", type=int, help="inputs per part, in place of the usual number")
+    parser.add_argument("--show", type=int, default=5, help="examples of each outcome that is not wanted, per part")
     options = parser.parse_args()
-    bad = 0
+    for module in IMPORTS:  # before the fork: neither their time nor their memory counts
+        importlib.import_module(module)
+
+    start, results = time.perf_counter(), []
     for name in options.parts:
         with tempfile.TemporaryDirectory() as folder:
-            results = run_part(name, options.seed, options.count or PARTS[name].count, Path(folder))
-        print(f"\n{name}, seed {options.seed}\n\n{table(results)}")
-        for found in CLASSES[1:]:
-            details = [f"{kind}: {detail}" for kind, one, detail in results if one == found]
-            bad += len(details)
-            print("".join(f"\n{found}: {detail[:400]}" for detail in details[: options.show]), end="")
-    print()
-    sys.exit(bool(bad))
+            found = run_part(name, options.seed, options.count or PARTS[name].COUNT, Path(folder))
+        results += found
+        for outcome in OUTCOMES[2:]:
+            for one in [one for one in found if one.outcome == outcome][: options.show]:
+                print(f"{outcome}: {name}: {one.kind}: {one.detail[:400]}")
+    slowest = max(results, key=lambda one: one.seconds)
+    print(f"\n{table(results)}\n\nSeed {options.seed}, {time.perf_counter() - start:.0f} s; the slowest input took "
+          f"{slowest.seconds:.1f} s ({slowest.part}, {_kind(slowest)})")  # fmt: skip
+    sys.exit(any(one.outcome in OUTCOMES[2:] for one in results))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
-from monai.transforms import Compose, RandAdjustContrast, RandScaleIntensityFixedMean, RandSimulateLowResolution
+from monai.transforms import Compose, RandScaleIntensityFixedMean, RandSimulateLowResolution
 from scipy import ndimage, stats
 from scipy.spatial.transform import Rotation
 from tsfm.patches.augmentation import (
+    RandGamma,
     RandGaussianBlur,
     RandPerChanneld,
     RandRotateScale,
@@ -31,6 +32,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 LIST = json.loads((FIXTURES / "augmentation.json").read_text())
 NNUNET = np.load(FIXTURES / "nnunet_augmentation.npz")  # from nnU-Net 2.8.1, by fixtures/make_augmentation.py
 DRAWS = 4000
+CONFIG = {"imports": ["$import monai"], "mirror_axes": "SPL", "list": LIST}
 NOISE, BLUR, BRIGHTNESS, CONTRAST, LOW_RESOLUTION, GAMMA_INVERTED, GAMMA, *MIRRORS = range(10)
 
 
@@ -42,7 +44,7 @@ def probe():
 @pytest.fixture(scope="module")
 def outputs(probe):
     """Per transform of the list: {draw: output image} for the draws in which it did something to the probe."""
-    compose = Compose(ConfigParser({"list": LIST}).get_parsed_content("list"))
+    compose = Compose(ConfigParser(CONFIG).get_parsed_content("list"))
     changed = [{} for _ in LIST]
     rng = np.random.default_rng(1)
     with plain_tensors():
@@ -88,18 +90,17 @@ def assert_unrelated(first, second):
 
 
 def test_the_order_is_nnunets():
-    kinds = [entry.get("transform", entry) for entry in LIST]
-    names = [kind["_target_"].rpartition(".")[2] for kind in kinds]
-    gamma = ["OneOf", "OneOf"]
-    assert names == ["RandGaussianNoised", "RandGaussianBlur", "RandScaleIntensityd", "RandScaleIntensityFixedMeand",
+    transforms = ConfigParser(CONFIG).get_parsed_content("list")
+    kinds = [one.transform if isinstance(one, RandPerChanneld) else one for one in transforms]
+    gamma = ["RandGamma", "RandGamma"]
+    assert [type(kind).__name__ for kind in kinds] == ["RandGaussianNoised", "RandGaussianBlur", "RandScaleIntensityd", "RandScaleIntensityFixedMeand",
                      "RandSimulateLowResolution", *gamma, "RandFlipd", "RandFlipd", "RandFlipd"]  # fmt: skip
-    inverted = [[one.get("invert_image", False) for one in kinds[i]["transforms"]] for i in (GAMMA_INVERTED, GAMMA)]
-    assert inverted == [[True, True], [False, False]]
+    assert [kinds[number].power.invert_image for number in (GAMMA_INVERTED, GAMMA)] == [True, False]
 
 
 def test_each_transform_has_its_probability(outputs):
     declared = [0.1, 0.2, 0.15, 0.15, 0.25, 0.1, 0.3, 0.5, 0.5, 0.5]
-    assert [entry["prob"] for entry in LIST] == declared
+    assert [transform.prob for transform in ConfigParser(CONFIG).get_parsed_content("list")] == declared
     # how often nnU-Net's own changed this image; the square root of 2 is for its own spread
     for found, probability in zip(outputs, [*NNUNET["probability"], *NNUNET["mirror_probability"]], strict=True):
         assert_rate(len(found) / np.sqrt(2), probability / np.sqrt(2))
@@ -243,7 +244,8 @@ def test_gamma_keeps_mean_and_sd_and_draws_half_below_and_half_above_one(outputs
 def test_each_axis_is_mirrored_with_its_label(outputs, probe):
     for axis, number in enumerate(MIRRORS):
         assert all(torch.equal(image, probe.flip(axis + 1)) for image in outputs[number].values())
-        flipped = ConfigParser({"t": {**LIST[number], "prob": 1.0}}).get_parsed_content("t")
+        flipped = ConfigParser(CONFIG).get_parsed_content(f"list#{number}")
+        flipped.prob = 1.0
         assert torch.equal(flipped({"image": probe, "label": probe[:1]})["label"], probe[:1].flip(axis + 1))
 
 
@@ -353,11 +355,11 @@ class Fixed:
     [
         ("contrast", RandScaleIntensityFixedMean(1.0, 0.25, preserve_range=True), (0, 0.2)),
         ("low_resolution", RandSimulateLowResolution(1.0, "nearest-exact", "trilinear", (0.5, 1)), (0, 0.6)),
-        ("gamma", RandAdjustContrast(1.0, (0.7, 1.5), retain_stats=True), (0, 1.3)),
-        ("gamma_inverted", RandAdjustContrast(1.0, (0.7, 1.5), invert_image=True, retain_stats=True), (0, 1.3)),
+        ("gamma", RandGamma((0.7, 1.5)), (0, 0.6, 1.3)),
+        ("gamma_inverted", RandGamma((0.7, 1.5), invert_image=True), (0, 0.6, 1.3)),
     ],
 )
-def test_monais_transforms_give_nnunets_voxels(probe, name, transform, drawn):
+def test_for_nnunets_parameters_the_voxels_are_nnunets(probe, name, transform, drawn):
     transform.R = Fixed(*drawn)
     with plain_tensors():
         assert np.abs(transform(probe[:1])[0].numpy() - NNUNET[f"{name}_output"]).max() < 1e-5
@@ -382,6 +384,8 @@ def test_a_turned_and_scaled_patch_is_nnunets():
     assert (label.numpy() == NNUNET["turned_labels"]).mean() > 0.97
 
 
-def test_a_scale_range_without_one_is_refused():
+def test_a_range_without_one_is_refused():
     with pytest.raises(ValueError, match="scale_range"):
         RandRotateScale(scale_range=(1.1, 1.4))
+    with pytest.raises(ValueError, match="gamma"):
+        RandGamma((0.2, 0.9))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.transforms import RandFlipd
+from tsfm.inference.prediction import chosen_modality, chosen_targets
 from tsfm.labels import LabelTable
 from tsfm.network.networks import create_network
 from tsfm_tools.release.fitting import merge_overlay
@@ -20,19 +22,20 @@ BUNDLES = (PRETRAIN, FINETUNE)
 AS_A_WHOLE = {"network_def", "parameters", "in_channels", "planned"}
 TRAIN_DIFFERS = {
     *("_desc_", "pool_file", "epochs", "learning_rate", "patch_size", "spacing_mm", "batch_size", "network_def"),
-    *("settings#pool", "settings#patch_size", "described_network#patch_size", "pool#_target_", "parameters"),
-    *("optimizer#weight_decay", "train#dataset#patch_size", "validate#dataset#patch_size"),
-    *("network_size", "planned", "preparation#spacing_mm", "settings#batch_size", "train#handlers"),
-    *(f"{part}#{user}#batch_size" for part in ("train", "validate") for user in ("sampler", "dataloader")),
+    *("settings#pool", "pool#_target_", "parameters", "optimizer#weight_decay", "patch", "batch"),
+    *("network_size", "planned", "preparation#spacing_mm", "train#handlers"),
+    *("loaded_network#_target_", "described_network#network"),
 }
 ONLY_PRETRAIN_TRAINS = {
     *("datasets", "allow_missing", "pool#datasets", "pool#allow_missing"),
-    *("initial_weights", "described_network#initial_weights"),
+    *("initial_weights", "loaded_network#path"),
 }
 ONLY_FINETUNE_TRAINS = {
     *("images", "labels", "label_ids", "regions", "modality", "pretrained", "from_scratch", "freeze", "warmup_epochs"),
-    *("head_learning_rate", "encoder_learning_rate", "in_channels", "patch", "batch", "loss#reduction"),
+    *("head_learning_rate", "encoder_learning_rate", "in_channels", "loss#reduction"),
     *("plan", "memory_gb", "step_seconds"),
+    *(f"loaded_network#{key}" for key in ("pool", "preparation", "pretrained", "output_dir")),
+    *(f"frozen_network#{key}" for key in ("_target_", "network", "what")),
     *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs")),
     *(f"settings#{key}" for key in ("head_learning_rate", "encoder_learning_rate")),
     *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
@@ -59,6 +62,7 @@ INFERENCE_IDS = (
     *("bundle_root", "device", "dataset_dir", "output_dir", "dataset", "dataloader", "network_def", "inferer"),
     *("preprocessing", "postprocessing", "handlers", "evaluator", "checkpointloader", "run"),
 )
+EXPLAINED = ("preprocessing", "dataset", "sampler")
 
 
 def config(bundle, name):
@@ -106,24 +110,19 @@ def test_the_order_of_declarations_is_the_same():
         assert [key for key in first if key in second] == [key for key in second if key in first]
 
 
-def resolved_transforms(train):
-    """The random transforms of a train.json, the probabilities of mirroring worked out."""
-    parser, transforms = ConfigParser(train), copy.deepcopy(train["train"]["preprocessing"]["transforms"])
-    for number, transform in enumerate(transforms):
-        if transform["_target_"] == "RandFlipd":
-            transform["prob"] = parser.get_parsed_content(f"train#preprocessing#transforms#{number}#prob")
-    return transforms
+def mirrors(train):
+    """(axis, probability) of the random flips of a train.json."""
+    compose = ConfigParser(train).get_parsed_content("train#preprocessing")
+    return [(one.flipper.spatial_axis, one.prob) for one in compose.transforms if isinstance(one, RandFlipd)]
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
 def test_keep_sides_switches_off_the_mirror_along_left_right_and_nothing_else(bundle):
     plain = config(bundle, "train.json")
     sides = merge_overlay(copy.deepcopy(plain), config(bundle, "keep_sides.json"))
-    transforms = resolved_transforms(sides)
-    flips = [transform for transform in transforms if transform["_target_"] == "RandFlipd"]
-    assert [(flip["spatial_axis"], flip["prob"]) for flip in flips] == [(0, 0.5), (1, 0.5), (2, 0.0)]
-    flips[2]["prob"] = 0.5
-    assert transforms == resolved_transforms(plain)
+    assert mirrors(plain) == [(0, 0.5), (1, 0.5), (2, 0.5)]
+    assert mirrors(sides) == [(0, 0.5), (1, 0.5), (2, 0.0)]
+    assert sides["train"] == plain["train"]
     assert sides["described_network"]["mirror_axes"] == "@mirror_axes"  # inference with these weights knows it too
     assert {**sides, "mirror_axes": "SPL"} == plain
 
@@ -138,6 +137,24 @@ def test_logging_is_the_same():
 def test_json_is_indented_by_four(path):
     text = path.read_text()
     assert text.rstrip("\n") == json.dumps(json.loads(text), indent=4)
+
+
+def expressions(value):
+    """Every `$` expression in a config."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    own = [value] if isinstance(value, str) and value.startswith("$") else []
+    return own + [found for part in parts for found in expressions(part)]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_configs_can_be_read_aloud(bundle):
+    for path in (bundle / "configs").glob("*.json"):
+        assert [text for text in expressions(json.loads(path.read_text())) if len(text) > 120] == [], path.name
+    train = config(bundle, "train.json")
+    for part in (train["store"], train["prepare_cases"], *(train["train"][key] for key in EXPLAINED)):
+        assert part["_desc_"]
+    words = train["store"]["_desc_"] + train["train"]["dataset"]["_desc_"]
+    assert all(word in words for word in ("spacing", "orient", "crop", "rotation"))
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
@@ -161,7 +178,15 @@ def test_an_inference_that_names_a_targets_choice_says_so_in_one_place():
     inference = config(PRETRAIN, "inference.json")
     assert set(inference["displayable_configs"]) == {"threshold", "mirroring", "overlap", "targets", "normalize_as"}
     for name in ("threshold", "mirror", "overlap", "targets", "modality"):
-        assert "@displayable_configs#" in inference[name]
+        assert "@displayable_configs#" in json.dumps(inference[name])
+
+
+def test_a_choice_of_targets_and_modality_is_what_slicer_or_the_command_line_sends():
+    trained = ["liver", "spleen"]
+    for everything in ("all", ["all", *trained], ["spleen", "all"]):
+        assert chosen_targets(everything, trained) == trained
+    assert chosen_targets("spleen", trained) == chosen_targets(("spleen",), trained) == ["spleen"]
+    assert chosen_modality("MR") == "MR" and chosen_modality(["CT", "MR"]) is None
 
 
 def test_pretraining_declares_the_papers_numbers():
@@ -189,7 +214,7 @@ def test_finetuning_declares_nnunets_defaults():
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
 def test_the_augmentation_is_the_one_that_is_compared_with_nnunet(bundle):
     checked = json.loads((Path(__file__).parent / "fixtures/augmentation.json").read_text())
-    assert resolved_transforms(config(bundle, "train.json")) == checked
+    assert config(bundle, "train.json")["train"]["preprocessing"]["transforms"] == checked
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)

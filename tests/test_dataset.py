@@ -189,8 +189,7 @@ def test_a_plain_index_is_the_same_patch_every_epoch_and_shows_foreground():
 
 
 def loaded(sampler, workers=0, loader=DataLoader):
-    how = {"batch_sampler": sampler} if sampler.batched else {"sampler": sampler, "batch_size": sampler.batch_size}
-    batches = list(loader(whole(), num_workers=workers, **how))
+    batches = list(loader(whole(), batch_size=sampler.batch_size, sampler=sampler, num_workers=workers))
     return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
 
 
@@ -204,13 +203,11 @@ def test_the_number_of_workers_changes_nothing(workers):
     assert same(loaded(sampler), loaded(sampler, workers))
 
 
-def test_it_serves_as_batch_sampler_and_in_monais_loader():
-    plain = loaded(PoolSampler(items(), 2, 3))
-    batched = PoolSampler(items(), 2, 3, batched=True)
-    assert len(batched) == 3
-    assert same(plain, loaded(batched))
+def test_it_serves_in_monais_loader():
+    sampler = PoolSampler(items(), 2, 3)
+    assert len(sampler) == 6
     # MONAI's workers seed every transform of the data set on their own
-    assert same(plain, loaded(PoolSampler(items(), 2, 3), workers=2, loader=MonaiDataLoader))
+    assert same(loaded(sampler), loaded(sampler, workers=2, loader=MonaiDataLoader))
 
 
 def test_the_default_collate_gives_a_batch():
@@ -268,8 +265,8 @@ def test_cases_are_drawn_by_weight():
     ("batch", "expected"), [(2, [0, 1]), (3, [0, 0, 1]), (4, [0, 0, 0, 1]), (6, [0, 0, 0, 0, 1, 1])]
 )
 def test_the_last_third_of_a_batch_is_forced(batch, expected):
-    for draws in PoolSampler(items(), batch, 5, batched=True):
-        assert [draw.foreground for draw in draws] == [bool(flag) for flag in expected]
+    draws = [draw.foreground for draw in PoolSampler(items(), batch, 5)]
+    assert draws == [bool(flag) for flag in expected] * 5
 
 
 def test_a_batch_of_one_is_forced_a_third_of_the_time():
@@ -296,11 +293,12 @@ def test_validation_draws_the_same_samples_in_every_epoch():
 
 
 def test_two_ranks_draw_what_one_with_the_doubled_batch_does():
-    ranks = [PoolSampler(items(), 2, 4, seed=9, rank=rank, world_size=2, batched=True) for rank in range(2)]
-    together = PoolSampler(items(), 4, 4, seed=9, batched=True)
+    ranks = [PoolSampler(items(), 2, 4, seed=9, rank=rank, world_size=2) for rank in range(2)]
+    together = PoolSampler(items(), 4, 4, seed=9)
     for sampler in (*ranks, together):
         sampler.set_epoch(2)
-    assert [first + second for first, second in zip(*ranks, strict=True)] == list(together)
+    batches = [list(zip(draws, draws, strict=True)) for draws in map(iter, ranks)]
+    assert [draw for pair in zip(*batches, strict=True) for batch in pair for draw in batch] == list(together)
 
 
 class Seeds:

@@ -40,7 +40,7 @@ NOT_RUN = {
     r"trt_export|inference_trt": "needs TensorRT and a GPU",
     r"dicom-web": "needs a DICOMweb server",
 }
-BUILDS = r"^make demo$|-m venv|pip install"
+BUILDS = r"^make demo$|-m venv|pip install (?!onnx )"
 IS_FULL = os.environ.get("TSFM_DOCS") == "all"
 LABEL_PYTHON = Path(os.environ.get("TSFM_LABEL_PYTHON", ROOT / ".venv-label/bin/python"))
 

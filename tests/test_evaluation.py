@@ -11,8 +11,11 @@ from monai.data import DataLoader, MetaTensor
 from monai.engines import SupervisedEvaluator
 from tsfm.cases.folders import stem
 from tsfm.cases.grids import grid_difference
-from tsfm.evaluation.evaluation import CaseScores, ScoreWriter, count_voxels, evaluate_folder, score_case
+from tsfm.evaluation.evaluation import CaseScores, evaluate_folder
+from tsfm.evaluation.score_files import ScoreWriter
+from tsfm.evaluation.scores import count_voxels, score_case
 from tsfm.evaluation.tables import load_rows, summarize
+from tsfm.inference.prediction import CaseEvaluator, FailedCases
 from tsfm.labels import LabelTable
 
 TARGETS = {
@@ -253,14 +256,23 @@ def test_one_prediction_cannot_serve_two_cases(table, tmp_path):
         evaluate_folder(tmp_path / "out", items, table, tmp_path / "scores", dataset="kits")
 
 
-def evaluator_over(items, handler):
-    """An evaluator whose network is perfect at one thing: its image is the prediction already."""
+class Given(torch.nn.Module):
+    """A network that is perfect at one thing: its image is the prediction already."""
+
+    def forward(self, image):
+        return image.to(torch.uint8)
+
+
+def evaluator_over(items, handler, kind=SupervisedEvaluator):
+    """An evaluator of `Given`; items without an image go as they are."""
     data = [
         {**item, "image": MetaTensor(torch.from_numpy(item["image"].astype(np.float32))[None], affine=item["affine"])}
+        if "image" in item
+        else item
         for item in items
     ]
-    return SupervisedEvaluator(
-        device=torch.device("cpu"), val_data_loader=DataLoader(data, batch_size=1), network=torch.nn.Identity(),
+    return kind(
+        device=torch.device("cpu"), val_data_loader=DataLoader(data, batch_size=1), network=Given(),
         decollate=True, val_handlers=[handler],
     )  # fmt: skip
 
@@ -313,10 +325,9 @@ def test_an_evaluator_that_collects_failures_is_told_and_raises_itself(table, tm
         for n in range(2)
     ]  # fmt: skip
     handler = CaseScores(str(tmp_path / "scores"), table)
-    evaluator = evaluator_over(items, handler)
-    evaluator.results = [{"case": "broken", "error": "no such file"}, {"case": "case_0"}]
-    evaluator.run()
-    assert "different grids" in evaluator.results[-1]["error"]
+    evaluator = evaluator_over([{"case": "broken", "error": "no such file"}, *items], handler, CaseEvaluator)
+    with pytest.raises(FailedCases, match=r"(?s)2 of 3 cases failed.*broken: no such file.*case_0: .*different grids"):
+        evaluator.run()
     assert [failure["case"] for failure in handler.summary["failed"]] == ["case_0", "broken"]
 
 

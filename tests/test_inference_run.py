@@ -237,6 +237,20 @@ def test_weights_that_do_not_fit_are_an_error_and_nothing_is_written(case, segme
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_weights_with_one_flipped_bit_segment_nothing(case, segment, pretrained, tmp_path, name):
+    nib.save(case, tmp_path / "case.nii.gz")
+    network = build_network(read_description(pretrained / "model.pt"))
+    load_weights(network, pretrained / "model.pt")
+    save_weights(network, tmp_path / name)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"(?s){name}.*download"):
+        segment(tmp_path / "case.nii.gz", checkpoint=str(tmp_path / name))
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
 def test_weights_in_a_training_checkpoint_safetensors_and_the_old_format_do_the_same(
     case, segment, pretrained, tmp_path
 ):

@@ -19,6 +19,7 @@ from tsfm.network.tsfm_net import TSFM
 from tsfm.planning import own_data
 from tsfm.planning import plan as planning
 from tsfm.planning.forecast import Forecast
+from tsfm.planning.parts import freeze
 from tsfm.planning.plan_run import plan_run
 from tsfm.planning.planner import PlanError
 from tsfm.training.checkpoint import EXTRA_STATE, describe_network, encode_description, read_state, save_weights
@@ -277,7 +278,8 @@ def test_the_plan_is_the_datas_with_and_without_weights(pool, weights, tmp_path)
         assert plan.strides[0] == (1, 2, 2) and plan.kernel_sizes[0] == (1, 3, 3)
         assert plan.network == ("weights" if pretrained else "tsfm_s") and plan.batch_size == 2
     assert plan.features == (4, 8, 16) and len(plan.strides) == 2, "weights keep their levels"
-    network = planning.downstream_network(pool, plan.patch_size, 1, weights, plan=plan, output_dir=str(tmp_path))
+    network = planning.downstream_network(pool, plan.patch_size, 1, weights, plan)
+    planning.take_over(network, pool, weights, output_dir=str(tmp_path))
     assert network(torch.zeros(1, 1, *plan.patch_size))[0].shape == (1, 1, *plan.patch_size)
     report = json.loads((tmp_path / "transfer_report.json").read_text())
     assert any("kernels" in note for note in report["mismatches"]) and any("strides" in n for n in report["mismatches"])
@@ -338,12 +340,13 @@ def test_weights_that_are_far_from_the_data_are_named(folders, weights, tmp_path
 
 
 def test_the_network_is_the_pretrained_one_in_the_tasks_shape(pool, weights, tmp_path):
-    network = planning.downstream_network(pool, [12, 24, 20], 2, weights, output_dir=str(tmp_path))
+    network = planning.downstream_network(pool, [12, 24, 20], 2, weights)
+    assert planning.take_over(network, pool, weights, output_dir=str(tmp_path)) is network
     assert network.description["network"]["features"] == NETWORK["features"]
     assert network(torch.zeros(1, 2, 12, 24, 20))[0].shape == (1, 1, 12, 24, 20)
     assert json.loads((tmp_path / "transfer_report.json").read_text())["targets"]["taken over"] == ["liver"]
     with pytest.raises(ValueError, match="freeze is 'decoder'"):
-        planning.downstream_network(pool, [12, 24, 20], 1, weights, freeze="decoder")
+        freeze(network, "decoder")
 
 
 def test_bad_cases_are_listed_all_at_once(folders, tmp_path):

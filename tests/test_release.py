@@ -24,6 +24,8 @@ from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import describe_network, read_state, save_weights
 from tsfm_tools.release import gate, release
+from tsfm_tools.release.folder_checks import SCHEMA
+from tsfm_tools.release.rules import ReleaseError, check_weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TARGETS = {"kidney": {}, "kidney_tumor": {"inside": "kidney"}}
@@ -187,7 +189,7 @@ def test_an_overlay_becomes_part_of_the_staged_training(source, checkpoint, tmp_
     assert (
         train["iterations"] == 25 and train["network_def"]["features"] == NETWORK["features"] and "_desc_" not in train
     )
-    with pytest.raises(release.ReleaseError, match=r"no configs/long\.json"):
+    with pytest.raises(ReleaseError, match=r"no configs/long\.json"):
         release.release(str(source), str(checkpoint), str(tmp_path / "dist"), overlays=["long.json"], zipped=False)
 
 
@@ -310,7 +312,7 @@ def test_large_weights_are_listed_for_the_zoo_and_not_in_the_zip(source, checkpo
 )
 def test_a_stale_changelog_is_refused_before_anything_is_written(source, checkpoint, tmp_path, change, message):
     write(source / "configs/metadata.json", {**METADATA, **change})
-    with pytest.raises(release.ReleaseError, match=message):
+    with pytest.raises(ReleaseError, match=message):
         release.release(str(source), str(checkpoint), str(tmp_path / "dist"))
     assert not (tmp_path / "dist").exists()
 
@@ -330,12 +332,12 @@ def test_the_changelog_that_is_given_is_the_one_that_is_written(source, checkpoi
 def test_an_earlier_release_is_replaced_and_nothing_else_is(source, checkpoint, tmp_path):
     photos = tmp_path / "dist/toy/photos"
     write(photos / "one.png", "of somebody")
-    with pytest.raises(release.ReleaseError, match="no earlier release"):
+    with pytest.raises(ReleaseError, match="no earlier release"):
         release.release(str(source), str(checkpoint), str(tmp_path / "dist"))
     assert (photos / "one.png").exists()
     for place in (source.parent, checkpoint.parent.parent):
         name = source.name if place == source.parent else checkpoint.parent.name
-        with pytest.raises(release.ReleaseError, match="it holds"):
+        with pytest.raises(ReleaseError, match="it holds"):
             release.release(str(source), str(checkpoint), str(place), name=name)
     assert (source / "store/case.b2nd").exists() and checkpoint.exists()
     for _ in range(2):
@@ -383,13 +385,13 @@ def test_the_zip_brings_the_pins_of_its_environments(brats_weights, tmp_path):
 
 @pytest.mark.parametrize("name", ["lung_detection", "my-model", "deepedit_kidney"])
 def test_names_that_monai_label_cannot_serve_are_refused(source, checkpoint, tmp_path, name):
-    with pytest.raises(release.ReleaseError, match="name"):
+    with pytest.raises(ReleaseError, match="name"):
         release.release(str(source), str(checkpoint), str(tmp_path / "dist"), name=name, zipped=False)
 
 
 def test_weights_without_a_description_are_refused(source, tmp_path):
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "bare.pt")
-    with pytest.raises(release.ReleaseError, match="no description"):
+    with pytest.raises(ReleaseError, match="no description"):
         release.release(str(source), str(tmp_path / "bare.pt"), str(tmp_path / "dist"), zipped=False)
 
 
@@ -397,7 +399,7 @@ def test_weights_that_do_not_fit_leave_nothing_behind(source, checkpoint, tmp_pa
     state = torch.load(checkpoint, weights_only=True)["model"]
     dropped = next(key for key in state if key.endswith("weight"))
     torch.save({key: value for key, value in state.items() if key != dropped}, tmp_path / "part.pt")
-    with pytest.raises(release.ReleaseError, match="does not fit network_def"):
+    with pytest.raises(ReleaseError, match="does not fit network_def"):
         release.release(str(source), str(tmp_path / "part.pt"), str(tmp_path / "dist"), zipped=False)
     assert os.listdir(tmp_path / "dist") == []
 
@@ -583,11 +585,11 @@ def test_the_projects_bundles_staged_around_weights_pass_the_gate_whole(name, ch
 
 
 def test_the_shipped_schema_is_the_one_that_metadata_names():
-    with open(gate.SCHEMA, encoding="utf-8") as file:
+    with open(SCHEMA, encoding="utf-8") as file:
         assert json.load(file)["$schema"].startswith("https://json-schema.org")
     for bundle in ("tsfm_pretrain", "tsfm_finetune"):
         named = config(REPOSITORY / "bundles" / bundle, "metadata.json")["schema"]
-        assert os.path.basename(gate.SCHEMA) == os.path.basename(named)
+        assert os.path.basename(SCHEMA) == os.path.basename(named)
 
 
 def test_save_weights_makes_a_checkpoint_that_can_be_released(source, checkpoint, tmp_path):
@@ -598,4 +600,4 @@ def test_save_weights_makes_a_checkpoint_that_can_be_released(source, checkpoint
     network.description = description
     save_weights(network, tmp_path / "model.pt")
     staged = release.release(str(source), str(tmp_path / "model.pt"), str(tmp_path / "dist"), zipped=False)
-    assert release.check_weights(staged)["parameters"] == sum(p.numel() for p in network.parameters())
+    assert check_weights(staged)["parameters"] == sum(p.numel() for p in network.parameters())

@@ -166,7 +166,8 @@ def body_with_marks(axcodes, spacing_spl=(4.0, 1.0, 2.0)):
 def test_pictures_are_radiological_whatever_the_files_axes(axcodes, table, tmp_path):
     image, truth, affine = body_with_marks(axcodes)
     assert nib.aff2axcodes(affine) == tuple(axcodes)
-    path = overlays.overlay_png(tmp_path / "x.png", image, truth, truth * 0, table, affine, slices=1, title="case")
+    case = {"image": image, "truth": truth, "prediction": truth * 0, "affine": affine, "title": "case"}
+    path = overlays.page_png(tmp_path / "x.png", [case], table)
     pixels = matplotlib.image.imread(path)[..., :3]
     width = pixels.shape[1] // 3
     blue = np.abs(pixels - to_rgb(overlays.colors_of(table)[1])).sum(-1) < 0.15
@@ -223,7 +224,8 @@ def test_the_page_of_an_evaluated_folder_shows_three_cases(table, tmp_path):
     items = evaluated_folder(table, tmp_path)
     path = report.folder_page(tmp_path / "page.png", tmp_path / "out" / "cases.csv", tmp_path / "out", items, table)
     image, truth, affine = body_with_marks("LPS")
-    one = overlays.overlay_png(tmp_path / "one.png", image, truth, truth, table, affine, slices=1)
+    case = {"image": image, "truth": truth, "prediction": truth, "affine": affine}
+    one = overlays.page_png(tmp_path / "one.png", [case], table)
     assert matplotlib.image.imread(path).shape[0] > 2 * matplotlib.image.imread(one).shape[0]
     report.CasePage(str(tmp_path / "out"), items, table)(None)
     assert (tmp_path / "out" / "page.png").read_bytes() == path.read_bytes()
@@ -250,8 +252,9 @@ def test_a_page_that_cannot_be_drawn_is_only_reported(table, tmp_path, caplog):
 
 def test_arrays_that_do_not_fit_are_an_error(table, tmp_path):
     image, truth, affine = body_with_marks("LPS")
+    case = {"image": image, "truth": truth[:-1], "prediction": truth, "affine": affine}
     with pytest.raises(ValueError, match="truth has shape"):
-        overlays.overlay_png(tmp_path / "no.png", image, truth[:-1], truth, table, affine)
+        overlays.page_png(tmp_path / "no.png", [case], table)
 
 
 def test_training_curves_come_from_the_runs_csv(tmp_path):

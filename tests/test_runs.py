@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -93,6 +94,21 @@ def test_a_finished_run_is_left_as_it_is_and_other_settings_are_refused(phantom_
 def test_workers_change_nothing(phantom_pool, tiny, tmp_path, pretrained):
     run_bundle("tsfm_pretrain", ["train.json", tiny], **pretrain_options(phantom_pool, tmp_path, num_workers=2))
     assert_same_weights(weights(pretrained), weights(tmp_path))
+
+
+def test_one_flipped_bit_in_a_prepared_case_stops_a_run_before_its_first_step(phantom_pool, tiny, tmp_path, pretrained):
+    shutil.copytree(phantom_pool.parent / "store", tmp_path / "store")
+    image = sorted((tmp_path / "store").rglob("image.b2nd"))[0]
+    content = bytearray(image.read_bytes())
+    content[len(content) // 2] ^= 1
+    image.write_bytes(content)
+    options = pretrain_options(phantom_pool, tmp_path / "run", store_dir=tmp_path / "store")
+    output = run_bundle("tsfm_pretrain", ["train.json", tiny], expect=1, **options)
+    assert f"{image.parent} is damaged (image.b2nd): delete this folder" in output
+    assert not (tmp_path / "run/last.pt").exists()
+    shutil.rmtree(image.parent)
+    run_bundle("tsfm_pretrain", ["train.json", tiny], **options)
+    assert_same_weights(weights(pretrained), weights(tmp_path / "run"))
 
 
 def torchrun(overlays, **options):

@@ -49,6 +49,7 @@ def pool_file(root, targets=None, **fields):
         ({"modality": "PET/CT"}, "names several"),
         ({"folder": 3}, '"folder" is 3, expected a path'),
         ({"name": "$x"}, "a letter or digit first"),
+        ({"others": None}, '"others" is null, expected "background"'),
         ({"labels": {"1": "livr"}}, "not among the targets (did you mean 'liver'?)"),
     ],
 )
@@ -60,10 +61,19 @@ def test_a_slip_in_a_pool_file_is_named(tmp_path, fields, message):
 
 def test_everything_that_is_wrong_comes_in_one_message(tmp_path):
     with pytest.raises(PoolError) as error:
-        DatasetPool(pool_file(tmp_path, {"liver": {"insid": "x", "lesion": "yes"}}, exclude="a", ignore=3), tmp_path)
+        DatasetPool(
+            pool_file(tmp_path, {"liver": {"insid": "x", "lesion": "yes"}, "a": None}, exclude="a", ignore=3), tmp_path
+        )
     text = str(error.value)
     assert all(
-        part in text for part in ("'insid' (did you mean 'inside'?)", '"lesion" is "yes"', '"exclude"', '"ignore"')
+        part in text
+        for part in (
+            "'insid' (did you mean 'inside'?)",
+            '"lesion" is "yes"',
+            '"exclude"',
+            '"ignore"',
+            "target 'a' is null",
+        )
     )
 
 
@@ -138,6 +148,17 @@ def test_keys_of_others_in_a_dataset_json_are_left_alone(tmp_path):
     }
     write(tmp_path / "dataset.json", content)
     assert [item["case"] for item in dataset_pool(str(tmp_path)).cases] == ["a"]
+
+
+@pytest.mark.parametrize(("written", "meant"), [("CT", "CT"), ({"0": "MRI"}, "MR"), (["ct"], "CT"), ("T2w", "MR")])
+def test_a_modality_may_be_a_text_a_list_or_an_object(tmp_path, written, meant):
+    touch(tmp_path, "a.nii.gz", "b.nii.gz")
+    training = [{"image": "./a.nii.gz", "label": "./b.nii.gz"}]
+    write(
+        tmp_path / "dataset.json",
+        {"modality": written, "labels": {"0": "background", "1": "liver"}, "training": training},
+    )
+    assert [item["modality"] for item in dataset_pool(str(tmp_path)).cases] == [meant]
 
 
 @pytest.mark.parametrize(

@@ -135,14 +135,6 @@ def test_bad_cases_are_reported_together_and_the_others_go_on(tmp_path, items, n
         report.raise_failures()
 
 
-def test_a_read_only_store_says_so(tmp_path, items):
-    with pytest.raises(CaseError, match="read-only store"):
-        CaseStore(tmp_path / "store", TABLE, PREPARATION, readonly=True).open(items[0])
-    assert not (tmp_path / "store").exists()
-    CaseStore(tmp_path / "store", TABLE, PREPARATION).open(items[0])
-    CaseStore(tmp_path / "store", TABLE, PREPARATION, readonly=True).open(items[0])
-
-
 def test_an_unwritable_store_is_an_error(tmp_path, items):
     (tmp_path / "file").write_text("not a folder")
     store = CaseStore(tmp_path / "file" / "store", TABLE, PREPARATION)

@@ -48,7 +48,7 @@ FLAG = _kind("boolean", "true or false (on a command line: True or False)")
 
 PATH = _kind(["string", "null"], "a path (a name of digits alone: ./2024)")
 
-WORD = r"\A[a-z]+\Z"
+AUTO = r"\Aauto\Z"
 
 THREE = [_kind("number", "a number above 0", exclusiveMinimum=0)] * 3
 
@@ -57,11 +57,13 @@ KINDS["options"] = _kind(
     "an object of ids",
     properties={
         **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval"), COUNT),
-        "batch_size": _kind(["integer", "string"], "a whole number from 1, or a word like auto", minimum=1, pattern=WORD),
+        "batch_size": _kind(["integer", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
         **dict.fromkeys(("seed", "warmup_epochs"), INDEX),
-        "num_workers": _kind(["integer", "object"], "a whole number from 0", minimum=0),
-        "save_interval": _kind(["integer", "string"], "a whole number from 1, or auto", minimum=1, pattern=r"\Aauto\Z"),
-        "checkpointing": _kind(["boolean", "string"], "true, false or auto (on a command line: True or False)", pattern=r"\Aauto\Z"),
+        "num_workers": _kind(
+            ["integer", "object"], "a whole number from 0", minimum=0, anyOf=[{"type": "integer"}, {"required": ["_target_"]}]
+        ),
+        "save_interval": _kind(["integer", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
+        "checkpointing": _kind(["boolean", "string"], "true, false or auto (on a command line: True or False)", pattern=AUTO),
         "learning_rate": RATE,
         **dict.fromkeys(("head_learning_rate", "encoder_learning_rate"), RATE_OR_NONE),
         **dict.fromkeys(("allow_missing", "from_scratch", "amp", "compile", "progress"), FLAG),
@@ -72,10 +74,12 @@ KINDS["options"] = _kind(
         "amp_dtype": _kind("string", "bfloat16 or float16", enum=["bfloat16", "float16"]),
         "existing": _kind("string", "error, skip or overwrite", enum=["error", "skip", "overwrite"]),
         "spacing_mm": _kind(
-            ["array", "string"], "three numbers of millimetres (S, P, L), or a word", prefixItems=THREE, minItems=3, maxItems=3, pattern=WORD
+            ["array", "string"], "three numbers of millimetres (S, P, L), auto, coarse or checkpoint", prefixItems=THREE,
+            minItems=3, maxItems=3, pattern=r"\A(auto|coarse|checkpoint)\Z",
         ),
         "patch_size": _kind(
-            ["array", "string"], "three whole numbers of voxels (S, P, L), or a word", items=COUNT, minItems=3, maxItems=3, pattern=WORD
+            ["array", "string"], "three whole numbers of voxels (S, P, L), auto or checkpoint", items=COUNT,
+            minItems=3, maxItems=3, pattern=r"\A(auto|checkpoint)\Z",
         ),
     },
 )  # fmt: skip
@@ -95,7 +99,7 @@ def check_options(arguments: Sequence[str]) -> None:
     contents = {path: read_json(path) for path in paths}
     wrong = [path for path, content in contents.items() if not isinstance(content, dict)]
     if wrong:
-        raise OptionError(f'{wrong[0]} holds no object of ids, like {{"epochs": 10}}')
+        raise OptionError(f'{wrong[0]} holds no object of ids, expected one like {{"epochs": 10}}')
     known = _known_ids(contents, arguments)
     for path, content in list(contents.items())[1:]:
         listed = "; ".join(_unknown([key for key in content if not key.startswith("_")], known, contents, ""))

@@ -57,9 +57,11 @@ def read_json(path: str | os.PathLike, kind: str | None = None, error: type[Valu
     except UnicodeDecodeError as reason:
         raise error(f"{path} is not text in UTF-8 ({reason}): save it as UTF-8") from None
     except json.JSONDecodeError as reason:
-        raise error(f"{path} is not valid JSON: {reason}") from None
+        raise error(f"{path} is not valid JSON: {reason}; correct it there, or put a whole copy in its place") from None
     except RecursionError:
-        raise error(f"{path} is not valid here: it is nested too deeply") from None
+        raise error(
+            f"{path} is not valid here: it is nested too deeply; check that it is the file that is meant"
+        ) from None
     except _Repeated as reason:
         raise error(f"{path}: {reason}") from None
     if kind is not None:
@@ -76,7 +78,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = sorted({key for key in keys if keys.count(key) > 1})
-        raise _Repeated(f"the keys {repeated} are there twice in one place; JSON readers keep the last one only")
+        raise _Repeated(
+            f"the keys {repeated} are there twice in one place; JSON readers keep the last one only: leave out the others"
+        )
     return content
 
 
@@ -165,7 +169,7 @@ CASES = _kind("array", 'a list of case names, like ["case_1", "case_2"]', items=
 PATHS = _kind(["string", "array"], "a path, or a list of paths (one per channel)", minLength=1, minItems=1, items=TEXT)
 
 TARGET = _kind(
-    ["object", "null"],
+    "object",
     'an object like {"inside": "liver"}',
     additionalProperties=False,
     properties={
@@ -206,7 +210,7 @@ DATASET = _kind(
         "ignore": _kind(
             "array", "a list of raw ids (whole numbers)", items=_kind("integer", "a raw id (whole number)")
         ),
-        "others": _kind(["string", "null"], '"background"'),
+        "others": _kind("string", '"background"'),
         "exclude": CASES,
         "patient": _kind(
             "object",
@@ -215,7 +219,7 @@ DATASET = _kind(
             additionalProperties=False,
             properties={"group": TEXT, "pattern": TEXT},
         ),
-        "unlabelled": _kind(["string", "null"], '"skip"'),
+        "unlabelled": _kind("string", '"skip"'),
         "reference": NOTE,
         "licence": NOTE,
         "_desc_": NOTE,

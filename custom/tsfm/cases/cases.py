@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import CaseError, CaseWarning
 from ..labels import LabelTable
-from .folders import DETACHED
+from .folders import DETACHED, paths_of
 from .grids import spacing_of
 from .pool import complete_items
 from .volumes import RawVolume, axis_codes, on_grid_of, read_labels, read_volume, to_spl
@@ -213,9 +213,7 @@ def file_identity(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
         CaseError: a file that does not exist.
     """
     label = item.get("label")
-    labels = list(label.values()) if isinstance(label, Mapping) else [] if label is None else [label]
-    image = item["image"]
-    paths = [*(image if isinstance(image, (list, tuple)) else [image]), *labels]
+    paths = [*paths_of(item["image"]), *([] if label is None else paths_of(label))]
     found = []
     for path in map(os.path.abspath, paths):
         inside = [path]

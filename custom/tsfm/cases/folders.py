@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import logging
 import os
-import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,70 +38,15 @@ def stem(path: str | os.PathLike) -> str:
     return name[: len(name) - len(ending)]
 
 
-class PoolError(ValueError):
-    """A pool file or a data set folder that cannot be used, with everything that is wrong at once."""
-
-
-def _paths(value: Any) -> list[str]:
+def paths_of(value: Any) -> list[Any]:
+    """The paths of an item's ``image`` or ``label``: one, one per channel, or one per structure."""
     if isinstance(value, Mapping):
         return list(value.values())
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _msd_pairs(folder: str) -> list[tuple[str, str, str]]:
-    declared = read_json(os.path.join(folder, "dataset.json"), "dataset.json", PoolError)
-    listed = [
-        tuple(os.path.normpath(os.path.join(folder, entry[key])) for key in ("image", "label"))
-        for entry in declared.get("training", [])
-    ]
-    plain = [stem(image) for image, _ in listed]
-    names = case_names(plain, [os.path.relpath(image, folder) for image, _ in listed])
-    return [(name, image, label) for name, (image, label) in zip(names, listed, strict=True)]
-
-
-def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    images = _paths(entry["image"])
-    found = _match(folder, images[0])
-    pairs = []
-    for case, first in found.items():
-        channels = [first, *(_resolve(folder, pattern, case) for pattern in images[1:])]
-        if "{structure}" in entry["label"]:
-            label: Any = {
-                structure: _resolve(folder, entry["label"].replace("{structure}", structure), case)
-                for structure in entry["labels"]
-            }
-        else:
-            label = _resolve(folder, entry["label"], case)
-        pairs.append((case, channels if isinstance(entry["image"], list) else first, label))
-    return pairs
-
-
-def _match(folder: str, pattern: str) -> dict[str, str]:
-    """Case name -> path of every file below `folder` that fits `pattern`."""
-    head, *rest = pattern.split("{case}")
-    expression = re.escape(head) + "(?P<case>[^/]+?)" + "(?P=case)".join(re.escape(part) for part in rest)
-    expression = expression.replace(r"\*", "[^/]*")
-    found: dict[str, str] = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern.replace("{case}", "*")))):
-        relative = os.path.relpath(path, folder).replace(os.sep, "/")
-        match = re.fullmatch(expression, relative)
-        if match is None or os.path.basename(path).startswith("."):
-            continue
-        case = match.group("case")
-        if case in found:
-            raise PoolError(f"two files fit {pattern!r} for case '{case}': {found[case]} and {path}")
-        found[case] = path
-    return found
-
-
-def _resolve(folder: str, pattern: str, case: str) -> str:
-    path = os.path.join(folder, pattern.replace("{case}", case))
-    if "*" not in path:
-        return os.path.normpath(path)
-    matches = sorted(glob.glob(path))
-    if len(matches) > 1:
-        raise PoolError(f"{len(matches)} files fit {path}: {matches[:3]}")
-    return matches[0] if matches else path
+class PoolError(ValueError):
+    """A pool file or a data set folder that cannot be used, with everything that is wrong at once."""
 
 
 def find_images(
@@ -126,7 +70,9 @@ def find_images(
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
     items = [item for one in sources for item in _items(one)]
     if not items:
-        raise FileNotFoundError(f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders")
+        raise FileNotFoundError(
+            f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders; check that it is what you meant"
+        )
     for item, name in zip(items, _case_names(items), strict=True):
         item["case"] = name
     if output_dir is not None:
@@ -220,12 +166,8 @@ def _from_datalist(path: str) -> list[dict[str, Any]]:
 def _case_names(items: Sequence[dict[str, Any]]) -> list[str]:
     """A file name for each item: its own, with its folders where that is not unique, numbered where even that is not."""
     roots = [item.pop("root", None) for item in items]
-    firsts = [_first(item["image"]) for item in items]
+    firsts = [os.path.abspath(os.fspath(paths_of(item["image"])[0])) for item in items]
     names = [str(item.get("case") or stem(path)) for item, path in zip(items, firsts, strict=True)]
     names = [name.replace("/", "_").replace(os.sep, "_") for name in names]
     parents = [root or os.path.dirname(os.path.dirname(path)) or "." for root, path in zip(roots, firsts, strict=True)]
     return case_names(names, [os.path.relpath(path, parent) for path, parent in zip(firsts, parents, strict=True)])
-
-
-def _first(image: Any) -> str:
-    return os.path.abspath(os.fspath(image[0] if isinstance(image, (list, tuple)) else image))

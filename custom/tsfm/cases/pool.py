@@ -1,17 +1,10 @@
 """The data set pool: a pool file and folders become one datalist with data set, modality, folds and sampling weights.
 
 Paper section 2.1: ten data sets, one label table, a sampling probability per case proportional to 1/sqrt(n).
-How a data set's folder is read is declared, not coded:
-
-* ``"format": "msd"``: the ``training`` list of a ``dataset.json`` (Medical Segmentation Decathlon);
-* ``"image"`` and ``"label"`` patterns relative to the folder, where ``{case}`` stands for the case's name (``*`` is a
-  wildcard): ``"{case}/imaging.nii.gz"``. A list of image patterns is one case with one file per channel; a label
-  pattern with ``{structure}`` is one mask file per structure, and ``labels`` then maps structure names.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
 import re
@@ -25,7 +18,8 @@ import numpy as np
 from ..labels import LabelError, LabelTable
 from ..names import case_names, modality_name, unknown_names
 from ..schema import check, nearest, read_json
-from .folders import PoolError, _msd_pairs, _paths, _pattern_pairs, stem
+from .dataset_folder import check_entry, read_dataset
+from .folders import PoolError, paths_of, stem
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +31,9 @@ class DatasetPool:
 
     Args:
         pool_file: path of a pool file, or its content: ``targets`` and ``datasets`` (see `LabelTable`), each data set
-            with ``folder`` (relative to `dataset_dir`), its layout, ``modality`` (a name, or name patterns of cases
-            with a ``default``), optionally ``exclude`` (case names), ``"unlabelled": "skip"`` (cases without a label file
-            are left out, not missed) and ``patient`` (``{"group", "pattern"}``: cases
+            with ``folder`` (relative to `dataset_dir`), its layout (see `dataset_folder`), ``modality`` (a name, or name
+            patterns of cases with a ``default``), optionally ``exclude`` (case names), ``"unlabelled": "skip"`` (cases
+            without a label file are left out, not missed) and ``patient`` (``{"group", "pattern"}``: cases
             of the same patient, also across the data sets of a group, stay in one fold).
         dataset_dir: folder that holds the data sets' folders.
         datasets: use only these (their names); default all.
@@ -74,7 +68,7 @@ class DatasetPool:
             raise PoolError(f"{self.source}: no data sets named {unknown}; there are {list(self.entries)}")
         self.chosen = chosen
         for name in chosen:
-            _check_entry(self.source, self.entries[name])
+            check_entry(self.source, self.entries[name])
         self.splits_file = splits_file
         self.splits = read_json(splits_file, "splits", PoolError) if splits_file else None
 
@@ -86,7 +80,7 @@ class DatasetPool:
         found, missing = {}, {}
         for name in self.chosen:
             try:
-                found[name] = self._read_dataset(self.entries[name])
+                found[name] = read_dataset(self.dataset_dir, self.entries[name], self.source)
             except PoolError as error:
                 missing[name] = str(error)
         return found, missing
@@ -117,36 +111,6 @@ class DatasetPool:
         if not cases:
             raise PoolError(f"{self.source}: no case found below {self.dataset_dir}\n{listing}")
         return cases
-
-    def _read_dataset(self, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-        folder = os.path.join(self.dataset_dir, entry.get("folder", ""))
-        if not os.path.isdir(folder):
-            raise PoolError(f"folder {folder} does not exist")
-        pairs = _msd_pairs(folder) if entry.get("format") == "msd" else _pattern_pairs(folder, entry)
-        excluded = set(entry.get("exclude", ()))
-        unknown = unknown_names(sorted(excluded), [case for case, _, _ in pairs])
-        if unknown:
-            raise PoolError(f'{folder}: "exclude" names cases that are not there: {unknown}')
-        items, absent, unlabelled = [], [], 0
-        skips = entry.get("unlabelled") == "skip"
-        for case, image, label in sorted(pairs, key=lambda pair: pair[0]):
-            if case in excluded:
-                continue
-            paths = [*_paths(image), *_paths(label)]
-            if skips and not any(os.path.isfile(path) for path in _paths(label)):
-                unlabelled += 1
-                continue
-            absent += [path for path in paths if not os.path.exists(path)]
-            modality = modality_name(_modality(entry.get("modality", "CT"), case), self.source)
-            items.append({"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case})
-        if absent:
-            shown = "\n    ".join(absent[:10])
-            raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
-        if unlabelled:
-            logger.info("%s: %d cases without a label file are left out", entry["name"], unlabelled)
-        if not items:
-            raise PoolError(f"folder {folder} holds no case in the layout {_layout(entry)}")
-        return items
 
     # ---- folds ------------------------------------------------------------------------------------------------
 
@@ -315,7 +279,7 @@ def complete_items(items: Sequence[Mapping[str, Any]], table: LabelTable, modali
                 f"item {item['image']}: unknown data set '{dataset}'{nearest(dataset, table.datasets)}; the table knows "
                 f"{list(table.datasets)}"
             )
-        first = _paths(item["image"])[0]
+        first = paths_of(item["image"])[0]
         case = item.get("case") or stem(first)
         kind = modality_name(item["modality"], f"item {first}") if item.get("modality") else modality
         completed.append({**item, "modality": kind, "dataset": dataset, "case": case})
@@ -334,42 +298,6 @@ def _read_pool(pool_file: str | os.PathLike | Mapping[str, Any]) -> tuple[str, M
     declared = read_json(pool_file, error=PoolError) if is_path else pool_file
     check(declared, "pool", source, PoolError)
     return source, declared
-
-
-def _check_entry(source: str, entry: Mapping[str, Any]) -> None:
-    if entry.get("unlabelled") not in (None, "skip"):
-        raise PoolError(
-            f'{source}, data set \'{entry["name"]}\': "unlabelled" is {entry["unlabelled"]!r}; the only choice is "skip"'
-        )
-    kind = entry.get("format", "patterns")
-    if kind not in ("msd", "patterns"):
-        raise PoolError(f"{source}, data set '{entry['name']}': format {kind!r} is neither 'msd' nor 'patterns'")
-    if kind == "patterns" and not {"image", "label"} <= set(entry):
-        raise PoolError(
-            f'{source}, data set \'{entry["name"]}\': give "format": "msd", or "image" and "label" patterns'
-        )
-    images = _paths(entry.get("image", "{case}"))
-    if kind == "patterns" and "{case}" not in images[0]:
-        raise PoolError(f"{source}, data set '{entry['name']}': the image pattern {images[0]!r} has no {{case}}")
-    modality = entry.get("modality", "CT")
-    if not isinstance(modality, str) and "default" not in modality:
-        raise PoolError(f'{source}, data set \'{entry["name"]}\': "modality" {dict(modality)} has no "default"')
-    for name in [modality] if isinstance(modality, str) else modality.values():
-        try:
-            modality_name(name)
-        except ValueError as error:
-            raise PoolError(f"{source}, data set '{entry['name']}': {error}") from None
-
-
-def _layout(entry: Mapping[str, Any]) -> str:
-    return "dataset.json" if entry.get("format") == "msd" else f"image {entry['image']}, label {entry['label']}"
-
-
-def _modality(declared: str | Mapping[str, str], case: str) -> str:
-    if isinstance(declared, str):
-        return declared
-    matches = [name for pattern, name in declared.items() if pattern != "default" and fnmatch.fnmatch(case, pattern)]
-    return matches[0] if matches else declared["default"]
 
 
 def _fold_keys(keys: list[str], fold: int, folds: int) -> set[str]:

@@ -18,7 +18,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt2axcodes, orn
 
 from ..errors import CaseError
 from .dicom import open_file, open_series
-from .folders import NIFTI
+from .folders import NIFTI, paths_of
 from .grids import (
     SAME_GRID,
     check_body,
@@ -60,7 +60,7 @@ def read_volume(path) -> RawVolume:
         CaseError: missing, damaged or unreadable file; RGB, complex or 2D voxels; a geometry that no scan of a body
             has; channels on different grids.
     """
-    paths = [os.fspath(p) for p in path] if isinstance(path, (list, tuple)) else [os.fspath(path)]
+    paths = [os.fspath(one) for one in paths_of(path)]
     if not paths:
         raise CaseError("an empty list of image files; expected one path per channel")
     volumes = []
@@ -75,7 +75,7 @@ def read_volume(path) -> RawVolume:
 
 def read_grid(path) -> ImageGrid:
     """The grid of what `read_volume` reads, from the header alone (of the first file, where each holds a channel)."""
-    paths = list(path) if isinstance(path, (list, tuple)) else [path]
+    paths = paths_of(path)
     opened = _open(os.fspath(paths[0]))
     return ImageGrid(
         len(paths) if len(paths) > 1 else opened.channels, opened.shape, opened.affine, os.fspath(paths[0])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..cases.cases import load_codes
-from ..cases.folders import SUFFIXES, stem
+from ..cases.folders import SUFFIXES, paths_of, stem
 from ..cases.grids import grid_difference, turn_grid, turn_to
 from ..cases.volumes import RawVolume, as_whole_numbers, check_same_grid, read_grid, read_labels
 from ..labels import LabelTable
@@ -106,11 +106,9 @@ def _truths(labels: str | Path | Sequence[Mapping[str, Any]], dataset: str | Non
         raise FileNotFoundError("no truth to compare with: the folder of labels, or the list of items, is empty")
     result = []
     for item in labels:
-        first = lambda value: next(iter(value.values())) if isinstance(value, Mapping) else value  # noqa: E731
         image = item.get("image")
-        image = image[0] if isinstance(image, (list, tuple)) else image
-        image_name = stem(image) if image else ""
-        label_name = stem(first(item["label"]))
+        image_name = stem(paths_of(image)[0]) if image else ""
+        label_name = stem(paths_of(item["label"])[0])
         names = [item.get("case"), image_name, re.sub(r"_\d{4}$", "", image_name), label_name]
         names += [ENDINGS.sub("", label_name)]
         names = list(dict.fromkeys(str(name) for name in names if name))
@@ -134,9 +132,8 @@ def _candidates(pair: dict[str, Any], files: Mapping[str, list[Path]], folder: P
 
 def _header_difference(pair: Mapping[str, Any]) -> str:
     """Grid difference of one pair from the headers alone, axes turned alike; the scoring reports unreadable files."""
-    label = pair["label"]
     try:
-        truth = read_grid(next(iter(label.values())) if isinstance(label, Mapping) else label)
+        truth = read_grid(paths_of(pair["label"])[0])
         prediction = read_grid(pair["prediction"])
     except ValueError:  # the scoring reads the file again and reports it with its case
         return ""

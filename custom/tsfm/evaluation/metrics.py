@@ -67,14 +67,11 @@ def _within(points: np.ndarray, others: np.ndarray, distance_mm: float) -> np.nd
     return np.isfinite(distance)
 
 
-def lesions(
-    prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float], overlap: float = 0.0
-) -> list[dict[str, Any]]:
+def lesions(prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> list[dict[str, Any]]:
     """Detection lesion by lesion; a lesion is a component under 26-connectivity.
 
-    A true lesion is *found* where predicted voxels cover more than `overlap` of it, else *missed*; a predicted
-    component is *false* where true voxels cover no more than `overlap` of it. At the default of 0 one shared voxel is
-    enough (the rule of autoPET's false positive and false negative volumes).
+    A true lesion is *found* where it shares a voxel with the prediction, else *missed*; a predicted component that
+    shares none with the truth is *false* (the rule of autoPET's false positive and false negative volumes).
 
     Returns:
         One ``{"kind": "found" | "missed" | "false", "volume_ml", "covered"}`` per lesion; ``covered`` is the share of
@@ -87,7 +84,7 @@ def lesions(
         sizes = np.bincount(components.ravel())[1:]
         shared = np.bincount(components[other], minlength=len(sizes) + 1)[1:]
         for size, covered in zip(sizes.tolist(), shared.tolist(), strict=True):
-            hit = covered > overlap * size
+            hit = covered > 0
             if is_truth or not hit:
                 kind = ("found" if hit else "missed") if is_truth else "false"
                 rows.append({"kind": kind, "volume_ml": size * voxel_ml, "covered": covered / size})

@@ -20,7 +20,7 @@ from scipy import ndimage
 from ..cases.grids import SPL, spacing_of, turn_array, turn_grid, turn_to
 from ..labels import LabelTable
 from ..preparation.resampling import label_box
-from .evaluation import is_lesion
+from .scores import is_lesion
 
 CT_WINDOW_HU = (-160.0, 240.0)
 """Soft tissue: level 40, width 400."""
@@ -64,41 +64,18 @@ def colors_of(table: LabelTable) -> dict[int, str]:
     return colors
 
 
-def overlay_png(
-    path: str | Path,
-    image: np.ndarray,
-    truth: np.ndarray | None,
-    prediction: np.ndarray,
-    table: LabelTable,
-    affine: np.ndarray,
-    modality: str = "CT",
-    window: tuple[float, float] | None = None,
-    slices: int = 3,
-    title: str = "",
-    dice: Mapping[str, float | None] | None = None,
-    annotated: Sequence[str] | None = None,
-) -> Path:
-    """One case: a row of image, truth and prediction for each of the most informative axial slices.
+def page_png(path: str | Path, cases: Sequence[Mapping[str, Any]], table: LabelTable) -> Path:
+    """A page of cases below each other: a row of image, truth and prediction per slice, the most informative ones.
 
     Args:
-        image, truth, prediction: three axes on one grid; truth and prediction hold label-map values (see `truth_map`);
-            no truth gives two columns.
-        affine: (4, 4) to RAS+ mm, decides which slices are axial, their orientation and proportions.
-        window: gray values shown as black and white; default: soft tissue for a CT, 1st to 99.5th percentile else.
-        dice: target -> Dice, added to the legend.
-        annotated: targets that the truth's data set annotates; the legend marks others that are predicted.
+        cases: per case ``image``, ``prediction`` and ``truth`` (three axes on one grid, label-map values, see `truth_map`;
+            no truth gives two columns), ``affine`` (to RAS+ mm: which slices are axial, their orientation and
+            proportions), and if wanted ``modality`` ("CT"), ``slices`` (1), ``title`` and ``annotated`` (targets that
+            the truth's data set annotates; the legend marks others that are predicted).
 
     Raises:
         ValueError: arrays whose shapes differ.
     """
-    return page_png(path, [{
-        "image": image, "truth": truth, "prediction": prediction, "affine": affine, "modality": modality,
-        "window": window, "title": title, "dice": dice, "annotated": annotated, "slices": slices,
-    }], table)  # fmt: skip
-
-
-def page_png(path: str | Path, cases: Sequence[Mapping[str, Any]], table: LabelTable, heading: str = "") -> Path:
-    """A page of cases below each other, one row per slice; each case is a dict of `overlay_png`'s arguments."""
     rows, shown = [], set()
     for case in cases:
         panels = _upright(case)
@@ -108,14 +85,13 @@ def page_png(path: str | Path, cases: Sequence[Mapping[str, Any]], table: LabelT
                 shown |= {int(value) for value in np.unique(panels[key][index]) if value}
     columns = max(2 + ("truth" in row[0]) for row in rows)
     handles = _legend_entries(table, shown, cases)
-    header = 0.34 + (0.36 if heading else 0)
+    header = 0.34
     footer = 0.26 + 0.25 * -(-max(len(handles), 1) // (columns + 1))
     tall = [TITLE_INCHES * bool(title) + ROW_INCHES * _crop_of(panels)[2] for panels, _, title in rows]
     width, height = ROW_INCHES * columns, header + footer + sum(tall)
     figure = Figure(figsize=(width, height), dpi=110, facecolor="black")
     FigureCanvasAgg(figure)
     top = height - header
-    figure.text(0.5, 1 - 0.08 / height, heading, color="white", ha="center", va="top", fontsize=12, weight="bold")
     for column, name in enumerate(("image", "truth", "prediction") if columns == 3 else ("image", "prediction")):
         figure.text((column + 0.5) / columns, (top + 0.08) / height, name, color="white", ha="center", fontsize=11)
     for (panels, index, title), row_height in zip(rows, tall, strict=True):
@@ -150,7 +126,7 @@ def _upright(case: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{case.get('title', 'case')}: {key} has shape {array.shape}, the image {image.shape}")
         panels[key] = turn_array(array, turn)
     spacing = np.array(spacing_of(turn_grid(image.shape, affine, turn)[1]))
-    panels["spacing"], panels["window"] = spacing, case.get("window") or _window(panels["image"], case)
+    panels["spacing"], panels["window"] = spacing, _window(panels["image"], case)
     return panels
 
 
@@ -259,13 +235,11 @@ def _scale_bar(axes, shape: tuple[int, int], spacing: np.ndarray) -> None:
 
 
 def _legend_entries(table: LabelTable, shown: set[int], cases: Sequence[Mapping[str, Any]]) -> list[Patch]:
-    """Color and name of every target in the picture; its Dice where one case is shown; what no truth annotates."""
-    dice = (cases[0].get("dice") or {}) if len(cases) == 1 else {}
+    """Color and name of every target in the picture; what no truth annotates."""
     known = [case.get("annotated") for case in cases]
     colors, entries = colors_of(table), []
     for value in sorted(shown):
         name = table.names[value - 1]
-        label = name.replace("_", " ") + (f", Dice {dice[name]:.3f}" if dice.get(name) is not None else "")
         unknown = all(names is not None and name not in names for names in known)
-        entries.append(Patch(color=colors[value], label=label + (" (not annotated)" if unknown else "")))
+        entries.append(Patch(color=colors[value], label=name.replace("_", " ") + " (not annotated)" * unknown))
     return entries

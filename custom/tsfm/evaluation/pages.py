@@ -17,6 +17,7 @@ from ignite.engine import Engine, Events
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..cases.folders import paths_of
 from ..cases.volumes import RawVolume, on_grid_of, read_volume
 from ..labels import LabelTable, as_table
 from .label_maps import load_map, load_truth, match_predictions
@@ -76,10 +77,9 @@ def folder_page(
     cases = []
     for name, entry in chosen.items():
         pair, item = found[entry["dataset"], entry["case"]]
-        files = item["image"] if isinstance(item["image"], (list, tuple)) else [item["image"]]
         prediction, affine = load_map(pair["prediction"])
         grid = RawVolume(prediction[None], affine, str(pair["prediction"]))
-        image = on_grid_of(grid, read_volume(files[0]), "image and prediction")
+        image = on_grid_of(grid, read_volume(paths_of(item["image"])[0]), "image and prediction")
         truth, _ = load_truth(pair["label"], table, entry["dataset"], (prediction, affine, grid.source))
         cases.append({
             "image": np.asarray(image.array[0], np.float32), "affine": affine, "slices": slices,

@@ -11,8 +11,8 @@ import numpy as np
 from ..cases.volumes import as_label_map
 from ..inference.postprocessing import apply
 from ..labels import LabelTable, as_table
-from .evaluation import count_voxels, only_dataset
 from .label_maps import load_map, load_truth
+from .scores import count_voxels, only_dataset
 
 FOREGROUND = "all foreground"
 
@@ -22,9 +22,11 @@ def determine(
     truths: Sequence[Any],
     table: LabelTable | Mapping | str,
     datasets: Sequence[str] | str | None = None,
-    fill: str = "parent",
 ) -> dict[str, Any]:
     """The plan that cross-validation supports.
+
+    A removed voxel becomes the target that contains the removed one (a false tumor in the liver is liver again), or
+    background where there is none; nnU-Net knows background only.
 
     Args:
         predictions: label maps with values 0 to N, as arrays or NIfTI files (read one at a time).
@@ -32,15 +34,11 @@ def determine(
         table: the label table, its dict, or the path of a pool.json.
         datasets: data set of each case, or of all (default: the table's only one). Dice counts annotated targets only;
             a case without the target in both prediction and truth counts nowhere, as in nnU-Net.
-        fill: what a removed voxel becomes: ``"parent"`` (the target that contains the removed one: a false tumor in the
-            liver is liver again) or ``"background"`` (nnU-Net's choice; the same for targets without a parent).
 
     Raises:
         ValueError: lists of different length, an empty list, maps that do not fit the table.
     """
     table = as_table(table)
-    if fill not in ("parent", "background"):
-        raise ValueError(f'fill is {fill!r}, expected "parent" or "background"')
     if not predictions or len(predictions) != len(truths):
         raise ValueError(f"{len(predictions)} predictions and {len(truths)} truths: expected one of each per case")
     owners = (
@@ -49,7 +47,7 @@ def determine(
     cases = list(zip(predictions, truths, owners, strict=True))
     plan: dict[str, Any] = {"targets": list(table.names), "steps": [], "evidence": []}
     before = _mean_dice(cases, table, plan["steps"])
-    for candidate in _candidates(table, fill):
+    for candidate in _candidates(table):
         after = _mean_dice(cases, table, [*plan["steps"], candidate])
         helps = _helps_all if candidate["target"] == FOREGROUND else _helps_one(candidate["target"])
         kept = helps(before, after)
@@ -60,13 +58,13 @@ def determine(
     return plan
 
 
-def _candidates(table: LabelTable, fill: str) -> list[dict[str, Any]]:
+def _candidates(table: LabelTable) -> list[dict[str, Any]]:
     """All foreground, then every target in declared order; a single target is all foreground already."""
     number, member = len(table.names), table.map_membership()
     steps = [{"target": FOREGROUND, "values": list(range(1, number + 1)), "fill": 0}]
     for target, name in enumerate(table.names if number > 1 else ()):
         values = np.flatnonzero(member[:, target]).tolist()
-        parent = table.parent(name) if fill == "parent" else None
+        parent = table.parent(name)
         steps.append({"target": name, "values": values, "fill": table.names.index(parent) + 1 if parent else 0})
     return steps
 

@@ -1,6 +1,6 @@
 """Tables: the summary of scored rows, and Markdown in the shape of the paper's Tables 1, 2 and 3.
 
-Rows are the plain dicts of :mod:`tsfm.evaluation.evaluation`. Results of transfer and ablation are plain dicts too:
+Rows are the plain dicts of :mod:`tsfm.evaluation.scores`. Results of transfer and ablation are plain dicts too:
 
 - Table 2: ``{"dataset", "initialization", "epochs", "seed", "dice"}``; ``initialization`` is ``"pretrained"``,
   ``"scratch"`` or the name of another method; ``epochs: None`` stands for a reference that has one value only.
@@ -113,7 +113,6 @@ def _with_spread(statistics: Mapping[str, float] | None) -> str:
 
 def table1(
     rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
-    method: str = "TSFM",
     lesion_targets: Sequence[str] | None = None,
 ) -> str:
     """Mean Dice per data set and target, one line per method, the mean over tumors last: the paper's Table 1.
@@ -121,10 +120,10 @@ def table1(
     As there, only data sets with a lesion target are listed; where there is none, all are.
 
     Args:
-        rows: scored rows of one method, or method -> rows.
+        rows: scored rows of TSFM, or method -> rows.
         lesion_targets: targets in the last column's mean (default: those whose rows count lesions).
     """
-    methods = {method: rows} if not isinstance(rows, Mapping) else rows
+    methods = {"TSFM": rows} if not isinstance(rows, Mapping) else rows
     summaries = {name: summarize(part)["datasets"] for name, part in methods.items()}
     columns = list(dict.fromkeys((d, t) for part in summaries.values() for d, ts in part.items() for t in ts))
     if lesion_targets is None:

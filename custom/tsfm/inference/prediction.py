@@ -20,7 +20,7 @@ from monai.data import Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.transforms import SaveImaged
 
-from ..cases.folders import NIFTI, OUTPUT_SUFFIX, _first, output_path, stem
+from ..cases.folders import NIFTI, OUTPUT_SUFFIX, output_path, paths_of, stem
 from ..cases.grids import is_upright
 from ..cases.nifti import unit_mm
 from ..errors import first_cause
@@ -29,11 +29,23 @@ from ..labels import LabelTable
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-
 
 class FailedCases(RuntimeError):
     """Some cases of a run failed; the others are done. The message lists them."""
+
+
+def chosen_targets(choice: str | Sequence[str], trained: Sequence[str]) -> Sequence[str]:
+    """Names of the targets to paint: `choice` (a name or several), or all `trained` ones where "all" is among it.
+
+    3D Slicer shows a list of names and sends one or several of them back.
+    """
+    names = [choice] if isinstance(choice, str) else list(choice)
+    return trained if "all" in names else names
+
+
+def chosen_modality(choice: str | Sequence[str]) -> str | None:
+    """The modality to normalize as, or None for each image's own: a list is what 3D Slicer shows to choose from."""
+    return choice if isinstance(choice, str) else None
 
 
 class CaseDataset(Dataset):
@@ -47,7 +59,7 @@ class CaseDataset(Dataset):
         try:
             return super()._transform(index)
         except Exception as error:
-            case = item.get("case") or stem(_first(item["image"]))
+            case = item.get("case") or stem(paths_of(item["image"])[0])
             logger.debug("case %s", case, exc_info=True)
             return {"case": case, "error": root_cause(error)}
 
@@ -60,7 +72,6 @@ class CaseEvaluator(SupervisedEvaluator):
 
     Args:
         table: label table or target names, to name the label map's values in the summary.
-        summary: print the table of cases at the end.
         annotated_only: paint a case with the targets that its data set ("dataset") annotates in `table`, as MultiTalent
             scores: what another data set would call these voxels does not cover them. The inferer is a `SlabInferer`.
         others: as for SupervisedEvaluator; batches of one case. `amp` belongs to the inferer.
@@ -73,7 +84,6 @@ class CaseEvaluator(SupervisedEvaluator):
         self,
         *args: Any,
         table: LabelTable | Sequence[str] | None = None,
-        summary: bool = True,
         annotated_only: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -82,18 +92,25 @@ class CaseEvaluator(SupervisedEvaluator):
         if annotated_only:
             self.annotated = {dataset: table.annotated(dataset) for dataset in table.datasets}
         self.names = table.names if isinstance(table, LabelTable) else tuple(table or ())
-        self.summary = summary
         self.results: list[dict[str, Any]] = []
 
     def run(self, global_epoch: int = 1) -> None:
         self.results, self._mark = [], time.perf_counter()
         super().run(global_epoch)
-        if self.summary and self.results:
+        if self.results:
             print(format_results(self.results))
-        failed = [row for row in self.results if "error" in row]
-        if failed:
+        if failed := self.failed:
             listed = "\n".join(f"  {row['case']}: {row['error']}" for row in failed)
             raise FailedCases(f"{len(failed)} of {len(self.results)} cases failed:\n{listed}")
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Rows of the cases that failed, with their "error"."""
+        return [row for row in self.results if "error" in row]
+
+    def mark_failed(self, error: str) -> None:
+        """Count the last case as failed: a handler had no use for its label map."""
+        self.results[-1]["error"] = error
 
     @property
     def protocol(self) -> dict[str, str]:
@@ -135,6 +152,17 @@ def _case_of(batchdata: Mapping[str, Any], number: int) -> str:
     meta = getattr(batchdata.get("image"), "meta", {})
     names = meta.get("filename_or_obj", [])
     return stem(names[0] if isinstance(names, (list, tuple)) else names) if names else f"case {number}"
+
+
+def case_name(item: Mapping[str, Any], image: torch.Tensor) -> str:
+    """Name of one case (no batch): what the item says, else that of the image's file."""
+    source = _source(image)
+    return str(item.get("case") or (stem(source) if source else "case"))
+
+
+def _source(image: torch.Tensor) -> str:
+    """The file that an image, or what was made of it, was read from; empty where it was none."""
+    return str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else ""
 
 
 def root_cause(error: BaseException) -> str:
@@ -188,9 +216,7 @@ class SaveLabelMapd(SaveImaged):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
-            source = str(item[key].meta.get("filename_or_obj", "")) if isinstance(item[key], MetaTensor) else ""
-            case = item.get("case") or (stem(source) if source else "prediction")
-            path = output_path(self.output_dir, case)
+            path = output_path(self.output_dir, case_name(item, item[key]))
             if path.exists() and not self.overwrite:
                 raise FileExistsError(f"{path} is already there; remove it, or allow to overwrite it")
             write_label_map(item[key], path)
@@ -204,7 +230,7 @@ def write_label_map(label_map: torch.Tensor, path: str | os.PathLike) -> None:
     """
     array = np.asarray(label_map.detach().cpu())[0]
     affine = np.asarray(label_map.affine, float) if isinstance(label_map, MetaTensor) else np.eye(4)
-    source = str(label_map.meta.get("filename_or_obj", "")) if isinstance(label_map, MetaTensor) else ""
+    source = _source(label_map)
     header = nib.load(source).header.copy() if source.lower().endswith(NIFTI) else None
     if header is not None:
         header.set_data_shape(array.shape)

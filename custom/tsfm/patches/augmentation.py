@@ -1,4 +1,4 @@
-"""Random transforms that MONAI lacks: rotation with scaling as one resampling, a rule per channel, and a faster blur.
+"""Random transforms that MONAI lacks: rotation with scaling as one resampling, a rule per channel, gamma, a faster blur.
 
 Numbers and order are nnU-Net's (its default trainer, versions 1 and 2.8.1); the list itself stands in a bundle's train.json.
 Axes: S, P, L are the voxel axes of a patch, C its channels.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, Randomizable, RandomizableTransform, Transform
+from monai.transforms import AdjustContrast, MapTransform, Randomizable, RandomizableTransform, Transform
 
 THICK_RATIO = 3  # nnU-Net: a patch whose longest side is more than 3 times its shortest is augmented slice by slice
 
@@ -202,6 +202,31 @@ class RandPerChanneld(RandomizableTransform, MapTransform):
         if thick is not None:
             return self.transform(channel.transpose(0, thick + 1)).transpose(0, thick + 1)
         return self.transform(channel)
+
+
+class RandGamma(RandomizableTransform):
+    """Intensities to the power of gamma, between the image's smallest and largest value; mean and sd are kept.
+
+    Args:
+        gamma: half of the draws are uniform in (lower, 1), half in (1, upper). Source: nnU-Net 2.8.1.
+        invert_image: raise the negative image instead, which stretches the other end of the intensities.
+        prob: probability of the transform.
+    """
+
+    def __init__(self, gamma: Sequence[float] = (0.7, 1.5), invert_image: bool = False, prob: float = 1.0) -> None:
+        RandomizableTransform.__init__(self, prob)
+        if not 0 < gamma[0] <= 1 <= gamma[1]:
+            raise ValueError(f"gamma is {tuple(gamma)}; it must hold 1 and be positive, for instance (0.7, 1.5)")
+        self.gamma = tuple(gamma)
+        self.power = AdjustContrast(1.0, invert_image=invert_image, retain_stats=True)
+
+    def __call__(self, img: torch.Tensor) -> torch.Tensor:
+        """Image (C, ...) to one of the same shape, all channels with the same gamma."""
+        self.randomize(None)
+        if not self._do_transform:
+            return img
+        lower, upper = self.gamma
+        return self.power(img, self.R.uniform(lower, 1) if self.R.uniform() < 0.5 else self.R.uniform(1, upper))
 
 
 class RandGaussianBlur(RandomizableTransform):

@@ -31,9 +31,8 @@ class Draw(NamedTuple):
 class PoolSampler(DistributedSampler):
     """Draws cases with replacement, by weight; a third of the samples are to show foreground.
 
-    Use it as the ``sampler`` of a loader with the same `batch_size`, or, with ``batched=True``, as its
-    ``batch_sampler``. It is a DistributedSampler so that MONAI's trainer tells it the epoch by itself; elsewhere call
-    :meth:`set_epoch`. With `fixed` every epoch is the same, whoever tells it: for validation.
+    Use it as the ``sampler`` of a loader with the same `batch_size`. It is a DistributedSampler so that MONAI's trainer
+    tells it the epoch by itself; elsewhere call :meth:`set_epoch`. With `fixed` every epoch is the same, whoever tells it: for validation.
 
     Args:
         data: datalist items (weighted by :func:`tsfm.cases.pool.sampling_weights`), or one weight per case.
@@ -56,7 +55,6 @@ class PoolSampler(DistributedSampler):
         foreground_fraction: float = 1 / 3,
         rank: int = 0,
         world_size: int = 1,
-        batched: bool = False,
         allow_empty: bool = False,
         fixed: bool = False,
     ) -> None:
@@ -69,7 +67,6 @@ class PoolSampler(DistributedSampler):
         self.batch_size = batch_size
         self.iterations = iterations
         self.foreground_fraction = foreground_fraction
-        self.batched = batched
         self.fixed = fixed
         self._cumulative = np.cumsum(weights) / weights.sum()
 
@@ -79,15 +76,12 @@ class PoolSampler(DistributedSampler):
             super().set_epoch(epoch)
 
     def __len__(self) -> int:
-        return self.iterations if self.batched else self.iterations * self.batch_size
+        return self.iterations * self.batch_size
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Draw]:
         for iteration in range(self.iterations):
-            batch = [self._draw(iteration, self.rank * self.batch_size + row) for row in range(self.batch_size)]
-            if self.batched:
-                yield batch
-            else:
-                yield from batch
+            for row in range(self.batch_size):
+                yield self._draw(iteration, self.rank * self.batch_size + row)
 
     def _draw(self, iteration: int, row: int) -> Draw:
         """The sample in row `row` of global batch `iteration` of this epoch."""

@@ -85,16 +85,11 @@ class PrepareReport:
 
 
 class CaseStore:
-    """Prepared cases under one folder; cheap to pickle, so workers and processes share it.
+    """Prepared cases under one folder; cheap to pickle, so workers and processes share it."""
 
-    `readonly` turns a missing case into an error instead of preparing it.
-    """
-
-    def __init__(
-        self, store_dir: str | os.PathLike, table: LabelTable, preparation: Preparation, readonly: bool = False
-    ) -> None:
+    def __init__(self, store_dir: str | os.PathLike, table: LabelTable, preparation: Preparation) -> None:
         self.store_dir = os.path.abspath(os.fspath(store_dir))
-        self.table, self.preparation, self.readonly = table, preparation, readonly
+        self.table, self.preparation = table, preparation
 
     def key(self, item: Mapping[str, Any]) -> str:
         """Hex digest of everything that decides an item's stored bytes. Raises CaseError for a missing file."""
@@ -119,7 +114,7 @@ class CaseStore:
         """The stored case; prepares it on first touch.
 
         Raises:
-            CaseError: the item cannot be prepared, or is missing in a read-only store.
+            CaseError: the item cannot be prepared.
             StoreError: the store cannot be written.
         """
         return StoredCase(self._ensure(self._complete(item))[0], self.table)
@@ -155,8 +150,6 @@ class CaseStore:
         path = self.path(item)
         if os.path.isdir(path):
             return path, True
-        if self.readonly:
-            raise CaseError(f"{item['image']}: not in the read-only store {self.store_dir}; prepare it first")
         prepared = prepare_case(item, self.table, self.preparation)
         _write_folder(self.store_dir, path, _files_of(prepared))
         _VERIFIED.add(path)

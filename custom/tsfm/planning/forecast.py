@@ -134,8 +134,6 @@ def plan(
         forecast.path = output_file
         forecast.save()
     if timed:
-        network = downstream_network(
-            pool, found.patch_size, channels, pretrained, from_scratch=True, plan=found, checkpointing=checkpointing
-        )
+        network = downstream_network(pool, found.patch_size, channels, pretrained, found, checkpointing=checkpointing)
         step = time_steps(network, found, channels, place)
         print(f"  {in_words(step, iterations_per_epoch, epochs * iterations_per_epoch)}")

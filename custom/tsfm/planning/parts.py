@@ -13,7 +13,7 @@ from ..network.tsfm_net import PARTS
 FREEZE = ("none", "encoder", "all_but_heads")
 
 
-def freeze(network: nn.Module, what: str) -> None:
+def freeze(network: nn.Module, what: str) -> nn.Module:
     """Switch training off for ``"encoder"`` (stem, encoder, down, Transformer), for ``"all_but_heads"``, or ``"none"``.
 
     Raises:
@@ -27,6 +27,7 @@ def freeze(network: nn.Module, what: str) -> None:
     for part, parameter in zip(parts, network.parameters(), strict=True):
         frozen = part != "heads" if what == "all_but_heads" else part == what
         parameter.requires_grad_(not frozen)
+    return network
 
 
 def part_of(name: str, parts: Parts = PARTS) -> str:

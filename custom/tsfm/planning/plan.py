@@ -28,7 +28,6 @@ from ..preparation.fingerprint import Fingerprint, fingerprint, plan_spacing
 from ..schema import FileError, read_json
 from ..training.checkpoint import build_network
 from .own_data import count_channels, pretrained_description
-from .parts import freeze as freeze_parts
 from .planner import Plan
 from .transfer import load_pretrained
 
@@ -112,18 +111,13 @@ def downstream_network(
     patch_size: Sequence[int],
     in_channels: int,
     pretrained: str | None,
-    preparation: Preparation | None = None,
-    from_scratch: bool = False,
-    freeze: str = "none",
-    output_dir: str | None = None,
     plan: Plan | None = None,
     **overrides: Any,
 ) -> DescribedNetwork:
     """The network of a downstream task: the plan's, or the pretrained one with the task's channels, targets and patch.
 
-    From weights, the `plan` gives strides and kernels, and the weights are taken over; `from_scratch` drops them (the
-    paper's "nopretrain" rows). Without `pretrained` the network is the plan's, else what `overrides` name. The report of
-    what was taken over goes to ``transfer_report.json`` in `output_dir`.
+    To `pretrained` weights the `plan` gives strides and kernels; the weights themselves are for :func:`take_over`.
+    Without them the network is the plan's, else what `overrides` name.
     """
     shape = {"in_channels": in_channels, "out_channels": len(pool.table.names), "img_size": list(patch_size)}
     if pretrained is None:
@@ -133,13 +127,29 @@ def downstream_network(
             shape |= {"strides": plan.to_dict()["strides"], "kernel_sizes": plan.kernels_if_any_is_flat()}
         network = build_network(pretrained_description(pretrained), **shape | overrides)
     network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
-    if pretrained is not None and not from_scratch:
+    return network
+
+
+def take_over(
+    network: DescribedNetwork,
+    pool: DatasetPool,
+    pretrained: str | None,
+    preparation: Preparation | None = None,
+    output_dir: str | None = None,
+) -> DescribedNetwork:
+    """`network` with `pretrained` weights, whose channels, targets, patch or strides may differ; None leaves it as it is.
+
+    The report of what was taken over goes to ``transfer_report.json`` in `output_dir`.
+
+    Raises:
+        CheckpointError: as `load_pretrained`.
+    """
+    if pretrained is not None:
         report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
         task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
         if preparation is not None:
             task["preparation"] = preparation.to_dict()
         load_pretrained(network, str(pretrained), report_path=report, task=task)
-    freeze_parts(network, freeze)
     return network
 
 
@@ -167,7 +177,7 @@ def first_process_first() -> Iterator[None]:
 def rank() -> int:
     """Of this process under torchrun; 0 without."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.getrank() if distributed else 0
+    return torch.distributed.get_rank() if distributed else 0
 
 
 def pool_fingerprint(pool: DatasetPool, store_dir: str) -> Fingerprint:

@@ -42,10 +42,6 @@ class Fingerprint:
     extents_mm: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
-    def median_shape(self) -> tuple[float, ...]:
-        return tuple(np.median(self.shapes, axis=0).tolist())
-
-    @property
     def median_spacing_mm(self) -> tuple[float, ...]:
         return tuple(np.median(self.spacings_mm, axis=0).tolist())
 

@@ -180,17 +180,17 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def resample(volume, shape: Sequence[int], order: int = 3, thick: int | None = None, clip: bool = True):
+def resample(volume, shape: Sequence[int], order: int = 3, thick: int | None = None):
     """Volume (S, P, L), numpy or torch, resized to `shape` as float32 (or the tensor's own float type).
 
     With `thick` (see `thick_axis`) the other two axes are resized slice by slice and the nearest slice is taken along
-    that one. `clip` keeps the result in the input's range (per slice with `thick`), as scikit-image does.
+    that one. The result stays in the input's range (per slice with `thick`), as scikit-image does it.
     """
     if not isinstance(volume, torch.Tensor):
         volume = np.ascontiguousarray(volume)
         if not np.issubdtype(volume.dtype, np.floating):
             volume = volume.astype(np.float32)
-        return resample(torch.from_numpy(volume), shape, order, thick, clip).numpy()
+        return resample(torch.from_numpy(volume), shape, order, thick).numpy()
     x = volume if volume.is_floating_point() else volume.float()
     shape = tuple(int(n) for n in shape)
     if tuple(x.shape) == shape:
@@ -198,7 +198,7 @@ def resample(volume, shape: Sequence[int], order: int = 3, thick: int | None = N
     if thick is not None and shape[thick] < x.shape[thick]:
         x = x.index_select(thick, _nearest_tensor(x, thick, shape))
     kept = [axis for axis in range(3) if axis != thick]
-    limits = _limits(x, kept if thick is not None else None) if clip and order > 1 else None
+    limits = _limits(x, kept if thick is not None else None) if order > 1 else None
     for axis in sorted(kept, key=lambda a: shape[a] / x.shape[a]):
         if shape[axis] != x.shape[axis]:
             x = resize_axis(x, axis, shape[axis], order)

@@ -98,21 +98,15 @@ def describe_network(
     preparation: Any,
     patch_size: Sequence[int],
     items: Sequence[Mapping[str, Any]] = (),
-    device: str | torch.device = "cpu",
-    param_dtype: str = "float32",
     mirror_axes: str = "SPL",
-    initial_weights: str | None = None,
 ) -> DescribedNetwork:
-    """Give `network` the description that travels with its weights, and move it to `device`.
+    """Give `network` the description that travels with its weights.
 
-    `items` are the training items: their modalities and data sets are written down. `param_dtype` ``bfloat16`` halves
-    the memory of weights, gradients and momentum, at the price of updates below 1/256 of a weight being lost.
-    `mirror_axes` are those along which training mirrors, and inference may. `initial_weights` is a weight file to start
-    from; it has to fit.
+    `items` are the training items: their modalities and data sets are written down. `mirror_axes` are those along which
+    training mirrors, and inference may.
 
     Raises:
-        CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation; weights that do
-            not fit the network.
+        CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation.
         ValueError: `mirror_axes` that are none.
     """
     check_mirror_axes(mirror_axes)
@@ -125,8 +119,6 @@ def describe_network(
         raise CheckpointError(
             f"the network takes {arguments['in_channels']} channels, the preparation makes {preparation.in_channels}"
         )
-    if initial_weights:
-        load_weights(network, initial_weights)
     declared = table.to_dict()
     network.description.update(
         format=1,
@@ -140,7 +132,18 @@ def describe_network(
         mirror_axes=mirror_axes,
     )
     check_description(network.description, "this run", CheckpointError)
-    return network.to(device, getattr(torch, param_dtype))
+    return network
+
+
+def start_from(network: DescribedNetwork, path: str | os.PathLike | None) -> DescribedNetwork:
+    """`network` with the weights in `path`, which have to fit; None leaves it as it is.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    if path:
+        load_weights(network, path)
+    return network
 
 
 def check_mirror_axes(axes: Any) -> None:

@@ -17,6 +17,12 @@ from ..files import atomic_write
 
 logger = logging.getLogger(__name__)
 
+METRIC = "val_mean_dice"
+"""Name of the validation metric in the evaluator's state."""
+
+MEMORY = 0.9
+"""Weight of the past in the moving average: nnU-Net's."""
+
 
 class Curve:
     """Handler: one row per epoch (loss, learning rate, validation Dice, its moving average, seconds, waiting for data).
@@ -25,19 +31,15 @@ class Curve:
 
     Args:
         output_dir: where ``curve.csv`` goes.
-        metric: name of the validation metric in the evaluator's state.
         evaluator: the validation engine, None without validation.
-        alpha: weight of the past in the moving average (nnU-Net: 0.9).
         per_target: the metric object whose ``per_target`` dict gets a column per target.
     """
 
     def __init__(
-        self, output_dir: str, metric: str = "val_mean_dice", evaluator: Engine | None = None, alpha: float = 0.9,
-        per_target: Any = None, write: bool = True,
-    ) -> None:  # fmt: skip
+        self, output_dir: str, evaluator: Engine | None = None, per_target: Any = None, write: bool = True
+    ) -> None:
         self.path = os.path.join(output_dir, "curve.csv")
-        self.metric, self.evaluator, self.alpha = metric, evaluator, alpha
-        self.per_target, self.write = per_target, write
+        self.evaluator, self.per_target, self.write = evaluator, per_target, write
         self.rows: list[dict[str, Any]] = []
         self.losses: list[torch.Tensor] = []
         self.started = self.waiting_since = time.perf_counter()
@@ -83,22 +85,22 @@ class Curve:
             "epoch": engine.state.epoch,
             "lr": self.learning_rate,
             "loss": float(torch.stack(self.losses).float().mean()),
-            self.metric: None,
+            METRIC: None,
             "ema": None,
             "train_s": round(training_s, 3),
             "data_wait_s": round(self.waited, 3),
         }
         if self.validated:
-            value = float(self.evaluator.state.metrics[self.metric])
+            value = float(self.evaluator.state.metrics[METRIC])
             before = self.average
-            row[self.metric] = value
-            row["ema"] = value if before is None else self.alpha * before + (1 - self.alpha) * value
+            row[METRIC] = value
+            row["ema"] = value if before is None else MEMORY * before + (1 - MEMORY) * value
             row |= {f"dice_{name}": score for name, score in getattr(self.per_target, "per_target", {}).items()}
         self.rows.append(row)
         if not self.write:
             return
         write_csv(self.path, self.rows)
-        dice = f", {self.metric} {row[self.metric]:.4f} (average {row['ema']:.4f})" if self.validated else ""
+        dice = f", {METRIC} {row[METRIC]:.4f} (average {row['ema']:.4f})" if self.validated else ""
         share = 100 * self.waited / training_s
         logger.info(
             "epoch %d/%d: loss %.4f%s, lr %.2e, %.1f s, %.1f%% of it waiting for data",

@@ -46,7 +46,7 @@ def fill_configs(
     if train.get("network_def", {}).get("_target_") == "tsfm.planning.plan.downstream_network":
         weights = "$@bundle_root + '/models/model.pt'"
         train["pretrained"] = {"_target_": "tsfm.training.checkpoint.bundled_weights", "path": weights}
-        train["network_def"]["output_dir"] = "$@output_dir if os.path.isdir(@bundle_root + '/configs') else None"
+        train["loaded_network"]["output_dir"] = "$@output_dir if os.path.isdir(@bundle_root + '/configs') else None"
     if "checkpointing" in train:  # of activations: as the user's device needs it, not as the author's did
         train["checkpointing"] = "auto"
     if "pool.json" in configs:

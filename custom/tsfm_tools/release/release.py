@@ -17,7 +17,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import zipfile
@@ -32,6 +31,7 @@ from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
 
 from .fitting import dice_per_target, fill_configs, merge_overlay, write_readme
+from .rules import ReleaseError, check_name, check_version, check_weights
 
 LARGE_FILE_BYTES = 25 * 2**20
 
@@ -44,13 +44,6 @@ STAGED = ("LICENSE", "configs/*.json", "configs/*.conf", "docs/*")
 
 PINS = ("requirements.txt", "requirements-label.txt")
 """Files of the repository's root that a reader of the zip needs too; staged in ``docs/``."""
-
-# MONAI Label takes them for other kinds of app
-FORBIDDEN_NAMES = ("detection", "classification", "deepedit", "deepgrow")
-
-
-class ReleaseError(ValueError):
-    """A bundle or checkpoint that cannot be released, with what to change."""
 
 
 def release(
@@ -211,53 +204,6 @@ def zip_bundle(bundle: str, output_dir: str) -> str:
     return path
 
 
-def check_version(metadata: Mapping[str, Any]) -> None:
-    """Version and changelog as the Model Zoo wants them, the version first in the changelog.
-
-    Raises:
-        ReleaseError: a version that is not three one-digit parts (the zoo sorts versions as strings), or a changelog
-            that does not begin with it.
-    """
-    version, changelog = metadata.get("version", ""), metadata.get("changelog", {})
-    if not re.fullmatch(r"\d\.\d\.\d", version):
-        raise ReleaseError(f"metadata.json: version {version!r}; expected three parts of one digit each, like 0.1.0")
-    if version not in changelog:
-        raise ReleaseError(
-            f"metadata.json: the changelog is stale: it knows {list(changelog)}, not {version}. Add an entry that says "
-            "what is new, or give --changelog."
-        )
-    if max(changelog) != version:
-        raise ReleaseError(
-            f"metadata.json: the changelog already holds {max(changelog)}, which is newer than {version}"
-        )
-
-
-def check_weights(bundle: str) -> dict[str, int]:
-    """Hold both weight files against the network that ``inference.json`` defines, key by key.
-
-    Returns:
-        number of tensors and parameters.
-
-    Raises:
-        ReleaseError: tensors that are missing, superfluous, of another shape, or differ between the two files.
-    """
-    network = _declared_network(bundle)
-    expected = {key: tuple(value.shape) for key, value in network.state_dict().items() if key != EXTRA_STATE}
-    first, _ = read_state(os.path.join(bundle, "models", "model.pt"))
-    for file in ("model.pt", "model.safetensors"):
-        path = os.path.join(bundle, "models", file)
-        tensors, _ = read_state(path)
-        found = {key: tuple(value.shape) for key, value in tensors.items()}
-        wrong = [f"{k}: {found.get(k)}, network_def has {expected.get(k)}" for k in {**expected, **found}
-                 if found.get(k) != expected.get(k)]  # fmt: skip
-        wrong += [
-            f"{key}: differs from model.pt" for key in tensors if not wrong and not tensors[key].equal(first[key])
-        ]
-        if wrong:
-            raise ReleaseError(f"{path} does not fit network_def of inference.json ({len(wrong)} tensors): {wrong[:5]}")
-    return {"tensors": len(expected), "parameters": sum(value.numel() for value in first.values())}
-
-
 def list_files(folder: str) -> list[str]:
     """Every file below `folder`, relative, with forward slashes, sorted."""
     found = []
@@ -268,36 +214,11 @@ def list_files(folder: str) -> list[str]:
 
 def file_hash(path: str, kind: str) -> str:
     """Hex digest of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest() if hasattr(hashlib, "file_digest") else _digest(file, kind)
-
-
-def _digest(file: Any, kind: str) -> str:  # Python 3.10
     digest = hashlib.new(kind)
-    while block := file.read(2**20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
-
-
-def _declared_network(bundle: str) -> torch.nn.Module:
-    """What ``network_def`` of inference.json builds, on the meta device: no memory, whatever its size."""
-    from monai.bundle import ConfigParser
-
-    parser = ConfigParser()
-    parser.read_config(os.path.join(bundle, "configs", "inference.json"))
-    parser["bundle_root"] = bundle
-    with torch.device("meta"):
-        return parser.get_parsed_content("network_def")
-
-
-def check_name(name: str) -> None:
-    """Raise ReleaseError for a name that MONAI Label could not serve."""
-    wrong = [word for word in FORBIDDEN_NAMES if word in name.lower()]
-    if wrong or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
-        raise ReleaseError(
-            f"bundle name {name!r}: use letters, digits and underscores, and none of {FORBIDDEN_NAMES}, by which MONAI "
-            "Label recognizes other kinds of bundles"
-        )
 
 
 def _read_configs(bundle_dir: str) -> dict[str, Any]:

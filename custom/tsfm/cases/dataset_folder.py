@@ -1,0 +1,159 @@
+"""One data set's folder becomes datalist items.
+
+How a data set's folder is read is declared, not coded:
+
+* ``"format": "msd"``: the ``training`` list of a ``dataset.json`` (Medical Segmentation Decathlon);
+* ``"image"`` and ``"label"`` patterns relative to the folder, where ``{case}`` stands for the case's name (``*`` is a
+  wildcard): ``"{case}/imaging.nii.gz"``. A list of image patterns is one case with one file per channel; a label
+  pattern with ``{structure}`` is one mask file per structure, and ``labels`` then maps structure names.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..names import case_names, modality_name, unknown_names
+from ..schema import read_json
+from .folders import PoolError, paths_of, stem
+
+logger = logging.getLogger(__name__)
+
+
+def check_entry(source: str, entry: Mapping[str, Any]) -> None:
+    """Raise PoolError where what a pool file says about a data set makes no sense; no folder is looked at."""
+    if entry.get("unlabelled") not in (None, "skip"):
+        raise PoolError(
+            f'{source}, data set \'{entry["name"]}\': "unlabelled" is {entry["unlabelled"]!r}; the only choice is "skip"'
+        )
+    kind = entry.get("format", "patterns")
+    if kind not in ("msd", "patterns"):
+        raise PoolError(f"{source}, data set '{entry['name']}': format {kind!r} is neither 'msd' nor 'patterns'")
+    if kind == "patterns" and not {"image", "label"} <= set(entry):
+        raise PoolError(
+            f'{source}, data set \'{entry["name"]}\': give "format": "msd", or "image" and "label" patterns'
+        )
+    images = paths_of(entry.get("image", "{case}"))
+    if kind == "patterns" and "{case}" not in images[0]:
+        raise PoolError(f"{source}, data set '{entry['name']}': the image pattern {images[0]!r} has no {{case}}")
+    modality = entry.get("modality", "CT")
+    if not isinstance(modality, str) and "default" not in modality:
+        raise PoolError(f'{source}, data set \'{entry["name"]}\': "modality" {dict(modality)} has no "default"')
+    for name in [modality] if isinstance(modality, str) else modality.values():
+        try:
+            modality_name(name)
+        except ValueError as error:
+            raise PoolError(f"{source}, data set '{entry['name']}': {error}") from None
+
+
+def read_dataset(dataset_dir: str, entry: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
+    """Datalist items of one data set: ``image``, ``label``, ``dataset``, ``modality``, ``case``.
+
+    Args:
+        dataset_dir: holds the folder that `entry` names.
+        entry: the data set as a pool file declares it.
+        source: how messages call the pool file.
+
+    Raises:
+        PoolError: a folder that is not there, files that are missing, no case.
+    """
+    folder = os.path.join(dataset_dir, entry.get("folder", ""))
+    if not os.path.isdir(folder):
+        raise PoolError(f"folder {folder} does not exist")
+    pairs = _msd_pairs(folder) if entry.get("format") == "msd" else _pattern_pairs(folder, entry)
+    excluded = set(entry.get("exclude", ()))
+    unknown = unknown_names(sorted(excluded), [case for case, _, _ in pairs])
+    if unknown:
+        raise PoolError(f'{folder}: "exclude" names cases that are not there: {unknown}')
+    items, absent, unlabelled = [], [], 0
+    skips = entry.get("unlabelled") == "skip"
+    for case, image, label in sorted(pairs, key=lambda pair: pair[0]):
+        if case in excluded:
+            continue
+        paths = [*paths_of(image), *paths_of(label)]
+        if skips and not any(os.path.isfile(path) for path in paths_of(label)):
+            unlabelled += 1
+            continue
+        absent += [path for path in paths if not os.path.exists(path)]
+        modality = modality_name(_modality(entry.get("modality", "CT"), case), source)
+        items.append({"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case})
+    if absent:
+        shown = "\n    ".join(absent[:10])
+        raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
+    if unlabelled:
+        logger.info("%s: %d cases without a label file are left out", entry["name"], unlabelled)
+    if not items:
+        raise PoolError(f"folder {folder} holds no case in the layout {_layout(entry)}")
+    return items
+
+
+def _msd_pairs(folder: str) -> list[tuple[str, str, str]]:
+    declared = read_json(os.path.join(folder, "dataset.json"), "dataset.json", PoolError)
+    listed = [
+        tuple(os.path.normpath(os.path.join(folder, entry[key])) for key in ("image", "label"))
+        for entry in declared.get("training", [])
+    ]
+    plain = [stem(image) for image, _ in listed]
+    names = case_names(plain, [os.path.relpath(image, folder) for image, _ in listed])
+    return [(name, image, label) for name, (image, label) in zip(names, listed, strict=True)]
+
+
+def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    images = paths_of(entry["image"])
+    found = _match(folder, images[0])
+    pairs = []
+    for case, first in found.items():
+        channels = [first, *(_resolve(folder, pattern, case) for pattern in images[1:])]
+        if "{structure}" in entry["label"]:
+            label: Any = {
+                structure: _resolve(folder, entry["label"].replace("{structure}", structure), case)
+                for structure in entry["labels"]
+            }
+        else:
+            label = _resolve(folder, entry["label"], case)
+        pairs.append((case, channels if isinstance(entry["image"], list) else first, label))
+    return pairs
+
+
+def _match(folder: str, pattern: str) -> dict[str, str]:
+    """Case name -> path of every file below `folder` that fits `pattern`."""
+    head, *rest = pattern.split("{case}")
+    expression = re.escape(head) + "(?P<case>[^/]+?)" + "(?P=case)".join(re.escape(part) for part in rest)
+    expression = expression.replace(r"\*", "[^/]*")
+    found: dict[str, str] = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern.replace("{case}", "*")))):
+        relative = os.path.relpath(path, folder).replace(os.sep, "/")
+        match = re.fullmatch(expression, relative)
+        if match is None or os.path.basename(path).startswith("."):
+            continue
+        case = match.group("case")
+        if case in found:
+            raise PoolError(f"two files fit {pattern!r} for case '{case}': {found[case]} and {path}")
+        found[case] = path
+    return found
+
+
+def _resolve(folder: str, pattern: str, case: str) -> str:
+    path = os.path.join(folder, pattern.replace("{case}", case))
+    if "*" not in path:
+        return os.path.normpath(path)
+    matches = sorted(glob.glob(path))
+    if len(matches) > 1:
+        raise PoolError(f"{len(matches)} files fit {path}: {matches[:3]}")
+    return matches[0] if matches else path
+
+
+def _layout(entry: Mapping[str, Any]) -> str:
+    return "dataset.json" if entry.get("format") == "msd" else f"image {entry['image']}, label {entry['label']}"
+
+
+def _modality(declared: str | Mapping[str, str], case: str) -> str:
+    if isinstance(declared, str):
+        return declared
+    matches = [name for pattern, name in declared.items() if pattern != "default" and fnmatch.fnmatch(case, pattern)]
+    return matches[0] if matches else declared["default"]

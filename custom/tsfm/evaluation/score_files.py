@@ -1,0 +1,95 @@
+"""Files of scores: every case is on disk as it ends, tables and summary appear at the end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..labels import LabelTable
+from .scores import COLUMNS, is_lesion
+from .tables import markdown_scores, summarize, table1
+
+logger = logging.getLogger(__name__)
+
+LESION_COLUMNS = ("case", "dataset", "target", "kind", "volume_ml", "covered")
+
+
+class ScoreWriter:
+    """Files of scores in one folder: every case is written as it ends, whole files appear at the end.
+
+    While running, rows are in ``cases.csv.part`` and ``lesions.csv.part``; `finish` turns them into ``cases.csv`` and
+    ``lesions.csv`` and adds ``summary.json`` (per data set and target) and ``scores.md`` (the tables).
+    """
+
+    def __init__(self, output_dir: str | Path, table: LabelTable, rank: int = 0) -> None:
+        self.folder, self.table, self.rank = Path(output_dir), table, rank
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows: list[dict[str, Any]] = []
+        self.failed: list[dict[str, str]] = []
+        self._part = f".part{rank or ''}"
+        self._save({"cases.csv": (COLUMNS, []), "lesions.csv": (LESION_COLUMNS, [])}, "w")
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keep one case's rows and append them to the files."""
+        self.rows += rows
+        self._save({"cases.csv": (COLUMNS, rows), "lesions.csv": (LESION_COLUMNS, _lesion_rows(rows))}, "a")
+
+    def fail(self, case: str, error: Exception) -> None:
+        """Remember a case that could not be scored; the others go on."""
+        logger.error("%s could not be scored: %s", case, error)
+        self.failed.append({"case": case, "error": str(error)})
+
+    def finish(
+        self, others: Iterable[tuple[list, list]] = (), protocol: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Write the final files; `others` are (rows, failed) of other processes. Returns the summary.
+
+        `protocol` says how the label maps were made; it goes into ``summary.json`` and below the tables.
+        """
+        for rows, failed in others:
+            # A sampler that evens out the processes' shares may have given one case to two of them.
+            known = {(row["dataset"], row["case"]) for row in self.rows}
+            self.rows += [row for row in rows if (row["dataset"], row["case"]) not in known]
+            self.failed += failed
+        self._save({"cases.csv": (COLUMNS, self.rows), "lesions.csv": (LESION_COLUMNS, _lesion_rows(self.rows))}, "w")
+        lesion_targets = [name for name in self.table.names if is_lesion(self.table, name)]
+        summary = {**summarize(self.rows), "lesion_targets": lesion_targets, "failed": self.failed}
+        text = f"{table1(self.rows, lesion_targets=lesion_targets)}\n\n{markdown_scores(summary)}\n"
+        if protocol:
+            summary["protocol"] = dict(protocol)
+            text += "\n" + "; ".join(f"{key}: {value}" for key, value in protocol.items()) + ".\n"
+        for name, content in (("summary.json", json.dumps(summary, indent=4)), ("scores.md", text)):
+            (self.folder / f"{name}.part").write_text(content, encoding="utf-8")
+        for name in ("cases.csv", "lesions.csv"):
+            os.replace(self.folder / f"{name}{self._part}", self.folder / name)
+        for name in ("summary.json", "scores.md"):
+            os.replace(self.folder / f"{name}.part", self.folder / name)
+        return summary
+
+    def discard(self) -> None:
+        """Remove this process's running files (another process writes the final ones)."""
+        for name in ("cases.csv", "lesions.csv"):
+            (self.folder / f"{name}{self._part}").unlink(missing_ok=True)
+
+    def _save(self, files: Mapping[str, tuple[Sequence[str], list]], mode: str) -> None:
+        for name, (columns, rows) in files.items():
+            with open(self.folder / f"{name}{self._part}", mode, newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns, extrasaction="ignore")
+                if mode == "w":
+                    writer.writeheader()
+                writer.writerows({key: _rounded(row.get(key)) for key in columns} for row in rows)
+
+
+def _rounded(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _lesion_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per lesion, from rows per target."""
+    keys = ("case", "dataset", "target")
+    return [{**{key: row[key] for key in keys}, **lesion} for row in rows for lesion in row["lesions"]]
