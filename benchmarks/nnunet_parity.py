@@ -4,8 +4,10 @@ The peer (nnunet_peer.py, in the benchmark environment) trains three small model
 and predicts two images with each: a softmax model of two folds, a region model with a residual encoder and transposed axes,
 an anisotropic CT model. Each is imported, and the bundle's own inference.json segments the same images.
 
-nnU-Net sums weighted logits in half precision, so that windows' corners, where the weights are nearly nothing, come out
-rounded: models have to be trained for a while, until nothing is found there, before label maps agree to the last voxels.
+nnU-Net sums weighted logits and weights in float16. Where windows weigh least, at corners and edges that one window alone
+reaches, both are small multiples of 6e-8, so logits come out rounded, small ones to 0. This package keeps a float32 mean. The
+peer therefore predicts twice, as nnU-Net is and with float32 sums in nnU-Net's own code: label maps must agree with the
+latter; agreement with the former depends on how sure the model is in the image's corners, and is printed.
 
     python benchmarks/nnunet_parity.py --peer .venv-bench/bin/python --data ../shared/data
 """
@@ -76,7 +78,7 @@ def compare(expected: Path, work: Path) -> None:
         assert by_logit <= LARGEST_LOGIT_DIFFERENCE, f"{by_logit} > {LARGEST_LOGIT_DIFFERENCE}"
         assert max(by_voxel) <= LARGEST_VOXEL_DIFFERENCE, f"{by_voxel} > {LARGEST_VOXEL_DIFFERENCE}"
         assert ours.any() and half.any(), "nothing was found: train for more --iterations, in a new --work"
-        assert min(scores) >= LEAST_DICE, f"{scores} < {LEAST_DICE}"
+        assert scores[1] >= LEAST_DICE, f"{scores[1]} < {LEAST_DICE}"
 
 
 def prepare(path: str, preparation: dict) -> np.ndarray:

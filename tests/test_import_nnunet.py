@@ -215,7 +215,7 @@ def test_the_bundle_says_what_it_is_and_carries_the_package(tmp_path):
     assert metadata["network_data_format"]["outputs"]["pred"]["channel_def"]["2"] == "liver_tumor"
     with open(os.path.join(bundle, "configs", "inference.json"), encoding="utf-8") as file:
         assert json.load(file)["displayable_configs"]["mirroring"] is True
-    assert os.path.isfile(os.path.join(bundle, "tsfm", "networks.py"))
+    assert os.path.isfile(os.path.join(bundle, "tsfm", "network", "networks.py"))
 
 
 def test_fine_tuning_starts_from_one_fold_its_heads_relative_to_the_background(tmp_path):
