@@ -28,13 +28,14 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (  # noqa: E402
     preprocess,
 )
 from nnunetv2.inference import predict_from_raw_data  # noqa: E402
-from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs import (  # noqa: E402
-    nnUNetTrainer_1epoch,
+from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import (  # noqa: E402
+    nnUNetTrainerVanillaAdam1en3 as Trainer,  # learns something in far fewer steps than SGD
 )
 
 # nnU-Net looks a trainer up by importing all of them, some of which need torchvision.
-predict_from_raw_data.recursive_find_trainer_class_by_name = lambda name: nnUNetTrainer_1epoch
+predict_from_raw_data.recursive_find_trainer_class_by_name = lambda name: Trainer
 CASES = 6
+HALF = torch.half
 MODELS = {
     "softmax": {
         "id": 4,
@@ -117,6 +118,10 @@ def edit_plans(path: Path, model: dict) -> dict:
 
 
 def train(dataset: str, model: dict, iterations: int) -> None:
+    """Nothing, where WORK has the model already."""
+    trained = [f"*/fold_{fold}/checkpoint_final.pth" for fold in model["folds"]]
+    if all(any((WORK / "results" / dataset).glob(pattern)) for pattern in trained):
+        return
     base = WORK / "preprocessed" / dataset
     extract_fingerprints([model["id"]], num_processes=1, check_dataset_integrity=False)
     plan_experiments([model["id"]])
@@ -126,26 +131,36 @@ def train(dataset: str, model: dict, iterations: int) -> None:
     for fold in model["folds"]:
         torch.manual_seed(0)
         given = {**json.loads(json.dumps(plans)), "continue_training": False}
-        trainer = nnUNetTrainer_1epoch(given, "3d_fullres", fold, declared, torch.device("cpu"))
-        trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = iterations, 1
+        trainer = Trainer(given, "3d_fullres", fold, declared, torch.device("cpu"))
+        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, iterations, 1
         trainer.run_training()
 
 
+def prepare(predictor: predict_from_raw_data.nnUNetPredictor, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The image as nnU-Net prepares it, and in the order of version 1: resampled first, then normalised."""
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    normalize = preprocessor._normalize
+    data, _, _ = preprocessor.run_case([str(path)], None, plans, configuration, predictor.dataset_json)
+    preprocessor._normalize = lambda image, *rest: image
+    first, mask, _ = preprocessor.run_case([str(path)], None, plans, configuration, predictor.dataset_json)
+    return data, normalize(first, mask, configuration, plans.foreground_intensity_properties_per_channel)
+
+
 def predict(name: str, dataset: str, model: dict, images: list[Path]) -> None:
-    """For every image: label map by nnU-Net with mirroring, and the logits of one patch and of the whole, without."""
+    """For every image: label maps by nnU-Net, as it is and with float32 sums; prepared image; logits of one patch."""
     folder = next((WORK / "results" / dataset).iterdir())
     out = WORK / "expected" / name
     out.mkdir(parents=True, exist_ok=True)
     predictor = predict_from_raw_data.nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(folder), model["folds"])
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
     for path in images:
         case = path.name.removesuffix(".nii.gz")
-        files = [[str(path)]]
-        predictor.predict_from_files_sequential(files, [str(out / case)], save_probabilities=False)
-        data, _, _ = preprocessor.run_case(
-            [str(path)], None, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-        )
+        for ending, sums in (("", HALF), ("_float32", torch.float32)):
+            torch.half = sums  # what the predictor asks for, for its sums and nothing else
+            predictor.predict_from_files_sequential([[str(path)]], [str(out / (case + ending))])
+        torch.half = HALF
+        data, first = prepare(predictor, path)
         patch = torch.zeros(1, data.shape[0], *model["patch"])
         inside = tuple(slice(0, min(a, b)) for a, b in zip(data.shape[1:], model["patch"], strict=True))
         patch[(0, slice(None), *inside)] = torch.as_tensor(np.asarray(data))[(slice(None), *inside)]
@@ -155,7 +170,11 @@ def predict(name: str, dataset: str, model: dict, images: list[Path]) -> None:
                 predictor.network.load_state_dict(parameters)
                 logits.append(predictor.network.eval()(patch))
         np.savez_compressed(
-            out / f"{case}.npz", image=patch.numpy(), logits=torch.stack(logits).mean(0).numpy(), prepared=data
+            out / f"{case}.npz",
+            image=patch.numpy(),
+            logits=torch.stack(logits).mean(0).numpy(),
+            prepared=data,
+            resampled_first=first,
         )
     (out / "info.json").write_text(json.dumps({"folder": str(folder), "images": [str(path) for path in images]}))
 

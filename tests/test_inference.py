@@ -214,6 +214,12 @@ class TestSlabInferer:
         assert both.restricted_to(["a"])(image, network).unique().tolist() == [1]
         assert both.restricted_to(["a"]).restricted_to(["b"])(image, network).unique().tolist() == [0]
 
+    @pytest.mark.parametrize(("targets", "expected"), [(["a", "b"], [2]), (["b"], [2]), (["a"], [0]), ([], [0])])
+    def test_of_a_softmax_all_outputs_compete_whichever_are_painted(self, targets, expected):
+        image, network = torch.ones(1, 1, 4, 4, 4), Fake((1.0, 0.0, 0.0), (0.0, 2.0, 3.0))
+        both = SlabInferer((4, 4, 4), ["a", "b"], activation="softmax", amp=False, progress=False)
+        assert both.restricted_to(targets)(image, network).unique().tolist() == expected
+
     def test_threshold_per_target(self):
         image = torch.linspace(-3, 3, 64).view(1, 1, 4, 4, 4)
         inferer = SlabInferer((4, 4, 4), ["a", "b"], threshold={"b": 0.9}, amp=False, progress=False)

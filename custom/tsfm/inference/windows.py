@@ -184,9 +184,7 @@ class SlabInferer(Inferer):
             raise ValueError(f"activation is {activation!r}, expected 'sigmoid' or 'softmax'")
         self.exclusive = activation == "softmax"
         self.outputs = (*(("background",) if self.exclusive else ()), *self.names)
-        # Of a softmax all outputs compete, whichever are painted.
-        self.channels = [i for i, name in enumerate(self.outputs) if self.exclusive or name in chosen]
-        self.chosen = chosen
+        self._choose(chosen)
         window_starts(1, 1, overlap)
         self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
         self.amp, self.channels_last, self.progress = amp, channels_last, progress
@@ -194,8 +192,13 @@ class SlabInferer(Inferer):
     def restricted_to(self, targets: Sequence[str]) -> SlabInferer:
         """The same inferer, which computes of its targets only those that are among `targets`, perhaps none."""
         other = copy.copy(self)
-        other.channels = [i for i in self.channels if self.names[i] in targets]
+        other._choose([name for name in self.chosen if name in targets])
         return other
+
+    def _choose(self, chosen: Sequence[str]) -> None:
+        """Paint these targets; of a softmax all outputs compete, whichever are painted."""
+        self.chosen = chosen
+        self.channels = [i for i, name in enumerate(self.outputs) if name in chosen or (self.exclusive and chosen)]
 
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Label map (1, 1, s, p, l), uint8, of one prepared image (1, C, S, P, L), with the image's metadata."""
