@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,12 @@ def warm():
     server = Warm()
     atexit.register(server.close)
     return server
+
+
+def usual_signals() -> None:
+    """In a process to be: signals as in a terminal; whoever runs the tests in the background may ignore some."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def bundle_command(bundle, configs, run_id=None, launcher=("-m",), python=sys.executable, **overrides):

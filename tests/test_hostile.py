@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import usual_signals
 from test_training import SMALL, run_state
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import find_images
@@ -354,8 +355,9 @@ def test_signals_end_a_run_as_an_interrupt_does(tmp_path, name):
     )
     number = getattr(signal, name)
     running = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=usual_signals,
+    )  # fmt: skip
     assert running.stdout.readline() == "ready\n"
     os.killpg(running.pid, number)
     output, errors = running.communicate(timeout=240)  # importing torch takes long on a busy machine

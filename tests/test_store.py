@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import usual_signals
 from tsfm.cases.cases import Preparation
 from tsfm.errors import CaseError
 from tsfm.labels import LabelTable
@@ -222,7 +223,9 @@ def test_an_interrupt_ends_the_run_and_its_workers(tmp_path):
         """)
     )
     start = time.monotonic()
-    running = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], stderr=subprocess.PIPE, text=True, preexec_fn=usual_signals
+    )
     while len(list(tmp_path.glob("started*"))) < 2 and time.monotonic() < start + 300:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
