@@ -21,6 +21,7 @@ def processor(monkeypatch):
 
     def pretend(**capabilities):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
         precision.computes_in.cache_clear()
 
     yield pretend
@@ -46,6 +47,12 @@ def test_one_without_computes_in_float32_and_says_so_once(processor, caplog):
     assert [record.message for record in caplog.records] == [
         "this processor has no bfloat16 arithmetic: computing in float32"
     ]
+
+
+def test_one_that_is_held_to_older_instructions_computes_in_float32(processor, monkeypatch):
+    processor(avx512_bf16=True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert product_dtype() == torch.float32
 
 
 def test_float16_is_looked_up_apart(processor):

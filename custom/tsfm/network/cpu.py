@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 LAYOUT = torch.channels_last_3d
 
+_WITHOUT = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+"""Values of ``ONEDNN_MAX_CPU_ISA`` with which oneDNN has neither type, whatever the processor has."""
+
 
 @contextmanager
 def channels_last(network: Callable) -> Iterator[None]:
@@ -113,7 +116,8 @@ def computes_in(device_type: str, dtype: torch.dtype) -> bool:
         kind, advice = "GPU", "; --amp_dtype float16 trains in mixed precision on it"
     elif device_type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
-        found = any(capabilities.get(name, False) for name in _INSTRUCTIONS[dtype])
+        held_back = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT
+        found = not held_back and any(capabilities.get(name, False) for name in _INSTRUCTIONS[dtype])
         kind, advice = "processor", ""
     else:
         return True
