@@ -154,6 +154,10 @@ def main():
     args = parser.parse_args()
     if args.side:
         side, weights, out = args.side
+        if side == "tsfm":  # as inference.json does
+            from tsfm.network.cpu import keep_freed_memory
+
+            keep_freed_memory()
         seconds, label_map = {"tsfm": tsfm, "nnunet": nnunet}[side](*load(weights))
         np.save(out, label_map.numpy())
         print(json.dumps({"seconds": seconds, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
