@@ -33,7 +33,7 @@ class Preparation:
 
     The rest is for networks that were trained elsewhere. channels: the rule of each channel, whatever its modality:
     {"scheme": "ct" (with lower, upper, mean, sd) | "zscore" (with "masked") | "none" | "01" (to the range 0 to 1) | "rgb"
-    (over 255)}. orientation: of the axes, see `reading.axis_codes`; where it is not "SPL", "(S, P, L)" reads "the three
+    (over 255)}. orientation: of the axes, see `volumes.axis_codes`; where it is not "SPL", "(S, P, L)" reads "the three
     axes in this order" everywhere. resample_first: normalise after resampling (nnU-Net 1), not before.
     """
 

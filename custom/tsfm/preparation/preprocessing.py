@@ -1,7 +1,7 @@
 """Deterministic preparation: crop to non-zero, normalise, resample; nnU-Net 2.8.1's numbers on (S, P, L) arrays.
 
 nnU-Net 2 normalises on the cropped source grid and resamples afterwards, and so does this module. Reading and checking
-is in cases.py and reading.py, the resizing itself in resampling.py.
+is in cases.cases and cases.volumes, the resizing itself in resampling.py.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def prepare_case(item: Mapping[str, Any], table: LabelTable | None, preparation:
 class OrientImaged(Orientationd):
     """Turn images (C, X, Y, Z) to the `orientation` of a `Preparation` (or its `to_dict`), and back.
 
-    MONAI's Orientationd, for orientations that depend on the image ("kji", see `reading.axis_codes`) too.
+    MONAI's Orientationd, for orientations that depend on the image ("kji", see `volumes.axis_codes`) too.
     """
 
     def __init__(
