@@ -57,6 +57,8 @@ def test_a_map_annotates_what_it_holds_and_what_is_named_beside_it(table, items)
 def test_the_weights_carry_the_pools_table_and_pools_keep_theirs(table, items):
     assert table_with_maps(table, [items["both"]]).to_dict() == table.to_dict()
     assert table_with_maps(table, [{**items["both"], "dataset": "amos22"}]) is table
+    own_ids = LabelTable({"liver": {}}, [{"name": "own", "labels": {"7": "liver"}}])
+    assert table_with_maps(own_ids, [items["both"]]) is own_ids
     assert table.dataset_of(items["both"]) == "label_map" and set(table.annotated("label_map")) == set(NAMES)
 
 
@@ -81,7 +83,7 @@ def test_a_two_target_map_teaches_a_thirty_target_network_two_targets(table, ite
 def test_what_says_nothing_or_names_nothing_is_refused(table, items):
     with pytest.raises(CaseError, match="hold no target at all"):
         table_with_maps(table, [items["empty"]])
-    with pytest.raises(CaseError, match="no target named 'livr' .did you mean 'liver'"):
+    with pytest.raises(CaseError, match=r"no target named 'livr' .did you mean 'liver'"):
         table_with_maps(table, [items["both"]], ["livr"])
     wrong = nib.load(items["both"]["label"])
     nib.save(nib.Nifti1Image(np.asarray(wrong.dataobj) + np.uint8(40), wrong.affine), items["both"]["label"])

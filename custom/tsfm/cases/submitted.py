@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CaseError
-from ..labels import LabelTable
+from ..labels import LABEL_MAP, LabelTable
 from ..names import unknown_names
 from .volumes import read_labels
 
@@ -27,6 +27,7 @@ def table_with_maps(
 ) -> LabelTable:
     """`table` with what the label map of each bare item annotates; the table itself where no item is bare.
 
+    Where the table's only data set has other raw ids than 1..N, bare items are files of that data set.
     A target that a map does not annotate gets no gradient from it; one that it annotates and does not hold is absent.
 
     Args:
@@ -37,7 +38,7 @@ def table_with_maps(
     Raises:
         CaseError: a map that cannot be read or holds other values; a name that is no target; maps that say nothing at all.
     """
-    bare = [item for item in items if "dataset" not in item]
+    bare = [item for item in items if "dataset" not in item] if _reads_maps(table) else []
     named = named_targets(annotated, table.names)
     maps = {}
     for item in bare:
@@ -53,6 +54,15 @@ def table_with_maps(
             "the targets that are absent where they are not drawn (annotated)"
         )
     return table.with_maps(maps) if maps else table
+
+
+def _reads_maps(table: LabelTable) -> bool:
+    """Whether bare items of this table are label maps: their values mean what 1..N mean."""
+    ids, rows = [], []
+    for dataset in (table.bare_dataset, LABEL_MAP):
+        ids.append(table.local_ids(dataset))
+        rows.append(table.targets[table.offset(dataset) :][: len(ids[-1])])
+    return ids[0] == ids[1] and np.array_equal(*rows)
 
 
 def named_targets(choice: str | Sequence[str], targets: Sequence[str]) -> tuple[str, ...]:
