@@ -25,6 +25,7 @@ from ..labels import LabelTable
 from ..preparation.resampling import thick_axis
 from .painting import Painter, Slab, check_names, threshold_logits
 from .passes import AMP_DTYPES, CPU, Passes, Version, free_bytes, mirrored_axes, network_device
+from .probabilities import Probabilities
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +110,18 @@ class RollingAverage:
 
 
 class SourceGrid(NamedTuple):
-    """The grid before resampling: shape, and the axis that is resampled apart (or None)."""
+    """The grid before resampling: shape, and the axis that is resampled apart (or None); and where it lies in its image.
+
+    crop: half-open spans of it in the whole turned image, whose shape is `full_shape` and whose affine is `affine`;
+    `image_affine` is that of the image before it was turned.
+    """
 
     shape: tuple[int, ...]
     thick: int | None
+    crop: Sequence[Sequence[int]]
+    full_shape: Sequence[int]
+    affine: Any = np.eye(4)
+    image_affine: Any = np.eye(4)
 
 
 def source_grid(inputs: torch.Tensor) -> SourceGrid:
@@ -120,16 +129,22 @@ def source_grid(inputs: torch.Tensor) -> SourceGrid:
     operations = getattr(inputs, "applied_operations", None) or []
     if operations and isinstance(operations[0], (list, tuple)):
         operations = operations[0]
-    for operation in reversed(operations):
-        if operation.get("class") == "PrepareImaged":
-            grid = operation["extra_info"]
-            if tuple(grid["shape"]) != tuple(inputs.shape[2:]):
-                raise ValueError(
-                    f"the image is {tuple(inputs.shape[2:])} voxels, PrepareImaged made it {grid['shape']}: "
-                    "no transform between it and the inferer may change the shape"
-                )
-            return SourceGrid(tuple(grid["cropped_shape"]), thick_axis(grid["spacing_mm"], grid["source_spacing_mm"]))
-    return SourceGrid(tuple(inputs.shape[2:]), None)
+    shape = tuple(inputs.shape[2:])
+    grid = next((one["extra_info"] for one in reversed(operations) if one.get("class") == "PrepareImaged"), None)
+    if grid is None:
+        return SourceGrid(shape, None, [(0, size) for size in shape], shape)
+    if tuple(grid["shape"]) != shape:
+        raise ValueError(
+            f"the image is {shape} voxels, PrepareImaged made it {grid['shape']}: "
+            "no transform between it and the inferer may change the shape"
+        )
+    cropped = tuple(grid["cropped_shape"])
+    affine = grid.get("source_affine", np.eye(4))
+    turns = [one["extra_info"]["original_affine"] for one in operations if one.get("class") == "Orientation"]
+    return SourceGrid(
+        cropped, thick_axis(grid["spacing_mm"], grid["source_spacing_mm"]),
+        grid.get("crop", [(0, size) for size in cropped]), grid.get("source_shape", cropped), affine, (turns or [affine])[0],
+    )  # fmt: skip
 
 
 class SlabInferer(Inferer):
@@ -149,6 +164,7 @@ class SlabInferer(Inferer):
         progress: show a progress bar over the windows.
         activation: "sigmoid", or "softmax" of networks whose first output is the background: the largest logit of each
             voxel wins, and thresholds are not looked at.
+        probabilities: keeps each target's probability of the case at hand, for the saver.
         watch: is called with every `passes.Version` of every batch of windows, before they are averaged.
 
     Where a GPU's memory runs out, fewer windows go per pass; then the buffer, at last the network goes to the CPU.
@@ -173,6 +189,7 @@ class SlabInferer(Inferer):
         activation: str = "sigmoid",
         amp_dtype: str = "auto",
         watch: Callable[[Version], None] | None = None,
+        probabilities: Probabilities | None = None,
     ) -> None:
         self.roi_size = tuple(int(side) for side in roi_size)
         if len(self.roi_size) != 3 or min(self.roi_size) < 1:
@@ -194,7 +211,7 @@ class SlabInferer(Inferer):
         window_starts(1, 1, overlap)
         self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
         self.amp, self.channels_last, self.progress = amp, channels_last, progress
-        self.amp_dtype, self.watch = amp_dtype, watch
+        self.amp_dtype, self.watch, self.probabilities = amp_dtype, watch, probabilities
 
     def restricted_to(self, targets: Sequence[str]) -> SlabInferer:
         """The same inferer, which computes of its targets only those that are among `targets`, perhaps none."""
@@ -215,12 +232,18 @@ class SlabInferer(Inferer):
         paint = [(self.channels.index(output), value) for output, value in values if output in self.channels]
         levels = self.levels if self.exclusive else [self.levels[i] for i in self.channels]
         painter = Painter(image.shape[1:], grid.shape, paint, levels, grid.thick, self.exclusive)
+        takers = [painter.add]
+        if self.probabilities is not None:
+            channels = {self.outputs[channel]: number for number, channel in enumerate(self.channels)}
+            self.probabilities.begin(image.shape[1:], grid, self.names, channels, self.exclusive)
+            takers.append(self.probabilities.add)
         for slab in self.slabs(image, network, *args, **kwargs) if paint else ():
-            try:
-                painter.add(slab)
-            except torch.OutOfMemoryError:
-                logger.warning("out of memory on %s: this part is painted on the CPU", slab.logits.device)
-                painter.add(Slab(slab.logits.to(CPU), slab.start))
+            for take in takers:
+                try:
+                    take(slab)
+                except torch.OutOfMemoryError:
+                    logger.warning("out of memory on %s: this part is painted on the CPU", slab.logits.device)
+                    take(Slab(slab.logits.to(CPU), slab.start))
         label_map = painter.label_map[None, None]
         for value, name in enumerate(self.names, start=1):
             if self.exclusive and name not in self.chosen:
