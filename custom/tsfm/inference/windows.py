@@ -290,10 +290,14 @@ class SlabInferer(Inferer):
 
     def _forward(self, image, corners, network, device: torch.device, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Logits (B, T, *roi_size) of the windows at these corners."""
-        windows = [
-            image[(slice(None), *(slice(c, c + n) for c, n in zip(at, self.roi_size, strict=True)))] for at in corners
-        ]
-        batch = torch.stack(windows).to(device)
+        return self._run(torch.stack([self._window(image, at) for at in corners]), network, device, *args, **kwargs)
+
+    def _window(self, image: torch.Tensor, corner: Sequence[int]) -> torch.Tensor:
+        return image[(slice(None), *(slice(c, c + n) for c, n in zip(corner, self.roi_size, strict=True)))]
+
+    def _run(self, batch: torch.Tensor, network, device: torch.device, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Logits (B, T, *roi_size) of windows, averaged with their mirrored versions."""
+        batch = batch.to(device)
         if self.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last_3d)
         with autocast(device, self.amp):

@@ -166,6 +166,7 @@ DESCRIPTION = _kind(
         "trained_on": NAMES,
         "trained_by": NAME,
         "activation": WORD,
+        "click_sigma": _kind("number", "voxels above 0", exclusiveMinimum=0, maximum=1000),
         "mirror_axes": _kind("string", "some of the letters S, P, L", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
     },
 )
