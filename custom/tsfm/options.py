@@ -48,6 +48,8 @@ FLAG = _kind("boolean", "true or false (on a command line: True or False)")
 
 PATH = _kind(["string", "null"], "a path (a name of digits alone: ./2024)")
 
+NAMED = _kind("string", "a name")
+
 AUTO = r"\Aauto\Z"
 
 THREE = [_kind("number", "a number above 0", exclusiveMinimum=0)] * 3
@@ -67,11 +69,14 @@ KINDS["options"] = _kind(
         "learning_rate": RATE,
         **dict.fromkeys(("head_learning_rate", "encoder_learning_rate"), RATE_OR_NONE),
         **dict.fromkeys(("allow_missing", "from_scratch", "amp", "compile", "progress"), FLAG),
-        **dict.fromkeys(("bundle_root", "output_dir", "store_dir", "ckpt_dir", "checkpoint", "splits_file"), PATH),
+        **dict.fromkeys(("bundle_root", "output_dir", "store_dir", "ckpt_dir", "splits_file"), PATH),
+        "checkpoint": _kind(["string", "array", "null"], "a weight file, or a list of folds' weight files"),
         "dataset_dir": _kind(["string", "array"], "a path (a name of digits alone: ./2024), or a list of them"),
         "fold": _kind(["integer", "string"], 'a fold\'s number from 0, or "all"', minimum=0, pattern=r"\A(all|\d+)\Z"),
         "mirror_axes": _kind("string", "some of the letters S, P, L, each once", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
-        "amp_dtype": _kind("string", "bfloat16 or float16", enum=["bfloat16", "float16"]),
+        "amp_dtype": _kind("string", "bfloat16, float16 or (inference) auto", enum=["bfloat16", "float16", "auto"]),
+        "licence": _kind("string", "any, commercial or permissive", enum=["any", "commercial", "permissive"]),
+        "save": _kind(["string", "array"], "the name of an output, or a list of names", items=NAMED),
         "existing": _kind("string", "error, skip or overwrite", enum=["error", "skip", "overwrite"]),
         "spacing_mm": _kind(
             ["array", "string"], "three numbers of millimetres (S, P, L), auto, coarse or checkpoint", prefixItems=THREE,

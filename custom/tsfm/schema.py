@@ -135,8 +135,12 @@ def _place(path: list[Any], content: Any) -> str:
 @lru_cache
 def _validator(kind: str) -> Any:
     """The validator of one kind. jsonschema takes a tenth of a second to import."""
-    from jsonschema import Draft202012Validator, FormatChecker, ValidationError
+    import jsonschema
+    from jsonschema import FormatChecker, ValidationError
     from jsonschema.validators import extend
+
+    # MONAI Label's environment has jsonschema 3: there the places of a list (prefixItems) are not looked at
+    newest = getattr(jsonschema, "Draft202012Validator", jsonschema.Draft7Validator)
 
     def mistyped(validator: Any, known: list[str], instance: Any, schema: Any) -> Iterator[Any]:
         """Files of others hold keys that mean nothing here; one that is nearly a known, absent key is a slip."""
@@ -149,7 +153,7 @@ def _validator(kind: str) -> Any:
 
     names = FormatChecker(())
     names.checks("name")(is_plain_name)
-    return extend(Draft202012Validator, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
+    return extend(newest, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
 
 
 def _kind(types: str | Sequence[str], description: str, **more: Any) -> dict[str, Any]:
@@ -178,6 +182,19 @@ TARGET = _kind(
         "lesion": _kind("boolean", "true or false"),
         "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
         "display": NAME,
+        "_desc_": NOTE,
+    },
+)
+
+LICENCE = _kind(
+    ["string", "object"],
+    'a licence\'s name, or {"name": ..., "commercial": true or false, "share_alike": true or false}',
+    minLength=1,
+    required=["name"],
+    additionalProperties=False,
+    properties={
+        "name": TEXT,
+        **dict.fromkeys(("commercial", "share_alike"), _kind("boolean", "true or false")),
         "_desc_": NOTE,
     },
 )
@@ -221,7 +238,9 @@ DATASET = _kind(
         ),
         "unlabelled": _kind("string", '"skip"'),
         "reference": NOTE,
-        "licence": NOTE,
+        "licence": LICENCE,
+        "labels_by": _kind("string", '"experts", "model", or "both"', enum=["experts", "model", "both"]),
+        "origin": TEXTS,
         "_desc_": NOTE,
     },
 )

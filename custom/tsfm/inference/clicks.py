@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from ..network.clicks import Click, ClickError, click_channels, reaches
 from ..schema import nearest
 from .kept_windows import KeptWindows, kept_windows
 from .painting import Slab
+from .passes import Passes
 from .windows import SlabInferer
 
 BACKGROUND = "background"
@@ -209,45 +210,71 @@ class ClickInferer(SlabInferer):
             target: [Click(tuple(n + low for n, low in zip(c.voxel, before, strict=True)), c.inside) for c in clicks]
             for target, clicks in (prompt or {}).items()
         }
-        settings = (self.roi_size, self.flips, self.amp, tuple(self.channels))
-        kept = kept_windows(image, network, settings, self.keep_bytes)
+        settings = (self.roi_size, self.flips, self.amp, self.amp_dtype, tuple(self.channels))
+        kept = kept_windows(image, network, settings, 0 if self.watch else self.keep_bytes)
         return super().slabs(image, network, *args, prompt=moved, kept=kept, **kwargs)
 
-    def _forward(
-        self, image, corners, network, device, *args: Any, prompt: Prompt | None = None, kept: KeptWindows | None = None, **kwargs: Any
-    ) -> torch.Tensor:  # fmt: skip
-        """Logits (B, T, *roi_size), float16, of the chosen targets."""
+    def _passes(self, network: Any, device: torch.device) -> Passes:
         if self.sigma is None:
-            return super()._forward(image, corners, network, device, *args, **kwargs)
-        passes = [
-            (tuple(corner), target, clicks) for corner in corners for target, clicks in self._passes(corner, prompt)
-        ]
-        results = {one: kept.get(*one) for one in passes}
-        missing = [one for one in passes if results[one] is None]
-        for start in range(0, len(missing), self.sw_batch_size):
-            part = missing[start : start + self.sw_batch_size]
-            windows = [
-                torch.cat([self._window(image, at), click_channels(clicks, self.roi_size, self.sigma).to(image)])
-                for at, _, clicks in part
-            ]
-            logits = self._run(torch.stack(windows), network, device, *args, **kwargs)
-            for one, (corner, target, clicks) in zip(logits, part, strict=True):
-                value = one[self.channels] if target is None else one[target]
-                results[corner, target, clicks] = kept.put(corner, target, clicks, value)
-        merged = []
-        for corner in corners:
-            whole = results[tuple(corner), None, ()].clone()
-            for target, clicks in self._passes(corner, prompt):
-                if target is not None:
-                    whole[self.channels.index(target)] = results[tuple(corner), target, clicks]
-            merged.append(whole)
-        return torch.stack(merged)
+            return super()._passes(network, device)
+        passes = ClickPasses(
+            network, device, self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self.channels_last, self._checked,
+            self.watch,
+        )  # fmt: skip
+        passes.sigma, passes.channels = self.sigma, self.channels
+        return passes
 
-    def _passes(self, corner: Sequence[int], prompt: Prompt) -> Iterator[tuple[int | None, tuple[Click, ...]]]:
-        """The window's passes: without clicks (None), and one for each target of which a click reaches it."""
-        yield None, ()
+
+class _Pass(NamedTuple):
+    """A window's way through the network: without clicks for all targets (None), or for one with the clicks that reach it."""
+
+    corner: tuple[int, ...]
+    target: int | None
+    clicks: tuple[Click, ...]
+
+
+class ClickPasses(Passes):
+    """Passes of a network with click channels; `watch` sees those without clicks."""
+
+    sigma: float
+    channels: Sequence[int]
+
+    def logits(
+        self, image, corners, window, average, *args: Any, prompt: Prompt, kept: KeptWindows, **kwargs: Any
+    ) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:  # fmt: skip
+        """(logits (T, *window), float16, of the chosen targets; corner) of each window."""
+        for start in range(0, len(corners), self.size):
+            some = corners[start : start + self.size]
+            every = {tuple(corner): list(self._of(corner, prompt, window)) for corner in some}
+            results = {one: kept.get(*one) for passes in every.values() for one in passes}
+            for prompted in (False, True):
+                missing = [one for one, value in results.items() if value is None and bool(one.clicks) == prompted]
+                for value, one in super().logits(image, missing, window, average, *args, **kwargs):
+                    value = value[self.channels] if one.target is None else value[one.target]
+                    results[one] = kept.put(*one, value)
+            for corner in some:
+                automatic, *clicked = every[tuple(corner)]
+                merged = results[automatic].clone()
+                for one in clicked:
+                    merged[self.channels.index(one.target)] = results[one]
+                yield merged, corner
+
+    def _of(self, corner: Sequence[int], prompt: Prompt, window: Sequence[int]) -> Iterator[_Pass]:
+        yield _Pass(tuple(corner), None, ())
         for target, clicks in prompt.items():
             local = [Click(tuple(n - c for n, c in zip(one.voxel, corner, strict=True)), one.inside) for one in clicks]
-            seen = tuple(one for one in local if reaches(one, self.roi_size, self.sigma))
-            if seen:
-                yield target, seen
+            if seen := tuple(one for one in local if reaches(one, window, self.sigma)):
+                yield _Pass(tuple(corner), target, seen)
+
+    def _batch(self, image: torch.Tensor, passes: Sequence[_Pass], window: Sequence[int]) -> torch.Tensor:
+        windows = super()._batch(image, [one.corner for one in passes], window)
+        clicks = torch.stack([click_channels(one.clicks, window, self.sigma) for one in passes])
+        return torch.cat([windows, clicks.to(windows)], 1)
+
+    def _sum(self, batch: torch.Tensor, passes: Sequence[_Pass], *args: Any, **kwargs: Any) -> torch.Tensor:
+        watch = self.watch
+        self.watch = None if passes[0].clicks else watch
+        try:
+            return super()._sum(batch, [one.corner for one in passes], *args, **kwargs)
+        finally:
+            self.watch = watch

@@ -2,7 +2,7 @@
 
 `release` writes into `output_dir`:
 
-* ``NAME/``: the bundle with the package as a real copy (``NAME/tsfm``), the weights as ``models/model.pt`` (a plain
+* ``NAME/``: the bundle with the package as a real copy (``NAME/tsfm``), the MONAI Label app, the weights as ``models/model.pt`` (a plain
   state dict) and ``models/model.safetensors``, and configs, metadata and README that fit these weights;
 * ``NAME_vX.Y.Z.zip``: the same folder, byte for byte the same whenever its content is; and its ``.sha256``;
 * ``model_info.json``: the entry under which the Model Zoo lists it (SHA-1 and address), merged with what is there.
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import tsfm
+from tsfm.cases.licences import licence_list
 from tsfm.schema import read_json
 from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
@@ -41,6 +42,8 @@ WEIGHT_SUFFIXES = (".pt", ".safetensors", ".ts", ".onnx")
 
 STAGED = ("LICENSE", "configs/*.json", "configs/*.conf", "docs/*")
 """What a release takes from a bundle's folder; weights and package come beside it, runs and their data never do."""
+
+LABEL_APP = "label_app"
 
 PINS = ("requirements.txt", "requirements-label.txt")
 """Files of the repository's root that a reader of the zip needs too; staged in ``docs/``."""
@@ -75,7 +78,7 @@ def release(
         overlays: overlays of the bundle that its training shall always use (``small.json`` for weights that were
             trained with it): they are merged into the staged ``train.json``, which is all that MONAI Label reads.
         data_license: text file that becomes ``docs/data_license.txt``: the license of every data set that these weights
-            were trained on.
+            were trained on; by default the list that travels with them.
         zipped: False stops at the folder.
 
     Returns:
@@ -114,10 +117,13 @@ def release(
             _write_json(os.path.join(folder, "configs", file), content)
         if data_license:
             shutil.copyfile(data_license, os.path.join(folder, "docs", "data_license.txt"))
+        elif description.get("licences"):
+            with open(os.path.join(folder, "docs", "data_license.txt"), "w", encoding="utf-8") as file:
+                file.write(licence_list(description["licences"]))
         names = os.path.basename(os.path.abspath(bundle_dir)), name
         write_readme(folder, names, description, metadata, tensors, trained_on)
         _write_weights(os.path.join(folder, "models"), tensors, description)
-        _copy_package(os.path.join(folder, "tsfm"))
+        _copy_package(folder)
         _write_large_files(folder, name, base_url)
         check_weights(folder)
     if not zipped:
@@ -239,10 +245,12 @@ def _write_weights(folder: str, tensors: Mapping[str, torch.Tensor], description
         write_state(state, os.path.join(folder, name), name.endswith(".safetensors"))
 
 
-def _copy_package(target: str) -> None:
-    """The package as a real copy: a link would be dropped or broken by what packs and unpacks bundles."""
-    source = os.path.dirname(os.path.abspath(tsfm.__file__))
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+def _copy_package(folder: str) -> None:
+    """Package and MONAI Label app as real copies: a link would be dropped or broken by what packs and unpacks bundles."""
+    app = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), LABEL_APP)
+    for source, name in ((os.path.dirname(os.path.abspath(tsfm.__file__)), "tsfm"), (app, LABEL_APP)):
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+        shutil.copytree(source, os.path.join(folder, name), ignore=ignored)
 
 
 def _write_large_files(bundle: str, name: str, base_url: str) -> None:
