@@ -20,6 +20,7 @@ from ..names import case_names, modality_name, unknown_names
 from ..schema import check, nearest, read_json
 from .dataset_folder import check_entry, read_dataset
 from .folders import PoolError, paths_of, stem
+from .sources import Sources, missing_in
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class DatasetPool:
         datasets: use only these (their names); default all.
         allow_missing: go on with the data sets that are there; otherwise missing ones are one error that lists them.
         folds: number of folds for cross-validation (nnU-Net: 5).
+        kept_in: a store: the cases are those that it recorded, and their files may be gone.
         splits_file: JSON ``{data set: [{"train": [case, ...], "val": [...]}, ...]}`` in place of drawn folds.
 
     Raises:
@@ -53,10 +55,11 @@ class DatasetPool:
         allow_missing: bool = False,
         folds: int = 5,
         splits_file: str | None = None,
+        kept_in: str | os.PathLike | None = None,
     ) -> None:
         self.source, declared = _read_pool(pool_file)
         self.dataset_dir = os.path.abspath(os.path.expanduser(os.fspath(dataset_dir)))
-        self.allow_missing, self.folds = allow_missing, folds
+        self.allow_missing, self.folds, self.kept_in = allow_missing, folds, kept_in
         try:
             self.table = LabelTable(declared["targets"], declared["datasets"])
         except LabelError as error:
@@ -80,10 +83,18 @@ class DatasetPool:
         found, missing = {}, {}
         for name in self.chosen:
             try:
-                found[name] = read_dataset(self.dataset_dir, self.entries[name], self.source)
+                found[name] = read_dataset(self.dataset_dir, self.entries[name], self.source, self._recorded(name))
             except PoolError as error:
                 missing[name] = str(error)
         return found, missing
+
+    def _recorded(self, dataset: str) -> dict[str, Any] | None:
+        if self.kept_in is None:
+            return None
+        cases = Sources(self.kept_in).of(dataset)["cases"]
+        if not cases:
+            raise PoolError(missing_in(self.kept_in))
+        return cases
 
     @cached_property
     def cases(self) -> list[dict[str, Any]]:
