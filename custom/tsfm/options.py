@@ -74,6 +74,7 @@ KINDS["options"] = _kind(
         "fold": _kind(["integer", "string"], 'a fold\'s number from 0, or "all"', minimum=0, pattern=r"\A(all|\d+)\Z"),
         "mirror_axes": _kind("string", "some of the letters S, P, L, each once", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
         "amp_dtype": _kind("string", "bfloat16 or float16", enum=["bfloat16", "float16"]),
+        "licence": _kind("string", "any, commercial or permissive", enum=["any", "commercial", "permissive"]),
         "save": _kind(["string", "array"], "the name of an output, or a list of names", items=NAMED),
         "existing": _kind("string", "error, skip or overwrite", enum=["error", "skip", "overwrite"]),
         "spacing_mm": _kind(

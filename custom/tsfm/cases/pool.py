@@ -18,9 +18,10 @@ import numpy as np
 from ..labels import LabelError, LabelTable
 from ..names import case_names, modality_name, unknown_names
 from ..schema import check, nearest, read_json
-from .dataset_folder import check_entry, read_dataset
+from .dataset_folder import check_entry, declared_licence, read_dataset
 from .folders import PoolError, paths_of, stem
-from .sources import Sources, missing_in
+from .licences import licence_facts, licences_of, permits, weights_terms
+from .sources import recorded_cases, with_recorded_licence
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class DatasetPool:
         allow_missing: go on with the data sets that are there; otherwise missing ones are one error that lists them.
         folds: number of folds for cross-validation (nnU-Net: 5).
         kept_in: a store: the cases are those that it recorded, and their files may be gone.
+        licence: "commercial" leaves out data sets whose licence does not permit commercial use or is not known to,
+            "permissive" those that ask for the same licence (share-alike) too; "any" leaves out none.
         splits_file: JSON ``{data set: [{"train": [case, ...], "val": [...]}, ...]}`` in place of drawn folds.
 
     Raises:
@@ -56,6 +59,7 @@ class DatasetPool:
         folds: int = 5,
         splits_file: str | None = None,
         kept_in: str | os.PathLike | None = None,
+        licence: str = "any",
     ) -> None:
         self.source, declared = _read_pool(pool_file)
         self.dataset_dir = os.path.abspath(os.path.expanduser(os.fspath(dataset_dir)))
@@ -64,16 +68,29 @@ class DatasetPool:
             self.table = LabelTable(declared["targets"], declared["datasets"])
         except LabelError as error:
             raise LabelError(f"{self.source}: {error}") from None
-        self.entries = {entry["name"]: entry for entry in declared["datasets"]}
+        self.entries = {entry["name"]: with_recorded_licence(kept_in, entry) for entry in declared["datasets"]}
         chosen = [datasets] if isinstance(datasets, str) else list(datasets or self.entries)
         unknown = unknown_names(chosen, self.entries)
         if unknown:
             raise PoolError(f"{self.source}: no data sets named {unknown}; there are {list(self.entries)}")
-        self.chosen = chosen
+        self.chosen = self._permitted(chosen, licence)
         for name in chosen:
             check_entry(self.source, self.entries[name])
         self.splits_file = splits_file
         self.splits = read_json(splits_file, "splits", PoolError) if splits_file else None
+
+    def _permitted(self, chosen: list[str], use: str) -> list[str]:
+        """The data sets whose declared licence permits the use; the others are named in a warning."""
+        facts = {name: licence_facts(declared_licence(self.dataset_dir, self.entries[name])) for name in chosen}
+        kept = [name for name in chosen if permits(facts[name], use)]
+        left = ", ".join(f"{name} ({facts[name]['name']})" for name in chosen if name not in kept)
+        if left and not kept:
+            raise PoolError(
+                f'{self.source}: no data set has a licence that is known to permit {use} use: {left}; declare them ("licence")'
+            )
+        if left:
+            logger.warning("licence %s: trained without %s", use, left)
+        return kept
 
     # ---- cases ------------------------------------------------------------------------------------------------
 
@@ -83,18 +100,12 @@ class DatasetPool:
         found, missing = {}, {}
         for name in self.chosen:
             try:
-                found[name] = read_dataset(self.dataset_dir, self.entries[name], self.source, self._recorded(name))
+                found[name] = read_dataset(
+                    self.dataset_dir, self.entries[name], self.source, recorded_cases(self.kept_in, name)
+                )
             except PoolError as error:
                 missing[name] = str(error)
         return found, missing
-
-    def _recorded(self, dataset: str) -> dict[str, Any] | None:
-        if self.kept_in is None:
-            return None
-        cases = Sources(self.kept_in).of(dataset)["cases"]
-        if not cases:
-            raise PoolError(missing_in(self.kept_in))
-        return cases
 
     @cached_property
     def cases(self) -> list[dict[str, Any]]:
@@ -223,6 +234,7 @@ class DatasetPool:
                 },
                 "annotated": list(self.table.annotated(name)),
                 "sampling_share": shares[name],
+                "licence": licences_of(found[name][:1])[name],
             }
             for name in found
         }
@@ -252,6 +264,10 @@ class DatasetPool:
                 "",
             )
             lines.append(f"{value:>4} {target + relation:<48}{', '.join(where) or '-'}")
+        licences = {name: entry["licence"] for name, entry in summary["datasets"].items()}
+        if licences:
+            listed = ", ".join(f"{name} {one['name']}" for name, one in licences.items())
+            lines += ["", f"licences: {listed}", f"what weights inherit: {weights_terms(licences)}"]
         if summary["missing"]:
             lines += ["", f"missing ({len(summary['missing'])}):"]
             lines += [f"  {name}: {reason}" for name, reason in summary["missing"].items()]

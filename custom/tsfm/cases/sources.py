@@ -161,7 +161,8 @@ class Sources:
             if not own:
                 continue
             cases = {i["case"]: {"image": i["image"], "label": i.get("label"), "files": files} for i, files in own}
-            declared = {"targets": targets, "entry": entries[dataset]}
+            licence = {key: own[0][0][key] for key in ("licence",) if key in own[0][0]}  # may stand in a dataset.json
+            declared = {"targets": targets, "entry": licence | dict(entries[dataset])}
             content = {"format": FORMAT, "declared": declared, "channels": None, "cases": cases}
             content["channels"] = before.get("channels") if before["cases"] == cases else _channels(own[0][0])
             self._known[dataset] = content
@@ -193,6 +194,22 @@ def recorded_pool(store_dir: str | os.PathLike, dataset: str) -> dict[str, Any]:
     if declared is None:
         raise PoolError(f"data set '{dataset}' {missing_in(os.path.abspath(store_dir))}")
     return {"targets": declared["targets"], "datasets": [declared["entry"]]}
+
+
+def recorded_cases(store_dir: str | os.PathLike | None, dataset: str) -> dict[str, Any] | None:
+    """Case -> its files, of one data set as a store recorded them; None without a store. PoolError where it did not."""
+    if store_dir is None:
+        return None
+    cases = Sources(store_dir).of(dataset)["cases"]
+    if not cases:
+        raise PoolError(missing_in(os.path.abspath(store_dir)))
+    return cases
+
+
+def with_recorded_licence(store_dir: str | os.PathLike | None, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A declared data set, with the licence that its own files declared when a store recorded it."""
+    kept = Sources(store_dir).of(entry["name"]).get("declared", {}).get("entry", {}) if store_dir is not None else {}
+    return {"licence": kept["licence"], **entry} if kept.get("licence") else entry
 
 
 def folder_name(name: str) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from ..cases.cases import Preparation
 from ..cases.folders import PoolError
+from ..cases.licences import licence_facts
 from ..cases.pool import DatasetPool
 from ..cases.sources import Sources, file_identity
 from ..errors import CaseError
@@ -130,7 +131,13 @@ def downstream_network(
         if plan is not None and plan.strides:
             shape |= {"strides": plan.to_dict()["strides"], "kernel_sizes": plan.kernels_if_any_is_flat()}
         network = build_network(pretrained_description(pretrained), **shape | overrides)
+    inherited = {}
+    if pretrained is not None:  # what the weights saw binds them whatever comes next
+        seen = network.description.get("trained_on") or ["pretrained weights"]
+        inherited = network.description.get("licences") or {name: licence_facts(None) for name in seen}
     network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
+    if inherited:
+        network.description["licences"] = inherited
     return network
 
 
