@@ -300,8 +300,8 @@ def complete_items(items: Sequence[Mapping[str, Any]], table: LabelTable, modali
     for item in items:
         if "image" not in item:
             raise PoolError(f"a datalist item has no 'image': {dict(item)}")
-        dataset = item.get("dataset", table.bare_dataset)
-        if dataset not in (*table.datasets, table.bare_dataset):
+        dataset = table.dataset_of(item)
+        if not table.knows(dataset):
             raise PoolError(
                 f"item {item['image']}: unknown data set '{dataset}'{nearest(dataset, table.datasets)}; the table knows "
                 f"{list(table.datasets)}"

@@ -151,6 +151,7 @@ def weights_family(description: Mapping[str, Any]) -> Family | None:
         "weights", "tsfm", network["features"][0], network["features"][-1], tuple(network["depths_down"]),
         tuple(network["depths_up"]), levels=len(network["features"]), widths=tuple(network["features"]),
         transformer=tuple(bottleneck) if network.get("bottleneck", True) else (0, 0, 0, 0),
+        skip=network.get("skip", "add"),
     )  # fmt: skip
 
 

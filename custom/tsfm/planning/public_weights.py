@@ -127,7 +127,7 @@ def _stunet(path: str, content: Mapping[str, Any], state: Mapping[str, Tensor]) 
     description = {
         "network": network,
         "targets": {name: {} for name in names},
-        "dataset_labels": [{"name": "totalsegmentator", "labels": {str(i): name for i, name in enumerate(names, 1)}}],
+        "dataset_labels": [{"name": "totalsegmentator", "labels": {str(i): [name] for i, name in enumerate(names, 1)}}],
         "preparation": preparation.to_dict(),
         "patch_size": [128, 128, 128],
         "modalities": ["CT"],

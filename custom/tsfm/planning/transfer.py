@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..network.described import DescribedNetwork, Parts
+from ..network.description import differences
 from ..network.tsfm_net import interpolate_positions
 from ..training.checkpoint import EXTRA_STATE
 from ..training.weight_files import CheckpointError
@@ -228,16 +229,12 @@ def _may_be_absent(parts: Parts, name: str, other: Mapping[str, Any]) -> bool:
 def _misfit(path: str, problems: list[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     lines = [f"{path} does not fit the network ({len(problems)} problems); the network was not changed:"]
     was, now = theirs.get("network", {}), ours.get("network", {})
-    lines += [
-        f"  {key}: checkpoint {was[key]}, network {now[key]}"
-        for key in ("features", "depths_down", "depths_up", "hidden_size", "num_layers", "mlp_dim")
-        if key in was and key in now and was[key] != now[key]
-    ]
+    lines += [f"  {line}" for line in differences(was, now)]
     lines += [f"  {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"  ... and {len(problems) - SHOWN} more")
     lines.append(
-        "Declare the network with the checkpoint's features and depths (its channels, targets, patch and strides may "
+        "Declare the network with the checkpoint's features, depths and skip (its channels, targets, patch and strides may "
         "differ), or name parts that shall start anew in reinitialize, for example ['bottleneck']."
     )
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from ..cases.licences import licences_of
 from ..files import atomic_write
 from ..labels import LabelTable
 from ..network.described import DescribedNetwork
-from ..network.description import check_description
+from ..network.description import check_description, differences, fill_in
 from ..network.networks import create_network
 from .weight_files import CheckpointError, load_file, write_state
 
@@ -90,6 +90,7 @@ def decode_description(extra: torch.Tensor | None, source: str = "the weights") 
             f"{source}: the description in the file is damaged ({type(error).__name__}); download or copy it again"
         ) from None
     check_description(description, source, CheckpointError)
+    fill_in(description)
     return description
 
 
@@ -246,7 +247,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         CheckpointError: what is missing, superfluous or of another shape.
     """
-    tensors, _ = read_state(path)
+    tensors, description = read_state(path)
     own = {key: value for key, value in network.state_dict().items() if key != EXTRA_STATE}
     problems = [f"missing {key}" for key in own if key not in tensors]
     problems += [f"unexpected {key}" for key in tensors if key not in own]
@@ -256,7 +257,8 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
         if key in tensors and tensors[key].shape != own[key].shape
     ]
     if problems:
-        shown = "\n  ".join(problems[:12])
+        ours = getattr(network, "description", {}).get("network", {})
+        shown = "\n  ".join([*differences(description.get("network", {}), ours), *problems[:12]])
         raise CheckpointError(
             f"{path} does not fit the network ({len(problems)} tensors differ); nothing was loaded:\n  {shown}\n"
             "Build the network from the file itself (tsfm.training.checkpoint.build_network), or adapt with load_pretrained()."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tsfm.planning.public_weights import read_folder
 from tsfm.training.checkpoint import build_network, encode_description, save_weights
@@ -66,14 +67,26 @@ def import_nnunet(
         state = {
             key: value for key, value in state.items() if key in kept
         }  # heads of deep supervision are for training
-    with tempfile.TemporaryDirectory() as scratch:
-        path = os.path.join(scratch, "model.pt")
-        save_weights({**state, "_extra_state": encode_description(description)}, path)
-        said = trained_on or f"an nnU-Net model ({description['trained_by']}, fold {', '.join(model.folds)})"
-        bundle = release(bundle_dir, path, output_dir, name=name, trained_on=said, zipped=False)
+    said = trained_on or f"an nnU-Net model ({description['trained_by']}, fold {', '.join(model.folds)})"
+    bundle = bundle_of(state, description, output_dir, name, said, bundle_dir)
     _mirror_by_default(os.path.join(bundle, "configs", "inference.json"), bool(description["mirror_axes"]))
     print(f"{bundle}: {len(members)} fold(s), targets {', '.join(description['targets'])}")
     return bundle
+
+
+def bundle_of(
+    state: Mapping[str, Any],
+    description: Mapping[str, Any],
+    output_dir: str,
+    name: str,
+    trained_on: str,
+    bundle_dir: str,
+) -> str:
+    """Stage a bundle around tensors that `description` describes; returns its folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = os.path.join(scratch, "model.pt")
+        save_weights({**state, "_extra_state": encode_description(description)}, path)
+        return release(bundle_dir, path, output_dir, name=name, trained_on=trained_on, zipped=False)
 
 
 def _mirror_by_default(path: str, mirrored: bool) -> None:
