@@ -21,7 +21,7 @@ import torch
 from ..cases.cases import Preparation
 from ..cases.folders import PoolError
 from ..cases.licences import licence_facts
-from ..cases.pool import DatasetPool
+from ..cases.pool import DatasetPool, is_bare
 from ..cases.sources import Sources, file_identity
 from ..errors import CaseError
 from ..files import atomic_write
@@ -175,7 +175,7 @@ def prepare(
         StoreError, CaseError: listing every case that cannot be used.
     """
     with first_process_first():
-        if pool is not None:
+        if pool is not None and not is_bare(items):
             record_sources(store.sources, pool)
         store.prepare(items, num_workers=num_workers, progress=rank() == 0).raise_failures()
 

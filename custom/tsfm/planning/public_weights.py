@@ -80,8 +80,9 @@ def _own(path: str) -> Pretrained:
     network = description.get("network", {})
     if network.get("name") != "ensemble":
         return Pretrained(tensors, description)
+    prefix = "" if network["network"].get("name", "tsfm") == "tsfm" else "net."
     first = {
-        "net." + name.removeprefix("members.0."): value
+        prefix + name.removeprefix("members.0."): value
         for name, value in tensors.items()
         if name.startswith("members.0.")
     }

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tsfm.planning.public_weights import read_folder
-from tsfm.training.checkpoint import build_network, encode_description, save_weights
+from tsfm.training.checkpoint import encode_description, save_weights
+from tsfm.training.folds import combine
 
 from .release import release
 
@@ -51,22 +52,8 @@ def import_nnunet(
     model = read_folder(
         model_folder, folds=folds, trainer=trainer, **({"checkpoint": checkpoint} if checkpoint else {})
     )
-    description = dict(model.description)
-    members = list(model.folds.values())
-    state = members[0]
-    if len(members) > 1:
-        one = description["network"]
-        shape = {key: one[key] for key in ("in_channels", "out_channels")}
-        description["network"] = {"name": "ensemble", **shape, "count": len(members), "network": one}
-        kept = build_network(description).state_dict()
-        state = {
-            f"members.{i}.{key.removeprefix('net.')}": value
-            for i, member in enumerate(members)
-            for key, value in member.items()
-        }
-        state = {
-            key: value for key, value in state.items() if key in kept
-        }  # heads of deep supervision are for training
+    members = [(f"fold {name}", state, model.description) for name, state in model.folds.items()]
+    state, description = combine(members) if len(members) > 1 else members[0][1:]
     said = trained_on or f"an nnU-Net model ({description['trained_by']}, fold {', '.join(model.folds)})"
     bundle = bundle_of(state, description, output_dir, name, said, bundle_dir)
     _mirror_by_default(os.path.join(bundle, "configs", "inference.json"), bool(description["mirror_axes"]))
