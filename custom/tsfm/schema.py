@@ -149,7 +149,20 @@ def _validator(kind: str) -> Any:
 
     names = FormatChecker(())
     names.checks("name")(is_plain_name)
+    names.checks("snomed")(_is_snomed)
     return extend(Draft202012Validator, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
+
+
+def _is_snomed(text: Any) -> bool:
+    """Whether a text is a name that begins with a SNOMED CT code, by its check digit (Verhoeff's)."""
+    code, check = str(text).split(" ")[0], 0
+    for place, digit in enumerate(reversed(code) if code.isdecimal() else "1"):
+        value = int(digit)
+        for _ in range(place % 8):
+            value = (1, 5, 7, 6, 2, 8, 3, 0, 9, 4)[value]
+        turned = (check + value if check < 5 else check - value) % 5
+        check = turned + 5 * ((check < 5) != (value < 5))
+    return check == 0 and is_plain_name(text)
 
 
 def _kind(types: str | Sequence[str], description: str, **more: Any) -> dict[str, Any]:
@@ -168,6 +181,19 @@ CASES = _kind("array", 'a list of case names, like ["case_1", "case_2"]', items=
 
 PATHS = _kind(["string", "array"], "a path, or a list of paths (one per channel)", minLength=1, minItems=1, items=TEXT)
 
+CODE = _kind(
+    "string", 'a SNOMED CT code and its meaning, like "10200004 Liver" (the last digit checks the others)',
+    format="snomed", pattern=r"\A\d{6,18} \w",
+)  # fmt: skip
+
+SNOMED = _kind(
+    "object",
+    'an object like {"type": "10200004 Liver"}; also "site" (of a lesion) and "side"',
+    required=["type"],
+    additionalProperties=False,
+    properties={"type": CODE, "site": CODE, "side": _kind("string", '"left" or "right"', enum=["left", "right"])},
+)
+
 TARGET = _kind(
     "object",
     'an object like {"inside": "liver"}',
@@ -178,6 +204,7 @@ TARGET = _kind(
         "lesion": _kind("boolean", "true or false"),
         "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
         "display": NAME,
+        "snomed": SNOMED,
         "_desc_": NOTE,
     },
 )
