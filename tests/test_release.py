@@ -200,6 +200,11 @@ def test_the_data_licenses_are_those_of_the_weights(source, checkpoint, tmp_path
     staged = tmp_path / "dist/toy"
     assert (staged / "docs/data_license.txt").read_text() == "mine: CC0"
     assert _run(staged, "data licenses")[0] == "pass"
+    release.release(
+        str(source), str(checkpoint), str(tmp_path / "dist")
+    )  # without a file: what travels with the weights
+    assert "- mine: not declared" in (staged / "docs/data_license.txt").read_text()
+    assert "licences of that data | mine say nothing" in (staged / "docs/README.md").read_text()
     (staged / "docs/data_license.txt").write_text("theirs: CC0")
     assert _run(staged, "data licenses")[0] == "FAIL"
 

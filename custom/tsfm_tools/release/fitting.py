@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tsfm.cases.licences import weights_terms
 from tsfm.network.adapted import REQUIRED
 from tsfm.training.checkpoint import table_of
 
@@ -190,6 +191,7 @@ def weights_table(
         "voxel spacing in mm (S, P, L)": " x ".join(f"{mm:g}" for mm in preparation["spacing_mm"]),
         "normalization": _normalization(preparation),
         "trained on": trained_on or ", ".join(description.get("trained_on", [])),
+        "licences of that data": weights_terms(description.get("licences", {})),
         "epochs": description.get("epoch", "unknown"),
     }
     scores = {target: f"{dice:.3f}" for target, dice in metadata.get("eval_metrics", {}).items()}

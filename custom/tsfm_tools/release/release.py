@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import tsfm
+from tsfm.cases.licences import licence_list
 from tsfm.schema import read_json
 from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
@@ -75,7 +76,7 @@ def release(
         overlays: overlays of the bundle that its training shall always use (``small.json`` for weights that were
             trained with it): they are merged into the staged ``train.json``, which is all that MONAI Label reads.
         data_license: text file that becomes ``docs/data_license.txt``: the license of every data set that these weights
-            were trained on.
+            were trained on; by default the list that travels with them.
         zipped: False stops at the folder.
 
     Returns:
@@ -114,6 +115,9 @@ def release(
             _write_json(os.path.join(folder, "configs", file), content)
         if data_license:
             shutil.copyfile(data_license, os.path.join(folder, "docs", "data_license.txt"))
+        elif description.get("licences"):
+            with open(os.path.join(folder, "docs", "data_license.txt"), "w", encoding="utf-8") as file:
+                file.write(licence_list(description["licences"]))
         names = os.path.basename(os.path.abspath(bundle_dir)), name
         write_readme(folder, names, description, metadata, tensors, trained_on)
         _write_weights(os.path.join(folder, "models"), tensors, description)
