@@ -11,11 +11,14 @@ import pytest
 import torch
 from conftest import ROOT
 from monai.data import MetaTensor
+from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import read_volume
 from tsfm.errors import CaseError
 from tsfm.inference.dicom_seg import ABNORMAL, KINDS, LESION, SIDES, STRUCTURE, TISSUE, source_slices, write_seg
 from tsfm.inference.prediction import write_label_map
+from tsfm.inference.saving import SaveResultsd
 from tsfm.labels import as_table
+from tsfm.schema import FileError
 
 pydicom = pytest.importorskip("pydicom", "3", reason="pip install -r requirements-dicom.txt")
 hd = pytest.importorskip("highdicom", reason="pip install -r requirements-dicom.txt")
@@ -33,7 +36,7 @@ SHOWN = ("liver", "kidney_left", "portal_and_splenic_vein", "prostate_or_uterus"
 
 def write_series(folder, axes=UPRIGHT, step=(0, 0, 3), start=(-5, 7, 11), leave_out=()):
     """A CT series as a scanner writes it, one file per slice, named against the order of the slices."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     study, series, frame = (pydicom.uid.generate_uid() for _ in range(3))
     for number in range(SHAPE[2]):
         one = pydicom.Dataset()
@@ -102,12 +105,12 @@ def on_grid(image, grid):
     return mask
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("axes", "step"),
     [(UPRIGHT, (0, 0, 3)), (UPRIGHT, (0, 0, -3)), (TURNED, 3 * np.cross(*TURNED)), (UPRIGHT, (0, 1, 3))],
     ids=["upright", "feet first", "turned", "tilted"],
 )
+@pytest.mark.parametrize("kind", KINDS)
 def test_dcmqi_reads_the_voxels_of_the_nifti_output_at_the_same_places(tmp_path, kind, axes, step):
     source = write_series(tmp_path / "ct", axes, step)
     label_map = label_map_on(source)
@@ -132,9 +135,9 @@ def test_every_frame_of_a_tilted_series_lies_on_the_slice_that_it_refers_to(tmp_
     for plane, frame in zip(*frames_of(tmp_path / "seg.dcm"), strict=True):
         one = slices[frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID]
         assert frame.PlanePositionSequence[0].ImagePositionPatient == one.ImagePositionPatient
-        corner = np.linalg.inv(label_map.affine) @ np.array([*(to_ras @ one.ImagePositionPatient), 1])
+        corner = np.linalg.inv(label_map.affine.numpy()) @ np.array([*(to_ras @ one.ImagePositionPatient), 1])
         np.testing.assert_allclose(corner[:2], 0, atol=1e-3)
-        np.testing.assert_array_equal(plane, label_map[0, :, :, round(corner[2].item())].numpy().T)
+        np.testing.assert_array_equal(plane, label_map[0, :, :, round(corner[2])].numpy().T)
 
 
 def frames_of(path):
@@ -176,6 +179,20 @@ def test_every_code_is_one_of_the_standard_with_its_meaning():
             assert {4, 4030} & set(known[tuple(codes["site"].split(" ", 1))]), codes
     for text, group in ((STRUCTURE, 7150), (ABNORMAL, 7150), (TISSUE, 7150), *((side, 244) for side in SIDES.values())):
         assert group in known[tuple(text.split(" ", 1))]
+
+
+def test_save_names_the_segs_beside_the_label_map_and_images_without_a_series_are_refused_at_once(tmp_path):
+    series = write_series(tmp_path / "scans" / "ct")
+    (item,) = find_images(series.parent, tmp_path / "out", save=["label_map", "dicom_seg"])
+    for table in (POOL, None):
+        save = SaveResultsd("pred", tmp_path / "out", "overwrite", ["label_map", "dicom_seg", "dicom_labelmap"], table)
+        save({**item, "pred": label_map_on(series)})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ct.labelmap.dcm", "ct.nii.gz", "ct.seg.dcm"]
+    numbers = [POOL.names.index(name) + 1 for name in sorted(SHOWN, key=POOL.names.index)]
+    assert hd.seg.segread(tmp_path / "out/ct.labelmap.dcm").segment_numbers[-len(SHOWN) :] == numbers
+    (series.parent / "b.nii.gz").touch()
+    with pytest.raises(FileError, match=r"1 of 2 images are no folder .*b\.nii\.gz, and dicom_seg refers to one"):
+        find_images(series.parent, tmp_path / "out", save="dicom_seg")
 
 
 def test_nothing_found_is_one_empty_frame(tmp_path):

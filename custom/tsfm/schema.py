@@ -154,14 +154,13 @@ def _validator(kind: str) -> Any:
 
 
 def _is_snomed(text: Any) -> bool:
-    """Whether a text is a name that begins with a SNOMED CT code, by its check digit (Verhoeff's)."""
+    """Whether a text is a SNOMED CT code, right by its check digit (Verhoeff's), and a name."""
     code, check = str(text).split(" ")[0], 0
-    for place, digit in enumerate(reversed(code) if code.isdecimal() else "1"):
+    for place, digit in enumerate(reversed(code) if code.isdecimal() and " " in text else "1"):
         value = int(digit)
         for _ in range(place % 8):
             value = (1, 5, 7, 6, 2, 8, 3, 0, 9, 4)[value]
-        turned = (check + value if check < 5 else check - value) % 5
-        check = turned + 5 * ((check < 5) != (value < 5))
+        check = (check + (value if check < 5 else -value)) % 5 + 5 * ((check < 5) != (value < 5))
     return check == 0 and is_plain_name(text)
 
 
@@ -182,13 +181,12 @@ CASES = _kind("array", 'a list of case names, like ["case_1", "case_2"]', items=
 PATHS = _kind(["string", "array"], "a path, or a list of paths (one per channel)", minLength=1, minItems=1, items=TEXT)
 
 CODE = _kind(
-    "string", 'a SNOMED CT code and its meaning, like "10200004 Liver" (the last digit checks the others)',
-    format="snomed", pattern=r"\A\d{6,18} \w",
-)  # fmt: skip
+    "string", 'a SNOMED CT code and its meaning, "10200004 Liver" (the last digit is a check)', format="snomed"
+)
 
 SNOMED = _kind(
     "object",
-    'an object like {"type": "10200004 Liver"}; also "site" (of a lesion) and "side"',
+    'an object like {"type": "10200004 Liver"}, if needed with "site" and "side"',
     required=["type"],
     additionalProperties=False,
     properties={"type": CODE, "site": CODE, "side": _kind("string", '"left" or "right"', enum=["left", "right"])},

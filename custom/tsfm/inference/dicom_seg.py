@@ -5,9 +5,10 @@ highdicom (requirements-dicom.txt) is imported when a SEG is asked for: it needs
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,11 +55,16 @@ def highdicom() -> Any:
             f"a DICOM SEG is written by highdicom, which cannot be imported ({error}): pip install -r "
             "requirements-dicom.txt (highdicom 0.28.2; not in MONAI Label's environment, whose pydicom is older)"
         ) from error
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells of every module it copies
     return highdicom
 
 
 def write_seg(
-    label_map: torch.Tensor, path: str | os.PathLike, table: LabelTable, kind: str = "BINARY", source: str | None = None
+    label_map: torch.Tensor,
+    path: str | os.PathLike,
+    table: LabelTable | Sequence[str] | None = None,
+    kind: str = "BINARY",
+    source: str | None = None,
 ) -> None:
     """Write a label map (1, I, J, K) as a SEG that refers to its source series, whole or not at all.
 
@@ -68,6 +74,7 @@ def write_seg(
 
     Args:
         label_map: a MetaTensor on the grid of the series as it was read.
+        table: of the map's values, or their names.
         kind: "BINARY" or "LABELMAP".
         source: folder of the series; by default the one that the map's meta data names.
 
@@ -86,6 +93,8 @@ def write_seg(
     found = [int(value) for value in np.unique(values) if value]
     if not found:
         found, slices, values = [1], slices[:1], values[:, :, :1]
+    if not isinstance(table, LabelTable):
+        table = LabelTable({name: {} for name in table or map(str, range(1, max(found) + 1))}, [])
     frames = values.transpose(2, 1, 0)  # slices, rows, columns
     numbers = {value: value if kind == "LABELMAP" else place for place, value in enumerate(found, start=1)}
     lookup = np.zeros(max(found) + 1, np.uint16 if max(found) > 255 else np.uint8)
