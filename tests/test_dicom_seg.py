@@ -48,7 +48,7 @@ def write_series(folder, axes=UPRIGHT, step=(0, 0, 3), start=(-5, 7, 11), leave_
         one.AccessionNumber, one.StudyID, one.ReferringPhysicianName = "", "1", ""
         one.ImageOrientationPatient = [float(x) for x in np.ravel(axes)]
         one.ImagePositionPatient = [round(float(x), 4) for x in np.array(start) + number * np.array(step)]
-        one.PixelSpacing, one.SliceThickness, one.InstanceNumber = [0.7, 0.8], 3.0, number + 1
+        one.PixelSpacing, one.SliceThickness, one.InstanceNumber = [0.7, 0.8], 5.0, number + 1
         one.Columns, one.Rows = SHAPE[:2]
         one.SamplesPerPixel, one.PhotometricInterpretation, one.PixelRepresentation = 1, "MONOCHROME2", 1
         one.BitsAllocated, one.BitsStored, one.HighBit = 16, 16, 15

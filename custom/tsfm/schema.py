@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from .snomed import is_snomed
+
 PUNCTUATION = " _.,+-()&'"
 
 LONGEST_NAME = 100
@@ -135,8 +137,12 @@ def _place(path: list[Any], content: Any) -> str:
 @lru_cache
 def _validator(kind: str) -> Any:
     """The validator of one kind. jsonschema takes a tenth of a second to import."""
-    from jsonschema import Draft202012Validator, FormatChecker, ValidationError
+    import jsonschema
+    from jsonschema import FormatChecker, ValidationError
     from jsonschema.validators import extend
+
+    # MONAI Label's environment has jsonschema 3: there the places of a list (prefixItems) are not looked at
+    newest = getattr(jsonschema, "Draft202012Validator", jsonschema.Draft7Validator)
 
     def mistyped(validator: Any, known: list[str], instance: Any, schema: Any) -> Iterator[Any]:
         """Files of others hold keys that mean nothing here; one that is nearly a known, absent key is a slip."""
@@ -149,19 +155,8 @@ def _validator(kind: str) -> Any:
 
     names = FormatChecker(())
     names.checks("name")(is_plain_name)
-    names.checks("snomed")(_is_snomed)
-    return extend(Draft202012Validator, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
-
-
-def _is_snomed(text: Any) -> bool:
-    """Whether a text is a SNOMED CT code, right by its check digit (Verhoeff's), and a name."""
-    code, check = str(text).split(" ")[0], 0
-    for place, digit in enumerate(reversed(code) if code.isdecimal() and " " in text else "1"):
-        value = int(digit)
-        for _ in range(place % 8):
-            value = (1, 5, 7, 6, 2, 8, 3, 0, 9, 4)[value]
-        check = (check + (value if check < 5 else -value)) % 5 + 5 * ((check < 5) != (value < 5))
-    return check == 0 and is_plain_name(text)
+    names.checks("snomed")(lambda text: is_snomed(text) and is_plain_name(text))
+    return extend(newest, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
 
 
 def _kind(types: str | Sequence[str], description: str, **more: Any) -> dict[str, Any]:

@@ -138,7 +138,8 @@ def source_slices(source: str) -> list[Any]:
             "that holds one: leave dicom_seg out for other images"
         )
     slices = [dcmread(name, stop_before_pixels=True) for name in slice_files(source)]
-    step_mm = spacing_of(read_grid(source).affine)[2]
+    affine = read_grid(source).affine
+    step_mm = float(abs(np.linalg.det(affine[:3, :3])) / np.prod(spacing_of(affine)[:2]))  # along the normal
     for one in slices:
         lacking = [name for name in NEEDED if not one.get(name)]
         if lacking:
@@ -152,6 +153,7 @@ def source_slices(source: str) -> list[Any]:
         # What the reader took as rounding, highdicom takes for slices that are turned.
         one.ImageOrientationPatient = slices[0].ImageOrientationPatient
         one.SliceThickness = one.get("SliceThickness") or step_mm
+        one.SpacingBetweenSlices = step_mm
     return slices
 
 
