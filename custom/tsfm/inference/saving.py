@@ -14,6 +14,7 @@ from monai.transforms import SaveImaged
 from ..cases.folders import output_paths, saved_outputs
 from ..cases.raw_ids import in_raw_ids, raw_values
 from ..labels import LabelTable
+from .dicom_seg import highdicom, write_seg
 from .prediction import case_name, write_label_map
 from .probabilities import Probabilities
 
@@ -45,6 +46,8 @@ def _label_map(result: Result, path: Path) -> None:
 WRITERS: dict[str, Callable[[Result, Path], None]] = {
     "label_map": _label_map,
     "probabilities": lambda result, path: result.probabilities.save(path),
+    "dicom_seg": lambda result, path: write_seg(result.label_map, path, result.table, "BINARY"),
+    "dicom_labelmap": lambda result, path: write_seg(result.label_map, path, result.table, "LABELMAP"),
 }
 """Name in ``--save`` (one of `cases.folders.OUTPUTS`) -> what writes a result to a path, whole or not at all."""
 
@@ -64,6 +67,7 @@ class SaveResultsd(SaveImaged):
 
     Raises:
         ValueError: unknown names in `save`, probabilities that nobody keeps, a data set without ids.
+        ImportError: DICOM shall be written and highdicom is not there.
     """
 
     def __init__(
@@ -87,6 +91,8 @@ class SaveResultsd(SaveImaged):
             raw_values(table, raw_ids)
         if "probabilities" in self.save and probabilities is None:
             raise ValueError("save names probabilities, which nobody keeps: give inferer and saver one Probabilities")
+        if any(name.startswith("dicom") for name in self.save):
+            highdicom()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
