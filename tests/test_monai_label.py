@@ -302,7 +302,7 @@ WRONG = {
     "mirroring is 'perhaps', expected true or false": {"mirroring": "perhaps"},
     "targets is 'orgen' (did you mean 'organ'?)": {"targets": "orgen"},
     "normalize_as is 'PET'": {"normalize_as": "PET"},
-    "device is 'cuda:9'; this server has: ": {"device": "cuda:9"},
+    "device is 'cuda:9' (did you mean ": {"device": "cuda:9"},
     "model_filename is 'best.pt'; choose from: model.pt": {"model_filename": "best.pt"},
     "result_extension is '.jpg'": {"result_extension": ".jpg"},
     "this model takes no clicks": {"foreground": [[10, 10, 10]]},
