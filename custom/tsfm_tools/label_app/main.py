@@ -176,13 +176,17 @@ class MyApp(MONAILabelApp):
     def check_task(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
         """A request for a background task as it is meant, checked before its process starts."""
         from tsfm.cases.submitted import named_targets
+        from tsfm.errors import CaseError
         from tsfm.training.checkpoint import read_description
 
         with answered():
             if method == "train":
                 task = self._task(self._trainers, request)
                 weights = os.path.join(self.models[request["model"]], "models", "model.pt")
-                named_targets(task.named(request), tuple(read_description(weights)["targets"]))
+                try:
+                    named_targets(task.named(request), tuple(read_description(weights)["targets"]))
+                except CaseError as error:
+                    raise BadRequest(str(error)) from None
                 options = {key: value for key, value in task.config().items() if key != "annotated"}
                 return check_training(request, options, devices(), len(self.datastore().get_labeled_images()))
             if method == "batch_infer":
