@@ -59,7 +59,7 @@ def test_what_clients_send_is_taken_as_it_is_meant():
     )
     assert (meant["threshold"], meant["overlap"], meant["mirroring"]) == (0.3, 0, False)
     assert meant["targets"] == ["liver"] and meant["client_id"] == "slicer" and meant["image"] == "x"
-    everything = {name: value for name, value in OPTIONS.items()}  # a client that sends back what it was shown
+    everything = dict(OPTIONS)  # a client that sends back what it was shown
     assert infer(**everything) == everything
     assert infer(threshold="")["threshold"] == 0.5  # a field that was left empty
     assert infer(prompts=True, foreground=[[1, 2, 3]])["foreground"] == [[1, 2, 3]]
