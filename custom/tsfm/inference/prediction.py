@@ -47,6 +47,18 @@ def chosen_modality(choice: str | Sequence[str]) -> str | None:
     return choice if isinstance(choice, str) else None
 
 
+def chosen_flag(choice: bool | str) -> bool:
+    """True or False, of itself or as the text that a server's client sends.
+
+    Raises:
+        ValueError: anything else.
+    """
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if str(choice).lower() not in known:
+        raise ValueError(f"{choice!r} is neither true nor false")
+    return known[str(choice).lower()]
+
+
 class CaseDataset(Dataset):
     """MONAI's Dataset, but a case whose transforms fail gives ``{"case", "error"}`` in place of an exception.
 
