@@ -11,7 +11,6 @@ import atexit
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import blosc2
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from ..files import PARTIAL, scratch_name, sweep
 from ..preparation.resampling import axis_resampler
 from .painting import Slab
+from .source_grids import SourceGrid
 
 CHUNK = 16
 """Slices of one chunk, along the image's axis that is closest to superior."""
@@ -37,13 +37,13 @@ class Probabilities:
         atexit.register(self.discard)
 
     def begin(
-        self, shape: Sequence[int], grid: Any, names: Sequence[str], channels: Mapping[str, int], exclusive: bool
+        self, shape: Sequence[int], grid: SourceGrid, names: Sequence[str], channels: Mapping[str, int], exclusive: bool
     ) -> None:
         """Start a case.
 
         Args:
             shape: of the prepared image.
-            grid: its `windows.SourceGrid`.
+            grid: where it lies in its image.
             names: all targets; channels: number in the logits of those that are computed.
             exclusive: softmax over all logits, background first; else a sigmoid of each.
         """
@@ -137,8 +137,8 @@ class _Place:
         self.first = int(stops[0]) - 1 if signs[0] < 0 else int(starts[0])
 
     @classmethod
-    def of(cls, grid: Any) -> _Place:
-        """From a `windows.SourceGrid`; an image of its own where nothing was turned or cropped."""
+    def of(cls, grid: SourceGrid) -> _Place:
+        """From a `SourceGrid`; an image of its own where nothing was turned or cropped."""
         turned, own = (np.asarray(one, float) for one in (grid.affine, grid.image_affine))
         matrix = np.rint(np.linalg.solve(own[:3, :3], turned[:3, :3])).astype(int)
         axes = [int(np.flatnonzero(matrix[:, axis])[0]) for axis in range(3)]
