@@ -109,8 +109,7 @@ class Passes:
 
     def _mean(self, image: Tensor, corners: Sequence, window: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
         """Mean logits (B, T, *window) over all versions."""
-        boxes = [tuple(slice(c, c + n) for c, n in zip(corner, window, strict=True)) for corner in corners]
-        batch = torch.stack([image[(slice(None), *box)] for box in boxes]).to(self.device)
+        batch = self._batch(image, corners, window).to(self.device)
         if self.wants_layout:
             batch = batch.contiguous(memory_format=torch.channels_last_3d)
         dtype = amp_type(self.device, self.amp_dtype)
@@ -121,6 +120,11 @@ class Passes:
             self.amp = False
             return self._mean(image, corners, window, *args, **kwargs)
         return total
+
+    def _batch(self, image: Tensor, corners: Sequence, window: Sequence[int]) -> Tensor:
+        """The network's input (B, C, *window)."""
+        boxes = [tuple(slice(c, c + n) for c, n in zip(corner, window, strict=True)) for corner in corners]
+        return torch.stack([image[(slice(None), *box)] for box in boxes])
 
     def _sum(self, batch: Tensor, corners: Sequence, *args: Any, **kwargs: Any) -> Tensor:
         versions = getattr(self.network, "versions", None)

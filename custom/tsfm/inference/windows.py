@@ -268,10 +268,7 @@ class SlabInferer(Inferer):
         device = network_device(network, image.device)
         average = self._average(image.shape[1:], device)
         progress = tqdm(total=math.prod(map(len, starts)), desc="windows", unit="window", disable=not self.progress)
-        passes = Passes(
-            network, device, self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self.channels_last, self._checked,
-            self.watch,
-        )  # fmt: skip
+        passes = self._passes(network, device)
         with passes, progress:
             for row, s in enumerate(starts[0]):
                 corners = list(itertools.product([s], *starts[1:]))
@@ -290,6 +287,12 @@ class SlabInferer(Inferer):
         if inputs.ndim != 5 or len(inputs) != 1:
             raise ValueError(f"inputs have the shape {tuple(inputs.shape)}, expected one image (1, C, S, P, L)")
         return (inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)[0]
+
+    def _passes(self, network: Callable, device: torch.device) -> Passes:
+        return Passes(
+            network, device, self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self.channels_last, self._checked,
+            self.watch,
+        )  # fmt: skip
 
     def _average(self, shape: Sequence[int], device: torch.device) -> RollingAverage:
         """The buffer, on the network's device where it takes at most half of the memory that is free there."""

@@ -16,6 +16,7 @@ from ..cases.sources import Sources, recorded_pool
 from ..cases.volumes import read_grid
 from ..names import modality_name, plain_name, plain_names
 from ..schema import FileError, read_json
+from ..training.checkpoint import image_channels
 from ..training.weight_files import CheckpointError
 from .public_weights import read_pretrained
 
@@ -91,7 +92,7 @@ def dataset_pool(
 def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
     """Image channels of the pool's first case; of the weights where the pool has no cases."""
     if not pool.entries:
-        return pretrained_description(pretrained)["network"]["in_channels"]
+        return image_channels(pretrained_description(pretrained))
     first = pool.cases[0]
     if pool.kept_in is not None:
         return Sources(pool.kept_in).of(first["dataset"])["channels"]

@@ -25,6 +25,7 @@ from ..cases.pool import DatasetPool, is_bare
 from ..cases.sources import Sources, file_identity
 from ..errors import CaseError
 from ..files import atomic_write
+from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork
 from ..network.networks import create_network
 from ..patches.store import CaseStore
@@ -117,13 +118,16 @@ def downstream_network(
     in_channels: int,
     pretrained: str | None,
     plan: Plan | None = None,
+    click_sigma: float | None = None,
     **overrides: Any,
 ) -> DescribedNetwork:
     """The network of a downstream task: the plan's, or the pretrained one with the task's channels, targets and patch.
 
     To `pretrained` weights the `plan` gives strides and kernels; the weights themselves are for :func:`take_over`.
-    Without them the network is the plan's, else what `overrides` name.
+    Without them the network is the plan's, else what `overrides` name. With `click_sigma` (voxels) it has two more channels,
+    for clicks.
     """
+    in_channels += CLICK_CHANNELS if click_sigma else 0
     shape = {"in_channels": in_channels, "out_channels": len(pool.table.names), "img_size": list(patch_size)}
     if pretrained is None:
         network = create_network(**shape, plan=plan, **overrides)
@@ -138,6 +142,8 @@ def downstream_network(
     network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
     if inherited:
         network.description["licences"] = inherited
+    if click_sigma:
+        network.description["click_sigma"] = float(click_sigma)
     return network
 
 

@@ -19,6 +19,7 @@ from .._version import __version__
 from ..cases.licences import licences_of
 from ..files import atomic_write
 from ..labels import LabelTable
+from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork
 from ..network.description import check_description, differences, fill_in
 from ..network.networks import create_network
@@ -125,9 +126,11 @@ def describe_network(
         raise CheckpointError(
             f"the network has {arguments['out_channels']} outputs, the label table {len(table.names)} targets"
         )
-    if arguments["in_channels"] != preparation.in_channels:
+    if image_channels(network.description) != preparation.in_channels:
+        clicks = " (and two for clicks)" if "click_sigma" in network.description else ""
         raise CheckpointError(
-            f"the network takes {arguments['in_channels']} channels, the preparation makes {preparation.in_channels}"
+            f"the network takes {image_channels(network.description)} channels{clicks}, the preparation makes "
+            f"{preparation.in_channels}"
         )
     declared = table.to_dict()
     network.description.update(
@@ -197,6 +200,11 @@ def matching_table(description: Mapping[str, Any], pool_table: LabelTable) -> La
             f"{list(pool_table.names)}: use the pool file (or label_ids) that the weights were trained with"
         )
     return pool_table
+
+
+def image_channels(description: Mapping[str, Any]) -> int:
+    """Channels of the images that the weights take: a promptable network has two more, for clicks."""
+    return description["network"]["in_channels"] - (CLICK_CHANNELS if "click_sigma" in description else 0)
 
 
 def known_modalities(description: Mapping[str, Any]) -> list[str]:
