@@ -208,7 +208,7 @@ class CaseStore:
         }
         names = {path[:-KEY_DIGITS] for path in stored}
         others = sum(path[:-KEY_DIGITS] in names for path in paths)
-        if others:
+        if others and self.sources.raw_data:
             logger.warning(
                 "%s: %d of the %d cases to prepare are stored, but with other settings, labels or files, or by an earlier "
                 "version from another place: they are prepared anew; folders that no run needs any more may be deleted",
