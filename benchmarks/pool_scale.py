@@ -58,9 +58,9 @@ def write(data: str, share: str) -> dict:
     drawn, save, written = functools.lru_cache(None)(layouts.draw_case), scans.save, {}
     layouts.draw_case = lambda name, index, *how, **more: drawn(name, index % DRAWINGS, *how, **more)
 
-    def save_or_link(array: np.ndarray, spacing_mm, axes: str, path: str, *more) -> None:
-        key = (array.tobytes(), array.dtype, array.shape, tuple(spacing_mm), axes, *more)
-        os.link(written[key], path) if key in written else save(array, spacing_mm, axes, path, *more)
+    def save_or_link(array: np.ndarray, spacing_mm, axes: str, path: str, *how, **more) -> None:
+        key = (array.tobytes(), array.dtype, array.shape, tuple(spacing_mm), axes, how, tuple(more.items()))
+        os.link(written[key], path) if key in written else save(array, spacing_mm, axes, path, *how, **more)
         written.setdefault(key, path)
 
     layouts.save = scans.save = save_or_link
