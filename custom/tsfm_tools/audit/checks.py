@@ -121,7 +121,8 @@ def _outside(records: Sequence[Record], table: LabelTable) -> Iterator[Finding]:
             pieces = [one for one in record["outside"] if one["target"] == name and one["voxels"] >= OUTSIDE_VOXELS]
             if pieces:
                 largest = max(pieces, key=lambda one: one["ml"])
-                text = f"{len(pieces)} pieces of {name} touch no voxel of {largest['parent']}, the largest of "
+                number = "a piece" if len(pieces) == 1 else f"{len(pieces)} pieces"
+                text = f"{number} of {name} without contact to any voxel of {largest['parent']}, the largest of "
                 text += f"{largest['ml']:.3g} ml"
                 yield _about(record, "outside the parent", "warning", text, name, place=largest["place"])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 from tsfm.cases.folders import PoolError
-from tsfm.cases.licences import licences_of, weights_terms
+from tsfm.cases.licences import weights_terms
 from tsfm.cases.pool import DatasetPool
 from tsfm.errors import CaseError
 from tsfm.files import atomic_write, check_writable
@@ -24,7 +24,7 @@ from tsfm.schema import read_json
 from .checks import check_dataset
 from .findings import SEVERITIES, Finding
 from .measures import measured
-from .overlaps import Source, check_overlaps
+from .overlaps import Source, check_overlaps, declared_licences
 from .page import EXPLAINED, page
 from .pictures import picture
 
@@ -123,7 +123,8 @@ def measure_all(
     cases: Sequence[tuple[Mapping[str, Any], LabelTable]], cache_dir: str, num_workers: int = 0, progress: bool = True
 ) -> tuple[list[dict[str, Any]], list[Finding]]:
     """(records of the cases that can be read, in order; findings on those that cannot)."""
-    jobs = [(item, table.to_dict(), cache_dir) for item, table in cases]
+    tables = {item["dataset"]: _table_of(table, item["dataset"]) for item, table in cases}
+    jobs = [(item, tables[item["dataset"]], cache_dir) for item, _ in cases]
     found, failed = {}, []
     with tqdm(total=len(jobs), desc="measuring", disable=not progress) as bar:
         for index, outcome in run_all(measured, jobs, num_workers):
@@ -135,6 +136,16 @@ def measure_all(
             else:
                 found[index] = outcome
     return [found[index] for index in sorted(found)], failed
+
+
+def _table_of(table: LabelTable, dataset: str) -> dict[str, Any]:
+    """The part of a table that one data set needs, so that others come and go without its cases being measured again."""
+    declared, needed = table.to_dict(), set(table.annotated(dataset))
+    for name in table.annotated(dataset):
+        needed |= {table.names[index] for index in table.ancestors(table.names.index(name))}
+    entry = [entry for entry in declared["datasets"] if entry["name"] == dataset]
+    needed |= {name for names in entry[0]["labels"].values() for name in names}
+    return {"targets": {name: one for name, one in declared["targets"].items() if name in needed}, "datasets": entry}
 
 
 def _draw(findings, cases, records, cache_dir: str, most: int, progress: bool) -> dict[int, bytes]:
@@ -158,12 +169,10 @@ def _facts(
     sources: Sequence[Source], cases, records, left_out: Sequence[str], drawn: Mapping[int, bytes]
 ) -> dict[str, Any]:
     counts = Counter(item["dataset"] for item, _ in cases)
-    trained = [
-        item for source in sources if not source.downstream for items in source.pool.scan[0].values() for item in items
-    ]
     facts = {"data sets": ", ".join(f"{name} ({count})" for name, count in counts.items())}
     scored = [name for source in sources if source.downstream for name in source.pool.chosen]
-    licences = licences_of(trained)
+    pools = [source.pool for source in sources if not source.downstream]
+    licences = {name: one for pool in pools for name, one in declared_licences(pool).items()}
     facts |= {"only scored on": ", ".join(scored)} if scored else {}
     facts |= {"folders left out (no dataset.json)": ", ".join(left_out)} if left_out else {}
     facts["measured"] = f"{len(records)} of {len(cases)} cases"

@@ -11,12 +11,12 @@ import numpy as np
 
 from .signature import GRIDS_MM, SIDE
 
-ALIKE = 0.95
+ALIKE = 0.98
 """Correlation of two descriptors from which on they may be the same place."""
 
-AGREEING = 9
+AGREEING = 11
 """Landmarks of one image that have to lie in the other where one turn by right angles and a shift puts them. Of 27,966
-pairs of different MR and CT scans 8 agreed at most, of resampled and mirrored copies of these 13 to 128."""
+pairs of different CT and MR scans 6 agreed at most, of copies that were resampled or turned 13 to 110 (docs/datasets.md)."""
 
 APART_VOXELS = 1.0
 """How far from there they may lie, in voxels of their grid."""
@@ -54,7 +54,7 @@ def find_pairs(signatures: Sequence[Mapping[str, np.ndarray]]) -> list[Pair]:
 
 def _pairs_on(signatures: Sequence[Mapping[str, np.ndarray]], grid: int, apart_mm: float) -> list[Pair]:
     rows = [np.flatnonzero(one["grids"] == grid) for one in signatures]
-    owner = np.concatenate([np.full(len(chosen), i) for i, chosen in enumerate(rows)])
+    owner = np.concatenate([np.zeros(0, int), *(np.full(len(chosen), i) for i, chosen in enumerate(rows))])
     if not len(owner):
         return []
     parts: dict[str, np.ndarray] = {}

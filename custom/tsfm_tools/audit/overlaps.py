@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from tsfm.cases.dataset_folder import declared_licence
 from tsfm.cases.licences import licence_facts
 from tsfm.cases.pool import DatasetPool
 from tsfm.schema import read_json
@@ -21,7 +22,7 @@ MODEL_WORDS = (
     r"model[- ](output|made|prediction)|output of|predict(ed|ions)|pseudo|fusion of|algorithm|automatic|by a model"
 )
 
-SAME_FORM, RADIUS_SHARE = 0.985, 0.04
+SAME_FORM, RADIUS_SHARE = 0.99, 0.03
 """Correlation of two structures' forms, and how far their radii may differ, where they are one structure."""
 
 SHARED_NAMES = 3
@@ -126,9 +127,9 @@ def _same_names(records, entries, downstream: set[str]) -> Iterator[Finding]:
 def _same_origins(sources: Sequence[Source], entries, downstream: set[str]) -> Iterator[Finding]:
     for one, other in combinations(entries, 2):
         shared = sorted(set(entries[one].get("origin", ())) & set(entries[other].get("origin", ())))
-        if shared:
+        if shared and not {one, other} <= downstream:
             kind, severity = _severity(one, other, downstream)
-            text = f"{one} and {other} both hold scans of {', '.join(shared)}, as the pool file declares"
+            text = f"{one} and {other} both hold scans of {', '.join(shared)} by their declared origin: some may be the same"
             yield Finding(kind, severity, text, one, measured={"other": other, "origin": shared})
 
 
@@ -159,11 +160,14 @@ def _around(text: str, found: re.Match) -> str:
     return text[start : end if end > 0 else None].strip()[:160]
 
 
+def declared_licences(pool: DatasetPool) -> dict[str, dict[str, Any]]:
+    """Data set -> facts of its licence, also of those that are not there."""
+    return {name: licence_facts(declared_licence(pool.dataset_dir, pool.entries[name])) for name in pool.chosen}
+
+
 def _licences(sources: Sequence[Source]) -> Iterator[Finding]:
     for source in sources:
-        found = source.pool.scan[0]
-        for name, items in found.items():
-            facts = licence_facts(items[0].get("licence"))
+        for name, facts in declared_licences(source.pool).items():
             if facts["commercial"] is False:
                 yield Finding("licences", "note", f"{facts['name']}: no commercial use of what is trained on it", name)
             elif facts["commercial"] is None:
