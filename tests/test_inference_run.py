@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import blosc2
 import nibabel as nib
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from monai.bundle import ConfigParser
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from tsfm.cases.pool import DatasetPool
 from tsfm.inference.prediction import FailedCases
+from tsfm.inference.report import read_report
 from tsfm.inference.windows import mirrored_axes
 from tsfm.training.checkpoint import build_network, load_weights, read_description, save_weights
 from tsfm.training.weight_files import CheckpointError
@@ -87,7 +89,7 @@ def test_a_single_file_with_spaces_and_letters_beyond_ascii(case, segment, tmp_p
     path.parent.mkdir()
     nib.save(case, path)
     out = segment(path, out=tmp_path / "Ergebnis für 肝臓")
-    assert [file.name for file in out.iterdir()] == ["Fall 1 (nativ).nii.gz"]
+    assert sorted(file.name for file in out.iterdir()) == ["Fall 1 (nativ).nii.gz", "report.json"]
 
 
 def test_a_dicom_series_gives_the_map_of_the_same_voxels_in_nifti(case, segment, tmp_path):
@@ -111,7 +113,7 @@ def test_a_datalist_names_the_cases_relative_to_itself(case, segment, tmp_path):
     datalist = {"testing": [{"image": "a.nii.gz", "case": "first"}, "b.nii"]}
     (tmp_path / "list.json").write_text(json.dumps(datalist))
     out = segment(tmp_path / "list.json")
-    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz"]
+    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz", "report.json"]
     assert np.array_equal(voxels(out / "first.nii.gz"), voxels(out / "b.nii.gz"))
 
 
@@ -156,7 +158,11 @@ def test_bad_files_are_reported_and_the_rest_goes_on(bad_folder, segment, tmp_pa
     assert set(lines) == set(REASONS), "each bad case is named, the good one is not"
     for name, reasons in REASONS.items():
         assert any(reason in lines[name] for reason in reasons), lines[name]
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["good.nii.gz", "report.json"]
+    report = read_report(tmp_path / "out")
+    assert (
+        "ml" in report["good"] and len(report) > 1 and all("error" in report[name] for name in report if name != "good")
+    )
 
 
 def test_the_command_ends_with_the_reasons_and_a_code_that_is_not_zero(bad_folder, pretrained, tmp_path):
@@ -207,6 +213,16 @@ def test_threshold_and_mirroring_change_the_result(case, segment, tmp_path):
         results[name] = voxels(segment(tmp_path / "case.nii.gz", out=tmp_path / name, **settings) / "case.nii.gz")
     assert np.count_nonzero(results["low"]) > np.count_nonzero(results["high"])
     assert not np.array_equal(results["low"], results["mirrored"])
+    row = read_report(tmp_path / "mirrored")["case"]
+    assert row["quality"] and all(0 < found["agreement"] < 1 for found in row["quality"].values())
+    assert 0 < row["doubt"] < 1 and set(row["quality"]) <= set(row["ml"]) and "warnings" not in row
+
+
+def test_an_image_unlike_those_of_the_training_is_segmented_with_a_warning(case, segment, tmp_path):
+    voxels = np.asarray(case.dataobj)
+    nib.save(nib.Nifti1Image(voxels, case.affine @ np.diag([0.3, 0.3, 0.3, 1])), tmp_path / "small.nii.gz")
+    row = read_report(segment(tmp_path / "small.nii.gz"))["small"]
+    assert any("mm along S; the weights saw" in line for line in row["warnings"]) and "error" not in row
 
 
 def test_results_that_are_there_are_kept_unless_asked_otherwise(case, segment, tmp_path):
@@ -220,6 +236,18 @@ def test_results_that_are_there_are_kept_unless_asked_otherwise(case, segment, t
     assert (out / "case.nii.gz").read_bytes() == b"somebody's work"
     segment(tmp_path / "case.nii.gz", existing="overwrite")
     assert nib.load(out / "case.nii.gz").shape == case.shape
+
+
+def test_a_label_map_in_a_data_sets_own_ids_and_probabilities(case, segment, tmp_path):
+    nib.save(case, tmp_path / "case.nii.gz")
+    options = {"threshold": 0.3, "save": ["label_map", "probabilities"], "raw_ids": "msd_liver"}
+    out = segment(tmp_path / "case.nii.gz", **options)
+    found = voxels(out / "case.nii.gz")
+    kept = blosc2.open(str(out / "case_probabilities.b2nd"))
+    liver, tumor = (kept[kept.schunk.vlmeta["targets"].index(name)] for name in ("liver", "liver_tumor"))
+    assert set(np.unique(found)) <= {0, 1, 2} and found.any() and liver.shape == found.shape
+    edge = (np.abs(liver - 0.3) < 1e-3) | (np.abs(tumor - 0.3) < 1e-3)
+    assert np.array_equal((found > 0)[~edge], ((liver > 0.3) | (tumor > 0.3))[~edge])
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -273,6 +301,70 @@ def test_weights_in_a_training_checkpoint_safetensors_and_the_old_format_do_the_
     assert results[0].any() and all(np.array_equal(results[0], other) for other in results[1:])
 
 
+# ---- several folds ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folds(pretrained, tmp_path):
+    """Two folds' weights; a third one is changed by what it is told, and refused."""
+
+    def write(name, seed=0, **changes):
+        description = {**read_description(pretrained / "model.pt"), **changes}
+        network = build_network(description)
+        if not changes:
+            load_weights(network, pretrained / "model.pt")
+        for tensor in network.parameters() if seed else ():
+            tensor.data += 0.1 * tensor.std() * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
+        save_weights(network, tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_folds_are_averaged_as_logits(case, segment, folds, tmp_path):
+    nib.save(case, tmp_path / "case.nii.gz")
+    paths = [folds("fold0.pt"), folds("fold1.safetensors", seed=1)]
+    networks = [build_network(read_description(path)).eval() for path in paths]
+    for network, path in zip(networks, paths, strict=True):
+        load_weights(network, path)
+    ensemble = build_network(read_description(paths)).eval()
+    load_weights(ensemble, paths)
+    window = torch.randn(1, 1, *read_description(paths)["patch_size"])
+    with torch.no_grad():
+        expected = (networks[0](window) + networks[1](window)) / 2
+        torch.testing.assert_close(ensemble(window), expected)
+        assert not torch.allclose(networks[0](window), expected, atol=1e-3)
+    save_weights(ensemble, tmp_path / "ensemble.pt")
+    results = [
+        voxels(
+            segment(tmp_path / "case.nii.gz", out=tmp_path / str(i), checkpoint=weights, threshold=0.4) / "case.nii.gz"
+        )
+        for i, weights in enumerate((paths, str(tmp_path / "ensemble.pt"), paths[:1], paths[0]))
+    ]
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[2], results[3])
+    assert not np.array_equal(results[0], results[2])
+
+
+def test_folds_that_do_not_fit_together_are_refused_by_name(folds, pretrained, tmp_path):
+    known = read_description(pretrained / "model.pt")
+    other = {
+        "preparation": {**known["preparation"], "spacing_mm": [3, 3, 3]},
+        "targets": {**known["targets"], "liver": {"lesion": True}},
+        "patch_size": [16, 32, 64],
+        "network": {**known["network"], "num_layers": 2},
+    }
+    first = folds("fold0.pt")
+    for key, value in other.items():
+        with pytest.raises(CheckpointError, match=rf"(?s){key}\.pt.*fold0\.pt.*their {key} differ"):
+            read_description([first, folds(f"{key}.pt", **{key: value})])
+    with pytest.raises(CheckpointError, match="spacing_mm"):
+        read_description([first, str(tmp_path / "preparation.pt")])
+    with pytest.raises(CheckpointError, match="empty"):
+        read_description([])
+    folds("alike.pt", network={**known["network"], "checkpointing": True})
+    assert read_description([first, str(tmp_path / "alike.pt")])["network"]["count"] == 2
+
+
 # ---- what the weights know ------------------------------------------------------------------------------------------
 
 
@@ -302,6 +394,13 @@ def test_a_viewer_offers_the_modalities_of_the_weights_the_default_first(options
     )  # the image's own, or the default
     for chosen in ({"displayable_configs#normalize_as": "CT"}, {"modality": "CT"}):
         assert options(**chosen).get_parsed_content("preprocessing").transforms[-1].modality == "CT"
+
+
+def test_torchrun_gives_each_process_its_part(options, monkeypatch):
+    assert [options().get_parsed_content(key) for key in ("part", "parts")] == [0, 1]
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert [options().get_parsed_content(key) for key in ("part", "parts")] == [2, 3]
 
 
 def test_mirroring_keeps_to_the_axes_of_the_training(options):

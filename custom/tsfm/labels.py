@@ -7,6 +7,7 @@ over all targets with 1 (is), 0 (is not) or -1 (this data set does not annotate 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ RELATIONS = ("part_of", "inside")
 
 LABEL_MAP = "label_map"
 
-TARGET_FIELDS = {*RELATIONS, "lesion", "tolerance_mm", "display", "_desc_"}
+TARGET_FIELDS = {*RELATIONS, "lesion", "tolerance_mm", "display", "snomed", "_desc_"}
+
+LESION_ENDINGS = ("tumor", "lesion", "cyst", "cancer", "metastasis")
 
 
 class LabelError(ValueError):
@@ -32,9 +35,9 @@ class LabelTable:
 
     Args:
         targets: name -> ``{}``, ``{"part_of": parent}`` or ``{"inside": parent}``, optionally with ``"lesion"``,
-            ``"tolerance_mm"`` and ``"display"`` (viewers' name for it). The declared order is the order of the network's
-            outputs; in a label map target ``i`` has the value ``i + 1``. A parent's parts make it up together; what is
-            inside lies in it.
+            ``"tolerance_mm"``, ``"display"`` (viewers' name for it) and ``"snomed"`` (its codes in DICOM). The declared
+            order is the order of the network's outputs; in a label map target ``i`` has the value ``i + 1``. A parent's
+            parts make it up together; what is inside lies in it.
         datasets: one mapping per data set: ``name``, ``labels`` (raw id, or structure name, -> target or list of
             targets), ``ignore`` (raw ids whose voxels enter no loss), ``others`` (``"background"``: ids that are
             listed nowhere count as background; without it they are an error).
@@ -50,6 +53,7 @@ class LabelTable:
         if len(self._datasets) != len(datasets):
             raise LabelError(f"two data sets share a name: {[entry['name'] for entry in datasets]}")
         self._declared = tuple(self._datasets)
+        self._maps: dict[str, str] = {}
         values = {str(i + 1): name for i, name in enumerate(self.names)}
         self._datasets.setdefault(LABEL_MAP, _dataset_rules({"name": LABEL_MAP, "labels": values}))
         if "background" in self._entries:
@@ -123,6 +127,28 @@ class LabelTable:
         label maps that hold the values 1..N of :meth:`channel_def`, as MONAI Label sends them.
         """
         return self._declared[0] if len(self._declared) == 1 else LABEL_MAP
+
+    def with_maps(self, annotated: Mapping[str, Sequence[str]]) -> LabelTable:
+        """This table for certain label maps: file -> the targets it says something about; about others it says nothing.
+
+        Maps that say something about the same targets are one more data set, which does not travel with the weights.
+        """
+        table = copy.deepcopy(self)
+        for path, names in annotated.items():
+            values = {str(i + 1): name for i, name in enumerate(self.names) if name in names}
+            dataset = LABEL_MAP if len(values) == len(self.names) else "_".join([LABEL_MAP, *(values or "0")])
+            table._datasets[dataset] = _dataset_rules({"name": dataset, "labels": values})
+            table._maps[path] = dataset
+        table._build_codes()
+        return table
+
+    def knows(self, dataset: str) -> bool:
+        """Whether `dataset` is declared here, or label maps belong to it."""
+        return dataset in self._datasets
+
+    def dataset_of(self, item: Mapping[str, Any]) -> str:
+        """The data set that a datalist item names or, being bare, belongs to."""
+        return item.get("dataset") or self._maps.get(str(item.get("label")), self.bare_dataset)
 
     def annotated(self, dataset: str) -> tuple[str, ...]:
         """Targets that `dataset` annotates: those it names, and those all of whose parts it annotates."""
@@ -300,6 +326,11 @@ def _dataset_rules(entry: Mapping[str, Any]) -> dict[str, Any]:
     if others not in (None, "background"):
         raise LabelError(f'data set \'{name}\': "others" is {others!r}; the only choice is "background"')
     return {"labels": labels, "ignore": ignore, "others": others}
+
+
+def is_lesion(table: LabelTable, target: str) -> bool:
+    """Whether a target is counted lesion by lesion: as its entry's ``"lesion"`` says, else by the end of its name."""
+    return bool(table.entry(target).get("lesion", target.lower().endswith(LESION_ENDINGS)))
 
 
 def as_table(table: LabelTable | Mapping[str, Any] | str | Path) -> LabelTable:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from .snomed import is_snomed
+
 PUNCTUATION = " _.,+-()&'"
 
 LONGEST_NAME = 100
@@ -135,8 +137,12 @@ def _place(path: list[Any], content: Any) -> str:
 @lru_cache
 def _validator(kind: str) -> Any:
     """The validator of one kind. jsonschema takes a tenth of a second to import."""
-    from jsonschema import Draft202012Validator, FormatChecker, ValidationError
+    import jsonschema
+    from jsonschema import FormatChecker, ValidationError
     from jsonschema.validators import extend
+
+    # MONAI Label's environment has jsonschema 3: there the places of a list (prefixItems) are not looked at
+    newest = getattr(jsonschema, "Draft202012Validator", jsonschema.Draft7Validator)
 
     def mistyped(validator: Any, known: list[str], instance: Any, schema: Any) -> Iterator[Any]:
         """Files of others hold keys that mean nothing here; one that is nearly a known, absent key is a slip."""
@@ -149,7 +155,8 @@ def _validator(kind: str) -> Any:
 
     names = FormatChecker(())
     names.checks("name")(is_plain_name)
-    return extend(Draft202012Validator, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
+    names.checks("snomed")(lambda text: is_snomed(text) and is_plain_name(text))
+    return extend(newest, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
 
 
 def _kind(types: str | Sequence[str], description: str, **more: Any) -> dict[str, Any]:
@@ -168,6 +175,18 @@ CASES = _kind("array", 'a list of case names, like ["case_1", "case_2"]', items=
 
 PATHS = _kind(["string", "array"], "a path, or a list of paths (one per channel)", minLength=1, minItems=1, items=TEXT)
 
+CODE = _kind(
+    "string", 'a SNOMED CT code and its meaning, "10200004 Liver" (the last digit is a check)', format="snomed"
+)
+
+SNOMED = _kind(
+    "object",
+    'an object like {"type": "10200004 Liver"}, if needed with "site" and "side"',
+    required=["type"],
+    additionalProperties=False,
+    properties={"type": CODE, "site": CODE, "side": _kind("string", '"left" or "right"', enum=["left", "right"])},
+)
+
 TARGET = _kind(
     "object",
     'an object like {"inside": "liver"}',
@@ -178,6 +197,7 @@ TARGET = _kind(
         "lesion": _kind("boolean", "true or false"),
         "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
         "display": NAME,
+        "snomed": SNOMED,
         "_desc_": NOTE,
     },
 )

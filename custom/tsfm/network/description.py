@@ -6,12 +6,12 @@ in it is a name or a word by an alphabet without ``$``, ``@``, ``%``, ``#``, quo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from ..cases.cases import Preparation
-from ..schema import KINDS, NAME, NAME_RULE, check, is_plain_name, nearest
+from ..schema import KINDS, NAME, NAME_RULE, SNOMED, check, is_plain_name, nearest
 
 
 def _kind(types: str, description: str, **more: Any) -> dict[str, Any]:
@@ -64,6 +64,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "dropout": SHARE,
         "bottleneck": FLAG,
         "interpolation": WORD,
+        "skip": _kind("string", "add or concat", enum=["add", "concat"]),
     },
     "nnunet": {**COMMON, **LEVELS, "residual": FLAG, "bias": FLAG},
     "swinunetr": {**COMMON, "feature_size": COUNT, "dropout": SHARE, "use_v2": FLAG},
@@ -124,6 +125,7 @@ TARGETS = _kind(
             "lesion": FLAG,
             "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
             "display": NAME,
+            "snomed": SNOMED,
         },
     ),
 )
@@ -178,12 +180,25 @@ DESCRIPTION = _kind(
                 properties={"name": NAME, **dict.fromkeys(("commercial", "share_alike"), YES_NO_UNKNOWN)},
             ),
         ),
+        "familiar": _kind(
+            "object",
+            "an object from modalities to statistics of the images that were seen",
+            additionalProperties=_kind(
+                "object",
+                "an object from statistics to smallest and largest",
+                additionalProperties=_kind("array", "two numbers", items=NUMBER, minItems=2, maxItems=2),
+            ),
+        ),
         "activation": WORD,
+        "click_sigma": _kind("number", "voxels above 0", exclusiveMinimum=0, maximum=1000),
         "mirror_axes": _kind("string", "some of the letters S, P, L", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
     },
 )
 
 KINDS["description"] = DESCRIPTION
+
+SHAPING = ("features", "depths_down", "depths_up", "skip", "bottleneck", "hidden_size", "num_layers", "mlp_dim")
+"""Arguments of TSFM that decide whether weights fit, whatever the channels, targets, patch and strides are."""
 
 KINDS |= {
     f"network {name}": _kind("object", "an object of arguments", additionalProperties=False, properties=arguments)
@@ -210,6 +225,22 @@ def check_description(description: Any, source: str, error: type[ValueError] = V
             raise error(f"{what}. It names the network {name!r}{nearest(name, NETWORKS)}; known: {sorted(NETWORKS)}")
         check(arguments, f"network {name}", f"{what}; network", error)
         network = arguments.get("network")  # of an ensemble
+
+
+def fill_in(description: dict[str, Any]) -> None:
+    """Say what descriptions of earlier versions did not: TSFM's skips were added."""
+    network = description.get("network")
+    if isinstance(network, dict) and network.get("name", "tsfm") == "tsfm":
+        network.setdefault("skip", "add")
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Sequence[str] = SHAPING) -> list[str]:
+    """The arguments of `names` in which two networks differ, in words: what is in a checkpoint, and what is here."""
+    return [
+        f"{key}: checkpoint {theirs[key]}, network {ours[key]}"
+        for key in names
+        if key in theirs and key in ours and theirs[key] != ours[key]
+    ]
 
 
 def split_network(network: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 `release` writes into `output_dir`:
 
-* ``NAME/``: the bundle with the package as a real copy (``NAME/tsfm``), the weights as ``models/model.pt`` (a plain
+* ``NAME/``: the bundle with the package as a real copy (``NAME/tsfm``), the MONAI Label app, the weights as ``models/model.pt`` (a plain
   state dict) and ``models/model.safetensors``, and configs, metadata and README that fit these weights;
 * ``NAME_vX.Y.Z.zip``: the same folder, byte for byte the same whenever its content is; and its ``.sha256``;
 * ``model_info.json``: the entry under which the Model Zoo lists it (SHA-1 and address), merged with what is there.
@@ -43,13 +43,15 @@ WEIGHT_SUFFIXES = (".pt", ".safetensors", ".ts", ".onnx")
 STAGED = ("LICENSE", "configs/*.json", "configs/*.conf", "docs/*")
 """What a release takes from a bundle's folder; weights and package come beside it, runs and their data never do."""
 
+LABEL_APP = "label_app"
+
 PINS = ("requirements.txt", "requirements-label.txt")
 """Files of the repository's root that a reader of the zip needs too; staged in ``docs/``."""
 
 
 def release(
     bundle_dir: str,
-    checkpoint: str,
+    checkpoint: str | Sequence[str],
     output_dir: str,
     name: str | None = None,
     version: str | None = None,
@@ -60,12 +62,14 @@ def release(
     overlays: Sequence[str] = (),
     data_license: str | None = None,
     zipped: bool = True,
+    inference: Mapping[str, Any] | None = None,
 ) -> str:
     """Stage a bundle around a checkpoint and zip it, with checksums and the Model Zoo's files.
 
     Args:
         bundle_dir: a bundle folder of this repository (``bundles/tsfm_finetune``).
-        checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors).
+        checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors), or a list of folds',
+            which become one network whose logits are their mean.
         output_dir: created if needed; an older release of the same name in it is replaced, any other folder is refused.
         name: of the released bundle; the folder's name by default.
         version: by default that of ``metadata.json``.
@@ -78,6 +82,7 @@ def release(
         data_license: text file that becomes ``docs/data_license.txt``: the license of every data set that these weights
             were trained on; by default the list that travels with them.
         zipped: False stops at the folder.
+        inference: ids of ``inference.json`` that this release sets otherwise (``{"postprocessing_plan": {...}}``).
 
     Returns:
         path of the zip, or of the folder.
@@ -106,6 +111,7 @@ def release(
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
         configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
+    configs["inference.json"] = merge_overlay(configs["inference.json"], inference or {})
     fill_configs(configs, description, name, trained_on, sum(tensor.numel() for tensor in tensors.values()))
     bundle = os.path.join(output_dir, name)
     _refuse_to_lose(bundle, bundle_dir, checkpoint)
@@ -121,7 +127,7 @@ def release(
         names = os.path.basename(os.path.abspath(bundle_dir)), name
         write_readme(folder, names, description, metadata, tensors, trained_on)
         _write_weights(os.path.join(folder, "models"), tensors, description)
-        _copy_package(os.path.join(folder, "tsfm"))
+        _copy_package(folder)
         _write_large_files(folder, name, base_url)
         check_weights(folder)
     if not zipped:
@@ -157,9 +163,10 @@ def _replaced(folder: str) -> Iterator[str]:
         raise
 
 
-def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str) -> None:
+def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str | Sequence[str]) -> None:
     """ReleaseError where the folder to be replaced is no earlier release, or holds what the release is made from."""
-    inside = [path for path in (bundle_dir, checkpoint) if _is_below(path, target)]
+    sources = [bundle_dir, *([checkpoint] if isinstance(checkpoint, str) else checkpoint)]
+    inside = [path for path in sources if _is_below(path, target)]
     is_release = all(os.path.exists(os.path.join(target, part)) for part in ("configs/metadata.json", "tsfm", "models"))
     if inside or (os.path.lexists(target) and not (is_release and not os.path.islink(target))):
         found = f"it holds {inside[0]}" if inside else "what is there is no earlier release"
@@ -243,10 +250,12 @@ def _write_weights(folder: str, tensors: Mapping[str, torch.Tensor], description
         write_state(state, os.path.join(folder, name), name.endswith(".safetensors"))
 
 
-def _copy_package(target: str) -> None:
-    """The package as a real copy: a link would be dropped or broken by what packs and unpacks bundles."""
-    source = os.path.dirname(os.path.abspath(tsfm.__file__))
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+def _copy_package(folder: str) -> None:
+    """Package and MONAI Label app as real copies: a link would be dropped or broken by what packs and unpacks bundles."""
+    app = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), LABEL_APP)
+    for source, name in ((os.path.dirname(os.path.abspath(tsfm.__file__)), "tsfm"), (app, LABEL_APP)):
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+        shutil.copytree(source, os.path.join(folder, name), ignore=ignored)
 
 
 def _write_large_files(bundle: str, name: str, base_url: str) -> None:
