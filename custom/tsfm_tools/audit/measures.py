@@ -12,8 +12,9 @@ from typing import Any
 import cc3d
 import numpy as np
 from nibabel.orientations import aff2axcodes
-from tsfm.cases.cases import Preparation, check_image, file_identity, load_codes
+from tsfm.cases.cases import Preparation, check_image, load_codes
 from tsfm.cases.grids import spacing_of
+from tsfm.cases.sources import file_identity
 from tsfm.cases.volumes import RawVolume, read_volume, to_spl
 from tsfm.errors import CaseError
 from tsfm.files import atomic_write
