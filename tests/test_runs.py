@@ -126,7 +126,7 @@ def torchrun(overlays, agents=1, **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    running = []
+    running, outputs = [], []
     for agent in range(agents):
         nodes = ["--nnodes=2", f"--node_rank={agent}", "--master_addr=127.0.0.1", f"--master_port={port}"]
         place = ["--standalone"] if agents == 1 else nodes
@@ -134,13 +134,10 @@ def torchrun(overlays, agents=1, **options):
         command = bundle_command(
             "tsfm_pretrain", ["train.json", *overlays], launcher=launcher, python=warm().python, **options
         )
-        log = tempfile.TemporaryFile("w+", encoding="utf-8")
-        running.append((subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT), log))
-    codes, outputs = [process.wait(600) for process, _ in running], []
-    for _, log in running:
-        with log:
-            log.seek(0)
-            outputs.append(log.read())
+        outputs.append(tempfile.NamedTemporaryFile("w+", encoding="utf-8"))  # noqa: SIM115
+        running.append(subprocess.Popen(command, env=environment(), stdout=outputs[-1], stderr=subprocess.STDOUT))
+    codes = [process.wait(600) for process in running]
+    outputs = [Path(log.name).read_text(encoding="utf-8") for log in outputs]
     assert not any(codes), "\n".join(outputs)[-5000:]
     return "\n".join(outputs)
 

@@ -180,6 +180,7 @@ DESCRIPTION = _kind(
             ),
         ),
         "activation": WORD,
+        "click_sigma": _kind("number", "voxels above 0", exclusiveMinimum=0, maximum=1000),
         "mirror_axes": _kind("string", "some of the letters S, P, L", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
     },
 )

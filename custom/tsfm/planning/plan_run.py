@@ -19,8 +19,9 @@ from ..preparation.fingerprint import Fingerprint, fit_patch, plan_spacing
 from ..schema import FileError, read_json
 from .families import SWIN_STRIDES, Family
 from .own_data import pretrained_description
-from .plan import pool_fingerprint, rank
+from .plan import pool_fingerprint
 from .planner import Budget, Plan, PlanError, coarse_spacing, plan
+from .turns import rank
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def plan_run(
     fold: int | str = 0,
     checkpointing: bool = False,
     plan_file: str | None = None,
+    num_workers: int = 0,
 ) -> Plan:
     """The plan of a fine-tuning run, by nnU-Net's rule from the data; printed by the first process.
 
@@ -60,6 +62,7 @@ def plan_run(
         memory_gb: of a GPU; default: nine tenths of what it has.
         step_seconds: of one CPU core for a training step; default on a CPU: 1.
         plan_file: a ``plan.json``: then nothing is planned.
+        num_workers: processes that read cases where these were not measured before.
 
     Raises:
         PoolError, PlanError: data or a budget for which there is no plan, before anything long.
@@ -70,7 +73,7 @@ def plan_run(
     description = None if pretrained is None else pretrained_description(pretrained)
     if not pool.entries:
         return _plan_of_weights(description, patch_size, spacing_mm, batch_size)
-    found = pool_fingerprint(pool, store_dir)
+    found = pool_fingerprint(pool, store_dir, num_workers)
     check_data(pool, found, fold)
     family = None if description is None else weights_family(description)
     if family is not None and network_size != "auto":
