@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import blosc2
 import nibabel as nib
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from monai.bundle import ConfigParser
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from tsfm.cases.pool import DatasetPool
 from tsfm.inference.prediction import FailedCases
+from tsfm.inference.report import read_report
 from tsfm.inference.windows import mirrored_axes
 from tsfm.training.checkpoint import build_network, load_weights, read_description, save_weights
 from tsfm.training.weight_files import CheckpointError
@@ -87,7 +89,7 @@ def test_a_single_file_with_spaces_and_letters_beyond_ascii(case, segment, tmp_p
     path.parent.mkdir()
     nib.save(case, path)
     out = segment(path, out=tmp_path / "Ergebnis für 肝臓")
-    assert [file.name for file in out.iterdir()] == ["Fall 1 (nativ).nii.gz"]
+    assert sorted(file.name for file in out.iterdir()) == ["Fall 1 (nativ).nii.gz", "report.json"]
 
 
 def test_a_dicom_series_gives_the_map_of_the_same_voxels_in_nifti(case, segment, tmp_path):
@@ -111,7 +113,7 @@ def test_a_datalist_names_the_cases_relative_to_itself(case, segment, tmp_path):
     datalist = {"testing": [{"image": "a.nii.gz", "case": "first"}, "b.nii"]}
     (tmp_path / "list.json").write_text(json.dumps(datalist))
     out = segment(tmp_path / "list.json")
-    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz"]
+    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz", "report.json"]
     assert np.array_equal(voxels(out / "first.nii.gz"), voxels(out / "b.nii.gz"))
 
 
@@ -156,7 +158,11 @@ def test_bad_files_are_reported_and_the_rest_goes_on(bad_folder, segment, tmp_pa
     assert set(lines) == set(REASONS), "each bad case is named, the good one is not"
     for name, reasons in REASONS.items():
         assert any(reason in lines[name] for reason in reasons), lines[name]
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["good.nii.gz", "report.json"]
+    report = read_report(tmp_path / "out")
+    assert (
+        "ml" in report["good"] and len(report) > 1 and all("error" in report[name] for name in report if name != "good")
+    )
 
 
 def test_the_command_ends_with_the_reasons_and_a_code_that_is_not_zero(bad_folder, pretrained, tmp_path):
@@ -207,6 +213,16 @@ def test_threshold_and_mirroring_change_the_result(case, segment, tmp_path):
         results[name] = voxels(segment(tmp_path / "case.nii.gz", out=tmp_path / name, **settings) / "case.nii.gz")
     assert np.count_nonzero(results["low"]) > np.count_nonzero(results["high"])
     assert not np.array_equal(results["low"], results["mirrored"])
+    row = read_report(tmp_path / "mirrored")["case"]
+    assert row["quality"] and all(0 < found["agreement"] < 1 for found in row["quality"].values())
+    assert 0 < row["doubt"] < 1 and set(row["quality"]) <= set(row["ml"]) and "warnings" not in row
+
+
+def test_an_image_unlike_those_of_the_training_is_segmented_with_a_warning(case, segment, tmp_path):
+    voxels = np.asarray(case.dataobj)
+    nib.save(nib.Nifti1Image(voxels, case.affine @ np.diag([0.3, 0.3, 0.3, 1])), tmp_path / "small.nii.gz")
+    row = read_report(segment(tmp_path / "small.nii.gz"))["small"]
+    assert any("mm along S; the weights saw" in line for line in row["warnings"]) and "error" not in row
 
 
 def test_results_that_are_there_are_kept_unless_asked_otherwise(case, segment, tmp_path):
@@ -220,6 +236,18 @@ def test_results_that_are_there_are_kept_unless_asked_otherwise(case, segment, t
     assert (out / "case.nii.gz").read_bytes() == b"somebody's work"
     segment(tmp_path / "case.nii.gz", existing="overwrite")
     assert nib.load(out / "case.nii.gz").shape == case.shape
+
+
+def test_a_label_map_in_a_data_sets_own_ids_and_probabilities(case, segment, tmp_path):
+    nib.save(case, tmp_path / "case.nii.gz")
+    options = {"threshold": 0.3, "save": ["label_map", "probabilities"], "raw_ids": "msd_liver"}
+    out = segment(tmp_path / "case.nii.gz", **options)
+    found = voxels(out / "case.nii.gz")
+    kept = blosc2.open(str(out / "case_probabilities.b2nd"))
+    liver, tumor = (kept[kept.schunk.vlmeta["targets"].index(name)] for name in ("liver", "liver_tumor"))
+    assert set(np.unique(found)) <= {0, 1, 2} and found.any() and liver.shape == found.shape
+    edge = (np.abs(liver - 0.3) < 1e-3) | (np.abs(tumor - 0.3) < 1e-3)
+    assert np.array_equal((found > 0)[~edge], ((liver > 0.3) | (tumor > 0.3))[~edge])
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -366,6 +394,13 @@ def test_a_viewer_offers_the_modalities_of_the_weights_the_default_first(options
     )  # the image's own, or the default
     for chosen in ({"displayable_configs#normalize_as": "CT"}, {"modality": "CT"}):
         assert options(**chosen).get_parsed_content("preprocessing").transforms[-1].modality == "CT"
+
+
+def test_torchrun_gives_each_process_its_part(options, monkeypatch):
+    assert [options().get_parsed_content(key) for key in ("part", "parts")] == [0, 1]
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert [options().get_parsed_content(key) for key in ("part", "parts")] == [2, 3]
 
 
 def test_mirroring_keeps_to_the_axes_of_the_training(options):
