@@ -1,0 +1,225 @@
+"""What a staged bundle's pages say about its weights: parts of the README, and the licenses of their data.
+
+A part stands between two comments, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``; in a source bundle there is what
+holds without weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tsfm.labels import LABEL_MAP
+from tsfm.schema import FileError, read_json
+from tsfm.training.checkpoint import table_of
+
+from .fitting import merge_overlay
+
+NOT_KNOWN = "license not known: give --data_license"
+
+
+def write_readme(path: str, names: tuple[str, str], version: str, parts: Mapping[str, str]) -> None:
+    """Fill the README's `parts` (name -> Markdown); where it has no place for the weights' table, append a section.
+
+    `names`: of the source bundle and of the release; the README's commands get the latter, and the version.
+    """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    text = ""
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    before, name = names
+    text = re.sub(rf"\b{re.escape(before)}_v\d\.\d\.\d\b", f"{name}_v{version}", text)
+    text = re.sub(rf"\b{re.escape(before)}\b", name, text)
+    for part, content in parts.items():
+        begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
+        if begin in text and end in text:
+            text = f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
+        elif part == "weights":
+            text = f"{text.rstrip()}\n\n## The weights in this release\n\n{begin}\n{content}\n{end}\n"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def readme_parts(
+    description: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    train: Mapping[str, Any],
+    checkpoint: str,
+    trained_on: str | None = None,
+) -> dict[str, str]:
+    """Name -> Markdown of the README's parts; `train` is the merged train.json, `checkpoint` where the weights came from."""
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return {
+        "weights": weights_table(description, metadata, parameters, trained_on),
+        "training": training_table(train, description, checkpoint),
+        "performance": performance(metadata),
+        "system": system_table(parameters, description["patch_size"]),
+    }
+
+
+def weights_table(
+    description: Mapping[str, Any], metadata: Mapping[str, Any], parameters: int, trained_on: str | None = None
+) -> str:
+    """What the weights are: network, patch, preparation, data, and one row per target."""
+    table, preparation = table_of(description), description["preparation"]
+    annotators = {
+        target: [name for name in table.datasets if target in table.annotated(name)] for target in table.names
+    }
+    facts = {
+        "version": metadata["version"],
+        "parameters": f"{parameters:,}",
+        "input": f"{description['network']['in_channels']} channel(s), {', '.join(description.get('modalities', []))}",
+        "patch (S, P, L)": " x ".join(map(str, description["patch_size"])),
+        "voxel spacing in mm (S, P, L)": " x ".join(f"{mm:g}" for mm in preparation["spacing_mm"]),
+        "normalization": _normalization(preparation),
+        "trained on": trained_on or ", ".join(description.get("trained_on", [])),
+        "epochs": description.get("epoch", "unknown"),
+    }
+    scores = _scores(metadata)
+    rows = [
+        (value, target, table.parent(target) or "", ", ".join(annotators[target]), scores.get(target, "not evaluated"))
+        for value, target in enumerate(table.names, start=1)
+    ]
+    return (
+        f"{_table(('', ''), facts.items())}\n\n{_table(('value', 'target', 'lies in', 'annotated by', 'Dice'), rows)}"
+    )
+
+
+def training_table(train: Mapping[str, Any], description: Mapping[str, Any], checkpoint: str) -> str:
+    """How the staged train.json trains, and how these weights were trained, as far as a ``run.json`` beside them says."""
+    here, there = training_facts(train), _facts_of_run(checkpoint)
+    text = (
+        f"These weights were taken after epoch {description['epoch']} of their training. "
+        if "epoch" in description
+        else ""
+    )
+    if not there:
+        text += (
+            "How they were trained is not recorded beside them; `configs/train.json`, which trains on from them, says:"
+        )
+        return f"{text}\n\n{_table(('', 'configs/train.json'), here.items())}"
+    text += "How they were trained, and what `configs/train.json`, which trains on from them, says:"
+    rows = [(key, there.get(key, ""), here.get(key, "")) for key in {**there, **here}]
+    return f"{text}\n\n{_table(('', 'these weights', 'configs/train.json'), rows)}"
+
+
+def training_facts(train: Mapping[str, Any]) -> dict[str, str]:
+    """What a train.json says about its training, in words; ids that it lacks are left out."""
+    parts, step = train.get("train", {}), train.get("train", {}).get("step", {})
+    transforms = parts.get("preprocessing", {}).get("transforms", [])
+    found = {
+        "optimizer": _component(train.get("optimizer"), ("params", "lr", "fused")),
+        "learning rate": train.get("learning_rate"),
+        "schedule": _component(train.get("lr_scheduler"), ("optimizer", "epochs", "t_total")),
+        "epochs": train.get("epochs"),
+        "iterations per epoch": train.get("iterations_per_epoch"),
+        "batch size": train.get("batch_size"),
+        "patch (S, P, L)": train.get("patch_size"),
+        "loss": _component(train.get("loss"), ("table",)),
+        "gradient clipped at": step.get("clip_norm"),
+        "autocast": train.get("amp_dtype") if train.get("amp") else None,
+        "mirrored along": train.get("mirror_axes"),
+        "augmentation": ", ".join(_name(transform) for transform in transforms),
+    }
+    return {key: _text(value) for key, value in found.items() if value not in (None, "")}
+
+
+def _facts_of_run(checkpoint: str) -> dict[str, str]:
+    """`training_facts` of the run that left the checkpoint in its folder; empty where there is no record of one."""
+    try:
+        record = read_json(os.path.join(os.path.dirname(os.path.abspath(checkpoint)), "run.json"))
+        config: dict[str, Any] = {}
+        for content in record["configs"].values():
+            config = merge_overlay(config, content)
+        settings = record["settings"]
+        config |= {key: settings[key] for key in settings if key in config} | {"epochs": record["epochs"]}
+        config["amp"], config["amp_dtype"] = settings["amp"] != "off", settings["amp"]
+        return training_facts(config) if "train" in config else {}
+    except (FileError, OSError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def performance(metadata: Mapping[str, Any]) -> str:
+    """The scores that the release was given, or that it was given none."""
+    scores = _scores(metadata)
+    if not scores:
+        return "These weights were not evaluated: `release --metrics summary.json` puts an evaluation's Dice here."
+    mean = sum(map(float, scores.values())) / len(scores)
+    return (
+        f"Mean Dice over {len(scores)} targets: {mean:.3f}, in the evaluation that this release was made with; each target's "
+        "stands in the table above, its mean over the cases of the data sets that annotate it."
+    )
+
+
+def system_table(parameters: int, patch_size: Any) -> str:
+    """Memory of these weights, by arithmetic: float32, without activations."""
+    gigabytes = 4e-9 * parameters
+    rows = [
+        ("weights in float32, for inference", f"{gigabytes:.2g} GB"),
+        ("weights, gradients and an optimizer's one moment (SGD)", f"{3 * gigabytes:.2g} GB"),
+        ("with two moments (AdamW)", f"{4 * gigabytes:.2g} GB"),
+    ]
+    window = " x ".join(map(str, patch_size))
+    return f"{_table(('work', 'needs'), rows)}\n\nThe activations of windows of {window} voxels come on top."
+
+
+def data_license(description: Mapping[str, Any], configs: Mapping[str, Any], trained_on: str | None) -> str:
+    """The license of every data set that these weights saw, as the bundle's pool file and overlays know them."""
+    pools = [configs.get("pool.json", {}), *(config.get("pool_file") for config in configs.values())]
+    known = {entry["name"]: entry for pool in pools if isinstance(pool, Mapping) for entry in pool.get("datasets", ())}
+    known[LABEL_MAP] = {
+        "licence": "no license of a data set",
+        "reference": "images that a MONAI Label server's users labelled",
+    }
+    lines = ["No data is part of this bundle. Its weights were trained on data with licenses of their own:", ""]
+    for number, name in enumerate(description.get("trained_on", ()), start=1):
+        entry = known.get(name, {})
+        said = [entry.get("licence", NOT_KNOWN), entry.get("reference")]
+        lines.append(f"{number}. {name}: {', '.join(filter(None, said))}")
+    lines += ["", f"In the words of whoever released them: {trained_on}."] if trained_on else []
+    return "\n".join([*lines, "", "Weights may be bound by the license of each of these data sets.", ""])
+
+
+def _scores(metadata: Mapping[str, Any]) -> dict[str, str]:
+    found = metadata.get("eval_metrics", {})
+    return {target: f"{dice:.3f}" for target, dice in found.items() if isinstance(dice, int | float)}
+
+
+def _component(block: Any, without: tuple[str, ...]) -> str:
+    """A config's component in words: its name, and its plain arguments."""
+    if not isinstance(block, Mapping):
+        return ""
+    plain = {key: value for key, value in block.items() if key not in without and not key.startswith("_")}
+    said = [f"{key} {_text(value)}" for key, value in plain.items() if not str(value).startswith(("@", "$", "%"))]
+    return ", ".join([block["_target_"].split(".")[-1], *said])
+
+
+def _name(transform: Any) -> str:
+    """A transform of a config, by its class, and the one within it."""
+    if not isinstance(transform, Mapping):
+        return re.sub(r"^\$.*?(\w+)\(.*", r"\1", str(transform))
+    name = str(transform.get("_target_", "")).split(".")[-1]
+    return f"{name} ({_name(transform['transform'])})" if "transform" in transform else name
+
+
+def _text(value: Any) -> str:
+    return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(head: Any, rows: Any) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _normalization(preparation: Mapping[str, Any]) -> str:
+    ranges = [
+        f"{modality}: clip to [{rule['lower']:g}, {rule['upper']:g}], minus {rule['mean']:g}, over {rule['sd']:g}"
+        for modality, rule in (preparation.get("intensity") or {}).items()
+    ]
+    schemes = [f"channel {i}: {rule['scheme']}" for i, rule in enumerate(preparation.get("channels") or ())]
+    return "; ".join(schemes or [*ranges, "every other modality: z-score per image and channel"])
