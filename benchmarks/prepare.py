@@ -91,7 +91,8 @@ def run_tsfm(row: str, folder: str, repeats: int) -> list[float]:
     import torch
     from tsfm.cases.cases import Preparation, load_case
     from tsfm.labels import LabelTable
-    from tsfm.patches.store import CaseStore, sample_foreground
+    from tsfm.patches.store import CaseStore
+    from tsfm.patches.stored_case import sample_foreground
     from tsfm.preparation.preprocessing import prepare_image
     from tsfm.preparation.resampling import resample_labels, thick_axis
 

@@ -11,11 +11,13 @@ import torch
 from monai.data import MetaTensor, ThreadDataLoader
 from monai.transforms import Compose, EnsureTyped, Invertd, LoadImaged, Orientationd, SaveImaged
 from skimage.transform import resize
+from tsfm.cases import folders
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import Reader
 from tsfm.inference.painting import export_logits
-from tsfm.inference.prediction import CaseDataset, CaseEvaluator, FailedCases, SaveLabelMapd
+from tsfm.inference.prediction import CaseDataset, CaseEvaluator, FailedCases
+from tsfm.inference.saving import WRITERS, SaveResultsd
 from tsfm.inference.windows import RollingAverage, SlabInferer, gaussian_weights, window_starts
 from tsfm.labels import LabelTable
 from tsfm.preparation.preprocessing import PrepareImaged
@@ -292,7 +294,7 @@ def write_blob(path, affine, shape=(30, 26, 22)):
     return blob
 
 
-def chain(output_dir, spacing, overwrite=False):
+def chain(output_dir, spacing, existing="error"):
     """inference.json's preprocessing, inferer and postprocessing, for a network that thresholds at -350 HU."""
     preparation = Preparation(spacing, {"CT": {"lower": -1000, "upper": 1000, "mean": -350, "sd": 550}})
     before = Compose(
@@ -304,13 +306,13 @@ def chain(output_dir, spacing, overwrite=False):
         ]
     )
     after = Compose(
-        [Invertd("pred", transform=before, orig_keys="image"), SaveLabelMapd("pred", str(output_dir), overwrite)]
+        [Invertd("pred", transform=before, orig_keys="image"), SaveResultsd("pred", str(output_dir), existing)]
     )
     return before, SlabInferer((16, 16, 16), TABLE, amp=False, progress=False), after
 
 
 def evaluator(source, output_dir, spacing=(1.5, 1.2, 1.0), existing="error", **kwargs):
-    before, inferer, after = chain(output_dir, spacing, existing == "overwrite")
+    before, inferer, after = chain(output_dir, spacing, existing)
     items = find_images(source, output_dir, existing)
     loader = ThreadDataLoader(CaseDataset(items, before), batch_size=1, num_workers=0)
     return CaseEvaluator(
@@ -394,8 +396,28 @@ class TestFiles:
         evaluator(sources, tmp_path / "out", existing="overwrite").run()
         assert nib.load(tmp_path / "out" / "a.nii.gz").shape == (30, 26, 22)
 
+    def test_what_save_names_is_written_and_what_is_there_is_kept(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(folders.OUTPUTS, "note", ".txt")
+        monkeypatch.setitem(WRITERS, "note", lambda result, path: path.write_text(" ".join(result.table)))
+        label_map = torch.ones(1, 2, 2, 2, dtype=torch.uint8)
+        (tmp_path / "a.nii.gz").write_text("precious")
+        for existing, kept in (("skip", True), ("overwrite", False)):
+            SaveResultsd("pred", tmp_path, existing, ["label_map", "note"], ["blob"])({"pred": label_map, "case": "a"})
+            assert (tmp_path / "a.txt").read_text() == "blob"
+            assert ((tmp_path / "a.nii.gz").read_bytes() == b"precious") == kept
+        write_blob(tmp_path / "in/a.nii", AFFINES["RAS"])
+        assert find_images(tmp_path / "in", tmp_path, "skip", ["label_map", "note"]) == []
+        (tmp_path / "a.txt").unlink()
+        assert [item["case"] for item in find_images(tmp_path / "in", tmp_path, "skip", ["label_map", "note"])] == ["a"]
+
+    def test_an_output_that_is_none_is_refused_before_the_work(self, tmp_path):
+        with pytest.raises(ValueError, match=r"label_map.*did you mean 'label_map'"):
+            find_images(tmp_path, save="labelmap")
+        with pytest.raises(ValueError, match="expected one or several"):
+            SaveResultsd("pred", save=[])
+
     def test_monai_label_can_leave_the_saver_out(self):
-        assert isinstance(SaveLabelMapd("pred"), SaveImaged)
+        assert isinstance(SaveResultsd("pred"), SaveImaged)
 
 
 class TestFindImages:

@@ -238,20 +238,17 @@ def test_an_overlay_becomes_part_of_the_staged_training(source, checkpoint, tmp_
 
 
 def test_the_data_licenses_are_those_of_the_weights(source, checkpoint, tmp_path):
-    pool = {"targets": {}, "datasets": [{"name": "mine", "licence": "CC BY 4.0"}, {"name": "kits21", "licence": "NC"}]}
-    write(source / "configs/pool.json", pool)
-    staged = Path(release.release(str(source), str(checkpoint), str(tmp_path / "dist"), zipped=False))
-    text = (staged / "docs/data_license.txt").read_text()
-    assert "1. mine: CC BY 4.0" in text and "kits21" not in text and _run(staged, "data licenses")[0] == "pass"
-    write(source / "configs/pool.json", {"targets": {}, "datasets": []})
-    staged = Path(release.release(str(source), str(checkpoint), str(tmp_path / "dist"), zipped=False))
-    assert "--data_license" in _run(staged, "data licenses")[1]
     write(tmp_path / "licenses.txt", "mine: CC0")
     arguments = {"data_license": str(tmp_path / "licenses.txt")}
     release.release(str(source), str(checkpoint), str(tmp_path / "dist"), **arguments)
     staged = tmp_path / "dist/toy"
     assert (staged / "docs/data_license.txt").read_text() == "mine: CC0"
     assert _run(staged, "data licenses")[0] == "pass"
+    release.release(
+        str(source), str(checkpoint), str(tmp_path / "dist")
+    )  # without a file: what travels with the weights
+    assert "- mine: not declared" in (staged / "docs/data_license.txt").read_text()
+    assert "licences of that data | mine say nothing" in (staged / "docs/README.md").read_text()
     (staged / "docs/data_license.txt").write_text("theirs: CC0")
     assert _run(staged, "data licenses")[0] == "FAIL"
 

@@ -18,7 +18,9 @@ from conftest import usual_signals
 from tsfm.cases.cases import Preparation
 from tsfm.errors import CaseError
 from tsfm.labels import LabelTable
-from tsfm.patches.store import CaseStore, StoreError, quantize, sample_foreground
+from tsfm.patches import store as store_module
+from tsfm.patches.store import CaseStore
+from tsfm.patches.stored_case import StoreError, quantize, sample_foreground
 from tsfm.preparation.parallel import WorkerDied, run_all
 from tsfm.preparation.preprocessing import prepare_case
 
@@ -92,6 +94,31 @@ def test_ahead_in_processes_ahead_alone_and_on_first_touch_give_the_same_bytes(t
     assert len(first) == 12 and first == second == third
     again = stores[0].prepare(items, progress=False)
     assert (again.prepared, again.reused) == (0, 3) and again.empty_labels == ["one/case 2"]
+
+
+def test_workers_are_started_for_missing_cases_only(tmp_path, items, monkeypatch):
+    store, started = CaseStore(tmp_path / "store", TABLE, PREPARATION), []
+    store.prepare(items[:1], progress=False)
+    monkeypatch.setattr(
+        store_module, "run_all", lambda function, jobs, n: started.append((len(jobs), n)) or run_all(function, jobs)
+    )
+    store.prepare(items[:1], num_workers=8, progress=False)
+    report = store.prepare(items, num_workers=8, progress=False)
+    assert started == [(0, 0), (2, 1)] and (report.prepared, report.reused) == (2, 1)
+
+
+def test_a_large_store_is_compared_when_it_is_read(tmp_path, items, monkeypatch):
+    store = CaseStore(tmp_path / "store", TABLE, PREPARATION)
+    paths = [Path(store.open(item).path) for item in items[:2]]
+    image = paths[1] / "image.b2nd"
+    content = bytearray(image.read_bytes())
+    content[len(content) // 2] ^= 1
+    image.write_bytes(content)
+    monkeypatch.setattr(store_module, "COMPARED_BYTES", 1)
+    store_module._VERIFIED.clear()
+    assert store.prepare(items[:2], progress=False).reused == 2, "the second would have been read whole"
+    with pytest.raises(CaseError, match=r"image\.b2nd"):
+        store.open(items[1])
 
 
 def test_the_key_follows_what_matters_and_nothing_else(tmp_path, items):

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from .schema import FileError, nearest
+from .schema import LONGEST_NAME, PUNCTUATION, FileError, nearest
 
 MODALITY_WORDS = {
     "CT": {"ct", "cect", "ncct", "cta", "ldct", "cbct", "computed"},
@@ -112,3 +112,9 @@ def unknown_names(names: Iterable[str], known: Iterable[str]) -> str:
     """The names that are not `known`, each with the nearest known one; empty where there are none."""
     known = list(known)
     return ", ".join(f"'{name}'{nearest(name, known)}" for name in names if name not in set(known))
+
+
+def plain_punctuation(text: str) -> str:
+    """A text as a name that may travel with weights: signs outside the allowed alphabet become commas, at most 100 letters."""
+    kept = "".join(c if c.isalnum() or c in PUNCTUATION or unicodedata.category(c)[0] == "M" else "," for c in text)
+    return " ".join(kept.split()).lstrip(PUNCTUATION)[:LONGEST_NAME].rstrip(" ,")

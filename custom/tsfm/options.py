@@ -48,6 +48,8 @@ FLAG = _kind("boolean", "true or false (on a command line: True or False)")
 
 PATH = _kind(["string", "null"], "a path (a name of digits alone: ./2024)")
 
+NAMED = _kind("string", "a name")
+
 AUTO = r"\Aauto\Z"
 
 THREE = [_kind("number", "a number above 0", exclusiveMinimum=0)] * 3
@@ -72,6 +74,8 @@ KINDS["options"] = _kind(
         "fold": _kind(["integer", "string"], 'a fold\'s number from 0, or "all"', minimum=0, pattern=r"\A(all|\d+)\Z"),
         "mirror_axes": _kind("string", "some of the letters S, P, L, each once", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
         "amp_dtype": _kind("string", "bfloat16 or float16", enum=["bfloat16", "float16"]),
+        "licence": _kind("string", "any, commercial or permissive", enum=["any", "commercial", "permissive"]),
+        "save": _kind(["string", "array"], "the name of an output, or a list of names", items=NAMED),
         "existing": _kind("string", "error, skip or overwrite", enum=["error", "skip", "overwrite"]),
         "spacing_mm": _kind(
             ["array", "string"], "three numbers of millimetres (S, P, L), auto, coarse or checkpoint", prefixItems=THREE,

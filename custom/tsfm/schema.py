@@ -182,6 +182,19 @@ TARGET = _kind(
     },
 )
 
+LICENCE = _kind(
+    ["string", "object"],
+    'a licence\'s name, or {"name": ..., "commercial": true or false, "share_alike": true or false}',
+    minLength=1,
+    required=["name"],
+    additionalProperties=False,
+    properties={
+        "name": TEXT,
+        **dict.fromkeys(("commercial", "share_alike"), _kind("boolean", "true or false")),
+        "_desc_": NOTE,
+    },
+)
+
 DATASET = _kind(
     "object",
     "an object that declares a data set",
@@ -221,7 +234,9 @@ DATASET = _kind(
         ),
         "unlabelled": _kind("string", '"skip"'),
         "reference": NOTE,
-        "licence": NOTE,
+        "licence": LICENCE,
+        "labels_by": _kind("string", '"experts", "model", or "both"', enum=["experts", "model", "both"]),
+        "origin": TEXTS,
         "_desc_": NOTE,
     },
 )

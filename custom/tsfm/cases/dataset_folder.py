@@ -52,7 +52,7 @@ def check_entry(source: str, entry: Mapping[str, Any]) -> None:
 
 
 def read_dataset(dataset_dir: str, entry: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
-    """Datalist items of one data set: ``image``, ``label``, ``dataset``, ``modality``, ``case``.
+    """Datalist items of one data set: ``image``, ``label``, ``dataset``, ``modality``, ``case``, ``licence`` if declared.
 
     Args:
         dataset_dir: holds the folder that `entry` names.
@@ -66,6 +66,7 @@ def read_dataset(dataset_dir: str, entry: Mapping[str, Any], source: str) -> lis
     if not os.path.isdir(folder):
         raise PoolError(f"folder {folder} does not exist")
     pairs = _msd_pairs(folder) if entry.get("format") == "msd" else _pattern_pairs(folder, entry)
+    licence = declared_licence(dataset_dir, entry)
     excluded = set(entry.get("exclude", ()))
     unknown = unknown_names(sorted(excluded), [case for case, _, _ in pairs])
     if unknown:
@@ -81,7 +82,8 @@ def read_dataset(dataset_dir: str, entry: Mapping[str, Any], source: str) -> lis
             continue
         absent += [path for path in paths if not os.path.exists(path)]
         modality = modality_name(_modality(entry.get("modality", "CT"), case), source)
-        items.append({"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case})
+        item = {"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case}
+        items.append(item | {"licence": licence} if licence else item)
     if absent:
         shown = "\n    ".join(absent[:10])
         raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
@@ -90,6 +92,16 @@ def read_dataset(dataset_dir: str, entry: Mapping[str, Any], source: str) -> lis
     if not items:
         raise PoolError(f"folder {folder} holds no case in the layout {_layout(entry)}")
     return items
+
+
+def declared_licence(dataset_dir: str, entry: Mapping[str, Any]) -> str | Mapping[str, Any] | None:
+    """A data set's licence as the pool file declares it, else as its own ``dataset.json`` does, else None."""
+    if entry.get("licence"):
+        return entry["licence"]
+    path = os.path.join(dataset_dir, entry.get("folder", ""), "dataset.json")
+    content = read_json(path, error=PoolError) if os.path.isfile(path) else {}
+    found = (content.get("licence") or content.get("license")) if isinstance(content, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def _msd_pairs(folder: str) -> list[tuple[str, str, str]]:

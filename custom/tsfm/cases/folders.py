@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 OUTPUT_SUFFIX = ".nii.gz"
 
+OUTPUTS = {"label_map": OUTPUT_SUFFIX}
+"""What a run can write of a case (``--save``), and what follows the case's name in the name of its file."""
+
 EXISTING = ("error", "skip", "overwrite")
 
 NIFTI = (".nii.gz", ".nii")
@@ -50,15 +53,20 @@ class PoolError(ValueError):
 
 
 def find_images(
-    source: str | os.PathLike | Sequence[Any], output_dir: str | os.PathLike | None = None, existing: str = "error"
+    source: str | os.PathLike | Sequence[Any],
+    output_dir: str | os.PathLike | None = None,
+    existing: str = "error",
+    save: str | Sequence[str] = "label_map",
 ) -> list[dict[str, Any]]:
     """Datalist items, each with "image" and a "case" name that no other has, for what the user points at.
 
     Args:
         source: an image file, a DICOM folder, a folder (searched with its subfolders), a pattern with ``*``, a JSON
             datalist (paths are relative to it), or a list of such things or of items.
-        output_dir: where label maps will be written; with it, results that are already there are looked for.
-        existing: what to do with cases whose result is there: "error", "skip" them, or "overwrite".
+        output_dir: where results will be written; with it, those that are already there are looked for.
+        existing: what to do with cases whose result is there: "error", "skip" them (once all of `save` is there), or
+            "overwrite".
+        save: what will be written of each case, one or several of `OUTPUTS`.
 
     Raises:
         FileNotFoundError: nothing there, or no image in it.
@@ -67,6 +75,7 @@ def find_images(
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {list(EXISTING)}")
+    saved_outputs(save)
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
     items = [item for one in sources for item in _items(one)]
     if not items:
@@ -79,7 +88,8 @@ def find_images(
         check_writable(output_dir, "--output_dir")
     if output_dir is None or existing == "overwrite":
         return items
-    done = [item for item in items if output_path(output_dir, item["case"]).exists()]
+    there = [[path.exists() for path in output_paths(output_dir, item["case"], save)] for item in items]
+    done = [item for item, found in zip(items, there, strict=True) if (all if existing == "skip" else any)(found)]
     if done and existing == "error":
         raise FileExistsError(
             f"{len(done)} of {len(items)} results are already in {output_dir}, for example {done[0]['case']}: set "
@@ -91,6 +101,22 @@ def find_images(
 def output_path(output_dir: str | os.PathLike, case: str) -> Path:
     """Where the label map of a case is written."""
     return Path(output_dir) / f"{case}{OUTPUT_SUFFIX}"
+
+
+def output_paths(output_dir: str | os.PathLike, case: str, save: str | Sequence[str] = "label_map") -> list[Path]:
+    """Where what `save` names is written of a case, in its order."""
+    return [Path(output_dir) / f"{case}{OUTPUTS[name]}" for name in saved_outputs(save)]
+
+
+def saved_outputs(save: str | Sequence[str]) -> list[str]:
+    """The names in `save`, one or several of `OUTPUTS`; ValueError for others, and for none."""
+    names = [save] if isinstance(save, str) else list(save)
+    unknown = [name for name in names if name not in OUTPUTS]
+    if unknown or not names:
+        raise ValueError(
+            f"save is {save!r}, expected one or several of {list(OUTPUTS)}{nearest(unknown[0], OUTPUTS) if unknown else ''}"
+        )
+    return names
 
 
 def _items(source: Any) -> list[dict[str, Any]]:

@@ -18,8 +18,9 @@ import numpy as np
 from ..labels import LabelError, LabelTable
 from ..names import case_names, modality_name, unknown_names
 from ..schema import check, nearest, read_json
-from .dataset_folder import check_entry, read_dataset
+from .dataset_folder import check_entry, declared_licence, read_dataset
 from .folders import PoolError, paths_of, stem
+from .licences import licence_facts, licences_of, permits, weights_terms
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class DatasetPool:
         datasets: use only these (their names); default all.
         allow_missing: go on with the data sets that are there; otherwise missing ones are one error that lists them.
         folds: number of folds for cross-validation (nnU-Net: 5).
+        licence: "commercial" leaves out data sets whose licence does not permit commercial use or is not known to,
+            "permissive" those that ask for the same licence (share-alike) too; "any" leaves out none.
         splits_file: JSON ``{data set: [{"train": [case, ...], "val": [...]}, ...]}`` in place of drawn folds.
 
     Raises:
@@ -53,6 +56,7 @@ class DatasetPool:
         allow_missing: bool = False,
         folds: int = 5,
         splits_file: str | None = None,
+        licence: str = "any",
     ) -> None:
         self.source, declared = _read_pool(pool_file)
         self.dataset_dir = os.path.abspath(os.path.expanduser(os.fspath(dataset_dir)))
@@ -66,11 +70,24 @@ class DatasetPool:
         unknown = unknown_names(chosen, self.entries)
         if unknown:
             raise PoolError(f"{self.source}: no data sets named {unknown}; there are {list(self.entries)}")
-        self.chosen = chosen
+        self.chosen = self._permitted(chosen, licence)
         for name in chosen:
             check_entry(self.source, self.entries[name])
         self.splits_file = splits_file
         self.splits = read_json(splits_file, "splits", PoolError) if splits_file else None
+
+    def _permitted(self, chosen: list[str], use: str) -> list[str]:
+        """The data sets whose declared licence permits the use; the others are named in a warning."""
+        facts = {name: licence_facts(declared_licence(self.dataset_dir, self.entries[name])) for name in chosen}
+        kept = [name for name in chosen if permits(facts[name], use)]
+        left = ", ".join(f"{name} ({facts[name]['name']})" for name in chosen if name not in kept)
+        if left and not kept:
+            raise PoolError(
+                f'{self.source}: no data set has a licence that is known to permit {use} use: {left}; declare them ("licence")'
+            )
+        if left:
+            logger.warning("licence %s: trained without %s", use, left)
+        return kept
 
     # ---- cases ------------------------------------------------------------------------------------------------
 
@@ -212,6 +229,7 @@ class DatasetPool:
                 },
                 "annotated": list(self.table.annotated(name)),
                 "sampling_share": shares[name],
+                "licence": licences_of(found[name][:1])[name],
             }
             for name in found
         }
@@ -241,6 +259,10 @@ class DatasetPool:
                 "",
             )
             lines.append(f"{value:>4} {target + relation:<48}{', '.join(where) or '-'}")
+        licences = {name: entry["licence"] for name, entry in summary["datasets"].items()}
+        if licences:
+            listed = ", ".join(f"{name} {one['name']}" for name, one in licences.items())
+            lines += ["", f"licences: {listed}", f"what weights inherit: {weights_terms(licences)}"]
         if summary["missing"]:
             lines += ["", f"missing ({len(summary['missing'])}):"]
             lines += [f"  {name}: {reason}" for name, reason in summary["missing"].items()]

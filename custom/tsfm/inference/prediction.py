@@ -1,7 +1,7 @@
 """Whole folders of images to label maps: one broken case is reported and the rest goes on.
 
 In inference.json: `dataset` is a :class:`CaseDataset` over :func:`find_images`, `postprocessing` ends with
-:class:`SaveLabelMapd`, `evaluator` is a :class:`CaseEvaluator`; everything else is MONAI's.
+`saving.SaveResultsd`, `evaluator` is a :class:`CaseEvaluator`; everything else is MONAI's.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
-from monai.transforms import SaveImaged
 
-from ..cases.folders import NIFTI, OUTPUT_SUFFIX, output_path, paths_of, stem
+from ..cases.folders import NIFTI, OUTPUT_SUFFIX, paths_of, stem
 from ..cases.grids import is_upright
 from ..cases.nifti import unit_mm
 from ..errors import first_cause
@@ -192,35 +190,6 @@ def format_results(results: Sequence[Mapping[str, Any]]) -> str:
         outcome = f"FAILED: {row['error']}" if "error" in row else ml
         lines.append(f"{row['case']:{width}}  {row['seconds']:7.1f}  {outcome}")
     return "\n".join(lines)
-
-
-class SaveLabelMapd(SaveImaged):
-    """Writes ``output_dir/<case>.nii.gz`` with the image's affine and header, whole or not at all.
-
-    A SaveImaged, so that MONAI Label leaves it out. The item's "case" names the file, else the image file's name does.
-
-    Args:
-        keys: label maps (1, X, Y, Z) on the image's own grid, that is, after Invertd.
-        overwrite: replace a file that is there; without it that is an error.
-    """
-
-    def __init__(
-        self, keys: KeysCollection, output_dir: str = "./", overwrite: bool = False, allow_missing_keys: bool = False
-    ) -> None:
-        super().__init__(
-            keys, output_dir=output_dir, output_postfix="", output_dtype=np.uint8, separate_folder=False,
-            print_log=False, allow_missing_keys=allow_missing_keys,
-        )  # fmt: skip
-        self.output_dir, self.overwrite = output_dir, overwrite
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        item = dict(data)
-        for key in self.key_iterator(item):
-            path = output_path(self.output_dir, case_name(item, item[key]))
-            if path.exists() and not self.overwrite:
-                raise FileExistsError(f"{path} is already there; remove it, or allow to overwrite it")
-            write_label_map(item[key], path)
-        return item
 
 
 def write_label_map(label_map: torch.Tensor, path: str | os.PathLike) -> None:

@@ -36,6 +36,8 @@ SHARE = _kind("number", "a number from 0 to 1", minimum=0, maximum=1)
 
 FLAG = _kind("boolean", "true or false")
 
+YES_NO_UNKNOWN = _kind(["boolean", "null"], "true, false or null")
+
 WORD = _kind("string", "a word of small letters, digits, - and _", pattern=r"\A[a-z][a-z0-9_-]{0,39}\Z")
 
 COMMON = {
@@ -165,6 +167,17 @@ DESCRIPTION = _kind(
         "modalities": NAMES,
         "trained_on": NAMES,
         "trained_by": NAME,
+        "licences": _kind(
+            "object",
+            "an object from data sets to their licences",
+            additionalProperties=_kind(
+                "object",
+                "an object with a licence's name and what it permits",
+                required=["name", "commercial", "share_alike"],
+                additionalProperties=False,
+                properties={"name": NAME, **dict.fromkeys(("commercial", "share_alike"), YES_NO_UNKNOWN)},
+            ),
+        ),
         "activation": WORD,
         "mirror_axes": _kind("string", "some of the letters S, P, L", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
     },

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..cases.folders import PoolError
+from ..cases.licences import permits, weights_terms
 from ..cases.pool import DatasetPool
 from ..cases.volumes import read_grid
 from ..names import modality_name, plain_name, plain_names
@@ -33,6 +34,7 @@ def dataset_pool(
     label_ids: Mapping[str, str] | None = None,
     modality: str | None = None,
     pretrained: str | None = None,
+    licence: str = "any",
     **options: Any,
 ) -> DatasetPool:
     """The pool of a downstream task, from whatever the user has.
@@ -44,9 +46,13 @@ def dataset_pool(
     (``{"1": "liver"}``) are needed. Where `dataset_dir` holds nothing of the kind (a MONAI Label server hands items in by
     itself), the targets are those of the `pretrained` weights.
 
+    `licence` is what the data's licence, and those of what the `pretrained` weights saw, have to permit (`DatasetPool`).
+
     Raises:
-        PoolError: a folder that is none of these, two folders without `label_ids`.
+        PoolError: a folder that is none of these, two folders without `label_ids`, a licence that does not permit it.
     """
+    _check_weights(pretrained, licence)
+    options["licence"] = licence
     if pool_file is not None:
         return DatasetPool(pool_file, dataset_dir, **options)
     declared = os.path.join(dataset_dir, "dataset.json")
@@ -103,6 +109,18 @@ def pretrained_description(pretrained: str | None) -> dict[str, Any]:
             "model.pt that tsfm's bundles wrote, or weights in a layout that docs/networks.md lists"
         )
     return description
+
+
+def _check_weights(pretrained: str | None, use: str) -> None:
+    """PoolError where the pretrained weights saw data whose licences are not known to permit the use."""
+    if use == "any" or pretrained is None or not os.path.exists(str(pretrained)):
+        return
+    licences = read_pretrained(str(pretrained)).description.get("licences", {})
+    if not licences or not all(permits(one, use) for one in licences.values()):
+        raise PoolError(
+            f"{pretrained}: these weights are not known to permit {use} use: {weights_terms(licences)} Give others, or train "
+            "from nothing (leave --pretrained out)"
+        )
 
 
 def _plain_name(name: str) -> str:

@@ -19,6 +19,7 @@ import torch
 
 from ..cases.cases import Preparation, file_identity
 from ..cases.folders import PoolError
+from ..cases.licences import licence_facts
 from ..cases.pool import DatasetPool
 from ..files import atomic_write
 from ..network.described import DescribedNetwork
@@ -126,7 +127,13 @@ def downstream_network(
         if plan is not None and plan.strides:
             shape |= {"strides": plan.to_dict()["strides"], "kernel_sizes": plan.kernels_if_any_is_flat()}
         network = build_network(pretrained_description(pretrained), **shape | overrides)
+    inherited = {}
+    if pretrained is not None:  # what the weights saw binds them whatever comes next
+        seen = network.description.get("trained_on") or ["pretrained weights"]
+        inherited = network.description.get("licences") or {name: licence_facts(None) for name in seen}
     network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
+    if inherited:
+        network.description["licences"] = inherited
     return network
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
+from ..cases.licences import licences_of
 from ..files import atomic_write
 from ..labels import LabelTable
 from ..network.described import DescribedNetwork
@@ -102,7 +103,8 @@ def describe_network(
 ) -> DescribedNetwork:
     """Give `network` the description that travels with its weights.
 
-    `items` are the training items: their modalities and data sets are written down. `mirror_axes` are those along which
+    `items` are the training items: their modalities, data sets and licences are written down, beside the licences of
+    what the weights that `network` starts from have seen. `mirror_axes` are those along which
     training mirrors, and inference may.
 
     Raises:
@@ -130,6 +132,7 @@ def describe_network(
         modalities=sorted({item.get("modality", preparation.default_modality) for item in items}),
         trained_on=sorted({item.get("dataset", table.bare_dataset) for item in items}),
         mirror_axes=mirror_axes,
+        licences={**network.description.get("licences", {}), **licences_of(items)},
     )
     check_description(network.description, "this run", CheckpointError)
     return network

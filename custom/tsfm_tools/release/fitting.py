@@ -112,7 +112,6 @@ def fill_metadata(
     metadata["image_classes"] = f"{network['in_channels']} channel(s): {modality}, any size, spacing and orientation"
     values = ", ".join(f"{value} is {name}" for value, name in table.channel_def().items())
     metadata["label_classes"] = metadata["pred_classes"] = values
-    metadata["eval_metrics"] = metadata.get("eval_metrics") or dict(NOT_EVALUATED)
 
 
 def _fill_format(data: dict[str, Any], description: Mapping[str, Any], modalities: list[str], modality: str) -> None:

@@ -1,4 +1,4 @@
-"""What a staged bundle's pages say about its weights: parts of the README, and the licenses of their data.
+"""What a staged bundle's README says about its weights, and the licences of their data.
 
 A part stands between two comments, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``; in a source bundle there is what
 holds without weights.
@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tsfm.labels import LABEL_MAP
+from tsfm.cases.licences import licence_facts, weights_terms
 from tsfm.schema import FileError, read_json
 from tsfm.training.checkpoint import table_of
 
 from .fitting import merge_overlay
-
-NOT_KNOWN = "license not known: give --data_license"
 
 
 def write_readme(path: str, names: tuple[str, str], version: str, parts: Mapping[str, str]) -> None:
@@ -78,6 +76,7 @@ def weights_table(
         "voxel spacing in mm (S, P, L)": " x ".join(f"{mm:g}" for mm in preparation["spacing_mm"]),
         "normalization": _normalization(preparation),
         "trained on": trained_on or ", ".join(description.get("trained_on", [])),
+        "licences of that data": weights_terms(description.get("licences", {})),
         "epochs": description.get("epoch", "unknown"),
     }
     scores = _scores(metadata)
@@ -168,21 +167,12 @@ def system_table(parameters: int, patch_size: Any) -> str:
     return f"{_table(('work', 'needs'), rows)}\n\nThe activations of windows of {window} voxels come on top."
 
 
-def data_license(description: Mapping[str, Any], configs: Mapping[str, Any], trained_on: str | None) -> str:
-    """The license of every data set that these weights saw, as the bundle's pool file and overlays know them."""
+def licences_seen(description: Mapping[str, Any], configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Data set -> facts of its licence, as they travel with the weights; for older ones as the bundle's configs know them."""
     pools = [configs.get("pool.json", {}), *(config.get("pool_file") for config in configs.values())]
     known = {entry["name"]: entry for pool in pools if isinstance(pool, Mapping) for entry in pool.get("datasets", ())}
-    known[LABEL_MAP] = {
-        "licence": "no license of a data set",
-        "reference": "images that a MONAI Label server's users labelled",
-    }
-    lines = ["No data is part of this bundle. Its weights were trained on data with licenses of their own:", ""]
-    for number, name in enumerate(description.get("trained_on", ()), start=1):
-        entry = known.get(name, {})
-        said = [entry.get("licence", NOT_KNOWN), entry.get("reference")]
-        lines.append(f"{number}. {name}: {', '.join(filter(None, said))}")
-    lines += ["", f"In the words of whoever released them: {trained_on}."] if trained_on else []
-    return "\n".join([*lines, "", "Weights may be bound by the license of each of these data sets.", ""])
+    seen = {name: licence_facts(known.get(name, {}).get("licence")) for name in description.get("trained_on", ())}
+    return description.get("licences") or seen
 
 
 def _scores(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 import tsfm
+from tsfm.cases.licences import licence_list
 from tsfm.schema import read_json
 from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
 
-from .fitting import dice_per_target, fill_configs, fill_metadata, merge_overlay
-from .readme import data_license as licenses_of
-from .readme import readme_parts, write_readme
+from .fitting import NOT_EVALUATED, dice_per_target, fill_configs, fill_metadata, merge_overlay
+from .readme import licences_seen, readme_parts, write_readme
 from .rules import ReleaseError, check_name, check_version, check_weights
 
 LARGE_FILE_BYTES = 25 * 2**20
@@ -79,8 +79,8 @@ def release(
         trained_on: a sentence on what the weights were trained on and what they cannot do, for metadata and README.
         overlays: overlays of the bundle that its training shall always use (``small.json`` for weights that were
             trained with it): they are merged into the staged ``train.json``, which is all that MONAI Label reads.
-        data_license: text file that becomes ``docs/data_license.txt``; by default that lists the data sets that these
-            weights were trained on, with the licenses that the bundle's pool file and overlays name.
+        data_license: text file that becomes ``docs/data_license.txt``: the license of every data set that these weights
+            were trained on; by default the list that travels with them.
         display_name: of the bundle in the Model Zoo's browser; by default made of `name`.
         safetensors: write the weights as ``models/model.safetensors`` too.
         zipped: False stops at the folder.
@@ -106,8 +106,7 @@ def release(
         earlier = {key: text for key, text in metadata.get("changelog", {}).items() if key != metadata["version"]}
         metadata["changelog"] = {metadata["version"]: changelog, **earlier}
     check_version(metadata)
-    if metrics:
-        metadata["eval_metrics"] = dice_per_target(read_json(metrics), metrics)
+    metadata["eval_metrics"] = dice_per_target(read_json(metrics), metrics) if metrics else dict(NOT_EVALUATED)
     for overlay in [overlays] if isinstance(overlays, str) else overlays:
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
@@ -122,7 +121,7 @@ def release(
         _copy_bundle(bundle_dir, folder)
         for file, content in configs.items():
             _write_json(os.path.join(folder, "configs", file), content)
-        licenses = _read_text(data_license) if data_license else licenses_of(description, configs, trained_on)
+        licenses = _read_text(data_license) if data_license else licence_list(licences_seen(description, configs))
         os.makedirs(os.path.join(folder, "docs"), exist_ok=True)
         with open(os.path.join(folder, "docs", "data_license.txt"), "w", encoding="utf-8") as file:
             file.write(licenses)

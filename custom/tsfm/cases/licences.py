@@ -1,0 +1,80 @@
+"""What the licences of data sets permit, and hence what may be done with weights that were trained on them.
+
+A judgement by name, for choosing data; the licence's own text decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..names import plain_punctuation
+
+USES = ("any", "commercial", "permissive")
+"""What a run may choose data sets by: all of them; those that permit commercial use; those without share-alike too."""
+
+NON_COMMERCIAL = r"\bNC\b|NON ?COMMERCIAL|RESEARCH ONLY|RESEARCH USE"
+
+FREE = r"\bCC ?0\b|PUBLIC DOMAIN|\bCC BY( SA)?\b(?! ?(NC|ND|SA NC))|\bAPACHE\b|\bMIT\b|\bBSD\b"
+
+
+def licence_facts(declared: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """``{"name", "commercial", "share_alike"}`` of a licence as a pool file or a ``dataset.json`` declares it.
+
+    `declared`: a name ("CC BY-SA 4.0"), or ``{"name", "commercial", "share_alike"}`` for terms that no name tells. True,
+    False, or None where it is not known. Of several licences in one text every one has to permit.
+    """
+    if isinstance(declared, Mapping):
+        given = {key: declared.get(key) for key in ("commercial", "share_alike")}
+        return {**licence_facts(declared["name"]), **{key: value for key, value in given.items() if value is not None}}
+    name = plain_punctuation(declared) if isinstance(declared, str) else ""
+    if not name:
+        return {"name": "not declared", "commercial": None, "share_alike": None}
+    text = re.sub(r"[-_\s]+", " ", str(declared).upper())
+    parts = [part for part in re.split(r";|,| AND ", text) if part.strip()]
+    known = all(re.search(f"{FREE}|{NON_COMMERCIAL}", part) for part in parts)
+    commercial = False if re.search(NON_COMMERCIAL, text) else True if known else None
+    share_alike = True if re.search(r"\bSA\b|SHARE ?ALIKE|\bGPL\b", text) else False if known else None
+    return {"name": name, "commercial": commercial, "share_alike": share_alike}
+
+
+def permits(licence: Mapping[str, Any], use: str) -> bool:
+    """Whether data under `licence` (see `licence_facts`) may be used so; what is not known is not permitted.
+
+    Raises:
+        ValueError: a use that is none of `USES`.
+    """
+    if use not in USES:
+        raise ValueError(f"licence is {use!r}; expected one of {list(USES)}")
+    free = licence["commercial"] is True
+    return use == "any" or (free and (use == "commercial" or licence["share_alike"] is False))
+
+
+def licences_of(items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Data set -> the facts of its licence, for the datalist items of a pool."""
+    return {str(item["dataset"]): licence_facts(item.get("licence")) for item in items if "dataset" in item}
+
+
+def weights_terms(licences: Mapping[str, Mapping[str, Any]]) -> str:
+    """What weights that saw these data sets inherit from them, in one sentence."""
+    groups = {
+        "exclude commercial use": [name for name, one in licences.items() if one["commercial"] is False],
+        "say nothing that is known here about commercial use": [
+            name for name, one in licences.items() if one["commercial"] is None
+        ],
+        "ask for the same licence (share-alike)": [name for name, one in licences.items() if one["share_alike"]],
+    }
+    found = [f"{', '.join(names)} {text}" for text, names in groups.items() if names]
+    if not licences:
+        return "The data sets of these weights, and so their licences, are not known."
+    return (
+        "; ".join(found) + "." if found else "All data sets permit commercial use and none asks for the same licence."
+    )
+
+
+def licence_list(licences: Mapping[str, Mapping[str, Any]]) -> str:
+    """``data_license.txt`` of weights that saw these data sets."""
+    lines = [f"- {name}: {one['name']}" for name, one in sorted(licences.items())]
+    head = "The weights of this release were trained on these data sets, whose licences they may be bound by:"
+    return "\n".join([head, "", *lines, "", weights_terms(licences), "No data is part of this bundle."]) + "\n"

@@ -1,0 +1,75 @@
+"""What is written of a case: the step of inference.json that ``--save`` steers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import SaveImaged
+
+from ..cases.folders import output_paths, saved_outputs
+from ..labels import LabelTable
+from .prediction import case_name, write_label_map
+
+
+class Result(NamedTuple):
+    """One case as it leaves inference: what a writer writes.
+
+    label_map: (1, X, Y, Z) on the image's own grid, values 1 to N; a MetaTensor knows its image's file and affine.
+    table: label table, or the targets' names, of these values; None where nobody said.
+    item: the case's entries: those of the datalist ("image", "case", ...) and what the transforms made of them.
+    """
+
+    label_map: torch.Tensor
+    table: LabelTable | Sequence[str] | None
+    item: Mapping[Hashable, Any]
+
+
+WRITERS: dict[str, Callable[[Result, Path], None]] = {
+    "label_map": lambda result, path: write_label_map(result.label_map, path)
+}
+"""Name in ``--save`` (one of `cases.folders.OUTPUTS`) -> what writes a result to a path, whole or not at all."""
+
+
+class SaveResultsd(SaveImaged):
+    """Writes what `save` names of each case: ``output_dir/<case>.nii.gz``, the label map, with the image's affine and header.
+
+    A SaveImaged, so that MONAI Label leaves it out. The item's "case" names the files, else the image file's name does.
+
+    Args:
+        keys: label maps (1, X, Y, Z) on the image's own grid, that is, after Invertd.
+        existing: what to do with files that are there: "error", "skip" (keep them, write the others), or "overwrite".
+        save: one or several of `cases.folders.OUTPUTS`.
+        table: label table, or the targets' names, of the label map's values.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_dir: str = "./",
+        existing: str = "error",
+        save: str | Sequence[str] = "label_map",
+        table: LabelTable | Sequence[str] | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(
+            keys, output_dir=output_dir, output_postfix="", output_dtype=np.uint8, separate_folder=False,
+            print_log=False, allow_missing_keys=allow_missing_keys,
+        )  # fmt: skip
+        self.output_dir, self.existing, self.save, self.table = output_dir, existing, saved_outputs(save), table
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        for key in self.key_iterator(item):
+            paths = output_paths(self.output_dir, case_name(item, item[key]), self.save)
+            there = [path for path in paths if path.exists()] if self.existing != "overwrite" else []
+            if there and self.existing == "error":
+                raise FileExistsError(f"{there[0]} is already there; remove it, or allow to overwrite it")
+            for name, path in zip(self.save, paths, strict=True):
+                if path not in there:
+                    WRITERS[name](Result(item[key], self.table, item), path)
+        return item

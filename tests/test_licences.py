@@ -1,0 +1,83 @@
+"""Licences: what a text permits, which data sets a run keeps for a use, and what weights and releases say of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tsfm.cases.cases import Preparation
+from tsfm.cases.folders import PoolError
+from tsfm.cases.licences import licence_facts, permits, weights_terms
+from tsfm.cases.pool import DatasetPool
+from tsfm.labels import LabelTable
+from tsfm.network.tsfm_net import TSFM
+from tsfm.planning.own_data import dataset_pool
+from tsfm.planning.plan import downstream_network
+from tsfm.training.checkpoint import describe_network, read_description, save_weights
+
+PAPER_POOL = Path(__file__).parents[1] / "bundles/tsfm_pretrain/configs/pool.json"
+SMALL = {
+    "features": [4, 4], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]], "hidden_size": 4,
+    "num_layers": 1, "num_heads": 1, "mlp_dim": 4, "img_size": [8, 8, 8],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "commercial", "share_alike"),
+    [
+        ("CC BY 4.0", True, False),
+        ("CC-BY-SA 4.0", True, True),
+        ("CC BY-NC-SA 4.0", False, True),
+        ("CC BY-NC 4.0", False, False),
+        ("CC BY-ND 4.0", None, None),
+        ("CC0", True, False),
+        ("BSD-3-Clause", True, False),
+        ("Apache-2.0 (repository); TCGA images CC BY 3.0", True, False),
+        ("CC BY 4.0; see the authors' terms", None, None),
+        ("Synapse terms of use", None, None),
+        (None, None, None),
+        ({"name": "our own scans", "commercial": True, "share_alike": False}, True, False),
+    ],
+)
+def test_what_a_licence_permits(text, commercial, share_alike):
+    facts = licence_facts(text)
+    assert (facts["commercial"], facts["share_alike"]) == (commercial, share_alike)
+    assert permits(facts, "any")
+    assert permits(facts, "commercial") == (commercial is True)
+    assert permits(facts, "permissive") == (commercial is True and share_alike is False)
+
+
+def test_a_run_for_commercial_use_keeps_what_permits_it(caplog):
+    assert len(DatasetPool(PAPER_POOL).chosen) == 10
+    assert not {"kits21", "breast_dce", "btcv"} & set(DatasetPool(PAPER_POOL, licence="commercial").chosen)
+    assert "kits21 (CC BY-NC-SA 4.0)" in caplog.text
+    assert DatasetPool(PAPER_POOL, licence="permissive").chosen == ["amos22", "totalsegmentator"]
+    with pytest.raises(PoolError, match=r"btcv \(Synapse terms"):
+        DatasetPool(PAPER_POOL, datasets="btcv", licence="commercial")
+    with pytest.raises(ValueError, match="expected one of"):
+        DatasetPool(PAPER_POOL, licence="comercial")
+
+
+def test_a_folders_own_dataset_json_counts_where_the_pool_file_is_silent(tmp_path):
+    case = {"image": "a.nii.gz", "label": "b.nii.gz"}
+    content = {"labels": {"1": "a"}, "modality": {"0": "CT"}, "licence": "CC BY-NC 4.0", "training": [case]}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(PoolError, match="CC BY-NC"):
+        dataset_pool(str(tmp_path), licence="commercial")
+
+
+def test_weights_carry_the_licences_of_all_they_saw(tmp_path):
+    table = LabelTable({"a": {}}, [{"name": "one", "labels": {"1": "a"}}, {"name": "two", "labels": {"1": "a"}}])
+    items = [{"image": "i", "dataset": "one", "modality": "CT", "licence": "CC BY-NC-SA 4.0"}]
+    network = describe_network(TSFM(1, 1, **SMALL), table, Preparation((1, 1, 1)), [8, 8, 8], items)
+    save_weights(network, tmp_path / "before.pt")
+    pool = DatasetPool({"targets": {"a": {}}, "datasets": [{"name": "mine", "labels": {"1": "a"}, "format": "msd"}]})
+    torch.manual_seed(0)
+    tuned = downstream_network(pool, [8, 8, 8], 1, str(tmp_path / "before.pt"))
+    own = [{"image": "i", "dataset": "mine", "modality": "CT", "licence": "CC BY 4.0"}]
+    save_weights(describe_network(tuned, pool.table, Preparation((1, 1, 1)), [8, 8, 8], own), tmp_path / "after.pt")
+    licences = read_description(tmp_path / "after.pt")["licences"]
+    assert {name: one["commercial"] for name, one in licences.items()} == {"one": False, "mine": True}
+    assert "one exclude commercial use" in weights_terms(licences)
+    with pytest.raises(PoolError, match=r"before\.pt: these weights are not known to permit commercial use: one"):
+        dataset_pool(str(tmp_path), pretrained=str(tmp_path / "before.pt"), licence="commercial")
