@@ -45,7 +45,7 @@ ONLY_FINETUNE_TRAINS = {
 EVALUATE_DIFFERS = {"pool_file", "pool#_target_"}
 ONLY_PRETRAIN_EVALUATES = {"datasets", "allow_missing", "pool#datasets", "pool#allow_missing"}
 ONLY_FINETUNE_EVALUATES = {
-    *("images", "labels", "label_ids", "regions", "modality"),
+    *("images", "labels", "label_ids", "regions"),
     *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
 }
 

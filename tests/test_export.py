@@ -145,3 +145,11 @@ def test_monais_own_command_needs_no_option(weights, tmp_path):
     image = torch.randn(1, 2, 16, 16, 8)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(path).eval()(image), network(image), atol=1e-3, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_trt_export_without_a_gpu_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tsfm", "trt_export", "--net_id", "network_def", "--filepath", "model_trt.ts"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert str(ended.value).count("\n") == 0 and "GPU" in str(ended.value)
