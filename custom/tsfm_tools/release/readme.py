@@ -102,7 +102,7 @@ def training_table(train: Mapping[str, Any], description: Mapping[str, Any], che
             "How they were trained is not recorded beside them; `configs/train.json`, which trains on from them, says:"
         )
         return f"{text}\n\n{_table(('', 'configs/train.json'), here.items())}"
-    text += "How they were trained, and what `configs/train.json`, which trains on from them, says:"
+    text += "How these weights were trained, and what `configs/train.json`, which trains on from them, says:"
     rows = [(key, there.get(key, ""), here.get(key, "")) for key in {**there, **here}]
     return f"{text}\n\n{_table(('', 'these weights', 'configs/train.json'), rows)}"
 
@@ -157,12 +157,12 @@ def performance(metadata: Mapping[str, Any]) -> str:
 
 def system_table(parameters: int, patch_size: Any) -> str:
     """Memory of these weights, by arithmetic: float32, without activations."""
-    gigabytes = 4e-9 * parameters
-    rows = [
-        ("weights in float32, for inference", f"{gigabytes:.2g} GB"),
-        ("weights, gradients and an optimizer's one moment (SGD)", f"{3 * gigabytes:.2g} GB"),
-        ("with two moments (AdamW)", f"{4 * gigabytes:.2g} GB"),
-    ]
+    copies = {
+        "weights in float32, for inference": 1,
+        "weights, gradients and an optimizer's one moment (SGD)": 3,
+        "with two moments (AdamW)": 4,
+    }
+    rows = [(what, f"{4e-6 * count * parameters:,.1f} MB") for what, count in copies.items()]
     window = " x ".join(map(str, patch_size))
     return f"{_table(('work', 'needs'), rows)}\n\nThe activations of windows of {window} voxels come on top."
 
