@@ -9,7 +9,9 @@ from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import (
     build_network,
+    decode_description,
     describe_network,
+    encode_description,
     load_weights,
     matching_table,
     read_description,
@@ -73,6 +75,19 @@ def test_labels_declared_for_other_targets_are_refused(network):
     swapped = LabelTable({"ape": {}, "zebra": {}}, [])
     with pytest.raises(CheckpointError, match=r"\['zebra', 'ape'\].*\['ape', 'zebra'\]"):
         matching_table(description, swapped)
+
+
+def test_weights_that_do_not_say_how_they_join_skips_were_trained_with_added_ones(tmp_path):
+    earlier = describe_network(TSFM(1, 2, **SMALL, skip="add"), TABLE, PREPARATION, [8, 8, 8])
+    state = earlier.state_dict()
+    description = decode_description(state["_extra_state"])
+    del description["network"]["skip"]
+    save_weights({**state, "_extra_state": encode_description(description)}, tmp_path / "earlier.pt")
+    again = build_network(read_description(tmp_path / "earlier.pt"))
+    assert again.description["network"]["skip"] == "add"
+    load_weights(again, tmp_path / "earlier.pt")
+    with pytest.raises(CheckpointError, match="skip: checkpoint add, network concat"):
+        load_weights(TSFM(1, 2, **SMALL, skip="concat"), tmp_path / "earlier.pt")
 
 
 class Attack:

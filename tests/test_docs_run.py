@@ -26,9 +26,11 @@ from typing import NamedTuple
 
 import nnunet_models
 import pytest
+import torch
 from conftest import ROOT, TINY, environment, warm
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
+from tsfm.network.networks import STUNet
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import describe_network, save_weights
 from tsfm_tools.phantoms import layouts as phantoms
@@ -124,6 +126,8 @@ def world(tmp_path) -> Path:
     nnunet_models.write_folder(
         data / "Dataset004_Toy/nnUNetTrainer__nnUNetPlans__3d_fullres", {0: nnunet_models.unet()}
     )
+    stunet = STUNet(1, 105, features=[2, 4, 4, 4, 4, 4], depths_down=[1] * 6).net
+    torch.save({"state_dict": stunet.state_dict()}, data / "base_ep4k.model")
     shutil.copytree(data / "Task03_Liver", data / "Task04_Hippocampus")
     phantoms.write_kits19(str(data / "kits19/data"), 3, (32, 48, 48))
     for folder, source in (("my_cts", "imagesTr"), ("new_images", "imagesTr"), ("mine/ct", "imagesTr")):

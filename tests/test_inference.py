@@ -15,7 +15,8 @@ from tsfm.cases import folders
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import Reader
-from tsfm.inference.painting import export_logits
+from tsfm.inference.painting import Painter, export_logits
+from tsfm.inference.passes import amp_type, free_bytes
 from tsfm.inference.prediction import CaseDataset, CaseEvaluator, FailedCases
 from tsfm.inference.saving import WRITERS, SaveResultsd
 from tsfm.inference.windows import RollingAverage, SlabInferer, gaussian_weights, window_starts
@@ -234,6 +235,112 @@ class TestSlabInferer:
             SlabInferer((16, 12, 10), ["a"], sw_batch_size=n, amp=False, progress=False)(image, network) for n in (1, 5)
         ]
         assert torch.equal(*maps) and (5, 1, 16, 12, 10) in network.seen
+
+    @pytest.mark.parametrize("memory", [9, 2, 1, 0])
+    def test_out_of_memory_takes_fewer_windows_then_the_buffer_then_the_network(self, memory, monkeypatch, caplog):
+        """A fake GPU ("cpu:0") that holds `memory` windows, one less while the buffer is on it."""
+        gpu, cpu = torch.device("cpu", 0), torch.device("cpu")
+        network, places, averages = convolution(), [gpu], []
+
+        def forward(batch):
+            room = memory - any(average.device == gpu for average in averages)
+            if places[-1] == gpu and len(batch) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(batch)
+
+        def spy(*args):
+            averages[:] = [RollingAverage(*args)]
+            return averages[0]
+
+        plain = network.forward
+        image, inferer = (
+            prepared((20, 12, 25), (20, 12, 25)),
+            SlabInferer((8, 8, 8), TREE, sw_batch_size=8, progress=False),
+        )
+        expected = inferer.logits(image, network)
+        monkeypatch.setattr("tsfm.inference.windows.RollingAverage", spy)
+        monkeypatch.setattr("tsfm.inference.windows.network_device", lambda *_: gpu)
+        monkeypatch.setattr(network, "to", lambda place=None, **_: places.append(place) if place else None)
+        monkeypatch.setattr(network, "forward", forward)
+        result = inferer.logits(image, network)
+        torch.testing.assert_close(result, expected)
+        said = [record.message.split(": ")[1].split(" (")[0] for record in caplog.records]
+        halved = [f"{size} window" for size in (4, 2, 1)]
+        steps = [*halved, "the buffer of averaged windows moves to the CPU"]
+        last = "the network moves to the CPU for the rest of this image"
+        found = {9: [], 2: halved, 1: steps, 0: [*steps, last]}[memory]
+        assert [text.split("(s)")[0] if "window(s)" in text else text for text in said] == found[: len(said)] == found
+        assert places == ([gpu, cpu, gpu] if memory == 0 else [gpu]), "the next image begins on the GPU again"
+
+    def test_what_no_memory_is_enough_for_is_the_networks_own_error(self):
+        def network(batch):
+            raise torch.OutOfMemoryError("too large")
+
+        with pytest.raises(torch.OutOfMemoryError, match="too large"):
+            SlabInferer((8, 8, 8), ["a"], progress=False)(torch.zeros(1, 1, 8, 8, 8), network)
+
+    def test_painting_goes_to_the_cpu_where_memory_runs_out(self, monkeypatch):
+        calls, add = [], Painter.add
+
+        def scarce(painter, slab):
+            calls.append(slab)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            add(painter, slab)
+
+        image = prepared((40, 20, 25), (63, 31, 17))
+        inferer = SlabInferer((16, 12, 10), TREE, amp=False, progress=False)
+        expected = inferer(image, convolution())
+        monkeypatch.setattr(Painter, "add", scarce)
+        assert torch.equal(inferer(image, convolution()), expected) and len(calls) > 3
+
+    def test_free_memory_counts_what_torch_keeps(self, monkeypatch):
+        figures = {"mem_get_info": (10, 100), "memory_reserved": 50, "memory_allocated": 20}
+        for name, value in figures.items():
+            monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+        assert free_bytes(torch.device("cuda")) == 40
+
+    def test_mixed_precision_is_bfloat16_or_on_older_gpus_float16(self, monkeypatch):
+        gpu, cpu = torch.device("cuda"), torch.device("cpu")
+        for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float16)):
+            monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bfloat16, **_: has)
+            assert amp_type(gpu, "auto") == expected and amp_type(cpu, "auto") == torch.bfloat16
+        assert amp_type(gpu, "float16") == torch.float16
+        with pytest.raises(ValueError, match=r"amp_dtype is 'half', expected one of .*float16"):
+            SlabInferer((8, 8, 8), ["a"], amp_dtype="half")
+
+    def test_numbers_that_float16_cannot_hold_are_computed_in_float32(self, monkeypatch, caplog):
+        class Half(Fake):
+            def forward(self, x):
+                y = super().forward(x)
+                return y.half() if torch.is_autocast_enabled("cpu") else y
+
+        monkeypatch.setattr("tsfm.network.cpu.computes_in", lambda *_: True)
+        image, inferer = (
+            prepared((9, 9, 9), (9, 9, 9)),
+            SlabInferer((8, 8, 8), ["a"], amp_dtype="float16", progress=False),
+        )
+        result = inferer.logits(image, Half((1e5,)))
+        torch.testing.assert_close(result, (1e5 * image).clamp(-32000, 32000).as_tensor())
+        assert [record.message for record in caplog.records] == [
+            "the network's numbers exceed float16: computing in float32"
+        ]
+
+    def test_every_version_is_shown_before_they_are_averaged(self):
+        """What an estimate of quality needs: all folds' mirrored versions of each window, in one pass."""
+        seen = []
+        image, networks = prepared((14, 13, 12), (14, 13, 12)), [convolution(seed=seed) for seed in (0, 1)]
+        ensemble = torch.nn.Module()
+        ensemble.count, ensemble.versions = 2, lambda x: (network(x) for network in networks)
+        inferer = SlabInferer((8, 8, 8), TREE, mirror="SP", amp=False, progress=False, watch=seen.append)
+        result = inferer.logits(image, ensemble)
+        expected = [naive_logits(image[0].numpy(), network, (8, 8, 8), (2, 3)) for network in networks]
+        np.testing.assert_allclose(result[0], np.mean(expected, 0), atol=1e-5)
+        assert {(version.member, version.flip) for version in seen} == {
+            (member, flip) for member in (0, 1) for flip in ((), (2,), (3,), (2, 3))
+        }
+        assert [version.number for version in seen[:8]] == list(range(8)) and {version.count for version in seen} == {8}
+        assert len(seen) == 8 * len({tuple(version.corners[0]) for version in seen})
 
     def test_the_buffer_does_not_grow_with_the_number_of_slices(self, monkeypatch):
         sizes = []

@@ -273,6 +273,70 @@ def test_weights_in_a_training_checkpoint_safetensors_and_the_old_format_do_the_
     assert results[0].any() and all(np.array_equal(results[0], other) for other in results[1:])
 
 
+# ---- several folds ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folds(pretrained, tmp_path):
+    """Two folds' weights; a third one is changed by what it is told, and refused."""
+
+    def write(name, seed=0, **changes):
+        description = {**read_description(pretrained / "model.pt"), **changes}
+        network = build_network(description)
+        if not changes:
+            load_weights(network, pretrained / "model.pt")
+        for tensor in network.parameters() if seed else ():
+            tensor.data += 0.1 * tensor.std() * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
+        save_weights(network, tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_folds_are_averaged_as_logits(case, segment, folds, tmp_path):
+    nib.save(case, tmp_path / "case.nii.gz")
+    paths = [folds("fold0.pt"), folds("fold1.safetensors", seed=1)]
+    networks = [build_network(read_description(path)).eval() for path in paths]
+    for network, path in zip(networks, paths, strict=True):
+        load_weights(network, path)
+    ensemble = build_network(read_description(paths)).eval()
+    load_weights(ensemble, paths)
+    window = torch.randn(1, 1, *read_description(paths)["patch_size"])
+    with torch.no_grad():
+        expected = (networks[0](window) + networks[1](window)) / 2
+        torch.testing.assert_close(ensemble(window), expected)
+        assert not torch.allclose(networks[0](window), expected, atol=1e-3)
+    save_weights(ensemble, tmp_path / "ensemble.pt")
+    results = [
+        voxels(
+            segment(tmp_path / "case.nii.gz", out=tmp_path / str(i), checkpoint=weights, threshold=0.4) / "case.nii.gz"
+        )
+        for i, weights in enumerate((paths, str(tmp_path / "ensemble.pt"), paths[:1], paths[0]))
+    ]
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[2], results[3])
+    assert not np.array_equal(results[0], results[2])
+
+
+def test_folds_that_do_not_fit_together_are_refused_by_name(folds, pretrained, tmp_path):
+    known = read_description(pretrained / "model.pt")
+    other = {
+        "preparation": {**known["preparation"], "spacing_mm": [3, 3, 3]},
+        "targets": {**known["targets"], "liver": {"lesion": True}},
+        "patch_size": [16, 32, 64],
+        "network": {**known["network"], "num_layers": 2},
+    }
+    first = folds("fold0.pt")
+    for key, value in other.items():
+        with pytest.raises(CheckpointError, match=rf"(?s){key}\.pt.*fold0\.pt.*their {key} differ"):
+            read_description([first, folds(f"{key}.pt", **{key: value})])
+    with pytest.raises(CheckpointError, match="spacing_mm"):
+        read_description([first, str(tmp_path / "preparation.pt")])
+    with pytest.raises(CheckpointError, match="empty"):
+        read_description([])
+    folds("alike.pt", network={**known["network"], "checkpointing": True})
+    assert read_description([first, str(tmp_path / "alike.pt")])["network"]["count"] == 2
+
+
 # ---- what the weights know ------------------------------------------------------------------------------------------
 
 

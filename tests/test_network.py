@@ -38,6 +38,7 @@ VARIANTS = {
     },
     "no bottleneck, one head": {"bottleneck": False, "deep_supervision": False},
     "dropout, checkpointed": {"dropout": 0.2, "checkpointing": True},
+    "concatenated": {"skip": "concat", "depths_up": (2, 1), "checkpointing": True},
 }
 
 
@@ -53,6 +54,10 @@ def count(**arguments) -> tuple[int, float, torch.Size]:
 class TestPaperNetwork:
     def test_has_1_6_billion_parameters(self):
         assert 1.56e9 < count()[0] < 1.64e9
+
+    def test_concatenated_skips_cost_40_million_parameters_and_an_eighth_of_the_arithmetic(self):
+        assert count(skip="concat")[0] - count()[0] == sum(29 * c**2 + 2 * c for c in (64, 128, 256, 512, 1024))
+        assert 1.1 < count(skip="concat")[1] / count()[1] < 1.13 and count(skip="concat")[1] <= 8
 
     def test_needs_at_most_8_tmac_for_the_papers_patch(self):
         assert 5 < count()[1] <= 8
@@ -205,6 +210,12 @@ def test_bottleneck_can_be_the_identity():
     network = TSFM(**TINY, bottleneck=False)
     assert isinstance(network.bottleneck, nn.Identity)
     assert not any("bottleneck" in name for name in network.state_dict())
+
+
+def test_an_unknown_skip_and_levels_without_a_block_to_take_a_concatenated_one_are_refused():
+    for change in ({"skip": "sum"}, {"skip": "concat", "depths_up": (1, 0)}):
+        with pytest.raises(ValueError, match="skip is"):
+            TSFM(**{**TINY, **change})
 
 
 class TestSizes:

@@ -1,6 +1,7 @@
 """The planner against nnU-Net 2.8.1's own plans, TSFM's sizes against the networks themselves, and budgets."""
 
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -83,10 +84,12 @@ def test_the_largest_size_is_the_papers_network():
     assert plan_patch((40, 56, 40), (1, 1, 1), "tsfm_s").parameters < 1e6 < 1.5e9 < found.parameters
 
 
+@pytest.mark.parametrize("skip", ["add", "concat"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_values_kept_for_the_backward_pass_are_estimated(checkpointing):
-    family, found = FAMILIES["tsfm_s"], plan_patch((24, 32, 32), (1, 1, 1), "tsfm_s", out_channels=3)
-    network, kept = network_of(found, checkpointing=checkpointing), {}
+def test_the_values_kept_for_the_backward_pass_are_estimated(checkpointing, skip):
+    family = replace(FAMILIES["tsfm_s"], skip=skip)
+    found = plan_patch((24, 32, 32), (1, 1, 1), "tsfm_s", out_channels=3)
+    network, kept = network_of(found, checkpointing=checkpointing, skip=skip), {}
     own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 
     def pack(tensor):
@@ -98,6 +101,7 @@ def test_the_values_kept_for_the_backward_pass_are_estimated(checkpointing):
         outputs = network(torch.randn(1, 1, 24, 32, 32))
     assert len(outputs) == len(found.strides)
     cost = tsfm_cost(family, topology(found.spacing_mm, found.patch_size), 1, 3, checkpointing)
+    assert cost.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert 0.8 < cost.values / sum(kept.values()) < (2.5 if checkpointing else 1.25)  # what is recomputed comes on top
 
 

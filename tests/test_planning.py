@@ -1,6 +1,8 @@
 """What a run decides before it starts: pool, channels, spacing, normalization, patch, and where errors show."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from tsfm.cases import sources
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import PoolError
 from tsfm.cases.pool import DatasetPool
@@ -22,6 +25,7 @@ from tsfm.planning.forecast import Forecast
 from tsfm.planning.parts import freeze
 from tsfm.planning.plan_run import plan_run
 from tsfm.planning.planner import PlanError
+from tsfm.preparation import fingerprint as fingerprints
 from tsfm.training.checkpoint import EXTRA_STATE, describe_network, encode_description, read_state, save_weights
 from tsfm.training.weight_files import CheckpointError
 
@@ -218,6 +222,64 @@ def test_a_fingerprint_is_measured_once_and_anew_when_a_file_changes(pool, folde
         own_data.dataset_pool(str(folders), label_ids={"1": "liver"}), store, "auto", "fingerprint"
     )
     assert len(measured) == 2
+
+
+def test_what_was_measured_of_a_case_is_kept_by_its_bytes(pool, folders, tmp_path, monkeypatch):
+    """A bad case at the end, another place, another pool around it: no case is read twice."""
+    store, read = str(tmp_path / "store"), []
+    monkeypatch.setattr(
+        fingerprints,
+        "load_case",
+        lambda item, *rest, run=fingerprints.load_case: read.append(item["case"]) or run(item, *rest),
+    )
+    label = folders / "labels/b.nii.gz"
+    content = label.read_bytes()
+    label.write_bytes(content[:-20])
+    with pytest.raises(PoolError, match=r"(?s)1 of 2 cases cannot be used.*labels/b\.nii\.gz"):
+        planning.pool_fingerprint(pool, store)
+    label.write_bytes(content)
+    pools = [own_data.dataset_pool(str(folders), label_ids={"1": "liver"}) for _ in range(2)]
+    mended = planning.pool_fingerprint(pools[0], store)
+    assert sorted(read) == ["a", "b", "b"]
+    whole = planning.pool_fingerprint(pools[1], str(tmp_path / "other store"))
+    assert mended == whole and len(read) == 5
+    moved = shutil.copytree(folders, tmp_path / "other place" / folders.name)
+    entry, targets = pools[0].entries["data"], pools[0].table.to_dict()["targets"]
+    one = DatasetPool({"targets": targets, "datasets": [{**entry, "exclude": ["b"]}]}, moved)
+    two = own_data.dataset_pool(str(moved), label_ids={"1": "liver"})
+    assert planning.pool_fingerprint(two, store).intensity == whole.intensity and len(read) == 5
+    alone = planning.pool_fingerprint(one, store)
+    assert len(alone.shapes) == 1 and len(read) == 5, "more voxels are drawn of one case"
+    assert alone == planning.pool_fingerprint(one, str(tmp_path / "third store"))
+
+
+def test_a_longer_sample_begins_with_a_shorter_one():
+    """So that what was measured in a small pool serves a larger one, to the bit; too short a sample serves none."""
+    values = np.random.default_rng(0).normal(size=4567).astype(np.float32)
+    long, short = (np.random.RandomState(1234).choice(values, n, replace=True) for n in (1000, 77))
+    np.testing.assert_array_equal(long[:77], short)
+    case = fingerprints.Measured("CT", long, False, (), (), 1.0, {})
+    np.testing.assert_array_equal(case.drawn(77), short)
+    assert case.drawn(1001) is None
+    np.testing.assert_array_equal(case._replace(values=values, whole=True).drawn(77), short)
+
+
+def test_the_fingerprint_is_the_same_in_workers(pool, tmp_path, monkeypatch):
+    alone = planning.pool_fingerprint(pool, str(tmp_path / "alone"))
+    monkeypatch.setattr(fingerprints, "ALONE_S", 0.0)
+    assert planning.pool_fingerprint(pool, str(tmp_path / "workers"), num_workers=2) == alone
+
+
+def test_the_fingerprint_of_an_earlier_version_is_taken_over(pool, tmp_path, monkeypatch):
+    found = planning.pool_fingerprint(pool, str(tmp_path))
+    files = [[item["modality"], sources.file_identity(item)] for item in pool.cases]
+    key = json.dumps([2, files, pool.table.to_dict()["datasets"]], sort_keys=True)
+    (kept,) = (tmp_path / "fingerprints").glob("pool-*.json")
+    kept.rename(tmp_path / f"fingerprint-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
+    shutil.rmtree(tmp_path / "fingerprints")
+    monkeypatch.setattr(planning, "fingerprint", lambda *args, **how: pytest.fail("measured again"))
+    taken = planning.pool_fingerprint(pool, str(tmp_path))
+    assert taken.intensity == found.intensity and taken.median_spacing_mm == found.median_spacing_mm
 
 
 def test_the_fingerprint_knows_modalities(folders, tmp_path):

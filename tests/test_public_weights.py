@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tsfm.planning.public_weights import STUNET_TARGETS, read_pretrained
 from tsfm.planning.transfer import load_pretrained
-from tsfm.training.checkpoint import build_network
+from tsfm.training.checkpoint import build_network, load_weights, read_description
 from tsfm.training.weight_files import CheckpointError
+from tsfm_tools.release.import_stunet import import_stunet
 
 SWIN = 12
 SIZE = [32, 32, 64]
@@ -161,3 +164,23 @@ def test_sam_med3d(tmp_path):
 def test_another_network_than_the_weights_is_refused(stunet):
     with pytest.raises(CheckpointError, match="'stunet', the configuration asks for 'nnunet'"):
         build_network(read_pretrained(stunet[1]).description, name="nnunet")
+
+
+def test_stunet_becomes_a_bundle_of_its_own(stunet, tmp_path):
+    theirs, path = stunet
+    weights = Path(import_stunet(path, str(tmp_path / "out")), "models/model.pt")
+    description = read_description(weights)
+    assert tuple(description["targets"]) == STUNET_TARGETS and description["preparation"]["spacing_mm"] == [1.5] * 3
+    network = build_network(description).eval()
+    load_weights(network, weights)
+    x = torch.randn(1, 1, 32, 32, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), theirs(x))
+
+
+def test_only_stunet_weights_with_known_structures_become_its_bundle(tmp_path):
+    package = pytest.importorskip("medim.models.stu_net", reason="pip install --no-deps, see requirements-dev.txt")
+    network = package.STUNet(1, 3, [1] * 6, [2, 4, 4, 4, 4, 4], package.DEFAULT_STRIDES, [[3, 3, 3]] * 6)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "mine.model")
+    with pytest.raises(CheckpointError, match="with 0 named targets; expected STU-Net's"):
+        import_stunet(str(tmp_path / "mine.model"), str(tmp_path / "out"))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import write_dicom
 from monai.transforms import LoadImaged, Orientation
-from tsfm.cases.cases import Preparation, file_identity, load_case
+from tsfm.cases.cases import Preparation, load_case
+from tsfm.cases.sources import file_identity
 from tsfm.cases.volumes import Reader, read_volume, to_spl
 from tsfm.errors import CaseError, CaseWarning
 from tsfm.labels import LabelTable

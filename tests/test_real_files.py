@@ -13,8 +13,9 @@ import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, LoadImaged, Orientationd
-from tsfm.cases.cases import Preparation, file_identity, load_case
+from tsfm.cases.cases import Preparation, load_case
 from tsfm.cases.folders import find_images
+from tsfm.cases.sources import file_identity
 from tsfm.cases.volumes import Reader, read_grid, read_volume
 from tsfm.errors import CaseError, CaseWarning
 from tsfm.evaluation.evaluation import evaluate_folder

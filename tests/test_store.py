@@ -1,9 +1,12 @@
 """A stored case is whole or absent, the same bytes whichever way it was made, and read in part."""
 
+import gzip
+import hashlib
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +18,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import usual_signals
+from tsfm.cases import sources
 from tsfm.cases.cases import Preparation
+from tsfm.cases.folders import PoolError
+from tsfm.cases.pool import DatasetPool
 from tsfm.errors import CaseError
 from tsfm.labels import LabelTable
 from tsfm.patches import store as store_module
 from tsfm.patches.store import CaseStore
 from tsfm.patches.stored_case import StoreError, quantize, sample_foreground
+from tsfm.planning import plan
 from tsfm.preparation.parallel import WorkerDied, run_all
 from tsfm.preparation.preprocessing import prepare_case
+from tsfm_tools.phantoms import layouts as phantoms
 
 TARGETS = {"liver": {}, "lesion": {"inside": "liver"}}
 ONE = {"name": "one", "labels": {"1": "liver", "2": "lesion"}, "ignore": [3]}
@@ -45,6 +53,11 @@ def items(tmp_path):
             nib.save(nib.Nifti1Image(array, np.diag([-0.8, -0.8, 2.0, 1.0])), item[name])
         found.append(item)
     return found
+
+
+def copied(path, folder):
+    """Another path with the same bytes and another time."""
+    return shutil.copy(path, folder)
 
 
 def files_in(folder):
@@ -137,8 +150,89 @@ def test_the_key_follows_what_matters_and_nothing_else(tmp_path, items):
         key(table=LabelTable(TARGETS, [{**ONE, "ignore": []}])),
     ]
     os.utime(items[0]["image"], (1, 1))
+    assert key() == same, "the time of a file would decide"
+    voxels = np.asarray(nib.load(items[0]["image"]).dataobj) + 1
+    nib.save(nib.Nifti1Image(voxels, np.diag([-0.8, -0.8, 2.0, 1.0])), items[0]["image"])
     others.append(key())
     assert len({same, *others}) == len(others) + 1
+
+
+def test_a_copied_pool_and_a_changed_time_prepare_nothing_again(tmp_path, items):
+    CaseStore(tmp_path / "store", TABLE, PREPARATION).prepare(items, progress=False)
+    (tmp_path / "copy").mkdir()
+    moved = [{**item, **{part: copied(item[part], tmp_path / "copy") for part in ("image", "label")}} for item in items]
+    report = CaseStore(tmp_path / "store", TABLE, PREPARATION).prepare(moved, progress=False)
+    assert (report.prepared, report.reused) == (0, 3)
+
+
+def test_a_store_of_an_earlier_version_is_taken_over_or_named(tmp_path, items, caplog):
+    """Its key was made of absolute path, size and time."""
+    store = CaseStore(tmp_path / "store", TABLE, PREPARATION)
+    store.prepare(items, progress=False)
+    before = files_in(tmp_path / "store")
+    for item in items:
+        facts = {
+            "format": 2, "structures": None, "modality": "CT", "preparation": PREPARATION.to_dict(),
+            "labels": TABLE.label_rules("one"),
+            "files": [(item[p], os.stat(item[p]).st_size, os.stat(item[p]).st_mtime_ns) for p in ("image", "label")],
+        }  # fmt: skip
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        os.rename(store.path(item), store.path(item)[:-24] + key)
+    os.utime(items[2]["label"], (1, 1))
+    report = CaseStore(tmp_path / "store", TABLE, PREPARATION).prepare(items, progress=False)
+    assert (report.prepared, report.reused) == (1, 2)
+    assert "2 cases that an earlier version stored are taken over" in caplog.text
+    assert "1 of the 1 cases to prepare are stored, but with other settings" in caplog.text
+    now = files_in(tmp_path / "store")
+    assert {name: now[name] for name in before} == before
+
+
+def test_files_are_looked_at_once_per_object(tmp_path, items, monkeypatch):
+    store, looked = CaseStore(tmp_path / "store", TABLE, PREPARATION), []
+    monkeypatch.setattr(sources, "file_identity", lambda item, run=sources.file_identity: looked.append(1) or run(item))
+    for _ in range(3):
+        store.open(items[0])
+    assert len(looked) == 1
+
+
+def test_digests_are_those_of_the_whole_content(tmp_path):
+    """Of gzip the two ends are read, where the content's CRC is; bgzip's members each have their own."""
+    random = np.random.default_rng(0)
+    content = bytearray(random.bytes(100_000))
+    blocks = b"\x1f\x8b\x08\x04" + bytes(content)
+    digests = set()
+    for start in (b"plain", b"", blocks[:4]):
+        for flip in (0, 1):
+            content[50_000] ^= flip
+            body = start + bytes(content) if start else gzip.compress(bytes(content), 0, mtime=0)
+            (tmp_path / "file").write_bytes(body)
+            digests.add(sources.file_digest(str(tmp_path / "file")))
+    assert len(digests) == 6
+    assert sources.file_digest(str(tmp_path / "file")) in digests
+
+
+def test_without_raw_data_the_store_alone_is_enough(tmp_path):
+    phantoms.write_pool(str(tmp_path / "data"), 2, (24, 32, 32), datasets=["msd_liver", "totalsegmentator"])
+    declared = Path(__file__).parents[1] / "bundles/tsfm_pretrain/configs/pool.json"
+    names = ["msd_liver", "totalsegmentator"]
+    pool = DatasetPool(declared, tmp_path / "data", names)
+    preparation = Preparation((10.0, 8.0, 8.0), PREPARATION.intensity)
+    plan.prepare(CaseStore(tmp_path / "store", pool.table, preparation), pool.cases, pool=pool)
+    before = files_in(tmp_path / "store")
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(PoolError, match="2 of 2 data sets"):
+        assert not DatasetPool(declared, tmp_path / "data", names).cases
+    kept = DatasetPool(declared, tmp_path / "data", names, kept_in=tmp_path / "store")
+    assert kept.cases == pool.cases and kept.split(0) == pool.split(0)
+    store = CaseStore(tmp_path / "store", kept.table, preparation, raw_data=False)
+    plan.prepare(store, kept.cases, pool=kept)
+    assert all(store.open(item).read_codes().any() for item in kept.cases)
+    assert files_in(tmp_path / "store") == before
+    other = CaseStore(tmp_path / "store", kept.table, Preparation((9.0, 8.0, 8.0)), raw_data=False)
+    with pytest.raises(CaseError, match=r"(?s)4 failed.*liver_0.*--raw_data False.*`run prepare`"):
+        plan.prepare(other, kept.cases)
+    with pytest.raises(PoolError, match=r"(?s)msd_lung.*--raw_data False"):
+        assert not DatasetPool(declared, tmp_path / "data", ["msd_lung"], kept_in=tmp_path / "store").cases
 
 
 def test_bare_items_need_no_data_set(tmp_path, items):

@@ -185,10 +185,11 @@ def test_a_flat_kernel_grows_without_changing_a_number_and_shrinks_to_its_sum(tm
         ({"features": (8, 16, 32)}, r"stem.weight: checkpoint \(4, 1, 3, 3, 3\), network \(8, 1, 3, 3, 3\)"),
         ({"features": (4, 8), "depths_down": (1, 1), "depths_up": (1,), "strides": ((2, 2, 2),)}, "not in the network"),
         ({"depths_down": (1, 1, 2)}, r"encoder.2.1.conv1.weight \(16, 16, 3, 3, 3\): not in the checkpoint"),
+        ({"skip": "concat"}, "skip: checkpoint add, network concat"),
         ({"num_layers": 1}, "num_layers: checkpoint 2, network 1"),
         ({"hidden_size": 24}, r"bottleneck.project_in.weight: checkpoint \(12, 16\), network \(24, 16\)"),
     ],
-    ids=["wider", "wider, tensor", "shallower", "more blocks", "fewer layers", "wider Transformer"],
+    ids=["wider", "wider, tensor", "shallower", "more blocks", "skips", "fewer layers", "wider Transformer"],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_changed(checkpoint, tmp_path, changes, message):
     other = network(seed=1, **changes)

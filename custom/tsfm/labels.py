@@ -7,6 +7,7 @@ over all targets with 1 (is), 0 (is not) or -1 (this data set does not annotate 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class LabelTable:
         if len(self._datasets) != len(datasets):
             raise LabelError(f"two data sets share a name: {[entry['name'] for entry in datasets]}")
         self._declared = tuple(self._datasets)
+        self._maps: dict[str, str] = {}
         values = {str(i + 1): name for i, name in enumerate(self.names)}
         self._datasets.setdefault(LABEL_MAP, _dataset_rules({"name": LABEL_MAP, "labels": values}))
         if "background" in self._entries:
@@ -123,6 +125,28 @@ class LabelTable:
         label maps that hold the values 1..N of :meth:`channel_def`, as MONAI Label sends them.
         """
         return self._declared[0] if len(self._declared) == 1 else LABEL_MAP
+
+    def with_maps(self, annotated: Mapping[str, Sequence[str]]) -> LabelTable:
+        """This table for certain label maps: file -> the targets it says something about; about others it says nothing.
+
+        Maps that say something about the same targets are one more data set, which does not travel with the weights.
+        """
+        table = copy.deepcopy(self)
+        for path, names in annotated.items():
+            values = {str(i + 1): name for i, name in enumerate(self.names) if name in names}
+            dataset = LABEL_MAP if len(values) == len(self.names) else "_".join([LABEL_MAP, *(values or "0")])
+            table._datasets[dataset] = _dataset_rules({"name": dataset, "labels": values})
+            table._maps[path] = dataset
+        table._build_codes()
+        return table
+
+    def knows(self, dataset: str) -> bool:
+        """Whether `dataset` is declared here, or label maps belong to it."""
+        return dataset in self._datasets
+
+    def dataset_of(self, item: Mapping[str, Any]) -> str:
+        """The data set that a datalist item names or, being bare, belongs to."""
+        return item.get("dataset") or self._maps.get(str(item.get("label")), self.bare_dataset)
 
     def annotated(self, dataset: str) -> tuple[str, ...]:
         """Targets that `dataset` annotates: those it names, and those all of whose parts it annotates."""

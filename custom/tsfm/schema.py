@@ -135,8 +135,12 @@ def _place(path: list[Any], content: Any) -> str:
 @lru_cache
 def _validator(kind: str) -> Any:
     """The validator of one kind. jsonschema takes a tenth of a second to import."""
-    from jsonschema import Draft202012Validator, FormatChecker, ValidationError
+    import jsonschema
+    from jsonschema import FormatChecker, ValidationError
     from jsonschema.validators import extend
+
+    # MONAI Label's environment has jsonschema 3: there the places of a list (prefixItems) are not looked at
+    newest = getattr(jsonschema, "Draft202012Validator", jsonschema.Draft7Validator)
 
     def mistyped(validator: Any, known: list[str], instance: Any, schema: Any) -> Iterator[Any]:
         """Files of others hold keys that mean nothing here; one that is nearly a known, absent key is a slip."""
@@ -149,7 +153,7 @@ def _validator(kind: str) -> Any:
 
     names = FormatChecker(())
     names.checks("name")(is_plain_name)
-    return extend(Draft202012Validator, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
+    return extend(newest, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
 
 
 def _kind(types: str | Sequence[str], description: str, **more: Any) -> dict[str, Any]:

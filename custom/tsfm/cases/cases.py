@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +11,6 @@ import numpy as np
 
 from ..errors import CaseError, CaseWarning
 from ..labels import LabelTable
-from .folders import DETACHED, paths_of
 from .grids import spacing_of
 from .pool import complete_items
 from .volumes import RawVolume, axis_codes, on_grid_of, read_labels, read_volume, to_spl
@@ -204,29 +201,3 @@ def _encode(table: LabelTable, dataset: str, raw: np.ndarray, source: str) -> np
         except ValueError as error:
             raise CaseError(str(error)) from error
     return codes
-
-
-def file_identity(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """(absolute path, size, mtime in ns) of every file behind an item, DICOM folders listed file by file.
-
-    Raises:
-        CaseError: a file that does not exist.
-    """
-    label = item.get("label")
-    paths = [*paths_of(item["image"]), *([] if label is None else paths_of(label))]
-    found = []
-    for path in map(os.path.abspath, paths):
-        inside = [path]
-        if os.path.isdir(path):
-            inside = sorted(os.path.join(path, name) for name in os.listdir(path))
-        elif path.lower().endswith(DETACHED):
-            inside += sorted(glob.glob(f"{glob.escape(path[: path.rindex('.')])}.*raw*"))
-        for file in inside:
-            try:
-                state = os.stat(file)
-            except OSError as error:
-                raise CaseError(
-                    f"{file}: cannot be read ({error.strerror}); check the data folder and the datalist"
-                ) from error
-            found.append((file, state.st_size, state.st_mtime_ns))
-    return found

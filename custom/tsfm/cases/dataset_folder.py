@@ -51,25 +51,31 @@ def check_entry(source: str, entry: Mapping[str, Any]) -> None:
             raise PoolError(f"{source}, data set '{entry['name']}': {error}") from None
 
 
-def read_dataset(dataset_dir: str, entry: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
+def read_dataset(
+    dataset_dir: str, entry: Mapping[str, Any], source: str, recorded: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Datalist items of one data set: ``image``, ``label``, ``dataset``, ``modality``, ``case``, ``licence`` if declared.
 
     Args:
         dataset_dir: holds the folder that `entry` names.
         entry: the data set as a pool file declares it.
         source: how messages call the pool file.
+        recorded: case -> its ``image`` and ``label``, in place of a look at the folder, whose files may be gone.
 
     Raises:
         PoolError: a folder that is not there, files that are missing, no case.
     """
     folder = os.path.join(dataset_dir, entry.get("folder", ""))
-    if not os.path.isdir(folder):
+    if recorded is not None:
+        pairs = [(case, files["image"], files["label"]) for case, files in recorded.items()]
+    elif not os.path.isdir(folder):
         raise PoolError(f"folder {folder} does not exist")
-    pairs = _msd_pairs(folder) if entry.get("format") == "msd" else _pattern_pairs(folder, entry)
+    else:
+        pairs = _msd_pairs(folder) if entry.get("format") == "msd" else _pattern_pairs(folder, entry)
     licence = declared_licence(dataset_dir, entry)
     excluded = set(entry.get("exclude", ()))
     unknown = unknown_names(sorted(excluded), [case for case, _, _ in pairs])
-    if unknown:
+    if unknown and recorded is None:
         raise PoolError(f'{folder}: "exclude" names cases that are not there: {unknown}')
     items, absent, unlabelled = [], [], 0
     skips = entry.get("unlabelled") == "skip"
@@ -77,10 +83,10 @@ def read_dataset(dataset_dir: str, entry: Mapping[str, Any], source: str) -> lis
         if case in excluded:
             continue
         paths = [*paths_of(image), *paths_of(label)]
-        if skips and not any(os.path.isfile(path) for path in paths_of(label)):
+        if recorded is None and skips and not any(os.path.isfile(path) for path in paths_of(label)):
             unlabelled += 1
             continue
-        absent += [path for path in paths if not os.path.exists(path)]
+        absent += [path for path in paths if recorded is None and not os.path.exists(path)]
         modality = modality_name(_modality(entry.get("modality", "CT"), case), source)
         item = {"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case}
         items.append(item | {"licence": licence} if licence else item)

@@ -21,6 +21,7 @@ from ..schema import check, nearest, read_json
 from .dataset_folder import check_entry, declared_licence, read_dataset
 from .folders import PoolError, paths_of, stem
 from .licences import licence_facts, licences_of, permits, weights_terms
+from .sources import recorded_cases, with_recorded_licence
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class DatasetPool:
         datasets: use only these (their names); default all.
         allow_missing: go on with the data sets that are there; otherwise missing ones are one error that lists them.
         folds: number of folds for cross-validation (nnU-Net: 5).
+        kept_in: a store: the cases are those that it recorded, and their files may be gone.
         licence: "commercial" leaves out data sets whose licence does not permit commercial use or is not known to,
             "permissive" those that ask for the same licence (share-alike) too; "any" leaves out none.
         splits_file: JSON ``{data set: [{"train": [case, ...], "val": [...]}, ...]}`` in place of drawn folds.
@@ -56,16 +58,17 @@ class DatasetPool:
         allow_missing: bool = False,
         folds: int = 5,
         splits_file: str | None = None,
+        kept_in: str | os.PathLike | None = None,
         licence: str = "any",
     ) -> None:
         self.source, declared = _read_pool(pool_file)
         self.dataset_dir = os.path.abspath(os.path.expanduser(os.fspath(dataset_dir)))
-        self.allow_missing, self.folds = allow_missing, folds
+        self.allow_missing, self.folds, self.kept_in = allow_missing, folds, kept_in
         try:
             self.table = LabelTable(declared["targets"], declared["datasets"])
         except LabelError as error:
             raise LabelError(f"{self.source}: {error}") from None
-        self.entries = {entry["name"]: entry for entry in declared["datasets"]}
+        self.entries = {entry["name"]: with_recorded_licence(kept_in, entry) for entry in declared["datasets"]}
         chosen = [datasets] if isinstance(datasets, str) else list(datasets or self.entries)
         unknown = unknown_names(chosen, self.entries)
         if unknown:
@@ -97,7 +100,9 @@ class DatasetPool:
         found, missing = {}, {}
         for name in self.chosen:
             try:
-                found[name] = read_dataset(self.dataset_dir, self.entries[name], self.source)
+                found[name] = read_dataset(
+                    self.dataset_dir, self.entries[name], self.source, recorded_cases(self.kept_in, name)
+                )
             except PoolError as error:
                 missing[name] = str(error)
         return found, missing
@@ -295,8 +300,8 @@ def complete_items(items: Sequence[Mapping[str, Any]], table: LabelTable, modali
     for item in items:
         if "image" not in item:
             raise PoolError(f"a datalist item has no 'image': {dict(item)}")
-        dataset = item.get("dataset", table.bare_dataset)
-        if dataset not in (*table.datasets, table.bare_dataset):
+        dataset = table.dataset_of(item)
+        if not table.knows(dataset):
             raise PoolError(
                 f"item {item['image']}: unknown data set '{dataset}'{nearest(dataset, table.datasets)}; the table knows "
                 f"{list(table.datasets)}"

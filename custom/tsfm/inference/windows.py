@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +22,11 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from ..labels import LabelTable
-from ..network.cpu import autocast, channels_last
 from ..preparation.resampling import thick_axis
 from .painting import Painter, Slab, check_names, threshold_logits
+from .passes import AMP_DTYPES, CPU, Passes, Version, free_bytes, mirrored_axes, network_device
+
+logger = logging.getLogger(__name__)
 
 FULL_PRECISION_BYTES = 2**30
 """A rolling buffer that would be larger than this in float32 is kept in float16 (nnU-Net always uses float16)."""
@@ -56,15 +58,6 @@ def gaussian_weights(patch: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(weights)
 
 
-def mirrored_axes(mirror: bool | str) -> list[tuple[int, ...]]:
-    """Dimensions of (B, C, S, P, L) to flip together, for every mirrored version but the plain one."""
-    axes = mirror if isinstance(mirror, str) else "SPL" if mirror else ""
-    if not set(axes) <= set("SPL"):
-        raise ValueError(f"mirror is {mirror!r}, expected True, False, or some of the axes 'SPL'")
-    dimensions = [2 + "SPL".index(axis) for axis in axes]
-    return [some for n in range(1, len(axes) + 1) for some in itertools.combinations(dimensions, n)]
-
-
 class RollingAverage:
     """Weighted mean of overlapping windows (T, S, P, L), for the slices that windows can still reach.
 
@@ -79,7 +72,12 @@ class RollingAverage:
         self.mean = torch.zeros(size, dtype=torch.float32 if small else torch.float16, device=device)
         self.total = torch.zeros(size[:3], device=device)
         self.gaussian = gaussian_weights(patch).to(device)
-        self.start = 0
+        self.start, self.device = 0, device
+
+    def move(self, device: torch.device) -> None:
+        """Go on on another device."""
+        self.mean, self.total, self.gaussian = (one.to(device) for one in (self.mean, self.total, self.gaussian))
+        self.device = device
 
     def add(self, logits: torch.Tensor, corner: Sequence[int]) -> None:
         """Take in one window's logits (T, S, P, L), whose first voxel is `corner`."""
@@ -145,11 +143,15 @@ class SlabInferer(Inferer):
         mirror: average over the eight mirrored versions of each window; or over those along some axes, ``"SP"``.
         threshold: probability above which a target is painted; a number, or target -> number (others: 0.5).
         targets: names of the only targets to compute; None for all.
-        amp: bfloat16 autocast, on devices that compute in it.
+        amp: mixed precision, on devices that compute in its type.
+        amp_dtype: "bfloat16", "float16", or "auto": bfloat16, or float16 on a GPU that does not compute in bfloat16.
         channels_last: lay tensors out as (S, P, L, C), which convolutions like best.
         progress: show a progress bar over the windows.
         activation: "sigmoid", or "softmax" of networks whose first output is the background: the largest logit of each
             voxel wins, and thresholds are not looked at.
+        watch: is called with every `passes.Version` of every batch of windows, before they are averaged.
+
+    Where a GPU's memory runs out, fewer windows go per pass; then the buffer, at last the network goes to the CPU.
 
     Raises:
         ValueError: an unknown target or axis, a threshold outside (0, 1), inputs that are not one image (1, C, S, P, L),
@@ -169,6 +171,8 @@ class SlabInferer(Inferer):
         channels_last: bool = True,
         progress: bool = True,
         activation: str = "sigmoid",
+        amp_dtype: str = "auto",
+        watch: Callable[[Version], None] | None = None,
     ) -> None:
         self.roi_size = tuple(int(side) for side in roi_size)
         if len(self.roi_size) != 3 or min(self.roi_size) < 1:
@@ -182,12 +186,15 @@ class SlabInferer(Inferer):
             raise ValueError(f"unknown targets {unknown}; choose from {list(self.names)}")
         if activation not in ("sigmoid", "softmax"):
             raise ValueError(f"activation is {activation!r}, expected 'sigmoid' or 'softmax'")
+        if amp_dtype not in AMP_DTYPES:
+            raise ValueError(f"amp_dtype is {amp_dtype!r}, expected one of {list(AMP_DTYPES)}")
         self.exclusive = activation == "softmax"
         self.outputs = (*(("background",) if self.exclusive else ()), *self.names)
         self._choose(chosen)
         window_starts(1, 1, overlap)
         self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
         self.amp, self.channels_last, self.progress = amp, channels_last, progress
+        self.amp_dtype, self.watch = amp_dtype, watch
 
     def restricted_to(self, targets: Sequence[str]) -> SlabInferer:
         """The same inferer, which computes of its targets only those that are among `targets`, perhaps none."""
@@ -209,7 +216,11 @@ class SlabInferer(Inferer):
         levels = self.levels if self.exclusive else [self.levels[i] for i in self.channels]
         painter = Painter(image.shape[1:], grid.shape, paint, levels, grid.thick, self.exclusive)
         for slab in self.slabs(image, network, *args, **kwargs) if paint else ():
-            painter.add(slab)
+            try:
+                painter.add(slab)
+            except torch.OutOfMemoryError:
+                logger.warning("out of memory on %s: this part is painted on the CPU", slab.logits.device)
+                painter.add(Slab(slab.logits.to(CPU), slab.start))
         label_map = painter.label_map[None, None]
         for value, name in enumerate(self.names, start=1):
             if self.exclusive and name not in self.chosen:
@@ -257,16 +268,13 @@ class SlabInferer(Inferer):
         device = network_device(network, image.device)
         average = self._average(image.shape[1:], device)
         progress = tqdm(total=math.prod(map(len, starts)), desc="windows", unit="window", disable=not self.progress)
-        layout = channels_last(network) if self.channels_last else nullcontext()
-        with torch.no_grad(), layout, progress:
+        passes = self._passes(network, device)
+        with passes, progress:
             for row, s in enumerate(starts[0]):
                 corners = list(itertools.product([s], *starts[1:]))
-                for i in range(0, len(corners), self.sw_batch_size):
-                    some = corners[i : i + self.sw_batch_size]
-                    logits = self._forward(image, some, network, device, *args, **kwargs)
-                    for one, corner in zip(logits, some, strict=True):
-                        average.add(one if len(self.channels) == len(one) else one[self.channels], corner)
-                    progress.update(len(some))
+                for one, corner in passes.logits(image, corners, self.roi_size, average, *args, **kwargs):
+                    average.add(one if len(self.channels) == len(one) else one[self.channels], corner)
+                    progress.update()
                 until = starts[0][row + 1] if row + 1 < len(starts[0]) else image.shape[1]
                 slab = average.finish(until)
                 top = max(before[0] - slab.start, 0)
@@ -280,30 +288,22 @@ class SlabInferer(Inferer):
             raise ValueError(f"inputs have the shape {tuple(inputs.shape)}, expected one image (1, C, S, P, L)")
         return (inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)[0]
 
+    def _passes(self, network: Callable, device: torch.device) -> Passes:
+        return Passes(
+            network, device, self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self.channels_last, self._checked,
+            self.watch,
+        )  # fmt: skip
+
     def _average(self, shape: Sequence[int], device: torch.device) -> RollingAverage:
         """The buffer, on the network's device where it takes at most half of the memory that is free there."""
         if device.type == "cuda":
             needed = 4 * len(self.channels) * self.roi_size[0] * math.prod(shape[1:])
-            if min(needed, max(needed // 2, FULL_PRECISION_BYTES)) > torch.cuda.mem_get_info(device)[0] // 2:
-                device = torch.device("cpu")
-        return RollingAverage(len(self.channels), shape, self.roi_size, device)
-
-    def _forward(self, image, corners, network, device: torch.device, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Logits (B, T, *roi_size) of the windows at these corners."""
-        windows = [
-            image[(slice(None), *(slice(c, c + n) for c, n in zip(at, self.roi_size, strict=True)))] for at in corners
-        ]
-        batch = torch.stack(windows).to(device)
-        if self.channels_last:
-            batch = batch.contiguous(memory_format=torch.channels_last_3d)
-        with autocast(device, self.amp):
-            logits = self._checked(network(batch, *args, **kwargs))
-            if self.flips:
-                logits = logits.float()
-                for axes in self.flips:
-                    logits += self._checked(network(batch.flip(axes), *args, **kwargs)).flip(axes)
-                logits /= len(self.flips) + 1
-        return logits
+            if min(needed, max(needed // 2, FULL_PRECISION_BYTES)) > free_bytes(device) // 2:
+                device = CPU
+        try:
+            return RollingAverage(len(self.channels), shape, self.roi_size, device)
+        except torch.OutOfMemoryError:
+            return RollingAverage(len(self.channels), shape, self.roi_size, CPU)
 
     def _checked(self, logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """The finest output, plain; ValueError where it does not fit the table."""
@@ -312,9 +312,3 @@ class SlabInferer(Inferer):
         if tuple(logits.shape[2:]) != self.roi_size:
             raise ValueError(f"the network turns windows {self.roi_size} into {tuple(logits.shape[2:])}; same expected")
         return logits.as_tensor() if isinstance(logits, MetaTensor) else logits
-
-
-def network_device(network: Callable, otherwise: torch.device) -> torch.device:
-    """Where the network's weights are, or `otherwise` where it has none."""
-    parameters = network.parameters() if isinstance(network, torch.nn.Module) else iter(())
-    return next((weights.device for weights in parameters), otherwise)

@@ -107,3 +107,27 @@ class DescribedNetwork(nn.Module):
         """Take over the description of loaded weights; the constructor's own arguments stay."""
         text = bytes(state.cpu().tolist()).decode()
         self.description = {**json.loads(text), "network": self._arguments}
+
+
+def check_levels(
+    features: Sequence, depths_down: Sequence, depths_up: Sequence, strides: Sequence, kernel_sizes: Sequence
+) -> None:
+    """Raise a ValueError that names the argument whose length does not fit the number of levels."""
+    levels = len(features)
+    expected = {
+        "depths_down": (depths_down, levels),
+        "depths_up": (depths_up, levels - 1),
+        "strides": (strides, levels - 1),
+        "kernel_sizes": (kernel_sizes, levels),
+    }
+    for name, (value, length) in expected.items():
+        if len(value) != length:
+            raise ValueError(
+                f"TSFM: {name} has {len(value)} entries, expected {length} for the {levels} levels of features"
+            )
+    if levels < 2 or any(len(stride) != 3 or min(stride) < 1 for stride in strides):
+        raise ValueError(
+            f"TSFM: strides {strides} must hold three positive factors (S, P, L) for each step down, at least one"
+        )
+    if any(len(kernel) != 3 or min(kernel) < 1 or any(side % 2 == 0 for side in kernel) for kernel in kernel_sizes):
+        raise ValueError(f"TSFM: kernel_sizes {list(kernel_sizes)} must hold three odd sizes (S, P, L) for each level")

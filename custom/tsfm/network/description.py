@@ -6,7 +6,7 @@ in it is a name or a word by an alphabet without ``$``, ``@``, ``%``, ``#``, quo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -64,6 +64,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "dropout": SHARE,
         "bottleneck": FLAG,
         "interpolation": WORD,
+        "skip": _kind("string", "add or concat", enum=["add", "concat"]),
     },
     "nnunet": {**COMMON, **LEVELS, "residual": FLAG, "bias": FLAG},
     "swinunetr": {**COMMON, "feature_size": COUNT, "dropout": SHARE, "use_v2": FLAG},
@@ -179,11 +180,15 @@ DESCRIPTION = _kind(
             ),
         ),
         "activation": WORD,
+        "click_sigma": _kind("number", "voxels above 0", exclusiveMinimum=0, maximum=1000),
         "mirror_axes": _kind("string", "some of the letters S, P, L", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
     },
 )
 
 KINDS["description"] = DESCRIPTION
+
+SHAPING = ("features", "depths_down", "depths_up", "skip", "bottleneck", "hidden_size", "num_layers", "mlp_dim")
+"""Arguments of TSFM that decide whether weights fit, whatever the channels, targets, patch and strides are."""
 
 KINDS |= {
     f"network {name}": _kind("object", "an object of arguments", additionalProperties=False, properties=arguments)
@@ -210,6 +215,22 @@ def check_description(description: Any, source: str, error: type[ValueError] = V
             raise error(f"{what}. It names the network {name!r}{nearest(name, NETWORKS)}; known: {sorted(NETWORKS)}")
         check(arguments, f"network {name}", f"{what}; network", error)
         network = arguments.get("network")  # of an ensemble
+
+
+def fill_in(description: dict[str, Any]) -> None:
+    """Say what descriptions of earlier versions did not: TSFM's skips were added."""
+    network = description.get("network")
+    if isinstance(network, dict) and network.get("name", "tsfm") == "tsfm":
+        network.setdefault("skip", "add")
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Sequence[str] = SHAPING) -> list[str]:
+    """The arguments of `names` in which two networks differ, in words: what is in a checkpoint, and what is here."""
+    return [
+        f"{key}: checkpoint {theirs[key]}, network {ours[key]}"
+        for key in names
+        if key in theirs and key in ours and theirs[key] != ours[key]
+    ]
 
 
 def split_network(network: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ file can have anything else imported or called. Packages are imported when their
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -203,12 +203,24 @@ class Ensemble(DescribedNetwork):
     def __init__(self, in_channels: int, out_channels: int, count: int, network: Mapping[str, Any]):
         members = [create_network(**{**network, "deep_supervision": False}) for _ in range(count)]
         super().__init__({"name": "ensemble", **given(Ensemble, locals())}, [members[0].total_stride], members[0].parts)
-        self.members = nn.ModuleList(member.eval().net for member in members)
+        self.count = count
+        self.members = nn.ModuleList(getattr(member.eval(), "net", member) for member in members)
+        self.register_state_dict_post_hook(_without_descriptions)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def versions(self, x: Tensor) -> Iterator[Tensor]:
+        """The logits of one member after the other, so that only one is in memory."""
         if not torch.jit.is_tracing():
             self.check_size(x.shape[2:], x.shape)
-        return torch.stack([member(x) for member in self.members]).mean(0)
+        return (member(x) for member in self.members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(self.versions(x)) / self.count
+
+
+def _without_descriptions(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Members that are described networks say nothing of themselves: the ensemble's description says it all."""
+    for key in [key for key in state if key.startswith(f"{prefix}members.") and key.endswith("_extra_state")]:
+        del state[key]
 
 
 NETWORKS: dict[str, type[DescribedNetwork]] = {

@@ -11,8 +11,9 @@
 
 The paper leaves open, and this file chooses:
 - A and F are not described: A is one convolution; F ends the pre-activation stream, so it normalizes first.
-- Skips are added, not concatenated, as in SegResNet: the residual stream runs from the stem to the head, and the first
-  convolution of each decoder level costs half as much (6.8 instead of 7.6 TMAC for the paper's patch).
+- Skips are added (`skip`), as in SegResNet: the residual stream runs from the stem to the head. Concatenated, as in nnU-Net
+  and STU-Net, the first convolution of each decoder level costs twice as much (7.6 instead of 6.8 TMAC for the
+  paper's patch, 1.636 instead of 1.596 billion parameters).
 - The shortcut of C is a convolution whose kernel is its stride, so that no voxel of the stream is skipped.
 - D adds its output to its input: without it (`bottleneck=False`) the convolutional weights keep their meaning.
 - E interpolates with `interpolation` ("nearest" by default). Its 1x1x1 convolution comes first: it mixes channels only and
@@ -25,6 +26,7 @@ Shapes: B batch, C channels, SPL voxels to superior, posterior, left (the patch 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import log, prod
 
 import torch
@@ -34,9 +36,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .cpu import instance_norm, is_eager_on_cpu
-from .described import DescribedNetwork, Parts
+from .described import DescribedNetwork, Parts, check_levels
 
 LEAKY_SLOPE = 0.01  # nnU-Net's LeakyReLU
+
+SKIPS = ("add", "concat")
+
+DEFAULT_SKIP = "add"  # of new networks; weights that say nothing were trained with "add"
 
 INITIAL_PROBABILITY = 0.1  # of every target in an untrained network: most voxels are in no target
 
@@ -188,17 +194,25 @@ class TransformerBottleneck(nn.Module):
 
 
 class Up(nn.Module):
-    """Block E and the skip: (B,2C,S/2,P/2,L/2) and the encoder's (B,C,S,P,L) -> (B,C,S,P,L)."""
+    """Block E and the skip: (B,2C,S/2,P/2,L/2) and the encoder's (B,C,S,P,L) -> (B,C,S,P,L), or (B,2C,...) with "concat"."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int], interpolation: str = "nearest"):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: Sequence[int],
+        interpolation: str = "nearest",
+        skip: str = DEFAULT_SKIP,
+    ):
         super().__init__()
         self.conv = Conv(in_channels, out_channels, 1, slope=1.0)
         self.stride = tuple(stride)
         self.interpolation = interpolation
+        self.concatenates = skip == "concat"
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = self.conv(x)
-        return skip + F.interpolate(x, scale_factor=tuple(map(float, self.stride)), mode=self.interpolation)
+        x = F.interpolate(self.conv(x), scale_factor=tuple(map(float, self.stride)), mode=self.interpolation)
+        return torch.cat([skip, x], 1) if self.concatenates else skip + x
 
 
 class Head(nn.Module):
@@ -233,6 +247,7 @@ class TSFM(DescribedNetwork):
         deep_supervision: False builds the finest head only.
         checkpointing: recompute the blocks' activations in the backward pass; numbers do not change.
         interpolation: of block E, "nearest" or "trilinear".
+        skip: "add" or "concat": the first ResBlock of a decoder level then takes both, and there has to be one.
 
     Raises:
         ValueError: lists that do not fit together, or an input whose size the strides do not divide (says what would fit).
@@ -257,23 +272,28 @@ class TSFM(DescribedNetwork):
         checkpointing: bool = False,
         interpolation: str = "nearest",
         kernel_sizes: Sequence[Sequence[int]] | None = None,
+        skip: str = DEFAULT_SKIP,
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         kernels = [tuple(size) for size in kernel_sizes or [CUBE] * len(features)]
         check_levels(features, depths_down, depths_up, strides, kernels)
+        if skip not in SKIPS or (skip == "concat" and min(depths_up) < 1):
+            raise ValueError(f"TSFM: skip is {skip!r}; expected one of {SKIPS}, and with 'concat' depths_up from 1")
         super().__init__(arguments, strides, PARTS)
         self.deep_supervision = deep_supervision
         self.checkpointing = checkpointing
         self.check_size(img_size)
         grid = [size // stride for size, stride in zip(img_size, self.total_stride, strict=True)]
 
-        def stack(level: int, depth: int) -> nn.ModuleList:
-            width, kernel = features[level], kernels[level]
-            return nn.ModuleList(ResBlock(width, width, dropout=dropout, kernel_size=kernel) for _ in range(depth))
+        def stack(level: int, depth: int, in_channels: int) -> nn.ModuleList:
+            widths = [in_channels, *[features[level]] * depth]
+            return nn.ModuleList(
+                ResBlock(*pair, dropout=dropout, kernel_size=kernels[level]) for pair in pairwise(widths)
+            )
 
         levels = range(len(strides))
         self.stem = Stem(in_channels, features[0], kernels[0])
-        self.encoder = nn.ModuleList(stack(level, depth) for level, depth in enumerate(depths_down))
+        self.encoder = nn.ModuleList(stack(level, depth, features[level]) for level, depth in enumerate(depths_down))
         self.down = nn.ModuleList(
             Down(features[i], features[i + 1], strides[i], dropout, kernels[i + 1]) for i in levels
         )
@@ -283,8 +303,9 @@ class TSFM(DescribedNetwork):
                 features[-1], grid, hidden_size, num_layers, num_heads, mlp_dim, dropout
             )
             self.bottleneck.checkpointing = checkpointing
-        self.up = nn.ModuleList(Up(features[i + 1], features[i], strides[i], interpolation) for i in levels)
-        self.decoder = nn.ModuleList(stack(level, depth) for level, depth in enumerate(depths_up))
+        self.up = nn.ModuleList(Up(features[i + 1], features[i], strides[i], interpolation, skip) for i in levels)
+        wide = 2 if skip == "concat" else 1
+        self.decoder = nn.ModuleList(stack(i, depth, wide * features[i]) for i, depth in enumerate(depths_up))
         self.heads = nn.ModuleList(Head(features[i], out_channels) for i in levels[: None if deep_supervision else 1])
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -323,27 +344,3 @@ def interpolate_positions(position_embedding: Tensor, grid: Sequence[int]) -> Te
 def run(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:
     """`block(x)`, its activations kept or recomputed in the backward pass."""
     return checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-
-
-def check_levels(
-    features: Sequence, depths_down: Sequence, depths_up: Sequence, strides: Sequence, kernel_sizes: Sequence
-) -> None:
-    """Raise a ValueError that names the argument whose length does not fit the number of levels."""
-    levels = len(features)
-    expected = {
-        "depths_down": (depths_down, levels),
-        "depths_up": (depths_up, levels - 1),
-        "strides": (strides, levels - 1),
-        "kernel_sizes": (kernel_sizes, levels),
-    }
-    for name, (value, length) in expected.items():
-        if len(value) != length:
-            raise ValueError(
-                f"TSFM: {name} has {len(value)} entries, expected {length} for the {levels} levels of features"
-            )
-    if levels < 2 or any(len(stride) != 3 or min(stride) < 1 for stride in strides):
-        raise ValueError(
-            f"TSFM: strides {strides} must hold three positive factors (S, P, L) for each step down, at least one"
-        )
-    if any(len(kernel) != 3 or min(kernel) < 1 or any(side % 2 == 0 for side in kernel) for kernel in kernel_sizes):
-        raise ValueError(f"TSFM: kernel_sizes {list(kernel_sizes)} must hold three odd sizes (S, P, L) for each level")

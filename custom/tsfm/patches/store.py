@@ -1,15 +1,15 @@
 """The store: every case prepared once, in a folder `<store>/<data set>/<case>-<key>` (see `stored_case`).
 
-The key is made of the input files' identity, the preparation, the data set's own label rules and `FORMAT`; whatever changes
-leads to a new folder.
+The key is made of the input files' bytes, the preparation, the data set's own label rules and `FORMAT`; whatever changes
+leads to a new folder, and where the files lie does not matter.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..cases.cases import Preparation, file_identity
+from ..cases.cases import Preparation
 from ..cases.pool import complete_items
+from ..cases.sources import Sources, file_identity, folder_name, missing_in
 from ..errors import CaseError
 from ..files import is_abandoned
 from ..labels import LabelTable
@@ -26,9 +27,13 @@ from ..preparation.parallel import WorkerDied, run_all
 from ..preparation.preprocessing import prepare_case
 from .stored_case import _VERIFIED, FORMAT, StoredCase, files_of, folder_bytes, read_index, write_folder
 
+logger = logging.getLogger(__name__)
+
 COMPARED_BYTES = 2**31
 """Of stored cases whose checksums `prepare` compares before a run starts, a few seconds of reading; the rest of a larger
 store is compared case by case when it is first read."""
+
+KEY_DIGITS = 24
 
 CASES_PER_WORKER = 2
 """A worker process takes some seconds to start: about one CT."""
@@ -66,30 +71,49 @@ class PrepareReport:
 
 
 class CaseStore:
-    """Prepared cases under one folder; cheap to pickle, so workers and processes share it."""
+    """Prepared cases under one folder; cheap to pickle, so workers and processes share it.
 
-    def __init__(self, store_dir: str | os.PathLike, table: LabelTable, preparation: Preparation) -> None:
+    An object looks at the files behind an item once. `raw_data` False: not even that; they may be gone (see `Sources`).
+    """
+
+    def __init__(
+        self, store_dir: str | os.PathLike, table: LabelTable, preparation: Preparation, raw_data: bool = True
+    ) -> None:
         self.store_dir = os.path.abspath(os.fspath(store_dir))
         self.table, self.preparation = table, preparation
+        self.sources = Sources(store_dir, raw_data)
+        self._paths: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_paths": {}}
 
     def key(self, item: Mapping[str, Any]) -> str:
         """Hex digest of everything that decides an item's stored bytes. Raises CaseError for a missing file."""
         item = self._complete(item)
+        return self._key(item, self.sources.identity(item))
+
+    def _key(self, item: Mapping[str, Any], files: Sequence[Any]) -> str:
         label = item.get("label")
         facts = {
             "format": FORMAT,
-            "files": file_identity(item),
+            "files": files,
             "structures": list(label) if isinstance(label, Mapping) else None,
             "modality": item["modality"],
             "preparation": self.preparation.to_dict(),
             "labels": self.table.label_rules(item["dataset"]),
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 
     def path(self, item: Mapping[str, Any]) -> str:
         """Folder of an item, whether it exists or not."""
         item = self._complete(item)
-        return os.path.join(self.store_dir, _plain(item["dataset"]), f"{_plain(item['case'])}-{self.key(item)}")
+        known_as = repr([item.get(part) for part in ("dataset", "case", "modality", "image", "label")])
+        if known_as not in self._paths:
+            self._paths[known_as] = self._path(item, self.key(item))
+        return self._paths[known_as]
+
+    def _path(self, item: Mapping[str, Any], key: str) -> str:
+        return os.path.join(self.store_dir, folder_name(item["dataset"]), f"{folder_name(item['case'])}-{key}")
 
     def open(self, item: Mapping[str, Any]) -> StoredCase:
         """The stored case; prepares it on first touch.
@@ -98,7 +122,9 @@ class CaseStore:
             CaseError: the item cannot be prepared.
             StoreError: the store cannot be written.
         """
-        return StoredCase(self._ensure(self._complete(item))[0], self.table)
+        path = self.path(item)
+        self._ensure(self._complete(item), path)
+        return StoredCase(path, self.table)
 
     def prepare(self, items: Sequence[Mapping[str, Any]], num_workers: int = 0, progress: bool = True) -> PrepareReport:
         """Prepare all items that are not stored yet. A bad case is reported at the end; the others go on.
@@ -107,21 +133,24 @@ class CaseStore:
             StoreError: the store cannot be written (at once, since every other case would fail too).
         """
         self._sweep()
-        report, missing, compared = PrepareReport(), [], 0
+        report, missing, compared, taken_over = PrepareReport(), [], 0, 0
         with tqdm(total=len(items), desc="prepare", disable=not progress) as bar:
             for item in items:
                 try:
                     path = self.path(item)
                     if not os.path.isdir(path):
-                        missing.append(item)
-                        continue
+                        if not self._take_over(item, path):
+                            missing.append(item)
+                            continue
+                        taken_over += 1
                     report.add(item, read_index(path, compare=compared < COMPARED_BYTES), "reused")
                     compared += folder_bytes(path)
                 except ValueError as error:
                     report.add(item, error)
                 bar.update()
-            jobs = [(self, item) for item in missing]
-            workers = min(num_workers, -(-len(jobs) // CASES_PER_WORKER))
+            self._name_others(missing, taken_over)
+            jobs = [(self, item, self.path(item)) for item in missing]
+            workers = min(num_workers, -(-len(jobs) // CASES_PER_WORKER)) if self.sources.raw_data else 0
             for index, outcome in run_all(_prepare_one, jobs, workers):
                 bar.update()
                 if isinstance(outcome, tuple):
@@ -136,15 +165,47 @@ class CaseStore:
     def _complete(self, item: Mapping[str, Any]) -> dict[str, Any]:
         return complete_items([item], self.table, self.preparation.default_modality)[0]
 
-    def _ensure(self, item: Mapping[str, Any]) -> tuple[str, bool]:
-        """Path of the stored case, and whether it was there before."""
-        path = self.path(item)
+    def _ensure(self, item: Mapping[str, Any], path: str) -> bool:
+        """Prepare an item into its folder; whether it was there before."""
         if os.path.isdir(path):
-            return path, True
+            return True
+        if not self.sources.raw_data:
+            raise CaseError(
+                f"case '{item['case']}' of data set '{item['dataset']}', prepared with these settings, "
+                f"{missing_in(self.store_dir)}"
+            )
         prepared = prepare_case(item, self.table, self.preparation)
         write_folder(self.store_dir, path, files_of(prepared))
         _VERIFIED.add(path)
-        return path, False
+        return False
+
+    def _take_over(self, item: Mapping[str, Any], path: str) -> bool:
+        """Whether the case lay under the key of earlier versions, which had path and time in it; its folder is renamed."""
+        if not self.sources.raw_data or not os.path.isdir(os.path.dirname(path)):
+            return False
+        item = self._complete(item)
+        earlier = self._path(item, self._key(item, file_identity(item)))
+        if os.path.isdir(earlier):
+            os.rename(earlier, path)
+        return os.path.isdir(path)
+
+    def _name_others(self, missing: Sequence[Mapping[str, Any]], taken_over: int) -> None:
+        """A line about what an earlier version stored, and one about cases that are stored, but not as they are wanted."""
+        if taken_over:
+            logger.warning("%s: %d cases that an earlier version stored are taken over", self.store_dir, taken_over)
+        paths = [self.path(item) for item in missing]
+        folders = {os.path.dirname(path) for path in paths}
+        stored = {
+            os.path.join(folder, name) for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)
+        }
+        names = {path[:-KEY_DIGITS] for path in stored}
+        others = sum(path[:-KEY_DIGITS] in names for path in paths)
+        if others:
+            logger.warning(
+                "%s: %d of the %d cases to prepare are stored, but with other settings, labels or files, or by an earlier "
+                "version from another place: they are prepared anew; folders that no run needs any more may be deleted",
+                self.store_dir, others, len(missing),
+            )  # fmt: skip
 
     def _sweep(self) -> None:
         """Remove what processes of this host that no longer live, or of any host a day ago, left half-written."""
@@ -155,12 +216,7 @@ class CaseStore:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _prepare_one(store: CaseStore, item: Mapping[str, Any]) -> tuple[str, dict[str, Any], bool]:
+def _prepare_one(store: CaseStore, item: Mapping[str, Any], path: str) -> tuple[str, dict[str, Any], bool]:
     """Prepare one item: its folder, what its ``case.json`` holds, and whether another process had stored it already."""
-    path, was_there = store._ensure(store._complete(item))
+    was_there = store._ensure(store._complete(item), path)
     return path, read_index(path), was_there
-
-
-def _plain(name: str) -> str:
-    """A name that any file system takes."""
-    return re.sub(r"[^\w.-]+", "_", str(name)).strip(".") or "_"

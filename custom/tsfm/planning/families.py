@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
+from ..network.tsfm_net import DEFAULT_SKIP
+
 MIN_EDGE = 4
 """No side of the lowest level gets shorter by a stride than this many voxels (nnU-Net)."""
 
@@ -68,7 +70,7 @@ class Family:
     reference, reference_gb: nnU-Net's currency: so many feature map values of one sample fill so many GB with a batch of 2.
     dataset_share: a batch holds at most this share of the data set's voxels. levels: most levels. widths: the channels, where
     they follow no rule (weights). strides, kernel_sizes, patch: of a network that is as deep as it is (kind ``fixed``); its
-    patch is no larger than that. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim.
+    patch is no larger than that. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim. skip: TSFM's.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Family:
     bottom: int | None = None
     levels: int | None = None
     transformer: tuple[int, int, int, int] = (0, 0, 0, 0)
+    skip: str = DEFAULT_SKIP
     widths: tuple[int, ...] | None = None
     strides: tuple[tuple[int, ...], ...] = ()
     kernel_sizes: tuple[tuple[int, ...], ...] = ()
@@ -205,6 +208,10 @@ def tsfm_cost(
         macs += weights * sizes[level + 1] + width * wider * sizes[level + 1] + width * out_channels * sizes[level]
         values += (1 if checkpointing else 2) * (maps[level] + maps[level + 1]) + maps[level + 1]  # down and up
         values += 2 * maps[level] + 4 * out_channels * sizes[level]  # the head and the loss
+        if family.skip == "concat":  # the first block takes twice the width, and has a shortcut
+            parameters += width * width * (kernels[level] + 1 + 1) + 2 * width
+            macs += width * width * (kernels[level] + 1 + 1) * sizes[level]
+            values += (1 if checkpointing else 3) * maps[level]
     if checkpointing:
         values += 6 * maps[0]  # one block of the finest level, recomputed
     hidden, layers, _, mlp = family.transformer

@@ -12,9 +12,11 @@ from typing import Any
 from ..cases.folders import PoolError
 from ..cases.licences import permits, weights_terms
 from ..cases.pool import DatasetPool
+from ..cases.sources import Sources, recorded_pool
 from ..cases.volumes import read_grid
 from ..names import modality_name, plain_name, plain_names
 from ..schema import FileError, read_json
+from ..training.checkpoint import image_channels
 from ..training.weight_files import CheckpointError
 from .public_weights import read_pretrained
 
@@ -34,6 +36,7 @@ def dataset_pool(
     label_ids: Mapping[str, str] | None = None,
     modality: str | None = None,
     pretrained: str | None = None,
+    kept_in: str | None = None,
     licence: str = "any",
     **options: Any,
 ) -> DatasetPool:
@@ -44,7 +47,7 @@ def dataset_pool(
     targets unless `label_ids` (raw id -> target) and `regions` (the targets with their tree) are given; or two folders
     `images` and `labels` with the same file names (or ``x_0000``, ``x_0001`` per channel), for which `label_ids`
     (``{"1": "liver"}``) are needed. Where `dataset_dir` holds nothing of the kind (a MONAI Label server hands items in by
-    itself), the targets are those of the `pretrained` weights.
+    itself), the targets are those of the `pretrained` weights. With `kept_in`, a store, everything is as it was recorded there.
 
     `licence` is what the data's licence, and those of what the `pretrained` weights saw, have to permit (`DatasetPool`).
 
@@ -53,10 +56,12 @@ def dataset_pool(
     """
     _check_weights(pretrained, licence)
     options["licence"] = licence
-    if pool_file is not None:
-        return DatasetPool(pool_file, dataset_dir, **options)
+    name = _plain_name(os.path.basename(os.path.abspath(dataset_dir)))
+    if pool_file is not None or kept_in is not None:
+        content = recorded_pool(kept_in, name) if pool_file is None else pool_file
+        return DatasetPool(content, dataset_dir, kept_in=kept_in, **options)
     declared = os.path.join(dataset_dir, "dataset.json")
-    entry: dict[str, Any] = {"name": _plain_name(os.path.basename(os.path.abspath(dataset_dir))), "folder": "."}
+    entry: dict[str, Any] = {"name": name, "folder": "."}
     targets: dict[str, Any] = {}
     if os.path.isfile(declared):
         content = read_json(declared, "dataset.json", PoolError)
@@ -87,8 +92,11 @@ def dataset_pool(
 def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
     """Image channels of the pool's first case; of the weights where the pool has no cases."""
     if not pool.entries:
-        return pretrained_description(pretrained)["network"]["in_channels"]
-    return read_grid(pool.cases[0]["image"]).channels
+        return image_channels(pretrained_description(pretrained))
+    first = pool.cases[0]
+    if pool.kept_in is not None:
+        return Sources(pool.kept_in).of(first["dataset"])["channels"]
+    return read_grid(first["image"]).channels
 
 
 def pretrained_description(pretrained: str | None) -> dict[str, Any]:

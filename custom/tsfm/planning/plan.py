@@ -6,6 +6,7 @@ description, and says what it chose. The geometry (spacing, patch, strides, batc
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -17,15 +18,18 @@ from typing import Any
 
 import torch
 
-from ..cases.cases import Preparation, file_identity
+from ..cases.cases import Preparation
 from ..cases.folders import PoolError
 from ..cases.licences import licence_facts
-from ..cases.pool import DatasetPool
+from ..cases.pool import DatasetPool, is_bare
+from ..cases.sources import Sources, file_identity
+from ..errors import CaseError
 from ..files import atomic_write
+from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork
 from ..network.networks import create_network
 from ..patches.store import CaseStore
-from ..preparation.fingerprint import Fingerprint, fingerprint, plan_spacing
+from ..preparation.fingerprint import FOLDER, Fingerprint, fingerprint, plan_spacing
 from ..schema import FileError, read_json
 from ..training.checkpoint import build_network
 from .own_data import count_channels, pretrained_description
@@ -34,7 +38,7 @@ from .transfer import load_pretrained
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT_FORMAT = 2  # of the files in which fingerprints are kept
+FINGERPRINT_FORMAT = 3  # of the files in which fingerprints are kept
 
 
 def plan_preparation(
@@ -44,13 +48,14 @@ def plan_preparation(
     ct_normalization: Mapping[str, float] | str = "checkpoint",
     in_channels: int = 1,
     pretrained: str | None = None,
+    num_workers: int = 0,
 ) -> Preparation:
     """How cases are prepared.
 
     `spacing_mm`: millimetres (S, P, L), ``"checkpoint"`` (as the pretrained weights expect) or ``"auto"`` (nnU-Net's
     target spacing for this data). `ct_normalization`: ``{"lower", "upper", "mean", "sd"}`` in HU, ``"checkpoint"``, or
     ``"fingerprint"``: percentiles and moments of the foreground of all CT of the pool (nnU-Net). Anything but CT is
-    z-scored. A fingerprint is computed once and kept in `store_dir`.
+    z-scored. A fingerprint is measured once, by `num_workers` processes, and kept in `store_dir`.
     """
     if not pool.entries:  # items come from outside (MONAI Label): there is no data to plan by
         spacing_mm, ct_normalization = (
@@ -64,7 +69,7 @@ def plan_preparation(
             )
     spacing = known["spacing_mm"] if spacing_mm == "checkpoint" else spacing_mm
     if spacing == "auto":
-        found = pool_fingerprint(pool, store_dir)
+        found = pool_fingerprint(pool, store_dir, num_workers)
         spacing = plan_spacing(found.spacings_mm, found.shapes)
         logger.info("target spacing by nnU-Net's rule: %s mm (S, P, L)", [round(float(side), 3) for side in spacing])
     masked = dict(known.get("masked", {}))
@@ -84,7 +89,7 @@ def plan_preparation(
     elif isinstance(ct_normalization, Mapping):
         intensity = {"CT": dict(ct_normalization)}
     elif ct_normalization == "fingerprint":
-        found = pool_fingerprint(pool, store_dir)
+        found = pool_fingerprint(pool, store_dir, num_workers)
         masked |= {name: share for name, share in found.masked.items() if name != "CT"}
         if has_ct and "CT" not in found.intensity:
             raise PoolError(
@@ -113,13 +118,16 @@ def downstream_network(
     in_channels: int,
     pretrained: str | None,
     plan: Plan | None = None,
+    click_sigma: float | None = None,
     **overrides: Any,
 ) -> DescribedNetwork:
     """The network of a downstream task: the plan's, or the pretrained one with the task's channels, targets and patch.
 
     To `pretrained` weights the `plan` gives strides and kernels; the weights themselves are for :func:`take_over`.
-    Without them the network is the plan's, else what `overrides` name.
+    Without them the network is the plan's, else what `overrides` name. With `click_sigma` (voxels) it has two more channels,
+    for clicks.
     """
+    in_channels += CLICK_CHANNELS if click_sigma else 0
     shape = {"in_channels": in_channels, "out_channels": len(pool.table.names), "img_size": list(patch_size)}
     if pretrained is None:
         network = create_network(**shape, plan=plan, **overrides)
@@ -134,6 +142,8 @@ def downstream_network(
     network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
     if inherited:
         network.description["licences"] = inherited
+    if click_sigma:
+        network.description["click_sigma"] = float(click_sigma)
     return network
 
 
@@ -160,14 +170,26 @@ def take_over(
     return network
 
 
-def prepare(store: CaseStore, items: Sequence[Mapping[str, Any]], num_workers: int = 0) -> None:
+def prepare(
+    store: CaseStore, items: Sequence[Mapping[str, Any]], num_workers: int = 0, pool: DatasetPool | None = None
+) -> None:
     """Prepare all `items` before the long work starts; of several processes the first does it, the others wait.
+
+    The store keeps what it knows of the files of the `pool`, and needs them no more (`raw_data` False).
 
     Raises:
         StoreError, CaseError: listing every case that cannot be used.
     """
     with first_process_first():
+        if pool is not None and not is_bare(items):
+            record_sources(store.sources, pool)
         store.prepare(items, num_workers=num_workers, progress=rank() == 0).raise_failures()
+
+
+def record_sources(sources: Sources, pool: DatasetPool) -> None:
+    """Let the first process keep what is known of the files behind a pool's cases."""
+    if rank() == 0 and pool.entries:
+        sources.record(pool.cases, pool.table.to_dict()["targets"], pool.entries)
 
 
 @contextmanager
@@ -187,23 +209,33 @@ def rank() -> int:
     return torch.distributed.get_rank() if distributed else 0
 
 
-def pool_fingerprint(pool: DatasetPool, store_dir: str) -> Fingerprint:
-    """The pool's fingerprint, from `store_dir` where these very files were measured before."""
+def pool_fingerprint(pool: DatasetPool, store_dir: str, num_workers: int = 0) -> Fingerprint:
+    """The pool's fingerprint; what was measured of these very files before, by their bytes, is kept in `store_dir`.
+
+    Raises:
+        PoolError: listing every case that cannot be used; the others need not be measured again.
+    """
     with first_process_first():
-        return _read_or_measure(pool, store_dir)
+        return _read_or_measure(pool, store_dir, num_workers)
 
 
-def _read_or_measure(pool: DatasetPool, store_dir: str) -> Fingerprint:
-    files = [[item["modality"], file_identity(item)] for item in pool.cases]
-    key = json.dumps([FINGERPRINT_FORMAT, files, pool.table.to_dict()["datasets"]], sort_keys=True)
-    path = os.path.join(store_dir, f"fingerprint-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
-    if os.path.isfile(path):
+def _read_or_measure(pool: DatasetPool, store_dir: str, num_workers: int) -> Fingerprint:
+    sources = Sources(store_dir, raw_data=pool.kept_in is None)
+    sources.look_at(pool.cases)
+    try:
+        files = [[item["modality"], sources.identity(item)] for item in pool.cases]
+        path = os.path.join(store_dir, FOLDER, f"pool-{_pool_key(pool, FINGERPRINT_FORMAT, files)}.json")
+        kept = path if os.path.isfile(path) else _of_earlier_version(pool, store_dir)
+    except CaseError:  # a file that is gone: listed below
+        path = kept = None
+    if kept:
         try:
-            return Fingerprint(**read_json(path), failed=[])
+            return Fingerprint(**read_json(kept), failed=[])
         except (FileError, TypeError) as error:
-            logger.warning("the kept fingerprint %s is damaged (%s): it is measured again", path, error)
+            logger.warning("the kept fingerprint %s is damaged (%s): it is measured again", kept, error)
     channels = Preparation((1.0, 1.0, 1.0), in_channels=count_channels(pool))
-    found = fingerprint(pool.cases, pool.table, channels, progress=rank() == 0)
+    found = fingerprint(pool.cases, pool.table, channels, num_workers, progress=rank() == 0, sources=sources)
+    record_sources(sources, pool)
     if found.failed:
         listed = "\n".join(f"  {message}" for _, message in found.failed)
         raise PoolError(
@@ -218,3 +250,20 @@ def _read_or_measure(pool: DatasetPool, store_dir: str) -> Fingerprint:
 
     atomic_write(path, write)
     return found
+
+
+def _pool_key(pool: DatasetPool, version: int, files: Sequence[Any]) -> str:
+    key = json.dumps([version, files, pool.table.to_dict()["datasets"]], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _of_earlier_version(pool: DatasetPool, store_dir: str) -> str | None:
+    """Where an earlier version kept the fingerprint, by path and time of the files."""
+    if pool.kept_in is not None or not glob.glob(os.path.join(glob.escape(store_dir), "fingerprint-*.json")):
+        return None
+    files = [[item["modality"], file_identity(item)] for item in pool.cases]
+    path = os.path.join(store_dir, f"fingerprint-{_pool_key(pool, 2, files)}.json")
+    if os.path.isfile(path):
+        return path
+    logger.warning("the fingerprints that an earlier version kept in %s are of other files or places", store_dir)
+    return None

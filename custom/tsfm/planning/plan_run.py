@@ -48,6 +48,7 @@ def plan_run(
     fold: int | str = 0,
     checkpointing: bool = False,
     plan_file: str | None = None,
+    num_workers: int = 0,
 ) -> Plan:
     """The plan of a fine-tuning run, by nnU-Net's rule from the data; printed by the first process.
 
@@ -60,6 +61,7 @@ def plan_run(
         memory_gb: of a GPU; default: nine tenths of what it has.
         step_seconds: of one CPU core for a training step; default on a CPU: 1.
         plan_file: a ``plan.json``: then nothing is planned.
+        num_workers: processes that read cases where these were not measured before.
 
     Raises:
         PoolError, PlanError: data or a budget for which there is no plan, before anything long.
@@ -70,7 +72,7 @@ def plan_run(
     description = None if pretrained is None else pretrained_description(pretrained)
     if not pool.entries:
         return _plan_of_weights(description, patch_size, spacing_mm, batch_size)
-    found = pool_fingerprint(pool, store_dir)
+    found = pool_fingerprint(pool, store_dir, num_workers)
     check_data(pool, found, fold)
     family = None if description is None else weights_family(description)
     if family is not None and network_size != "auto":
@@ -149,6 +151,7 @@ def weights_family(description: Mapping[str, Any]) -> Family | None:
         "weights", "tsfm", network["features"][0], network["features"][-1], tuple(network["depths_down"]),
         tuple(network["depths_up"]), levels=len(network["features"]), widths=tuple(network["features"]),
         transformer=tuple(bottleneck) if network.get("bottleneck", True) else (0, 0, 0, 0),
+        skip=network.get("skip", "add"),
     )  # fmt: skip
 
 

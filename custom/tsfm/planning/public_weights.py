@@ -80,8 +80,9 @@ def _own(path: str) -> Pretrained:
     network = description.get("network", {})
     if network.get("name") != "ensemble":
         return Pretrained(tensors, description)
+    prefix = "" if network["network"].get("name", "tsfm") == "tsfm" else "net."
     first = {
-        "net." + name.removeprefix("members.0."): value
+        prefix + name.removeprefix("members.0."): value
         for name, value in tensors.items()
         if name.startswith("members.0.")
     }
@@ -127,7 +128,7 @@ def _stunet(path: str, content: Mapping[str, Any], state: Mapping[str, Tensor]) 
     description = {
         "network": network,
         "targets": {name: {} for name in names},
-        "dataset_labels": [{"name": "totalsegmentator", "labels": {str(i): name for i, name in enumerate(names, 1)}}],
+        "dataset_labels": [{"name": "totalsegmentator", "labels": {str(i): [name] for i, name in enumerate(names, 1)}}],
         "preparation": preparation.to_dict(),
         "patch_size": [128, 128, 128],
         "modalities": ["CT"],

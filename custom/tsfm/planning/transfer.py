@@ -3,6 +3,7 @@
 | tensor                                   | where shapes differ                                                                 |
 |------------------------------------------|-------------------------------------------------------------------------------------|
 | stem, to other input channels            | the sum over the old channels, spread evenly over the new ones                      |
+| stem, channels for clicks                | taken over from such channels, else their start: zero without clicks                |
 | kernel of a Down's shortcut (its stride) | the same along each axis whose stride differs                                       |
 | another kernel size                      | from 3 to 1 the sum along the axis, from 1 to 3 in the middle of zeros              |
 | position embedding                       | interpolated to the new token grid                                                  |
@@ -25,7 +26,9 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork, Parts
+from ..network.description import differences
 from ..network.tsfm_net import interpolate_positions
 from ..training.checkpoint import EXTRA_STATE
 from ..training.weight_files import CheckpointError
@@ -66,6 +69,7 @@ def load_pretrained(
     ours = {**getattr(network, "description", {}), **(task or {})}
     own = {name: value for name, value in network.state_dict().items() if not name.endswith(EXTRA_STATE)}
     heads = _HeadMap(list(theirs.get("targets", ())), list(ours.get("targets", ())))
+    clicks = tuple("click_sigma" in side for side in (theirs, ours))
 
     entries, values, problems = [], {}, []
     for name, current in own.items():
@@ -76,7 +80,7 @@ def load_pretrained(
                 problems.append(f"{name} {tuple(current.shape)}: not in the checkpoint")
             entries.append(Entry(name, tuple(current.shape), "new", 0, current.numel()))
             continue
-        adapted = _adapt(parts, name, source, current, heads)
+        adapted = _adapt(parts, name, source, current, heads, clicks)
         if adapted is None:
             problems.append(f"{name}: checkpoint {tuple(source.shape)}, network {tuple(current.shape)}")
             continue
@@ -154,12 +158,22 @@ class _HeadMap:
 
 
 def _adapt(
-    parts: Parts, name: str, source: Tensor, current: Tensor, heads: _HeadMap
+    parts: Parts,
+    name: str,
+    source: Tensor,
+    current: Tensor,
+    heads: _HeadMap,
+    clicks: tuple[bool, bool] = (False, False),
 ) -> tuple[Entry, Tensor | None] | None:
-    """The entry and the value for one tensor of the network (value None: keep the start); None where it cannot fit."""
+    """The entry and the value for one tensor of the network (value None: keep the start); None where it cannot fit.
+
+    `clicks`: whether the checkpoint and the network have channels for clicks.
+    """
     shape, size = tuple(current.shape), current.numel()
     if source.ndim != current.ndim:
         return None
+    if re.match(parts.inputs, name) and clicks != (False, False):
+        return _adapt_prompted(parts, name, source, current, heads, clicks)
     if re.match(parts.heads, name) and not (heads.same and source.shape == current.shape):
         if not heads.fits(source, current):
             return None
@@ -186,6 +200,28 @@ def _adapt(
         note = f"token grid {tuple(source.shape[2:])} to {shape[2:]}"
         return Entry(name, shape, "adapted", size, 0, note), interpolate_positions(source, shape[2:])
     return None
+
+
+def _adapt_prompted(
+    parts: Parts, name: str, source: Tensor, current: Tensor, heads: _HeadMap, clicks: tuple[bool, bool]
+) -> tuple[Entry, Tensor] | None:
+    """A stem of which one side or both have channels for clicks (the last ones): those of the images as without clicks."""
+    theirs, ours = (
+        weight.split([weight.shape[1] - CLICK_CHANNELS * has, CLICK_CHANNELS * has], 1)
+        for weight, has in zip((source, current), clicks, strict=True)
+    )
+    adapted = _adapt(parts, name, theirs[0], ours[0], heads)
+    if adapted is None or (clicks == (True, True) and theirs[1].shape != ours[1].shape):
+        return None
+    own = theirs[1] if all(clicks) else ours[1].detach()
+    fresh = 0 if all(clicks) else own.numel()
+    entry, value = adapted
+    note = "click channels " + ("loaded" if all(clicks) else "new" if clicks[1] else "left out")
+    kind = entry.kind if all(clicks) else "adapted"
+    found = Entry(
+        name, tuple(current.shape), kind, current.numel() - fresh, fresh, "; ".join(filter(None, [entry.note, note]))
+    )
+    return found, torch.cat([value.to(own), own], 1)
 
 
 def _spread(weight: Tensor, shape: Sequence[int]) -> Tensor:
@@ -228,16 +264,12 @@ def _may_be_absent(parts: Parts, name: str, other: Mapping[str, Any]) -> bool:
 def _misfit(path: str, problems: list[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     lines = [f"{path} does not fit the network ({len(problems)} problems); the network was not changed:"]
     was, now = theirs.get("network", {}), ours.get("network", {})
-    lines += [
-        f"  {key}: checkpoint {was[key]}, network {now[key]}"
-        for key in ("features", "depths_down", "depths_up", "hidden_size", "num_layers", "mlp_dim")
-        if key in was and key in now and was[key] != now[key]
-    ]
+    lines += [f"  {line}" for line in differences(was, now)]
     lines += [f"  {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"  ... and {len(problems) - SHOWN} more")
     lines.append(
-        "Declare the network with the checkpoint's features and depths (its channels, targets, patch and strides may "
+        "Declare the network with the checkpoint's features, depths and skip (its channels, targets, patch and strides may "
         "differ), or name parts that shall start anew in reinitialize, for example ['bottleneck']."
     )
     return "\n".join(lines)

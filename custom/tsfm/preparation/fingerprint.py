@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from ..cases.cases import Preparation, load_case
+from ..cases.pool import complete_items
+from ..cases.sources import Sources, missing_in
 from ..errors import CaseError
+from ..files import atomic_write
 from ..labels import LabelTable
-from .parallel import WorkerDied, run_all
+from .parallel import run_all
 from .preprocessing import MASKED_BELOW, _extents_mm, crop_box
 from .resampling import (
     ANISOTROPY,
@@ -21,6 +29,19 @@ from .resampling import (
 
 FINGERPRINT_VOXELS = 10**7
 """Foreground voxels that a fingerprint draws over all cases (nnU-Net draws 1e8; the percentiles agree to 1e-3)."""
+
+KEPT_VOXELS = 20_000
+"""Foreground voxels that are kept of a case at least, so that a pool of 500 cases or more need not measure it again."""
+
+SEED = 1234
+
+FOLDER = "fingerprints"
+"""In the store: what was measured of each case."""
+
+CASE_FORMAT = 1
+
+ALONE_S = 10.0
+"""Seconds for which cases are measured before worker processes are started for the rest."""
 
 
 @dataclass
@@ -51,51 +72,106 @@ class Fingerprint:
         return tuple(np.median(shapes, axis=0).tolist())
 
 
+class Measured(NamedTuple):
+    """What one case says: its modality, its foreground intensities (the `whole` or a sample), its shape after the crop, its
+    spacing, the share that the crop kept, and raw id -> extent in mm."""
+
+    modality: str
+    values: np.ndarray
+    whole: bool
+    shape: Sequence[int]
+    spacing_mm: Sequence[float]
+    kept: float
+    extents_mm: dict[str, list[float]]
+
+    def drawn(self, voxels: int) -> np.ndarray | None:
+        """A sample of `voxels` intensities, drawn with replacement; None where the kept one is too short."""
+        if not len(self.values):
+            return self.values
+        if self.whole:
+            return np.random.RandomState(SEED).choice(self.values, voxels, replace=True)
+        return self.values[:voxels] if len(self.values) >= voxels else None  # a longer sample begins with a shorter one
+
+
 def fingerprint(
     items: Sequence[Mapping[str, Any]],
     table: LabelTable,
     preparation: Preparation | None = None,
     num_workers: int = 0,
     progress: bool = True,
+    sources: Sources | None = None,
 ) -> Fingerprint:
     """Read all items once and gather nnU-Net 2's fingerprint. `preparation` gives in_channels and default modality.
+
+    With `sources` what was measured of a case is kept in the store (``fingerprints/``), also when the process is killed,
+    and a case with the same bytes is not measured again. Workers start when it takes more than some seconds.
 
     Raises:
         CaseError: no item could be read (all messages are listed).
     """
     preparation = preparation or Preparation((1.0, 1.0, 1.0))
     voxels = max(1, FINGERPRINT_VOXELS // max(1, len(items)))
-    found, failed = [], []
-    jobs = [(item, table, preparation, voxels) for item in items]
-    with tqdm(total=len(jobs), desc="fingerprint", disable=not progress) as bar:
-        for index, outcome in run_all(_look_at_case, jobs, num_workers):
-            bar.update()
-            if isinstance(outcome, (CaseError, WorkerDied)):
-                failed.append((items[index], str(outcome)))
+    found: dict[int, Measured] = {}
+    failed: dict[int, str] = {}
+    jobs: dict[int, tuple] = {}
+    for index, item in enumerate(items):
+        try:
+            path = sources and _kept_path(sources, complete_items([item], table)[0], table, preparation)
+            kept = path and _read_kept(path)
+            if kept and kept.drawn(voxels) is not None:
+                found[index] = kept
+            elif sources and not sources.raw_data:
+                raise CaseError(f"the fingerprint of case '{item['case']}' {missing_in(sources.store_dir)}")
             else:
-                found.append((index, *outcome))
+                jobs[index] = (item, table, preparation, voxels, path)
+        except CaseError as error:
+            failed[index] = str(error)
+    with tqdm(total=len(items), desc="fingerprint", disable=not progress) as bar:
+        bar.update(len(items) - len(jobs))
+        for index, outcome in _run_jobs(jobs, num_workers):
+            bar.update()
+            if isinstance(outcome, Measured):
+                found[index] = outcome
+            else:
+                failed[index] = str(outcome)
     if not found:
-        listed = "\n".join(message for _, message in failed)
+        listed = "\n".join(failed.values())
         raise CaseError(f"no case could be read for the fingerprint; found {len(items)} items:\n{listed}")
-    found.sort(key=lambda row: row[0])
-    _, modality, values, shapes, spacings, kept, extents = zip(*found, strict=True)
+    rows = [(items[index].get("dataset", ""), found[index]) for index in sorted(found)]
+    return _summary(rows, voxels, [(items[index], failed[index]) for index in sorted(failed)])
+
+
+def _run_jobs(jobs: dict[int, tuple], num_workers: int) -> Iterator[tuple[int, Any]]:
+    """(index, result) of each job: in this process for a while, then in workers, which take some seconds to start."""
+    began, waiting = time.monotonic(), list(jobs)
+    while waiting and (num_workers < 2 or time.monotonic() < began + ALONE_S):
+        index = waiting.pop(0)
+        ((_, outcome),) = run_all(_look_at_case, [jobs[index]])
+        yield index, outcome
+    for number, outcome in run_all(_look_at_case, [jobs[index] for index in waiting], num_workers):
+        yield waiting[number], outcome
+
+
+def _summary(rows: Sequence[tuple[str, Measured]], voxels: int, failed: list) -> Fingerprint:
+    """The fingerprint of (data set, measured case), with so many voxels drawn of each."""
     intensity, masked = {}, {}
-    for name in dict.fromkeys(modality):
-        of_modality = [i for i, m in enumerate(modality) if m == name]
-        masked[name] = bool(np.median([kept[i] for i in of_modality]) < MASKED_BELOW)
-        pooled = np.concatenate([values[i] for i in of_modality])
+    for name in dict.fromkeys(case.modality for _, case in rows):
+        own = [case for _, case in rows if case.modality == name]
+        masked[name] = bool(np.median([case.kept for case in own]) < MASKED_BELOW)
+        pooled = np.concatenate([case.drawn(voxels) for case in own])
         if pooled.size:
             intensity[name] = _statistics(pooled)
     smallest: dict[str, dict[str, list[float]]] = {}
-    for (index, *_), of_case in zip(found, extents, strict=True):
-        known = smallest.setdefault(items[index].get("dataset", ""), {})
-        for raw, extent in of_case.items():
+    for dataset, case in rows:
+        known = smallest.setdefault(dataset, {})
+        for raw, extent in case.extents_mm.items():
             known[raw] = [min(pair) for pair in zip(known.get(raw, extent), extent, strict=True)]
-    return Fingerprint(intensity, list(shapes), list(spacings), masked, failed, smallest)
+    shapes, spacings = [tuple(case.shape) for _, case in rows], [tuple(case.spacing_mm) for _, case in rows]
+    return Fingerprint(intensity, shapes, spacings, masked, failed, smallest)
 
 
-def _look_at_case(item, table: LabelTable, preparation: Preparation, voxels: int):
-    """(modality, foreground intensities, cropped shape, spacing, share kept by the crop, extents in mm) of one item."""
+def _look_at_case(item, table: LabelTable, preparation: Preparation, voxels: int, path: str | None) -> Measured:
+    """Measure one item, and keep the result at `path`."""
     case = load_case(item, table, preparation)
     crop = tuple(slice(*span) for span in crop_box(case.image))
     image, codes = case.image[(slice(None), *crop)], case.codes
@@ -104,9 +180,37 @@ def _look_at_case(item, table: LabelTable, preparation: Preparation, voxels: int
         extents = _extents_mm(codes, table.local_ids(case.dataset), case.spacing_mm)
         foreground = (codes[crop] != 0) & ~np.isin(codes[crop], table.ignored(case.dataset))
         values = image[:, foreground].ravel()
-    if values.size:
-        values = np.random.RandomState(1234).choice(values, voxels, replace=True)
-    return case.modality, values, image.shape[1:], case.spacing_mm, image[0].size / case.image[0].size, extents
+    wanted = max(voxels, KEPT_VOXELS)
+    whole = values.size <= wanted
+    if not whole:
+        values = np.random.RandomState(SEED).choice(values, wanted, replace=True)
+    kept = image[0].size / case.image[0].size
+    measured = Measured(case.modality, values, whole, image.shape[1:], case.spacing_mm, kept, extents)
+    if path is not None:
+        plain = json.dumps(measured._replace(values=None))
+        atomic_write(path, lambda temporary: np.savez_compressed(temporary, values=values, plain=plain), ".npz")
+    return measured
+
+
+def _kept_path(sources: Sources, item: Mapping[str, Any], table: LabelTable, preparation: Preparation) -> str:
+    """Where a complete item's `Measured` is kept: a name made of all that it depends on."""
+    label = item.get("label")
+    structures = list(label) if isinstance(label, Mapping) else None
+    rules = table.label_rules(item["dataset"])
+    facts = [CASE_FORMAT, sources.identity(item), item["modality"], structures, rules, preparation.in_channels]
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return os.path.join(sources.store_dir, FOLDER, f"{name}.npz")
+
+
+def _read_kept(path: str) -> Measured | None:
+    if not os.path.isfile(path):
+        return None
+    try:
+        with np.load(path) as file:
+            values, plain = file["values"], json.loads(str(file["plain"]))
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile):  # damaged: measured again
+        return None
+    return Measured(*plain)._replace(values=values)
 
 
 def _statistics(values: np.ndarray) -> dict[str, float]:

@@ -19,9 +19,11 @@ from .._version import __version__
 from ..cases.licences import licences_of
 from ..files import atomic_write
 from ..labels import LabelTable
+from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork
-from ..network.description import check_description
+from ..network.description import check_description, differences, fill_in
 from ..network.networks import create_network
+from .folds import combine
 from .weight_files import CheckpointError, load_file, write_state
 
 EXTRA_STATE = "_extra_state"
@@ -31,16 +33,22 @@ NESTED_KEYS = ("model", "state_dict", "network", "network_weights")
 
 PREFIXES = ("module.", "_orig_mod.", "network.")
 
+Weights = str | os.PathLike | Sequence[str | os.PathLike]
+"""A weight file, or a list of folds' weight files, whose logits are averaged."""
 
-def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and description of a weight file; the tensors of ``.pt`` files are mapped, not copied.
+
+def read_state(path: Weights) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and description of a weight file, or of several folds' as one; those of ``.pt`` files are mapped, not copied.
 
     Reads a plain state dict, a training checkpoint (``{"model": ...}``), ``{"state_dict": ...}``-style files and
     safetensors; prefixes of wrappers (``module.``) are dropped. The description is empty where the file has none.
 
     Raises:
-        CheckpointError: no such file, not a weight file, or a pickle that holds more than tensors and plain values.
+        CheckpointError: no such file, not a weight file, or a pickle that holds more than tensors and plain values; folds
+            that do not fit together.
     """
+    if not isinstance(path, str | os.PathLike):
+        return combine([(os.fspath(one), *read_state(one)) for one in path])
     state = load_file(os.fspath(path))
     for key in NESTED_KEYS:
         if isinstance(state.get(key), Mapping):
@@ -55,7 +63,7 @@ def read_state(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[s
     return tensors, decode_description(extra, os.fspath(path))
 
 
-def read_description(path: str | os.PathLike) -> dict[str, Any]:
+def read_description(path: Weights) -> dict[str, Any]:
     """What travels with the weights in `path`.
 
     Raises:
@@ -90,6 +98,7 @@ def decode_description(extra: torch.Tensor | None, source: str = "the weights") 
             f"{source}: the description in the file is damaged ({type(error).__name__}); download or copy it again"
         ) from None
     check_description(description, source, CheckpointError)
+    fill_in(description)
     return description
 
 
@@ -117,9 +126,11 @@ def describe_network(
         raise CheckpointError(
             f"the network has {arguments['out_channels']} outputs, the label table {len(table.names)} targets"
         )
-    if arguments["in_channels"] != preparation.in_channels:
+    if image_channels(network.description) != preparation.in_channels:
+        clicks = " (and two for clicks)" if "click_sigma" in network.description else ""
         raise CheckpointError(
-            f"the network takes {arguments['in_channels']} channels, the preparation makes {preparation.in_channels}"
+            f"the network takes {image_channels(network.description)} channels{clicks}, the preparation makes "
+            f"{preparation.in_channels}"
         )
     declared = table.to_dict()
     network.description.update(
@@ -191,6 +202,11 @@ def matching_table(description: Mapping[str, Any], pool_table: LabelTable) -> La
     return pool_table
 
 
+def image_channels(description: Mapping[str, Any]) -> int:
+    """Channels of the images that the weights take: a promptable network has two more, for clicks."""
+    return description["network"]["in_channels"] - (CLICK_CHANNELS if "click_sigma" in description else 0)
+
+
 def known_modalities(description: Mapping[str, Any]) -> list[str]:
     """Modalities that the weights were trained on, the one of images that name none first."""
     first = description["preparation"].get("default_modality", "CT")
@@ -219,14 +235,14 @@ class WeightLoader:
     """Handler: loads a weight file strictly when the engine starts; nothing is ever loaded in part.
 
     Args:
-        path: weight file (any format that `read_state` takes).
+        path: weight file or several folds' (any format that `read_state` takes).
         network: the network to fill.
 
     Raises:
         CheckpointError: tensors that are missing, superfluous or of another shape, with their names.
     """
 
-    def __init__(self, path: str | os.PathLike, network: nn.Module) -> None:
+    def __init__(self, path: Weights, network: nn.Module) -> None:
         self.path, self.network = path, network
 
     def attach(self, engine: Any) -> None:
@@ -240,13 +256,13 @@ class WeightLoader:
         load_weights(self.network, self.path)
 
 
-def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
+def load_weights(network: nn.Module, path: Weights) -> None:
     """Fill `network` with the weights in `path`; every tensor has to fit, or nothing is changed.
 
     Raises:
         CheckpointError: what is missing, superfluous or of another shape.
     """
-    tensors, _ = read_state(path)
+    tensors, description = read_state(path)
     own = {key: value for key, value in network.state_dict().items() if key != EXTRA_STATE}
     problems = [f"missing {key}" for key in own if key not in tensors]
     problems += [f"unexpected {key}" for key in tensors if key not in own]
@@ -256,7 +272,8 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
         if key in tensors and tensors[key].shape != own[key].shape
     ]
     if problems:
-        shown = "\n  ".join(problems[:12])
+        ours = getattr(network, "description", {}).get("network", {})
+        shown = "\n  ".join([*differences(description.get("network", {}), ours), *problems[:12]])
         raise CheckpointError(
             f"{path} does not fit the network ({len(problems)} tensors differ); nothing was loaded:\n  {shown}\n"
             "Build the network from the file itself (tsfm.training.checkpoint.build_network), or adapt with load_pretrained()."
@@ -272,16 +289,7 @@ def save_weights(network: nn.Module | Mapping[str, torch.Tensor], path: str | os
     atomic_write(path, lambda temporary: write_state(state, temporary, path.endswith(".safetensors")))
 
 
-def bundle_description(path: str) -> dict[str, Any]:
-    """What travels with the weights at `path`, or else with those of the bundle that this package lies in.
-
-    Raises:
-        CheckpointError: as `read_description`.
-    """
-    return read_description(bundled_weights(path))
-
-
-def bundled_weights(path: str) -> str:
+def bundled_weights(path: Weights) -> Weights:
     """`path` where there is a file, or else the weights of the bundle that this package lies in, if it lies in one.
 
     `monai.bundle.load` builds the network without saying where the bundle is, so that a released config's relative
@@ -289,4 +297,5 @@ def bundled_weights(path: str) -> str:
     """
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     beside = os.path.join(os.path.dirname(package), "models", "model.pt")
-    return beside if not os.path.isfile(path) and os.path.isfile(beside) else path
+    is_gone = isinstance(path, str | os.PathLike) and not os.path.isfile(path)
+    return beside if is_gone and os.path.isfile(beside) else path

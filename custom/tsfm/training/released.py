@@ -14,7 +14,7 @@ from typing import Any
 from ..network.described import DescribedNetwork
 from ..network.description import check_description
 from ..network.networks import create_network
-from .checkpoint import build_network, bundled_weights, read_state
+from .checkpoint import Weights, build_network, bundled_weights, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ FREE = {"name": "tsfm", "dropout": 0.0, "checkpointing": False}
 """Arguments that change no tensor of a network, and (like its name) need not be in a description."""
 
 
-def released_network(path: str, **arguments: Any) -> DescribedNetwork:
+def released_network(path: Weights, **arguments: Any) -> DescribedNetwork:
     """The network that `arguments` declare (see `create_network`), without its weights.
 
     Where the weights at `path` are those of another network, that one is built.
@@ -41,7 +41,7 @@ def released_network(path: str, **arguments: Any) -> DescribedNetwork:
     return network
 
 
-def released_description(path: str, **declared: Any) -> dict[str, Any]:
+def released_description(path: Weights, **declared: Any) -> dict[str, Any]:
     """What travels with the weights at `path`; without weights, what is `declared`: targets, preparation, patch size, ...
 
     Raises:
@@ -56,10 +56,11 @@ def released_description(path: str, **declared: Any) -> dict[str, Any]:
     return found or {"dataset_labels": [], **declared}
 
 
-def _of_weights(path: str) -> dict[str, Any]:
+def _of_weights(path: Weights) -> dict[str, Any]:
     """The description in the weights at `path`, or in the bundle that this package lies in; empty without a file."""
     path = bundled_weights(path)
-    return read_state(path)[1] if os.path.isfile(path) else {}
+    is_gone = isinstance(path, str | os.PathLike) and not os.path.isfile(path)
+    return {} if is_gone else read_state(path)[1]
 
 
 def _value(arguments: Mapping[str, Any], key: str) -> Any:

@@ -33,13 +33,17 @@ class AutocastStep:
 
     def forward(self, engine: Any, batch: Any) -> None:
         """Move the batch to the device, run the network, put image, label and prediction into ``state.output``."""
-        inputs, targets = engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
-        parameter = next(engine.network.parameters())
-        inputs = inputs.to(dtype=parameter.dtype, memory_format=torch.channels_last_3d)
+        inputs, targets = self.batch(engine, batch)
         engine.state.output = {Keys.IMAGE: inputs, Keys.LABEL: targets}
         with autocast(engine.state.device, self.amp, self.amp_dtype):
             engine.state.output[Keys.PRED] = engine.inferer(inputs, engine.network)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+
+    def batch(self, engine: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images in the weights' type and codes, on the device."""
+        images, codes = engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
+        kind = next(engine.network.parameters()).dtype
+        return images.to(dtype=kind, memory_format=torch.channels_last_3d), codes
 
 
 class TrainStep(AutocastStep):

@@ -46,7 +46,7 @@ ROW = _object(
             "items": {"type": "integer"},
             "description": "a list of whole numbers",
         },
-        "prompted": {"type": "boolean", "description": "true or false"},
+        **{key: {"type": "boolean", "description": "true or false"} for key in ("prompted", "zero_shot")},
         "options": {"type": "object", "description": "an object of ids of the bundle's train.json"},
         "paper": _named(
             {
@@ -163,9 +163,9 @@ class Grid:
                 ("weights", [row["weights"]] if "weights" in row else [], self.weights),
             ):
                 self._known(f"row '{row['name']}'", kind, asked, known)
-            if not row.get("prompted") and not {"bundle", "epochs"} <= set(row):
+            if not is_published(row) and not {"bundle", "epochs"} <= set(row):
                 raise FileError(f"{self.source}: row '{row['name']}' lacks a 'bundle' or its 'epochs'")
-            if row.get("prompted") and not all(self._pools.get(key) for key in row["datasets"]):
+            if is_published(row) and not all(self._pools.get(key) for key in row["datasets"]):
                 raise FileError(f"{self.source}: the data sets of row '{row['name']}' need a 'pool_file'")
             for name, figures in row.get("paper", {}).items():
                 if isinstance(figures, list) and len(figures) != len(row["epochs"]):
@@ -235,6 +235,11 @@ class Grid:
         if not isinstance(figures, list):
             return figures
         return dict(zip(row["epochs"], figures, strict=True)).get(column.epochs)
+
+
+def is_published(row: Mapping[str, Any]) -> bool:
+    """Whether a row's weights are taken as others published them, and nothing is trained."""
+    return bool(row.get("prompted") or row.get("zero_shot"))
 
 
 def _columns(entry: Mapping[str, Any]) -> Iterator[Column]:

@@ -23,7 +23,8 @@ from tsfm.planning.own_data import pretrained_description
 from tsfm.schema import FileError, nearest, read_json
 from tsfm.training.weight_files import CheckpointError
 
-from .grid_files import Grid, Run
+from ..release.import_stunet import write_stunet
+from .grid_files import Grid, Run, is_published
 from .prompted import prompted_scores
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class GridRunner:
             pretrained_description(path)
         self.recipes = {name: next(grid.runs(w["row"])) for name, w in grid.weights.items() if "row" in w}
         self.runs = sorted((run for row in grid.rows for run in grid.runs(row)), key=lambda run: run.epochs or 0)
-        trained = [run for run in (*self.runs, *self.recipes.values()) if not run.row.get("prompted")]
+        trained = [run for run in (*self.runs, *self.recipes.values()) if not is_published(run.row)]
         self._ids = {bundle: self._known_ids(bundle) for bundle in {run.row["bundle"] for run in trained}}
         known = set().union(*self._ids.values())
         unknown = [f"--{key}{nearest(key, known)}" for key in self.settings if key.split("#")[0] not in known]
@@ -196,8 +197,8 @@ class GridRunner:
 
     def scores(self, run: Run) -> dict[str, dict[str, float]]:
         """Train and score a run unless that is done: data set -> target -> Dice."""
-        if run.row.get("prompted"):
-            return self._prompted(run)
+        if is_published(run.row):
+            return self._published(run)
         checkpoint, record = self.train(run), self.record(run)
         if "scores" in record:
             return record["scores"]
@@ -208,26 +209,39 @@ class GridRunner:
             bundle, ["inference.json", "evaluate.json", *self._of_data(run)], dataset_dir=str(self.folder_of(run.dataset)),
             checkpoint=str(checkpoint), output_dir=str(evaluated), progress=False, **data,
         )  # fmt: skip
-        parts = read_json(evaluated / "summary.json")["datasets"]
-        scores = {
-            dataset: {target: entry["dice"]["mean"] for target, entry in part.items() if entry["dice"]}
-            for dataset, part in parts.items()
-        }
+        scores = _dice(evaluated)
         self._write(run, {**record, "scores": scores})
         return scores
 
-    def _prompted(self, run: Run) -> dict[str, dict[str, float]]:
-        """The scores of a network that is shown each target, which is not trained here."""
+    def _published(self, run: Run) -> dict[str, dict[str, float]]:
+        """The scores of a network that is not trained here."""
         weights = self.weights[run.row["weights"]]
         chosen = {key: self.settings[key] for key in ("fold", "device") if key in self.settings}
         settings = self._settings(run, {"pretrained": weights, "seed": run.seed, **chosen}, [])
         record = self._kept(run, settings)
         if not record:
-            splits = self.settings.get("splits_file")
-            pool = DatasetPool(self.grid.pool(run.dataset), self.folder_of(run.dataset), splits_file=splits)
-            record = {"settings": settings, "scores": prompted_scores(weights, pool, seed=run.seed, **chosen)}
+            splits, scores = (
+                self.settings.get("splits_file"),
+                self._prompted if run.row.get("prompted") else self._zero_shot,
+            )
+            record = {"settings": settings, "scores": scores(run, weights, splits_file=splits, **chosen)}
             self._write(run, record)
         return record["scores"]
+
+    def _prompted(self, run: Run, weights: str, splits_file: Any, **chosen: Any) -> dict[str, dict[str, float]]:
+        pool = DatasetPool(self.grid.pool(run.dataset), self.folder_of(run.dataset), splits_file=splits_file)
+        return prompted_scores(weights, pool, seed=run.seed, **chosen)
+
+    def _zero_shot(self, run: Run, weights: str, **chosen: Any) -> dict[str, dict[str, float]]:
+        """STU-Net's own structures, by name, where the data set annotates them."""
+        folder = self.output_dir / "cells" / run.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        run_bundle(
+            self.grid.bundles_dir / "tsfm_finetune", ["inference.json", "evaluate.json", "zero_shot.json"], **chosen,
+            dataset_dir=str(self.folder_of(run.dataset)), pool_file=self.grid.pool(run.dataset), progress=False,
+            checkpoint=write_stunet(weights, str(folder / "model.pt")), output_dir=str(folder / "evaluation"),
+        )  # fmt: skip
+        return _dice(folder / "evaluation")
 
     def _settings(self, run: Run, options: Mapping[str, Any], configs: Sequence[str]) -> dict[str, Any]:
         """What a run that is done must have been run with."""
@@ -256,3 +270,11 @@ class GridRunner:
         path = self.output_dir / "cells" / run.folder / "cell.json"
         text = json.dumps(record, indent=4)
         atomic_write(str(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _dice(evaluated: Path) -> dict[str, dict[str, float]]:
+    """Data set -> target -> mean Dice, of an evaluation's folder."""
+    return {
+        dataset: {target: entry["dice"]["mean"] for target, entry in part.items() if entry["dice"]}
+        for dataset, part in read_json(evaluated / "summary.json")["datasets"].items()
+    }

@@ -49,6 +49,17 @@ def is_asked(grid: Grid, row: Mapping[str, Any], column: Column) -> bool:
     return epochs and any(column.dataset in grid.covers(dataset) for dataset in row["datasets"])
 
 
+def is_scored(grid: Grid, row: Mapping[str, Any], column: Column, results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the runs that could give a figure were scored: one that is absent all the same is of targets they do not know."""
+    if column.mean_of:
+        return all(is_scored(grid, row, other, results) for other in grid.columns if other.name in column.mean_of)
+    scored = [result for result in results if result["row"] == row["id"]]
+    return any(
+        column.epochs in (None, result["epochs"]) and column.dataset in grid.covers(result["dataset"])
+        for result in scored
+    )
+
+
 def table(grid: Grid, results: Sequence[Mapping[str, Any]], obstacles: Mapping[str, Sequence[Run]]) -> str:
     """Rows down, columns across in the grid's blocks, the paper's figure beside each of ours; below, what hinders which runs.
 
@@ -63,7 +74,8 @@ def table(grid: Grid, results: Sequence[Mapping[str, Any]], obstacles: Mapping[s
             header += [column.label, "paper"] if is_printed else [column.label]
             for line, row, figure in zip(cells, grid.rows, printed, strict=True):
                 values = list(figures(grid, row, column, results).values())
-                line.append(_with_spread(values) if values else "not run" if is_asked(grid, row, column) else "-")
+                is_due = is_asked(grid, row, column) and not is_scored(grid, row, column, results)
+                line.append(_with_spread(values) if values else "not run" if is_due else "-")
                 line += ["-" if figure is None else f"{figure:.4f}"] if is_printed else []
         blocks.append(markdown(header, cells))
     notes = ["Dice; mean ± standard deviation where there are several seeds."]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tsfm.network.adapted import REQUIRED
-from tsfm.training.checkpoint import table_of
+from tsfm.training.checkpoint import image_channels, table_of
 
 from .rules import ReleaseError
 
@@ -17,6 +17,9 @@ NO_WORKFLOW = ("metadata.json", "pool.json", OVERLAY)
 
 UNSAID = {"modalities": [], "mirror_axes": "SPL", "activation": "sigmoid"}
 """What older weights leave out of their description."""
+
+SELDOM_SAID = ("click_sigma",)
+"""What only some weights have in their description: ``%weights#others``."""
 
 NOT_EVALUATED = {"mean_dice": "not evaluated"}
 
@@ -51,7 +54,8 @@ def _resolved(overlay: Mapping[str, Any], description: Mapping[str, Any]) -> dic
     """An overlay with the parts of the weights' description that its macros name."""
     from monai.bundle import ConfigParser
 
-    parser = ConfigParser({**overlay, "weights": {**UNSAID, **description}})
+    others = {key: description[key] for key in SELDOM_SAID if key in description}
+    parser = ConfigParser({**overlay, "weights": {**UNSAID, **description, "others": others}})
     parser.resolve_macro_and_relative_ids()
     return {key: value for key, value in parser.get().items() if key in overlay}
 
@@ -109,7 +113,9 @@ def fill_metadata(
         f"{method} of {parameters / 1e6:.3g} million parameters that segments {targets}. Trained on: {source}."
     )
     metadata["data_source"] = f"{source}; see docs/data_license.txt"
-    metadata["image_classes"] = f"{network['in_channels']} channel(s): {modality}, any size, spacing and orientation"
+    metadata["image_classes"] = (
+        f"{image_channels(description)} channel(s): {modality}, any size, spacing and orientation"
+    )
     values = ", ".join(f"{value} is {name}" for value, name in table.channel_def().items())
     metadata["label_classes"] = metadata["pred_classes"] = values
 
@@ -117,13 +123,15 @@ def fill_metadata(
 def _fill_format(data: dict[str, Any], description: Mapping[str, Any], modalities: list[str], modality: str) -> None:
     """``network_data_format``: what goes into the network and comes out, window by window."""
     table, channels = table_of(description), description["network"]["in_channels"]
-    patch = list(description["patch_size"])
+    patch, images = list(description["patch_size"]), image_channels(description)
+    names = [modality] if images == 1 else [f"image_{i}" for i in range(images)]
+    names += ["clicks inside", "clicks outside"][: channels - images]
     data["inputs"].setdefault("image", {}).update(
         format="hounsfield" if modalities == ["CT"] else "magnitude",
         modality=modality,
         num_channels=channels,
         spatial_shape=patch,
-        channel_def={str(i): modality if channels == 1 else f"image_{i}" for i in range(channels)},
+        channel_def={str(i): name for i, name in enumerate(names)},
     )
     data["outputs"].setdefault("pred", {}).update(
         num_channels=len(table.names),

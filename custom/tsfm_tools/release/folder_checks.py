@@ -25,7 +25,7 @@ PREFERRED = (
     *("docs/README.md", "docs/data_license.txt"),
 )
 
-PARTS = {"LICENSE", "configs", "docs", "models", "tsfm", "large_files.yml"}
+PARTS = {"LICENSE", "configs", "docs", "label_app", "models", "tsfm", "large_files.yml"}
 
 README_HEADINGS = (  # of the zoo's template and of the bundles in it
     *("Model Overview", "Data", "Preprocessing", "Training Configuration", "Input", "Output", "Performance"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tsfm.planning.public_weights import read_folder
-from tsfm.training.checkpoint import build_network, encode_description, save_weights
+from tsfm.training.checkpoint import encode_description, save_weights
+from tsfm.training.folds import combine
 
 from .release import release
 
@@ -50,30 +52,28 @@ def import_nnunet(
     model = read_folder(
         model_folder, folds=folds, trainer=trainer, **({"checkpoint": checkpoint} if checkpoint else {})
     )
-    description = dict(model.description)
-    members = list(model.folds.values())
-    state = members[0]
-    if len(members) > 1:
-        one = description["network"]
-        shape = {key: one[key] for key in ("in_channels", "out_channels")}
-        description["network"] = {"name": "ensemble", **shape, "count": len(members), "network": one}
-        kept = build_network(description).state_dict()
-        state = {
-            f"members.{i}.{key.removeprefix('net.')}": value
-            for i, member in enumerate(members)
-            for key, value in member.items()
-        }
-        state = {
-            key: value for key, value in state.items() if key in kept
-        }  # heads of deep supervision are for training
-    with tempfile.TemporaryDirectory() as scratch:
-        path = os.path.join(scratch, "model.pt")
-        save_weights({**state, "_extra_state": encode_description(description)}, path)
-        said = trained_on or f"an nnU-Net model ({description['trained_by']}, fold {', '.join(model.folds)})"
-        bundle = release(bundle_dir, path, output_dir, name=name, trained_on=said, zipped=False)
+    members = [(f"fold {name}", state, model.description) for name, state in model.folds.items()]
+    state, description = combine(members) if len(members) > 1 else members[0][1:]
+    said = trained_on or f"an nnU-Net model ({description['trained_by']}, fold {', '.join(model.folds)})"
+    bundle = bundle_of(state, description, output_dir, name, said, bundle_dir)
     _mirror_by_default(os.path.join(bundle, "configs", "inference.json"), bool(description["mirror_axes"]))
     print(f"{bundle}: {len(members)} fold(s), targets {', '.join(description['targets'])}")
     return bundle
+
+
+def bundle_of(
+    state: Mapping[str, Any],
+    description: Mapping[str, Any],
+    output_dir: str,
+    name: str,
+    trained_on: str,
+    bundle_dir: str,
+) -> str:
+    """Stage a bundle around tensors that `description` describes; returns its folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = os.path.join(scratch, "model.pt")
+        save_weights({**state, "_extra_state": encode_description(description)}, path)
+        return release(bundle_dir, path, output_dir, name=name, trained_on=trained_on, zipped=False)
 
 
 def _mirror_by_default(path: str, mirrored: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tsfm.cases.licences import licence_facts, weights_terms
 from tsfm.schema import FileError, read_json
-from tsfm.training.checkpoint import table_of
+from tsfm.training.checkpoint import image_channels, table_of
 
 from .fitting import merge_overlay
 
@@ -71,7 +71,7 @@ def weights_table(
     facts = {
         "version": metadata["version"],
         "parameters": f"{parameters:,}",
-        "input": f"{description['network']['in_channels']} channel(s), {', '.join(description.get('modalities', []))}",
+        "input": f"{image_channels(description)} channel(s), {', '.join(description.get('modalities', []))}",
         "patch (S, P, L)": " x ".join(map(str, description["patch_size"])),
         "voxel spacing in mm (S, P, L)": " x ".join(f"{mm:g}" for mm in preparation["spacing_mm"]),
         "normalization": _normalization(preparation),

@@ -2,8 +2,8 @@
 
 `release` writes into `output_dir`:
 
-* ``NAME/``: the bundle with the package as a real copy (``NAME/tsfm``), the weights as ``models/model.pt`` (a plain
-  state dict; on request ``model.safetensors`` too), and configs, metadata, README and data licenses that fit them;
+* ``NAME/``: the bundle with the package and the MONAI Label app as real copies, the weights as ``models/model.pt`` (a
+  plain state dict; on request ``model.safetensors`` too), and configs, metadata, README and data licenses that fit them;
 * ``NAME_vX.Y.Z.zip``: the same folder, byte for byte the same whenever its content is; and its ``.sha256``;
 * ``model_info.json``: the entry under which the Model Zoo lists it (SHA-1 and address), merged with what is there.
 
@@ -43,6 +43,8 @@ WEIGHT_SUFFIXES = (".pt", ".safetensors", ".ts", ".onnx")
 
 STAGED = ("LICENSE", "configs/*.json", "configs/*.conf", "docs/*")
 """What a release takes from a bundle's folder; weights and package come beside it, runs and their data never do."""
+
+LABEL_APP = "label_app"
 
 PINS = ("requirements.txt", "requirements-label.txt")
 """Files of the repository's root that a reader of the zip needs too; staged in ``docs/``."""
@@ -128,7 +130,7 @@ def release(
         names = os.path.basename(os.path.abspath(bundle_dir)), name
         write_readme(os.path.join(folder, "docs", "README.md"), names, metadata["version"], parts)
         _write_weights(os.path.join(folder, "models"), tensors, description, safetensors)
-        _copy_package(os.path.join(folder, "tsfm"))
+        _copy_package(folder)
         _write_large_files(folder, name, base_url)
         check_weights(folder)
     if not zipped:
@@ -264,10 +266,12 @@ def _read_text(path: str) -> str:
         return file.read()
 
 
-def _copy_package(target: str) -> None:
-    """The package as a real copy: a link would be dropped or broken by what packs and unpacks bundles."""
-    source = os.path.dirname(os.path.abspath(tsfm.__file__))
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+def _copy_package(folder: str) -> None:
+    """Package and MONAI Label app as real copies: a link would be dropped or broken by what packs and unpacks bundles."""
+    app = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), LABEL_APP)
+    for source, name in ((os.path.dirname(os.path.abspath(tsfm.__file__)), "tsfm"), (app, LABEL_APP)):
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+        shutil.copytree(source, os.path.join(folder, name), ignore=ignored)
 
 
 def _write_large_files(bundle: str, name: str, base_url: str) -> None:

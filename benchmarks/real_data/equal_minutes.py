@@ -1,0 +1,229 @@
+"""Hippocampus from nothing at equal processor minutes: TSFM, the baselines' overlays, and nnU-Net 2.8.1 itself.
+
+Every side trains in a process of one thread until its minutes of processor time are used up (start, loader, augmentation and
+validation included, preparation not): a first short run tells what a step costs, and the number of steps, over which the
+learning rate falls, follows from it. The held-out cases of nnU-Net's fold 0 are then segmented whole, without mirrored
+windows, and scored. A cell that has its result is not run again.
+
+    python benchmarks/real_data/equal_minutes.py --work DIR --peer .venv-bench/bin/python --minutes 5 15 --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+BUNDLE = ROOT / "bundles/tsfm_finetune"
+ITERATIONS = 25
+SIDES = {
+    "tsfm_s": (["train.json", "small.json", "tsfm_s.json"], {}),
+    "tsfm_auto": (["train.json", "small.json"], {}),
+    "tsfm_b": (["train.json", "small.json", "tsfm_b.json"], {"step_seconds": "None", "learning_rate": 0.001}),
+    "stunet_s": (["train.json", "small.json", "stunet.json"], {"network_size": "stunet_s", "spacing_mm": "auto",
+                                                               "patch_size": "auto", "step_seconds": "None"}),
+    "swinunetr_12": (["train.json", "small.json", "swinunetr.json"], {"network_def#feature_size": 12,
+                                                                      "patch_size": "[64,64,64]", "step_seconds": "None"}),
+    "nnunet_2.8.1": None,
+}  # fmt: skip
+NAMES = {"tsfm_s": "TSFM S", "tsfm_auto": "TSFM, the plan's size", "tsfm_b": "TSFM B", "stunet_s": "STU-Net S",
+         "swinunetr_12": "SwinUNETR, feature size 12", "nnunet_2.8.1": "nnU-Net 2.8.1"}  # fmt: skip
+
+
+def run(command: list[str], log: Path) -> float:
+    """Run to the end; returns the processor seconds of the process and of its children."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with log.open("a") as sink:
+        done = subprocess.run(command, stdout=sink, stderr=sink, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{log}: the command failed: {' '.join(command)}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def bundle(configs: list[str], **settings: object) -> list[str]:
+    files = str([str(BUNDLE / "configs" / name) for name in configs])
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
+    settings = {"bundle_root": BUNDLE, "device": "cpu"} | settings
+    return command + [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+
+
+class Ours:
+    """A side that is a bundle run; `configs` and `settings` as in SIDES. One unit of work is an epoch."""
+
+    unit, first = ITERATIONS, (1, 3)
+
+    def __init__(self, work: Path, data: Path, side: str):
+        self.work, self.data, (self.configs, self.settings) = work, data, SIDES[side]
+
+    def train(self, folder: Path, epochs: int, seed: int) -> float:
+        settings = {"dataset_dir": self.data, "store_dir": self.work / "store", "output_dir": folder, "epochs": epochs,
+                    "ckpt_dir": folder / "published", "iterations_per_epoch": ITERATIONS, "seed": seed, "num_workers": 1,
+                    "splits_file": ROOT / "benchmarks/real_data/splits_hippocampus.json"}  # fmt: skip
+        return run(bundle(self.configs, **settings | self.settings), folder / "log")
+
+    def predict(self, folder: Path) -> None:
+        settings = {"dataset_dir": self.work / "held_out", "output_dir": folder / "maps", "mirror": False}
+        run(bundle(["inference.json"], checkpoint=folder / "model.pt", **settings), folder / "log")
+
+
+class Peer:
+    """nnU-Net 2.8.1. One unit of work is an iteration."""
+
+    unit, first = 1, (5, 10)
+
+    def __init__(self, work: Path, python: str):
+        self.work, self.command = work, [python, "-W", "ignore", str(Path(__file__).with_name("equal_minutes_peer.py"))]
+
+    def prepare(self, data: Path) -> None:
+        raw = self.work / "raw/Dataset004_hippocampus"
+        if not (raw / "dataset.json").exists():
+            for source in sorted((data / "imagesTr").glob("*.nii.gz")):
+                for part, name in (("imagesTr", source.name.replace(".nii", "_0000.nii")), ("labelsTr", source.name)):
+                    (raw / part).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(data / part / source.name, raw / part / name)
+            declared = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "anterior": 1, "posterior": 2}}
+            declared |= {"numTraining": len(list((raw / "imagesTr").iterdir())), "file_ending": ".nii.gz"}
+            (raw / "dataset.json").write_text(json.dumps(declared))
+        splits = self.work / "preprocessed/Dataset004_hippocampus/splits_final.json"
+        if not splits.exists():
+            run([*self.command, str(self.work), "prepare"], self.work / "peer.log")
+            shutil.copyfile(ROOT / "benchmarks/real_data/splits_hippocampus.json", splits)
+
+    def train(self, folder: Path, steps: int, seed: int) -> float:
+        command = [*self.command, str(self.work), "train", str(folder), str(steps), str(seed)]
+        seconds = run(command, folder / "log")
+        for name in ("dataset.json", "plans.json", "dataset_fingerprint.json"):
+            source = self.work / "preprocessed/Dataset004_hippocampus" / name.replace("plans", "nnUNetPlans")
+            shutil.copyfile(source, folder / name)
+        return seconds
+
+    def predict(self, folder: Path) -> None:
+        run([*self.command, str(self.work), "predict", str(folder)], folder / "log")
+
+
+def cell(side: Ours | Peer, folder: Path, minutes: float, seed: int, data: Path, cost: tuple[float, float]) -> None:
+    """Train for `minutes`, segment the held-out cases, score; ``cell.json`` in `folder` says what came out."""
+    if (folder / "cell.json").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    start, each = cost
+    units = max(1, int((minutes * 60 - start) / each))
+    seconds = side.train(folder, units, seed)
+    side.predict(folder)
+    dice = score(folder / "maps", data / "labelsTr")
+    found = {"minutes": seconds / 60, "steps": units * side.unit, "dice": dice}
+    (folder / "cell.json").write_text(json.dumps(found, indent=2))
+
+
+def score(maps: Path, truths: Path) -> dict[str, float]:
+    """Mean Dice per target over all maps; independent of both sides' own code."""
+    found: dict[str, list[float]] = {"anterior": [], "posterior": []}
+    for path in sorted(maps.glob("*.nii.gz")):
+        ours, truth = (np.asarray(nib.load(p).dataobj) for p in (path, truths / path.name))
+        for value, target in enumerate(found, start=1):
+            ones, others = ours == value, truth == value
+            found[target].append(2 * np.sum(ones & others) / (np.sum(ones) + np.sum(others)))
+    return {target: float(np.mean(values)) for target, values in found.items()}
+
+
+def calibrate(side: Ours | Peer, folder: Path) -> tuple[float, float]:
+    """Processor seconds of a start, and of one unit of work."""
+    known = folder / "cost.json"
+    if not known.exists():
+        seconds = []
+        for units in side.first:
+            part = folder / str(units)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            seconds.append(side.train(part, units, 0))
+        each = (seconds[1] - seconds[0]) / (side.first[1] - side.first[0])
+        known.write_text(json.dumps([max(0.0, seconds[0] - side.first[0] * each), each]))
+    return tuple(json.loads(known.read_text()))
+
+
+def report(work: Path) -> None:
+    """Print the table and draw Dice over minutes, from all the cells there are."""
+    found: dict[tuple[str, float], list[dict]] = {}
+    for path in sorted((work / "cells").glob("*/*/*/cell.json")):
+        side, minutes = path.parts[-4], float(path.parts[-3])
+        found.setdefault((side, minutes), []).append(json.loads(path.read_text()))
+    budgets = sorted({minutes for _, minutes in found})
+    print("| from nothing | " + " | ".join(f"{m:g} min" for m in budgets) + " | steps |")
+    print("|---" * (len(budgets) + 2) + "|")
+    curves = {}
+    for side, name in NAMES.items():
+        if not any(side == key for key, _ in found):
+            continue
+        cells, steps = [], []
+        for minutes in budgets:
+            runs = found.get((side, minutes), [])
+            means = [statistics.mean(run["dice"].values()) for run in runs]
+            if means:
+                spread = f" ± {statistics.stdev(means):.3f}" if len(means) > 1 else ""
+                cells.append(f"{statistics.mean(means):.3f}{spread} ({len(means)})")
+                steps.append(f"{statistics.mean(run['steps'] for run in runs):.0f}")
+                used = statistics.mean(run["minutes"] for run in runs)
+                curves.setdefault(name, []).append((used, statistics.mean(means), min(means), max(means)))
+            else:
+                cells.append("not run")
+        print(f"| {name} | " + " | ".join(cells) + " | " + ", ".join(steps) + " |")
+    draw(curves, work / "equal_minutes.png")
+
+
+def draw(curves: dict[str, list[tuple[float, float, float, float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure((6.4, 4), layout="constrained", dpi=130)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        minutes, mean, low, high = zip(*points, strict=True)
+        spread = [[m - a for m, a in zip(mean, low, strict=True)], [b - m for m, b in zip(mean, high, strict=True)]]
+        axes.errorbar(minutes, mean, spread, marker="o", capsize=3, label=name)
+    axes.set(xlabel="processor minutes of training, one thread", ylabel="mean Dice, 35 held-out cases", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/Task004_Hippocampus")
+    parser.add_argument("--peer", default=".venv-bench/bin/python", help="Python with nnunetv2 2.8.1")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15, 30])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    options = parser.parse_args()
+    work, data = options.work.resolve(), options.data.resolve()
+    held_out = json.loads((ROOT / "benchmarks/real_data/splits_hippocampus.json").read_text())[0]["val"]
+    (work / "held_out").mkdir(parents=True, exist_ok=True)
+    for case in held_out:
+        shutil.copyfile(data / f"imagesTr/{case}.nii.gz", work / f"held_out/{case}.nii.gz")
+    sides = {}
+    for name in options.sides:
+        sides[name] = Ours(work, data, name) if SIDES[name] else Peer(work, options.peer)
+        if not SIDES[name]:
+            sides[name].prepare(data)
+    for minutes in options.minutes:
+        for seed in options.seeds:
+            for name, side in sides.items():
+                cost = calibrate(side, work / "calibration" / name)
+                cell(side, work / "cells" / name / f"{minutes:g}" / str(seed), minutes, seed, data, cost)
+                print(f"{name}, {minutes:g} minutes, seed {seed}: done", file=sys.stderr, flush=True)
+    report(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""TSFM's skips added or concatenated, with the Transformer and without, from nothing at equal processor minutes.
+
+One process and one thread per run (loader, augmentation and validation included). What an epoch costs is measured first, in
+processor time; the number of epochs, over which the learning rate falls, follows from it. Then `tsfm_tools.paper.grids` trains
+and scores the held-out cases whole. A run that is done is kept, one that was interrupted goes on with the same command.
+
+    python benchmarks/skips.py --work DIR --minutes 15 --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tsfm.files import atomic_write
+from tsfm.training.checkpoint import read_state
+from tsfm_tools.paper.commands import run_grid
+from tsfm_tools.paper.grid_files import Grid
+from tsfm_tools.paper.grids import GridRunner, run_bundle
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLE = ROOT / "bundles/tsfm_finetune"
+DATA = ROOT.parent / "shared/data/Task004_Hippocampus"
+VARIANTS = {
+    "add": {"network_def#skip": "add"},
+    "concat": {"network_def#skip": "concat"},
+    "add_cnn": {"network_def#skip": "add", "network_def#bottleneck": False},
+    "concat_cnn": {"network_def#skip": "concat", "network_def#bottleneck": False},
+}
+NAMES = {
+    "add": "skips added",
+    "concat": "skips concatenated",
+    "add_cnn": "skips added, no Transformer",
+    "concat_cnn": "skips concatenated, no Transformer",
+}
+SHORT, LONG = 5, 10  # epochs of the two runs that tell the cost; small.json validates every fifth
+
+
+def measure(work: Path, options: dict[str, Any], variant: str) -> tuple[float, float]:
+    """Processor seconds of a start and of one epoch."""
+    kept = work / "cost" / f"{variant}.json"
+    if not kept.is_file():
+        seconds = []
+        for run, epochs in enumerate((1, SHORT, LONG)):  # the first prepares the cases
+            folder, began = kept.with_suffix("") / f"{run}_{time.time_ns()}", time.process_time()
+            run_bundle(
+                BUNDLE, ["train.json", "small.json"], output_dir=str(folder), epochs=epochs, ckpt_dir="none",
+                store_dir=str(work / "store"), **options, **VARIANTS[variant],
+            )  # fmt: skip
+            seconds.append(time.process_time() - began)
+        each = (seconds[2] - seconds[1]) / (LONG - SHORT)
+        text = json.dumps([max(0.0, seconds[1] - SHORT * each), each])
+        atomic_write(kept, lambda temporary: Path(temporary).write_text(text))
+    start, each = json.loads(kept.read_text())
+    return start, each
+
+
+def main() -> None:
+    """Measure, train, score, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=DATA, help="a data set's folder")
+    parser.add_argument(
+        "--splits", default=str(ROOT / "benchmarks/real_data/splits_hippocampus.json"), help="None: the bundle's"
+    )
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["add", "concat", "add_cnn"])
+    parser.add_argument("--iterations", type=int, default=25, help="per epoch")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    options = {"iterations_per_epoch": asked.iterations, "num_workers": 0, "device": "cpu"}
+    options |= {} if asked.splits == "None" else {"splits_file": asked.splits}
+    costs = {name: measure(asked.work, {**options, "dataset_dir": str(asked.data)}, name) for name in asked.variants}
+    epochs = {name: max(1, round((60 * asked.minutes - start) / each)) for name, (start, each) in costs.items()}
+    row = {"bundle": BUNDLE.name, "datasets": ["data"], "seeds": asked.seeds}
+    title = f"{asked.data.name}: Dice after {asked.minutes:g} processor minutes from nothing"
+    content = {
+        "title": title,
+        "datasets": {"data": {"name": asked.data.name}},
+        "columns": [{"name": "Dice", "block": "network", "dataset": "data"}],
+        "rows": [
+            {"id": name, "name": NAMES[name], "epochs": [epochs[name]], "options": VARIANTS[name], **row}
+            for name in asked.variants
+        ],
+    }
+    work = asked.work / f"{asked.minutes:g}_minutes"
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "store").exists():
+        (work / "store").symlink_to((asked.work / "store").resolve())
+    runner = GridRunner(Grid(content, BUNDLE.parent), asked.data, work, overlays=["small.json"], settings=options)
+    print(run_grid(runner, "skips"))
+    print(
+        "\n| network | million parameters | s per step | steps | minutes by the measured cost |\n|---|---:|---:|---:|---:|"
+    )
+    for name, (start, each) in costs.items():
+        run = next(run for run in runner.runs if run.row["id"] == name)
+        tensors, _ = read_state(work / "cells" / run.folder / "model.pt")
+        size = sum(tensor.numel() for tensor in tensors.values()) / 1e6
+        steps, minutes = epochs[name] * asked.iterations, (start + each * epochs[name]) / 60
+        print(f"| {NAMES[name]} | {size:.2f} | {each / asked.iterations:.3f} | {steps} | {minutes:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The files behind a store's cases, by their bytes: the same in a copy of the pool, on another mount, or once they are gone.
+
+``<store>/<data set>/sources.json`` keeps, per case, its files with size, time and digest, so that a digest is computed once.
+It also keeps what was declared of the data set, so that a run needs neither files nor folders any more where it is told so.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..errors import CaseError
+from ..files import atomic_write
+from ..schema import FileError, read_json
+from .folders import DETACHED, PoolError, paths_of
+from .volumes import read_grid
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+ENDS = 4096
+"""Bytes of a gzip file's beginning and of its end that are looked at."""
+
+THREADS = 16
+"""Files that are looked at at once; a network drive answers each after a while."""
+
+GZIP, MORE_MEMBERS = b"\x1f\x8b", 4
+
+
+def file_digest(path: str) -> str:
+    """Hex digest of a file's content.
+
+    Of a gzip file its two ends are read: the last bytes are the CRC and the length of all that it holds. One in blocks of
+    their own (bgzip, marked in the header) is read whole, as is every other file.
+    """
+    total = hashlib.blake2b(digest_size=10)
+    with open(path, "rb") as file:
+        head = file.read(ENDS)
+        total.update(head)
+        if head[:2] == GZIP and not head[3] & MORE_MEMBERS:
+            file.seek(max(len(head), os.path.getsize(path) - ENDS))
+        while piece := file.read(1 << 20):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def file_identity(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """(absolute path, size, mtime in ns) of every file behind an item, DICOM folders listed file by file.
+
+    Raises:
+        CaseError: a file that does not exist.
+    """
+    label = item.get("label")
+    paths = [*paths_of(item["image"]), *([] if label is None else paths_of(label))]
+    found = []
+    for path in map(os.path.abspath, paths):
+        inside = [path]
+        if os.path.isdir(path):
+            inside = sorted(os.path.join(path, name) for name in os.listdir(path))
+        elif path.lower().endswith(DETACHED):
+            inside += sorted(glob.glob(f"{glob.escape(path[: path.rindex('.')])}.*raw*"))
+        for file in inside:
+            try:
+                state = os.stat(file)
+            except OSError as error:
+                raise CaseError(
+                    f"{file}: cannot be read ({error.strerror}); check the data folder and the datalist"
+                ) from error
+            found.append((file, state.st_size, state.st_mtime_ns))
+    return found
+
+
+class Sources:
+    """What is known of the files behind the cases of one store; cheap to pickle.
+
+    Args:
+        store_dir: the store.
+        raw_data: False: nothing is read but what was recorded, so the files may be gone.
+    """
+
+    def __init__(self, store_dir: str | os.PathLike, raw_data: bool = True) -> None:
+        self.store_dir, self.raw_data = os.path.abspath(os.fspath(store_dir)), raw_data
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": {}}
+
+    def identity(self, item: Mapping[str, Any]) -> list[list[Any]]:
+        """[name, size, digest] of every file behind a complete item.
+
+        Raises:
+            CaseError: a file that does not exist; without raw data, a case that was never recorded.
+        """
+        return [[os.path.basename(path), size, digest] for path, size, _, digest in self._files(item)]
+
+    def _files(self, item: Mapping[str, Any]) -> list[list[Any]]:
+        """[path, size, time in ns, digest] of every file behind an item."""
+        cases = self.of(item["dataset"])["cases"]
+        kept = cases.get(item["case"], {}).get("files", [])
+        if not self.raw_data:
+            if not kept:
+                raise CaseError(f"case '{item['case']}' of data set '{item['dataset']}' {missing_in(self.store_dir)}")
+            return kept
+        known = {tuple(row[:3]): row[3] for row in kept}
+        try:
+            files = [[*row, known.get(row) or file_digest(row[0])] for row in file_identity(item)]
+        except OSError as error:
+            raise CaseError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        cases[item["case"]] = {"image": item["image"], "label": item.get("label"), "files": files}
+        return files
+
+    def of(self, dataset: str) -> dict[str, Any]:
+        """What is recorded of a data set: ``cases``, and what was ``declared`` of it with its number of ``channels``."""
+        if dataset not in self._known:
+            self._known[dataset] = self._read(dataset)
+        return self._known[dataset]
+
+    def _read(self, dataset: str) -> dict[str, Any]:
+        path = self.path(dataset)
+        try:
+            found = read_json(path) if os.path.isfile(path) else {}
+            return found if found.get("format") == FORMAT else {"cases": {}}
+        except (FileError, AttributeError) as error:
+            logger.warning("what is known of the files of '%s' is damaged (%s): they are read again", dataset, error)
+            return {"cases": {}}
+
+    def path(self, dataset: str) -> str:
+        """Where a data set's files are recorded."""
+        return os.path.join(self.store_dir, folder_name(dataset), "sources.json")
+
+    def look_at(self, items: Sequence[Mapping[str, Any]]) -> list[list[list[Any]]]:
+        """Find out the identity of many complete items, many files at once; an empty one where files cannot be read."""
+        for dataset in {item["dataset"] for item in items}:
+            self.of(dataset)  # before threads ask for it
+        with ThreadPoolExecutor(THREADS) as threads:
+            return list(threads.map(self._try, items))
+
+    def record(
+        self, items: Sequence[Mapping[str, Any]], targets: Mapping[str, Any], entries: Mapping[str, Any]
+    ) -> None:
+        """Keep the identity of all cases of some data sets, `targets` and `entries` (name -> data set) as a pool declares.
+
+        A case whose files cannot be read is left out.
+        """
+        if not self.raw_data:
+            return
+        rows = self.look_at(items)
+        for dataset in dict.fromkeys(item["dataset"] for item in items):
+            before = self._read(dataset)
+            own = [
+                (item, files) for item, files in zip(items, rows, strict=True) if item["dataset"] == dataset and files
+            ]
+            if not own:
+                continue
+            cases = {i["case"]: {"image": i["image"], "label": i.get("label"), "files": files} for i, files in own}
+            licence = {key: own[0][0][key] for key in ("licence",) if key in own[0][0]}  # may stand in a dataset.json
+            declared = {"targets": targets, "entry": licence | dict(entries[dataset])}
+            content = {"format": FORMAT, "declared": declared, "channels": None, "cases": cases}
+            content["channels"] = before.get("channels") if before["cases"] == cases else _channels(own[0][0])
+            self._known[dataset] = content
+            if before != content:
+                atomic_write(self.path(dataset), lambda path, content=content: _write(content, path))
+
+    def _try(self, item: Mapping[str, Any]) -> list[list[Any]]:
+        try:
+            return self._files(item)
+        except CaseError:
+            return []
+
+
+def missing_in(store_dir: str) -> str:
+    """How messages go on about something that a store lacks although the raw data are gone."""
+    return (
+        f"is not known to the store {store_dir}, and the raw data are not to be read (--raw_data False): prepare it once "
+        "where its files are (`run prepare` in place of `run`), or leave --raw_data out"
+    )
+
+
+def recorded_pool(store_dir: str | os.PathLike, dataset: str) -> dict[str, Any]:
+    """The pool file's content of one data set, as it was recorded with its cases.
+
+    Raises:
+        PoolError: nothing was recorded of it.
+    """
+    declared = Sources(store_dir).of(dataset).get("declared")
+    if declared is None:
+        raise PoolError(f"data set '{dataset}' {missing_in(os.path.abspath(store_dir))}")
+    return {"targets": declared["targets"], "datasets": [declared["entry"]]}
+
+
+def recorded_cases(store_dir: str | os.PathLike | None, dataset: str) -> dict[str, Any] | None:
+    """Case -> its files, of one data set as a store recorded them; None without a store. PoolError where it did not."""
+    if store_dir is None:
+        return None
+    cases = Sources(store_dir).of(dataset)["cases"]
+    if not cases:
+        raise PoolError(missing_in(os.path.abspath(store_dir)))
+    return cases
+
+
+def with_recorded_licence(store_dir: str | os.PathLike | None, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A declared data set, with the licence that its own files declared when a store recorded it."""
+    kept = Sources(store_dir).of(entry["name"]).get("declared", {}).get("entry", {}) if store_dir is not None else {}
+    return {"licence": kept["licence"], **entry} if kept.get("licence") else entry
+
+
+def folder_name(name: str) -> str:
+    """A name that any file system takes."""
+    return re.sub(r"[^\w.-]+", "_", str(name)).strip(".") or "_"
+
+
+def _channels(item: Mapping[str, Any]) -> int | None:
+    try:
+        return read_grid(item["image"]).channels
+    except CaseError:
+        return None
+
+
+def _write(content: Mapping[str, Any], path: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, default=os.fspath)

@@ -1,0 +1,223 @@
+"""A MONAI Label app for these bundles: what is wrong with a request is said at once, in a sentence, as HTTP 4xx.
+
+A release brings it along: ``monailabel start_server --app NAME/label_app --studies FOLDER`` serves the bundle that it
+lies in. It also offers the image about which the network is least sure (active learning), reads folders of DICOM series,
+and lets a submitted label say which targets it is about. Runs only in MONAI Label's environment.
+
+Options, as ``--conf KEY VALUE``: ``models`` (folders of bundles, or names of folders below ``model``), ``annotated``
+(``drawn``, ``all``, or names of targets that every submitted label annotates), ``scoring`` (``false``: no scores for
+active learning), ``skip_trainers``, ``preload``.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import monailabel
+from fastapi import HTTPException
+from label_checks import BadRequest, check_image, check_training
+from label_dicom import series_as_nifti
+from label_tasks import InferTask, TrainTask, UncertaintyScoring, devices
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.utils.app import app_instance
+from monailabel.tasks.activelearning.epistemic import Epistemic
+from monailabel.tasks.activelearning.first import First
+from monailabel.tasks.activelearning.random import Random
+from monailabel.utils.async_tasks.task import AsyncTask
+from monailabel.utils.others.generic import strtobool
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Errors become HTTP errors with their sentence: 4xx for what a user can mend, 500 for the rest."""
+    from tsfm.errors import first_cause
+
+    try:
+        yield
+    except HTTPException:
+        raise
+    except BadRequest as error:
+        raise HTTPException(error.status, str(error)) from None
+    except Exception as error:
+        cause = first_cause(error)
+        logger.exception("the request failed")
+        if type(cause).__module__.split(".")[0] == "tsfm":
+            raise HTTPException(422, str(cause)) from error
+        text = getattr(cause, "msg", cause)
+        raise HTTPException(500, f"{type(cause).__name__}: {text} (the server's log has more)") from error
+
+
+def served_bundles(app_dir: str, conf: dict[str, str]) -> dict[str, str]:
+    """Name -> folder of the bundles to serve: those that are named, or the one around the app, or all below ``model``.
+
+    Raises:
+        ValueError: a name that leads to no bundle; no bundle at all.
+    """
+    named = [name.strip() for name in conf.get("models", "").split(",") if name.strip()]
+    around = os.path.dirname(os.path.realpath(app_dir))
+    if not named:
+        named = [around] if _is_bundle(around) else sorted(glob.glob(os.path.join(app_dir, "model", "*")))
+    found = {}
+    for name in named:
+        folder = next((f for f in (os.path.join(app_dir, "model", name), name) if _is_bundle(f)), None)
+        if folder is None and not conf.get("models"):
+            continue
+        if folder is None:
+            raise ValueError(
+                f"--conf models: '{name}' is no folder of a bundle with weights, nor one below {app_dir}/model"
+            )
+        found[os.path.basename(os.path.realpath(folder))] = os.path.realpath(folder)
+    if not found:
+        raise ValueError(f"no bundle to serve: put one into {app_dir}/model, or name its folder (--conf models FOLDER)")
+    return found
+
+
+def _is_bundle(folder: str) -> bool:
+    return all(
+        os.path.isfile(os.path.join(folder, *part)) for part in (("configs", "inference.json"), ("models", "model.pt"))
+    )
+
+
+class MyApp(MONAILabelApp):
+    """See this module. MONAI Label takes the class of main.py that names MONAILabelApp among its own bases."""
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        self.models = served_bundles(app_dir, conf)
+        sys.path.insert(0, next(iter(self.models.values())))
+        import tsfm.cases.submitted  # noqa: F401  (the package of the first bundle serves all)
+
+        sys.path.pop(0)
+        super().__init__(
+            app_dir,
+            studies,
+            conf,
+            f"TSFM ({monailabel.__version__})",
+            "Tumor segmentation bundles",
+            monailabel.__version__,
+        )
+
+    # ---- what is offered --------------------------------------------------------------------------------------
+
+    def init_infers(self) -> dict[str, Any]:
+        return {name: InferTask(folder, self.conf) for name, folder in self.models.items()}
+
+    def init_trainers(self) -> dict[str, Any]:
+        if strtobool(self.conf.get("skip_trainers", "false")):
+            return {}
+        rule = self.conf.get("annotated", "drawn")
+        return {name: TrainTask(folder, self.conf, rule) for name, folder in self.models.items()}
+
+    def init_strategies(self) -> dict[str, Any]:
+        about = "The image the network is least sure about"
+        own = {key: Epistemic(key=key, desc=about) for key in self.init_scoring_methods()}
+        return {"random": Random(), "first": First(), **own}
+
+    def init_scoring_methods(self) -> dict[str, Any]:
+        if not strtobool(self.conf.get("scoring", "true")):
+            return {}
+        keys = {f"uncertainty_{name}": name for name in self.models}
+        return {key: UncertaintyScoring(self._infers[name], key) for key, name in keys.items()}
+
+    def init_datastore(self) -> Any:
+        if not self.studies.startswith(("http://", "https://")):
+            series_as_nifti(self.studies)
+        return super().init_datastore()
+
+    def _download_dcmqi_tools(self) -> None:
+        """The tool that writes DICOM SEG comes with the package dcmqi; nothing is fetched from elsewhere."""
+        os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)
+        if not shutil.which("itkimage2segimage"):
+            logger.warning(
+                "labels cannot be submitted to this DICOMweb server: itkimage2segimage is missing (pip install dcmqi)"
+            )
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
+        with answered():
+            checked = self._task(self._infers, request).checked(request)
+            self._check_image(checked["image"], datastore or self.datastore())
+            return super().infer(checked, datastore)
+
+    def _task(self, tasks: dict[str, Any], request: dict[str, Any]) -> Any:
+        if request.get("model") not in tasks:
+            raise BadRequest(
+                f"there is no model '{request.get('model')}'; this server has {', '.join(tasks) or 'none'}", 404
+            )
+        return tasks[request["model"]]
+
+    def _check_image(self, image: Any, datastore: Any) -> None:
+        if not isinstance(image, str) or os.path.exists(image):
+            return
+        try:
+            path = datastore.get_image_uri(image)
+        except Exception as error:  # whatever a remote server answers
+            logger.exception("image %s", image)
+            raise BadRequest(f"image '{image}' cannot be had from {datastore.name()}: {error!r}", 404) from None
+        check_image(path, image, datastore.list_images())
+
+    def check_task(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
+        """A request for a background task as it is meant, checked before its process starts."""
+        from tsfm.cases.submitted import named_targets
+        from tsfm.training.checkpoint import read_description
+
+        with answered():
+            if method == "train":
+                task = self._task(self._trainers, request)
+                weights = os.path.join(self.models[request["model"]], "models", "model.pt")
+                named_targets(task.named(request), tuple(read_description(weights)["targets"]))
+                options = {key: value for key, value in task.config().items() if key != "annotated"}
+                return check_training(request, options, devices(), len(self.datastore().get_labeled_images()))
+            if method == "batch_infer":
+                return self._task(self._infers, request).checked(request)
+            if method == "scoring":
+                self._known_scoring(request)
+            return request
+
+    def _known_scoring(self, request: dict[str, Any]) -> None:
+        if request.get("method") not in self._scoring_methods:
+            raise BadRequest(
+                f"there is no scoring method '{request.get('method')}'; there are {list(self._scoring_methods)}", 404
+            )
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        with answered():
+            if request.get("strategy", "random") not in self._strategies:
+                raise BadRequest(
+                    f"there is no strategy '{request['strategy']}'; there are {list(self._strategies)}", 404
+                )
+            return super().next_sample(request)
+
+    # ---- background tasks -------------------------------------------------------------------------------------
+
+    def on_init_complete(self) -> None:
+        check_background_tasks()
+        super().on_init_complete()
+
+    def async_scoring(self, method: str | None, params: Any = None) -> Any:
+        """Scoring that nobody asked for (at the start, after a training, with every sample) only where an image lacks one."""
+        due = [key for key, task in self._scoring_methods.items() if method or task.due(self.datastore())]
+        return super().async_scoring(method, params) if due else {}
+
+
+def check_background_tasks() -> None:
+    """MONAI Label starts a process before it looks at a request for training; let the app look first."""
+    start = AsyncTask.run
+    if getattr(start, "checks", False):
+        return
+
+    def run(method: str, request: Any = None, params: Any = None, **options: Any) -> Any:
+        checked = app_instance().check_task(method, {**(request or {}), **(params or {})})
+        return start(method, request=checked, params=None, **options)
+
+    run.checks = True
+    AsyncTask.run = staticmethod(run)

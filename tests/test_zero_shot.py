@@ -1,0 +1,43 @@
+"""Public weights scored on a pool whose targets they were not trained for."""
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from tsfm.evaluation.zero_shot import RenumberTargetsd, shared_targets
+from tsfm.labels import LabelTable
+
+TRAINED = ("aorta", "kidney_left", "kidney_right", "liver")
+POOL = {
+    "targets": {"kidney": {}, "kidney_left": {"part_of": "kidney"}, "liver": {}, "liver_tumor": {"inside": "liver"}},
+    "datasets": [
+        {"name": "kits", "labels": {"1": "kidney"}},
+        {"name": "both", "labels": {"1": "kidney", "2": "kidney_left", "3": "liver", "4": "liver_tumor"}},
+    ],
+}
+UNIONS = {"kidney": ["kidney_left", "kidney_right"], "prostate": ["gone"]}
+
+
+@pytest.fixture
+def table():
+    return LabelTable(POOL["targets"], POOL["datasets"])
+
+
+def test_targets_come_by_name_or_as_unions(table):
+    assert shared_targets(TRAINED, table, UNIONS) == {
+        "kidney": ("kidney_left", "kidney_right"), "kidney_left": ("kidney_left",), "liver": ("liver",)
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="kidney_letf"):
+        shared_targets(TRAINED, table, {"kidney": ["kidney_letf"]})
+    with pytest.raises(ValueError, match="no name in common"):
+        shared_targets(("spleen",), table)
+
+
+@pytest.mark.parametrize(("dataset", "expected"), [("kits", [0, 0, 1, 1, 0]), ("both", [0, 0, 2, 1, 3])])
+def test_a_map_in_the_weights_numbers_becomes_one_in_the_pools(table, dataset, expected):
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    found = MetaTensor(torch.arange(5, dtype=torch.uint8).reshape(1, 5, 1, 1), affine=affine)
+    renumber = RenumberTargetsd("pred", TRAINED, shared_targets(TRAINED, table, UNIONS), table)
+    pred = renumber({"pred": found, "dataset": dataset})["pred"]
+    assert pred.flatten().tolist() == expected and np.array_equal(pred.affine, affine)
+    assert found.flatten().tolist() == [0, 1, 2, 3, 4], "what is given stays as it is"
