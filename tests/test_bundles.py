@@ -113,7 +113,7 @@ def test_evaluate_json_stands_alone_and_segments_as_inference_json_does(bundle):
     assert {"network_def", "preprocessing", "inferer", "postprocessing", "run"} <= repeated
     scored = {"table": "@pool_table", "annotated_only": True}
     assert evaluate["evaluator"] == {**inference["evaluator"], **scored}
-    assert {**evaluate["dataset"], "data": 0} == {**inference["dataset"], "data": 0}
+    assert {**evaluate["dataset"], "data": 0} == {**inference["dataset"], "data": 0, "output_dir": None}
     assert evaluate["handlers"][0] == inference["handlers"][0]
     known = {*evaluate, "bundle_root", "dataset_dir", "device", "amp"}  # these four are in train.json as well
     named = set(re.findall(r"@(\w+)", json.dumps(evaluate)))

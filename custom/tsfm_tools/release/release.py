@@ -52,7 +52,7 @@ PINS = ("requirements.txt", "requirements-label.txt")
 
 def release(
     bundle_dir: str,
-    checkpoint: str,
+    checkpoint: str | Sequence[str],
     output_dir: str,
     name: str | None = None,
     version: str | None = None,
@@ -65,12 +65,14 @@ def release(
     display_name: str | None = None,
     safetensors: bool = False,
     zipped: bool = True,
+    inference: Mapping[str, Any] | None = None,
 ) -> str:
     """Stage a bundle around a checkpoint and zip it, with checksums and the Model Zoo's files.
 
     Args:
         bundle_dir: a bundle folder of this repository (``bundles/tsfm_finetune``).
-        checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors).
+        checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors), or a list of folds',
+            which become one network whose logits are their mean.
         output_dir: created if needed; an older release of the same name in it is replaced, any other folder is refused.
         name: of the released bundle; the folder's name by default.
         version: by default that of ``metadata.json``.
@@ -86,6 +88,7 @@ def release(
         display_name: of the bundle in the Model Zoo's browser; by default made of `name`.
         safetensors: write the weights as ``models/model.safetensors`` too.
         zipped: False stops at the folder.
+        inference: ids of ``inference.json`` that this release sets otherwise (``{"postprocessing_plan": {...}}``).
 
     Returns:
         path of the zip, or of the folder.
@@ -113,10 +116,14 @@ def release(
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
         configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
+    for config in (configs[file] for file in ("inference.json", "evaluate.json") if file in configs):
+        changed = {key: value for key, value in (inference or {}).items() if key.split("#")[0] in config}
+        config.update(merge_overlay(config, changed))
     fill_configs(configs, description)
     shown = display_name or _display_name(name, bundle_dir, metadata)
     fill_metadata(metadata, description, shown, trained_on, sum(tensor.numel() for tensor in tensors.values()))
-    parts = readme_parts(description, metadata, tensors, configs.get("train.json", {}), checkpoint, trained_on)
+    first = checkpoint if isinstance(checkpoint, str) else checkpoint[0]
+    parts = readme_parts(description, metadata, tensors, configs.get("train.json", {}), first, trained_on)
     bundle = os.path.join(output_dir, name)
     _refuse_to_lose(bundle, bundle_dir, checkpoint)
     with _replaced(bundle) as folder:
@@ -166,9 +173,10 @@ def _replaced(folder: str) -> Iterator[str]:
         raise
 
 
-def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str) -> None:
+def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str | Sequence[str]) -> None:
     """ReleaseError where the folder to be replaced is no earlier release, or holds what the release is made from."""
-    inside = [path for path in (bundle_dir, checkpoint) if _is_below(path, target)]
+    sources = [bundle_dir, *([checkpoint] if isinstance(checkpoint, str) else checkpoint)]
+    inside = [path for path in sources if _is_below(path, target)]
     is_release = all(os.path.exists(os.path.join(target, part)) for part in ("configs/metadata.json", "tsfm", "models"))
     if inside or (os.path.lexists(target) and not (is_release and not os.path.islink(target))):
         found = f"it holds {inside[0]}" if inside else "what is there is no earlier release"
