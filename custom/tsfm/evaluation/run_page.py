@@ -173,8 +173,9 @@ def _mean(entry: Mapping[str, Any], key: str) -> str:
 def _command(record: Mapping[str, Any]) -> str:
     """The shell command of a run's record, in the folder where it was given."""
     words = list(record.get("command") or [])
-    if words and words[0].replace(os.sep, "/").endswith("monai/bundle/__main__.py"):
-        words[:1] = ["python", "-m", "monai.bundle"]
+    for module in ("monai.bundle", "tsfm"):
+        if words and words[0].replace(os.sep, "/").endswith(f"{module.replace('.', '/')}/__main__.py"):
+            words[:1] = ["python", "-m", module]
     return f"cd {shlex.quote(str(record.get('folder', '.')))} && {shlex.join(words)}" if words else ""
 
 
