@@ -42,6 +42,9 @@ def quiet(output_dir: str | os.PathLike) -> None:
                 handler.addFilter(is_for_the_screen if first else is_warning)
         if first:
             logger.addHandler(log)
+    for name in ("run", *OWN):
+        if logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(logging.INFO)
     warnings.showwarning = _log_warning
     if sys.stderr is sys.__stderr__ and not sys.stderr.isatty():
         sys.stderr = WithoutBars(sys.stderr)
