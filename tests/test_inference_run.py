@@ -361,6 +361,8 @@ def test_folds_that_do_not_fit_together_are_refused_by_name(folds, pretrained, t
         read_description([first, str(tmp_path / "preparation.pt")])
     with pytest.raises(CheckpointError, match="empty"):
         read_description([])
+    seen = [folds(f"{low}.pt", familiar={"CT": {"p5": [low, low + 1]}}) for low in (-900, 900)]
+    assert read_description([first, *seen])["familiar"]["CT"]["p5"] == [-900, 901]
     folds("alike.pt", network={**known["network"], "checkpointing": True})
     assert read_description([first, str(tmp_path / "alike.pt")])["network"]["count"] == 2
 
