@@ -441,6 +441,14 @@ def test_the_validation_cases_of_the_pool_are_scored_with_a_page_of_pictures(pha
     assert (out / "page.png").stat().st_size > 5000 and "mean Dice" in (out / "scores.md").read_text()
 
 
+def test_over_train_json_as_the_model_zoo_has_it_the_scores_are_the_same(phantom_pool, segment, tmp_path):
+    scores = []
+    for base in ("inference.json", "train.json"):
+        out = segment(phantom_pool, [base, "evaluate.json"], out=tmp_path / base, datasets=["msd_liver"])
+        scores.append((out / "cases.csv").read_text())
+    assert scores[0] == scores[1] and "liver" in scores[0]
+
+
 def test_targets_that_were_not_computed_are_not_scored(phantom_pool, segment):
     settings = {"datasets": ["msd_liver"], "targets": "liver"}
     out = segment(phantom_pool, ["inference.json", "evaluate.json"], **settings)
