@@ -18,42 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.bundle import ConfigParser
-from monai.transforms import Compose, Invertd
 from tsfm.cases.volumes import read_labels
 from tsfm.network.clicks import simulated_click
 from tsfm.planning.own_data import dataset_pool
+from tsfm_tools.click_server import ClickRequests
 from tsfm_tools.paper.grids import run_bundle
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles/tsfm_finetune"
 SHOWN = (0, 1, 3, 5)
-
-
-class Requests:
-    """A bundle's inference as a server runs it: an image file and a request in, a label map on the file's grid out."""
-
-    def __init__(self, weights: Path, **settings: Any) -> None:
-        parser = ConfigParser()
-        parser.read_config(str(BUNDLE / "configs/inference.json"))
-        parser.config |= {"bundle_root": str(BUNDLE), "checkpoint": str(weights), "device": "cpu", "progress": False}
-        parser.config |= settings
-        self.prepare, self.inferer, self.network, self.table, load = (
-            parser.get_parsed_content(key)
-            for key in ("preprocessing", "inferer", "network", "table", "checkpointloader")
-        )
-        load()
-        self.network.eval()
-        invert = next(t for t in parser.get_parsed_content("postprocessing").transforms if isinstance(t, Invertd))
-        self.finish, self.windows = Compose([invert]), 0
-        self.network.register_forward_hook(self._count)
-
-    def _count(self, network: Any, inputs: tuple, output: Any) -> None:
-        self.windows += len(inputs[0])
-
-    def __call__(self, image: str, **clicks: Any) -> np.ndarray:
-        data = self.prepare({"image": image, **clicks})
-        data["pred"] = self.inferer(data["image"][None], self.network)[0]
-        return np.asarray(self.finish(data)["pred"])[0]
 
 
 def dice(truth: np.ndarray, found: np.ndarray) -> float:
@@ -61,7 +33,7 @@ def dice(truth: np.ndarray, found: np.ndarray) -> float:
     return 2 * np.count_nonzero(truth & found) / both if both else float("nan")
 
 
-def corrected(requests: Requests, item: dict[str, Any], most: int) -> list[dict[str, float]]:
+def corrected(requests: ClickRequests, item: dict[str, Any], most: int) -> list[dict[str, float]]:
     """For each number of clicks from 0 to `most`: target -> Dice."""
     truth, rows = read_labels(item["label"]).array[0], [{} for _ in range(most + 1)]
     ids = requests.table.encode(requests.table.bare_dataset, truth)
@@ -97,7 +69,7 @@ def main(options: argparse.Namespace) -> None:
                     **({"patch_size": options.patch_size} if options.patch_size else {}),
                 )  # fmt: skip
                 (run / "done").write_text(f"{time.process_time() - started:.0f} s of the processor\n")
-            requests = Requests(run / "model.pt")
+            requests = ClickRequests(BUNDLE, checkpoint=str(run / "model.pt"), device="cpu")
             found = [corrected(requests, item, max(SHOWN) if kind == "clicks" else 0) for item in held_out]
             for count in SHOWN if kind == "clicks" else (0,):
                 values = [list(rows[count].values()) for rows in found]

@@ -217,7 +217,7 @@ def _adapt_prompted(
     fresh = 0 if all(clicks) else own.numel()
     entry, value = adapted
     note = "click channels " + ("loaded" if all(clicks) else "new" if clicks[1] else "left out")
-    kind = entry.kind if all(clicks) else "adapted"
+    kind = entry.how if all(clicks) else "adapted"
     found = Entry(
         name, tuple(current.shape), kind, current.numel() - fresh, fresh, "; ".join(filter(None, [entry.note, note]))
     )
