@@ -28,7 +28,7 @@ TRAIN_DIFFERS = {
 }
 ONLY_PRETRAIN_TRAINS = {
     *("datasets", "allow_missing", "pool#datasets", "pool#allow_missing"),
-    *("initial_weights", "loaded_network#path"),
+    *("initial_weights", "loaded_network#path", "settings#initial_weights"),
 }
 ONLY_FINETUNE_TRAINS = {
     *("images", "labels", "label_ids", "regions", "modality", "pretrained", "from_scratch", "freeze", "warmup_epochs"),
