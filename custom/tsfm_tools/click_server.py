@@ -22,6 +22,7 @@ from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import read_grid, read_volume
 from tsfm.errors import first_cause
 from tsfm.network.clicks import ClickError
+from tsfm.training.checkpoint import load_weights
 
 NO_IMAGE = "No image uploaded"
 """The extension uploads its image again where a message holds this."""
@@ -38,13 +39,11 @@ class ClickRequests:
         parser = ConfigParser()
         parser.read_config(os.path.join(bundle_dir, "configs", "inference.json"))
         parser.config |= {"bundle_root": os.fspath(bundle_dir), "progress": False, **settings}
-        self.prepare, self.inferer, self.network, self.table, load = (
-            parser.get_parsed_content(key)
-            for key in ("preprocessing", "inferer", "network", "table", "checkpointloader")
+        self.prepare, self.inferer, self.network, self.table, self.device = (
+            parser.get_parsed_content(key) for key in ("preprocessing", "inferer", "network", "table", "device")
         )
-        load()
+        load_weights(self.network, parser.get_parsed_content("checkpoint"))
         self.network.eval()
-        self.device = parser.get_parsed_content("device")
         invert = next(t for t in parser.get_parsed_content("postprocessing").transforms if isinstance(t, Invertd))
         self.finish = Compose([invert])
 

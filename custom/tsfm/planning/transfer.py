@@ -69,7 +69,7 @@ def load_pretrained(
     ours = {**getattr(network, "description", {}), **(task or {})}
     own = {name: value for name, value in network.state_dict().items() if not name.endswith(EXTRA_STATE)}
     heads = _HeadMap(list(theirs.get("targets", ())), list(ours.get("targets", ())))
-    clicks = tuple("click_sigma" in side for side in (theirs, ours))
+    clicks = tuple(bool(side.get("click_sigma")) for side in (theirs, ours))
 
     entries, values, problems = [], {}, []
     for name, current in own.items():
