@@ -57,6 +57,7 @@ def find_images(
     output_dir: str | os.PathLike | None = None,
     existing: str = "error",
     save: str | Sequence[str] = "label_map",
+    clicks: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Datalist items, each with "image" and a "case" name that no other has, for what the user points at.
 
@@ -67,8 +68,10 @@ def find_images(
         existing: what to do with cases whose result is there: "error", "skip" them (once all of `save` is there), or
             "overwrite".
         save: what will be written of each case, one or several of `OUTPUTS`.
+        clicks: case -> more entries of its item, in a form that `tsfm.inference.clicks.ReadClicksd` reads.
 
     Raises:
+        ValueError: clicks for a case that is not there.
         FileNotFoundError: nothing there, or no image in it.
         FileExistsError: results are already there and `existing` is "error".
         OSError: `output_dir` cannot be written.
@@ -84,6 +87,11 @@ def find_images(
         )
     for item, name in zip(items, _case_names(items), strict=True):
         item["case"] = name
+        item.update((clicks or {}).get(name, {}))
+    names = [item["case"] for item in items]
+    for name in clicks or {}:
+        if name not in names:
+            raise ValueError(f"clicks for a case {name!r}, which is not in {source}{nearest(name, names)}")
     if output_dir is not None:
         check_writable(output_dir, "--output_dir")
     if output_dir is None or existing == "overwrite":

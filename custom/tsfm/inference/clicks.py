@@ -19,7 +19,6 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from ..cases.folders import stem
 from ..labels import LabelTable
 from ..network.clicks import Click, ClickError, click_channels, reaches
 from ..schema import nearest
@@ -51,7 +50,6 @@ class ReadClicksd(MapTransform):
         keys: the image.
         table: label table of the weights; targets go by their names or by what viewers show for them.
         sigma: of the network's click channels, in voxels; None for a network that has none.
-        clicks: case -> its clicks in one of these forms; by default they are keys of the item.
 
     Raises:
         ClickError: a click outside of the volume, for no target, that is no three numbers, or for a network without
@@ -63,11 +61,10 @@ class ReadClicksd(MapTransform):
         keys: KeysCollection,
         table: LabelTable,
         sigma: float | None = None,
-        clicks: Mapping[str, Mapping[str, Any]] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.sigma, self.clicks = sigma, clicks
+        self.sigma = sigma
         self.names = {name: name for name in table.names}
         shown = list(table.channel_def().values())[1:]
         self.names |= dict(zip(shown, table.names, strict=True))
@@ -77,10 +74,9 @@ class ReadClicksd(MapTransform):
         for key in self.key_iterator(out):
             image = out[key]
             source = str(image.meta.get("filename_or_obj", key))
-            request = data if self.clicks is None else self.clicks.get(data.get("case") or stem(source), {})
             affine = np.asarray(image.affine, float)
             noted = []
-            for kind, name, voxel in self._asked(request, source):
+            for kind, name, voxel in self._asked(data, source):
                 self._check(voxel, name, tuple(image.shape[1:]), source)
                 noted.append([kind, name, (affine[:3, :3] @ voxel + affine[:3, 3]).tolist()])
             if noted and self.sigma is None:
