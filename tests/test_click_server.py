@@ -1,4 +1,4 @@
-"""The routes of SlicerNNInteractive, as its client speaks them, over real HTTP."""
+"""Promptable weights as a release, and the routes of SlicerNNInteractive, as its client speaks them, over real HTTP."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import urllib.request
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +19,11 @@ from tsfm.labels import LabelTable
 from tsfm.network.clicks import ClickError
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import describe_network, save_weights
+from tsfm.training.weight_files import load_file
 from tsfm_tools.click_server import ClickRequests, Session, serve
+from tsfm_tools.release.folder_checks import FOLDER_CHECKS
+from tsfm_tools.release.release import release
+from tsfm_tools.release.rules import ReleaseError, built
 
 pytestmark = pytest.mark.convolutions
 
@@ -27,7 +32,7 @@ TINY |= {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
 SHAPE = (24, 20, 18)
 
 
-def weights(path, clicks=True):
+def weights(path, clicks=True, sigma=2.0):
     torch.manual_seed(0)
     table = LabelTable(
         {"organ": {}, "tumor": {"inside": "organ"}}, [{"name": "mine", "labels": {"1": "organ", "2": "tumor"}}]
@@ -36,7 +41,7 @@ def weights(path, clicks=True):
     for head in network.heads:
         torch.nn.init.zeros_(head.conv.bias)
     if clicks:
-        network.description["click_sigma"] = 2.0
+        network.description["click_sigma"] = sigma
     describe_network(
         network, table, Preparation((1.0, 1.0, 1.0), default_modality="MR"), [16, 16, 16], [{"modality": "MR"}]
     )
@@ -115,3 +120,34 @@ def test_weights_without_clicks_and_unknown_targets_are_refused_before_anything_
     assert automatic(path).shape == SHAPE
     with pytest.raises(ClickError, match="these weights have no click channels"):
         automatic(path, organ=[[3, 3, 3]])
+
+
+def test_a_release_of_promptable_weights_is_named_by_itself_serves_clicks_and_trains_with_them(served, tmp_path):
+    requests, path = served[2:]
+    source = str(ROOT / "bundles/tsfm_finetune")
+    checkpoint = weights(tmp_path / "weights.pt", sigma=2.5)
+    with pytest.raises(ReleaseError, match="use mine_deepedit"):
+        release(source, checkpoint, str(tmp_path / "dist"), name="mine", zipped=False)
+    bundle = Path(release(source, checkpoint, str(tmp_path / "dist"), zipped=False))
+    assert bundle.name == "tsfm_finetune_deepedit"
+    image = json.loads((bundle / "configs/metadata.json").read_text())["network_data_format"]["inputs"]["image"]
+    assert image["num_channels"] == 3
+    assert image["channel_def"] == {"0": "MR", "1": "clicks_inside", "2": "clicks_outside"}
+    asked = {"label": "tumor", "foreground": [[12, 9, 8]]}
+    staged, unstaged = (
+        ClickRequests(folder, device="cpu", **more)(path, **asked)
+        for folder, more in ((bundle, {}), (source, {"checkpoint": checkpoint}))
+    )
+    assert np.array_equal(staged, unstaged) and not np.array_equal(staged, requests(path))
+    train = json.loads((bundle / "configs/train.json").read_text())
+    assert train["click_sigma"] == 2.5 and train["train"]["step"]["_target_"].endswith("ClickTrainStep")
+    network = built(
+        str(bundle), "train.json", "loaded_network"
+    )  # as a server's training begins, without data of its own
+    assert (
+        torch.equal(network.stem.weight, load_file(checkpoint)["stem.weight"])
+        and network.description["click_sigma"] == 2.5
+    )
+    assert FOLDER_CHECKS["bundle name"](str(bundle)) == bundle.name
+    with pytest.raises(ReleaseError, match="deepedit"):
+        release(source, weights(tmp_path / "other.pt", clicks=False), str(tmp_path), name="other_deepedit")

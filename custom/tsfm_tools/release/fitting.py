@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tsfm.cases.licences import weights_terms
 from tsfm.network.adapted import REQUIRED
-from tsfm.training.checkpoint import table_of
+from tsfm.training.checkpoint import image_channels, table_of
 
 DECIDED_IDS = ("spacing_mm", "ct_normalization", "network_size", "planned")
 
@@ -113,7 +113,7 @@ def _fitted_metadata(
         "modality": modality,
         "num_channels": channels,
         "spatial_shape": patch,
-        "channel_def": {str(i): modality if channels == 1 else f"image_{i}" for i in range(channels)},
+        "channel_def": channel_names(description, modality),
     }
     data["outputs"]["pred"] = {
         **data["outputs"].get("pred", {}),
@@ -131,10 +131,18 @@ def _fitted_metadata(
         }
     filled = {**metadata, "name": name, "network_data_format": data, "label_classes": _classes(table.channel_def())}
     filled["pred_classes"] = filled["label_classes"]
-    filled["image_classes"] = f"{channels} channel(s): {modality}, any size, spacing and orientation"
+    filled["image_classes"] = f"{image_channels(description)} channel(s): {modality}, any size, spacing and orientation"
     if trained_on:
         filled["data_source"] = trained_on
     return filled
+
+
+def channel_names(description: Mapping[str, Any], modality: str) -> dict[str, str]:
+    """The network's input channels by their numbers: images, then those for clicks."""
+    count = image_channels(description)
+    names = [modality] if count == 1 else [f"image_{i}" for i in range(count)]
+    names += ["clicks_inside", "clicks_outside"] if description.get("click_sigma") else []
+    return {str(i): name for i, name in enumerate(names)}
 
 
 def _classes(channel_def: Mapping[str, str]) -> str:
@@ -186,7 +194,8 @@ def weights_table(
     facts = {
         "version": metadata["version"],
         "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}",
-        "input": f"{description['network']['in_channels']} channel(s), {', '.join(description.get('modalities', []))}",
+        "input": f"{image_channels(description)} channel(s), {', '.join(description.get('modalities', []))}",
+        "clicks": "two more channels, inside and outside of one target" if description.get("click_sigma") else "none",
         "patch (S, P, L)": " x ".join(map(str, description["patch_size"])),
         "voxel spacing in mm (S, P, L)": " x ".join(f"{mm:g}" for mm in preparation["spacing_mm"]),
         "normalization": _normalization(preparation),
