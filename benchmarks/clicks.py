@@ -3,7 +3,8 @@
     python benchmarks/clicks.py --dataset_dir ../shared/data/Task004_Hippocampus --output_dir /tmp/clicks \
         --splits_file benchmarks/real_data/splits_hippocampus.json
 
-Both networks are trained from nothing, by `train.json` and `small.json`, the promptable one with `clicks.json`. The simulated
+Both networks are trained from nothing, by `train.json` and `small.json`, the promptable one with `clicks.json`; with --continued
+another one goes on from the automatic network's weights for so many epochs. The simulated
 user corrects one target at a time: a click in the middle of the largest piece of what is wrong, on the image's own grid,
 then the next on the new result. Requests go the way of a server's: through inference.json, as voxels of the file.
 Finished trainings are not repeated.
@@ -52,31 +53,43 @@ def corrected(requests: ClickRequests, item: dict[str, Any], most: int) -> list[
     return rows
 
 
+def trained(kind: str, seed: int, options: argparse.Namespace) -> Path:
+    """The weights of a run; it is made where it is not there yet."""
+    output = Path(options.output_dir)
+    run, started = output / f"{kind}-{seed}", time.process_time()
+    if (run / "done").exists():
+        return run / "model.pt"
+    more: dict[str, Any] = {"patch_size": options.patch_size} if options.patch_size else {}
+    epochs = options.continued if kind == "continued" else options.epochs
+    if kind == "continued":
+        more["pretrained"] = str(trained("automatic", seed, options))
+    run_bundle(
+        BUNDLE, ["train.json", "small.json", *(["clicks.json"] if kind != "automatic" else [])],
+        dataset_dir=options.dataset_dir, splits_file=options.splits_file, output_dir=str(run), seed=seed, epochs=epochs,
+        store_dir=str(output / "store"), ckpt_dir=str(run / "published"), step_seconds=options.step_seconds,
+        iterations_per_epoch=options.iterations, val_interval=epochs, num_workers=0, device="cpu", **more,
+    )  # fmt: skip
+    (run / "done").write_text(f"{time.process_time() - started:.0f} s of the processor\n")
+    return run / "model.pt"
+
+
 def main(options: argparse.Namespace) -> None:
-    output, table = Path(options.output_dir), {}
+    table: dict[str, list[float]] = {}
     pool = dataset_pool(options.dataset_dir, splits_file=options.splits_file)
     held_out = pool.evaluation_items(0)[: options.cases]
     for seed in options.seeds:
-        for kind in ("automatic", "clicks"):
-            run, overlays = output / f"{kind}-{seed}", ["train.json", "small.json"]
-            started = time.process_time()
-            if not (run / "done").exists():
-                run_bundle(
-                    BUNDLE, overlays + ["clicks.json"] * (kind == "clicks"), dataset_dir=options.dataset_dir,
-                    output_dir=str(run), store_dir=str(output / "store"), ckpt_dir=str(run / "published"), seed=seed,
-                    splits_file=options.splits_file, step_seconds=options.step_seconds, epochs=options.epochs,
-                    iterations_per_epoch=options.iterations, val_interval=options.epochs, num_workers=0, device="cpu",
-                    **({"patch_size": options.patch_size} if options.patch_size else {}),
-                )  # fmt: skip
-                (run / "done").write_text(f"{time.process_time() - started:.0f} s of the processor\n")
-            requests = ClickRequests(BUNDLE, checkpoint=str(run / "model.pt"), device="cpu")
-            found = [corrected(requests, item, max(SHOWN) if kind == "clicks" else 0) for item in held_out]
-            for count in SHOWN if kind == "clicks" else (0,):
-                values = [list(rows[count].values()) for rows in found]
-                table.setdefault(f"{kind}, {count} clicks", []).append(float(np.nanmean(values)))
+        for kind in ("automatic", "clicks", *(["continued"] if options.continued else [])):
+            shown = (0,) if kind == "automatic" else SHOWN
+            requests = ClickRequests(BUNDLE, checkpoint=str(trained(kind, seed, options)), device="cpu")
+            found = [corrected(requests, item, max(shown)) for item in held_out]
+            for count in shown:
+                mean = float(np.nanmean([list(rows[count].values()) for rows in found]))
+                table.setdefault(f"{kind}, {count} clicks", []).append(mean)
             print(seed, kind, {key: np.round(value, 4).tolist() for key, value in table.items()}, flush=True)
     rows = {key: [float(np.mean(value)), float(np.std(value))] for key, value in table.items()}
-    (output / "clicks.json").write_text(json.dumps({"per seed": table, "mean and sd": rows}, indent=4))
+    (Path(options.output_dir) / "clicks.json").write_text(
+        json.dumps({"per seed": table, "mean and sd": rows}, indent=4)
+    )
     print(f"{len(held_out)} held-out cases, {len(options.seeds)} seeds: mean Dice over targets")
     for key, (mean, sd) in rows.items():
         print(f"| {key} | {mean:.4f} ± {sd:.4f} |")
@@ -89,6 +102,7 @@ if __name__ == "__main__":
     parser.add_argument("--splits_file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--continued", type=int, default=0, help="epochs with clicks after those without")
     parser.add_argument("--iterations", type=int, default=25)
     parser.add_argument("--step_seconds", type=float, default=0.1)
     parser.add_argument("--patch_size", type=int, nargs=3)
