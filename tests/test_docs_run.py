@@ -40,6 +40,7 @@ PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("bundles
 NOT_RUN = {
     r"^make test$": "this test is part of it",
     r"trt_export|inference_trt": "needs TensorRT and a GPU",
+    r"dicom_seg": "needs highdicom and a DICOM series: test_dicom_seg.py",
     r"dicom-web": "needs a DICOMweb server",
     r"click_server": "serves until it is interrupted; test_click_server.py",
     r"CASE\.nii": "names a file of the reader's; test_clicks.py",

@@ -8,6 +8,7 @@ from tsfm.cases.folders import PoolError, find_images
 from tsfm.cases.pool import DatasetPool, complete_items
 from tsfm.labels import LabelError, LabelTable
 from tsfm.names import case_names, modality_name, plain_name, plain_names
+from tsfm.network.description import check_description
 from tsfm.planning.own_data import dataset_pool
 from tsfm.schema import FileError, read_json
 
@@ -57,6 +58,30 @@ def test_a_slip_in_a_pool_file_is_named(tmp_path, fields, message):
     with pytest.raises((PoolError, LabelError)) as error:
         DatasetPool(pool_file(tmp_path, **fields), tmp_path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ({"type": "10200004 Liver", "side": "left"}, ""),
+        ({"type": "10200005 Liver"}, '"type" is "10200005 Liver", expected a SNOMED CT code and its meaning'),
+        ({"type": "10020004 Liver"}, "the last digit is a check"),
+        ({"type": "10200004"}, "expected a SNOMED CT code and its meaning"),
+        ({"type": "Liver"}, "expected a SNOMED CT code and its meaning"),
+        ({"site": "10200004 Liver"}, "lacks ['type']"),
+        ({"type": "10200004 Liver", "side": "both"}, 'expected "left" or "right"'),
+    ],
+)
+def test_snomed_codes_are_checked_by_their_last_digit_and_travel_with_the_table(tmp_path, codes, message):
+    path = pool_file(tmp_path, targets={"liver": {"snomed": codes}})
+    if message:
+        with pytest.raises(PoolError) as error:
+            DatasetPool(path, tmp_path)
+        assert message in str(error.value)
+    else:
+        table = DatasetPool(path, tmp_path).table
+        assert LabelTable.from_dict(table.to_dict()).entry("liver")["snomed"] == codes
+        check_description({"targets": table.to_dict()["targets"]}, "weights")
 
 
 def test_everything_that_is_wrong_comes_in_one_message(tmp_path):

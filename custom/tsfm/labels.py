@@ -21,7 +21,9 @@ RELATIONS = ("part_of", "inside")
 
 LABEL_MAP = "label_map"
 
-TARGET_FIELDS = {*RELATIONS, "lesion", "tolerance_mm", "display", "_desc_"}
+TARGET_FIELDS = {*RELATIONS, "lesion", "tolerance_mm", "display", "snomed", "_desc_"}
+
+LESION_ENDINGS = ("tumor", "lesion", "cyst", "cancer", "metastasis")
 
 
 class LabelError(ValueError):
@@ -33,9 +35,9 @@ class LabelTable:
 
     Args:
         targets: name -> ``{}``, ``{"part_of": parent}`` or ``{"inside": parent}``, optionally with ``"lesion"``,
-            ``"tolerance_mm"`` and ``"display"`` (viewers' name for it). The declared order is the order of the network's
-            outputs; in a label map target ``i`` has the value ``i + 1``. A parent's parts make it up together; what is
-            inside lies in it.
+            ``"tolerance_mm"``, ``"display"`` (viewers' name for it) and ``"snomed"`` (its codes in DICOM). The declared
+            order is the order of the network's outputs; in a label map target ``i`` has the value ``i + 1``. A parent's
+            parts make it up together; what is inside lies in it.
         datasets: one mapping per data set: ``name``, ``labels`` (raw id, or structure name, -> target or list of
             targets), ``ignore`` (raw ids whose voxels enter no loss), ``others`` (``"background"``: ids that are
             listed nowhere count as background; without it they are an error).
@@ -324,6 +326,11 @@ def _dataset_rules(entry: Mapping[str, Any]) -> dict[str, Any]:
     if others not in (None, "background"):
         raise LabelError(f'data set \'{name}\': "others" is {others!r}; the only choice is "background"')
     return {"labels": labels, "ignore": ignore, "others": others}
+
+
+def is_lesion(table: LabelTable, target: str) -> bool:
+    """Whether a target is counted lesion by lesion: as its entry's ``"lesion"`` says, else by the end of its name."""
+    return bool(table.entry(target).get("lesion", target.lower().endswith(LESION_ENDINGS)))
 
 
 def as_table(table: LabelTable | Mapping[str, Any] | str | Path) -> LabelTable:

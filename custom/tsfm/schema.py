@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from .snomed import is_snomed
+
 PUNCTUATION = " _.,+-()&'"
 
 LONGEST_NAME = 100
@@ -153,6 +155,7 @@ def _validator(kind: str) -> Any:
 
     names = FormatChecker(())
     names.checks("name")(is_plain_name)
+    names.checks("snomed")(lambda text: is_snomed(text) and is_plain_name(text))
     return extend(newest, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
 
 
@@ -172,6 +175,18 @@ CASES = _kind("array", 'a list of case names, like ["case_1", "case_2"]', items=
 
 PATHS = _kind(["string", "array"], "a path, or a list of paths (one per channel)", minLength=1, minItems=1, items=TEXT)
 
+CODE = _kind(
+    "string", 'a SNOMED CT code and its meaning, "10200004 Liver" (the last digit is a check)', format="snomed"
+)
+
+SNOMED = _kind(
+    "object",
+    'an object like {"type": "10200004 Liver"}, if needed with "site" and "side"',
+    required=["type"],
+    additionalProperties=False,
+    properties={"type": CODE, "site": CODE, "side": _kind("string", '"left" or "right"', enum=["left", "right"])},
+)
+
 TARGET = _kind(
     "object",
     'an object like {"inside": "liver"}',
@@ -182,6 +197,7 @@ TARGET = _kind(
         "lesion": _kind("boolean", "true or false"),
         "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
         "display": NAME,
+        "snomed": SNOMED,
         "_desc_": NOTE,
     },
 )

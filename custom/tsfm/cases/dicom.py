@@ -43,19 +43,8 @@ def open_series(folder: str) -> Opened:
     Raises:
         CaseError: no series or several; slices that are uneven, repeated, turned, of other sizes or without a position.
     """
-    sitk = _simpleitk(folder)
-    with _naming(folder):
-        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
-        names = {one: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, one) for one in series}
-    if len(series) != 1:
-        listed = ", ".join(f"{one} ({len(files)} files)" for one, files in names.items()) or "none"
-        raise CaseError(
-            f"{folder}: {len(series)} DICOM series: {listed}; expected a folder that holds exactly one: give each a "
-            "folder of its own"
-        )
-    slices = [_information(sitk, name) for name in names[series[0]]]
-    frames = [_number(one, FRAMES, 1) for one in slices]
-    if max(frames) > 1:
+    slices = _slices(folder)
+    if max(_number(one, FRAMES, 1) for one in slices) > 1:
         if len(slices) > 1:
             raise CaseError(f"{folder}: {len(slices)} multi-frame DICOM files; expected one, or one file per slice")
         return open_file(slices[0]["name"])
@@ -65,6 +54,7 @@ def open_series(folder: str) -> Opened:
     scaling = {(_number(one, SLOPE, 1), _number(one, INTERCEPT, 0)) for one in slices}
 
     def load() -> np.ndarray:
+        sitk = _simpleitk(folder)
         reader = sitk.ImageSeriesReader()
         reader.SetImageIO("GDCMImageIO")
         reader.SetFileNames([one["name"] for one in slices])
@@ -77,6 +67,33 @@ def open_series(folder: str) -> Opened:
         return sitk.GetArrayFromImage(image).transpose(2, 1, 0)[None]
 
     return Opened(1, shape, affine, "DICOM", load)
+
+
+def slice_files(folder: str) -> list[str]:
+    """The files of the one DICOM series in a folder, one per slice, in the order of the volume's third axis.
+
+    Raises:
+        CaseError: as `open_series`; a multi-frame file.
+    """
+    slices = _slices(folder)
+    if max(_number(one, FRAMES, 1) for one in slices) > 1:
+        raise CaseError(f"{folder}: a multi-frame DICOM file; expected one file per slice")
+    return [slices[i]["name"] for i in _stack(folder, slices)[0]]
+
+
+def _slices(folder: str) -> list[dict]:
+    """What the headers of the one series in a folder say."""
+    sitk = _simpleitk(folder)
+    with _naming(folder):
+        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
+        names = {one: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, one) for one in series}
+    if len(series) != 1:
+        listed = ", ".join(f"{one} ({len(files)} files)" for one, files in names.items()) or "none"
+        raise CaseError(
+            f"{folder}: {len(series)} DICOM series: {listed}; expected a folder that holds exactly one: give each a "
+            "folder of its own"
+        )
+    return [_information(sitk, name) for name in names[series[0]]]
 
 
 def _stack(folder: str, slices: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:

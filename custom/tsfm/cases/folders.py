@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 OUTPUT_SUFFIX = ".nii.gz"
 
-OUTPUTS = {"label_map": OUTPUT_SUFFIX}
+OUTPUTS = {"label_map": OUTPUT_SUFFIX, "dicom_seg": ".seg.dcm", "dicom_labelmap": ".labelmap.dcm"}
 """What a run can write of a case (``--save``), and what follows the case's name in the name of its file."""
 
 EXISTING = ("error", "skip", "overwrite")
@@ -74,16 +74,23 @@ def find_images(
         ValueError: clicks for a case that is not there.
         FileNotFoundError: nothing there, or no image in it.
         FileExistsError: results are already there and `existing` is "error".
+        FileError: DICOM shall be written of images that are no DICOM series.
         OSError: `output_dir` cannot be written.
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {list(EXISTING)}")
-    saved_outputs(save)
+    as_dicom = [name for name in saved_outputs(save) if name.startswith("dicom")]
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
     items = [item for one in sources for item in _items(one)]
     if not items:
         raise FileNotFoundError(
             f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders; check that it is what you meant"
+        )
+    others = [item["image"] for item in items if not os.path.isdir(os.fspath(paths_of(item["image"])[0]))]
+    if as_dicom and others:
+        raise FileError(
+            f"{len(others)} of {len(items)} images are no folder with a DICOM series, for example {others[0]}, and "
+            f"{as_dicom[0]} refers to one: leave it out of --save, or give those images a run of their own"
         )
     for item, name in zip(items, _case_names(items), strict=True):
         item["case"] = name

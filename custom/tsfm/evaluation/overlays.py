@@ -5,7 +5,6 @@ Axial slices seen from the feet: the patient's right on the left, anterior on to
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,15 @@ from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
 from ..cases.grids import SPL, spacing_of, turn_array, turn_grid, turn_to
+from ..inference.colors import colors_of, is_warm
 from ..labels import LabelTable
 from ..preparation.resampling import label_box
-from .scores import is_lesion
 
 CT_WINDOW_HU = (-160.0, 240.0)
 """Soft tissue: level 40, width 400."""
 
 LUNG_WINDOW_HU = (-1350.0, 150.0)
 """Lung: level -600, width 1500; the choice for cases whose only targets are in the lung."""
-
-# Far apart from each other and from gray in CIELAB; warm hues are left to the lesions.
-ORGAN_COLORS = (
-    "#29c2ff", "#57a51a", "#b37aff", "#1a9475", "#c2f0a3", "#1a75f0", "#d1a36b", "#1aff94", "#9429ff", "#f0b3ff",
-    "#b3d147", "#1affff", "#946629", "#7566a3", "#1ab31a", "#3857ff", "#b34794", "#a3a366", "#1a75a3", "#47c275",
-    "#ffd185", "#c2941a", "#a3ff1a", "#c275ff",
-)  # fmt: skip
-
-LESION_COLORS = ("#ff3333", "#ff9a1a", "#ff44cc", "#ffdd33", "#ff8080")
 
 ROW_INCHES, TITLE_INCHES = 3.4, 0.3
 
@@ -49,19 +39,6 @@ def truth_map(codes: np.ndarray, table: LabelTable, dataset: str) -> np.ndarray:
         painted = [target + 1 for target in table.paint_order() if table.targets[code, target] == 1]
         values.append(painted[-1] if painted else 0)
     return np.array(values, np.uint8 if len(table.names) < 256 else np.uint16)[codes]
-
-
-def is_warm(table: LabelTable, target: str) -> bool:
-    """Whether a target is drawn and weighted like a lesion: declared or named so, or inside another target."""
-    return is_lesion(table, target) or "inside" in table.entry(target)
-
-
-def colors_of(table: LabelTable) -> dict[int, str]:
-    """Label-map value -> color; lesions and what lies inside another target get the warm ones."""
-    organs, warm, colors = itertools.cycle(ORGAN_COLORS), itertools.cycle(LESION_COLORS), {}
-    for value, name in enumerate(table.names, start=1):
-        colors[value] = next(warm if is_warm(table, name) else organs)
-    return colors
 
 
 def page_png(path: str | Path, cases: Sequence[Mapping[str, Any]], table: LabelTable) -> Path:

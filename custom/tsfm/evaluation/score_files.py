@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..labels import LabelTable
-from .scores import COLUMNS, is_lesion
+from ..labels import LabelTable, is_lesion
+from .scores import COLUMNS
 from .tables import markdown_scores, summarize, table1
 
 logger = logging.getLogger(__name__)

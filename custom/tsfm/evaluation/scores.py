@@ -14,24 +14,17 @@ from typing import Any
 import numpy as np
 
 from ..cases.volumes import as_label_map
-from ..labels import LabelTable
+from ..labels import LabelTable, is_lesion
 from ..preparation.resampling import boxes_of, enclosing
 from .metrics import lesions, surface_dice
 
 DEFAULT_TOLERANCE_MM = 2.0
 """Surface tolerance of targets that declare none; no source of the paper fixes one."""
 
-LESION_ENDINGS = ("tumor", "lesion", "cyst", "cancer", "metastasis")
-
 COLUMNS = (
     "case", "dataset", "target", "status", "dice", "nsd", "tolerance_mm", "volume_predicted_ml", "volume_true_ml",
     "lesions_true", "lesions_found", "lesions_missed", "lesions_false",
 )  # fmt: skip
-
-
-def is_lesion(table: LabelTable, target: str) -> bool:
-    """Whether a target is counted lesion by lesion: as its entry's ``"lesion"`` says, else by the end of its name."""
-    return bool(table.entry(target).get("lesion", target.lower().endswith(LESION_ENDINGS)))
 
 
 def count_voxels(prediction: np.ndarray, truth: np.ndarray, table: LabelTable, dataset: str) -> dict[str, tuple]:

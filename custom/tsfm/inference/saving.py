@@ -13,6 +13,7 @@ from monai.transforms import SaveImaged
 
 from ..cases.folders import output_paths, saved_outputs
 from ..labels import LabelTable
+from .dicom_seg import highdicom, write_seg
 from .prediction import case_name, write_label_map
 
 
@@ -30,7 +31,9 @@ class Result(NamedTuple):
 
 
 WRITERS: dict[str, Callable[[Result, Path], None]] = {
-    "label_map": lambda result, path: write_label_map(result.label_map, path)
+    "label_map": lambda result, path: write_label_map(result.label_map, path),
+    "dicom_seg": lambda result, path: write_seg(result.label_map, path, result.table, "BINARY"),
+    "dicom_labelmap": lambda result, path: write_seg(result.label_map, path, result.table, "LABELMAP"),
 }
 """Name in ``--save`` (one of `cases.folders.OUTPUTS`) -> what writes a result to a path, whole or not at all."""
 
@@ -45,6 +48,9 @@ class SaveResultsd(SaveImaged):
         existing: what to do with files that are there: "error", "skip" (keep them, write the others), or "overwrite".
         save: one or several of `cases.folders.OUTPUTS`.
         table: label table, or the targets' names, of the label map's values.
+
+    Raises:
+        ImportError: DICOM shall be written and highdicom is not there.
     """
 
     def __init__(
@@ -61,6 +67,8 @@ class SaveResultsd(SaveImaged):
             print_log=False, allow_missing_keys=allow_missing_keys,
         )  # fmt: skip
         self.output_dir, self.existing, self.save, self.table = output_dir, existing, saved_outputs(save), table
+        if any(name.startswith("dicom") for name in self.save):
+            highdicom()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)

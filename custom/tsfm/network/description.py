@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..cases.cases import Preparation
-from ..schema import KINDS, NAME, NAME_RULE, check, is_plain_name, nearest
+from ..schema import KINDS, NAME, NAME_RULE, SNOMED, check, is_plain_name, nearest
 
 
 def _kind(types: str, description: str, **more: Any) -> dict[str, Any]:
@@ -125,6 +125,7 @@ TARGETS = _kind(
             "lesion": FLAG,
             "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
             "display": NAME,
+            "snomed": SNOMED,
         },
     ),
 )
