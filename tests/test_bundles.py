@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.transforms import RandFlipd
-from tsfm.inference.prediction import chosen_modality, chosen_targets
+from tsfm.inference.prediction import chosen_flag, chosen_modality, chosen_targets
 from tsfm.labels import LabelTable
 from tsfm.network.networks import create_network
 from tsfm_tools.release.fitting import merge_overlay
@@ -187,6 +187,9 @@ def test_a_choice_of_targets_and_modality_is_what_slicer_or_the_command_line_sen
         assert chosen_targets(everything, trained) == trained
     assert chosen_targets("spleen", trained) == chosen_targets(("spleen",), trained) == ["spleen"]
     assert chosen_modality("MR") == "MR" and chosen_modality(["CT", "MR"]) is None
+    assert [chosen_flag(text) for text in ("false", "False", False, 0, "true", True)] == [False] * 4 + [True] * 2
+    with pytest.raises(ValueError, match="'maybe' is neither true nor false"):
+        chosen_flag("maybe")
 
 
 def test_pretraining_declares_the_papers_numbers():

@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from tsfm.cases.pool import DatasetPool
 from tsfm.inference.prediction import FailedCases
+from tsfm.inference.report import read_report
 from tsfm.inference.windows import mirrored_axes
 from tsfm.training.checkpoint import build_network, load_weights, read_description, save_weights
 from tsfm.training.weight_files import CheckpointError
@@ -87,7 +88,7 @@ def test_a_single_file_with_spaces_and_letters_beyond_ascii(case, segment, tmp_p
     path.parent.mkdir()
     nib.save(case, path)
     out = segment(path, out=tmp_path / "Ergebnis für 肝臓")
-    assert [file.name for file in out.iterdir()] == ["Fall 1 (nativ).nii.gz"]
+    assert sorted(file.name for file in out.iterdir()) == ["Fall 1 (nativ).nii.gz", "report.json"]
 
 
 def test_a_dicom_series_gives_the_map_of_the_same_voxels_in_nifti(case, segment, tmp_path):
@@ -111,7 +112,7 @@ def test_a_datalist_names_the_cases_relative_to_itself(case, segment, tmp_path):
     datalist = {"testing": [{"image": "a.nii.gz", "case": "first"}, "b.nii"]}
     (tmp_path / "list.json").write_text(json.dumps(datalist))
     out = segment(tmp_path / "list.json")
-    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz"]
+    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz", "report.json"]
     assert np.array_equal(voxels(out / "first.nii.gz"), voxels(out / "b.nii.gz"))
 
 
@@ -156,7 +157,11 @@ def test_bad_files_are_reported_and_the_rest_goes_on(bad_folder, segment, tmp_pa
     assert set(lines) == set(REASONS), "each bad case is named, the good one is not"
     for name, reasons in REASONS.items():
         assert any(reason in lines[name] for reason in reasons), lines[name]
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["good.nii.gz", "report.json"]
+    report = read_report(tmp_path / "out")
+    assert (
+        "ml" in report["good"] and len(report) > 1 and all("error" in report[name] for name in report if name != "good")
+    )
 
 
 def test_the_command_ends_with_the_reasons_and_a_code_that_is_not_zero(bad_folder, pretrained, tmp_path):
@@ -207,6 +212,16 @@ def test_threshold_and_mirroring_change_the_result(case, segment, tmp_path):
         results[name] = voxels(segment(tmp_path / "case.nii.gz", out=tmp_path / name, **settings) / "case.nii.gz")
     assert np.count_nonzero(results["low"]) > np.count_nonzero(results["high"])
     assert not np.array_equal(results["low"], results["mirrored"])
+    row = read_report(tmp_path / "mirrored")["case"]
+    assert row["quality"] and all(0 < found["agreement"] < 1 for found in row["quality"].values())
+    assert 0 < row["doubt"] < 1 and set(row["quality"]) <= set(row["ml"]) and "warnings" not in row
+
+
+def test_an_image_unlike_those_of_the_training_is_segmented_with_a_warning(case, segment, tmp_path):
+    voxels = np.asarray(case.dataobj)
+    nib.save(nib.Nifti1Image(voxels, case.affine @ np.diag([0.3, 0.3, 0.3, 1])), tmp_path / "small.nii.gz")
+    row = read_report(segment(tmp_path / "small.nii.gz"))["small"]
+    assert any("mm along S; the weights saw" in line for line in row["warnings"]) and "error" not in row
 
 
 def test_results_that_are_there_are_kept_unless_asked_otherwise(case, segment, tmp_path):

@@ -255,7 +255,7 @@ def test_the_readme_names_every_target_and_keeps_its_text(staged):
 
 def test_nothing_but_the_bundle_is_staged(staged, tmp_path):
     files = release.list_files(str(staged))
-    assert {file.split("/")[0] for file in files} == {"LICENSE", "configs", "docs", "models", "tsfm"}
+    assert {file.split("/")[0] for file in files} == {"LICENSE", "configs", "docs", "label_app", "models", "tsfm"}
     assert not [f for f in files if f.startswith("tsfm_tools") or "phantoms" in f or "gate" in f]
     assert not [f for f in files if "__pycache__" in f or f.endswith(".pyc")]
     assert "tsfm/network/tsfm_net.py" in files and not (staged / "tsfm").is_symlink()

@@ -8,7 +8,8 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -42,6 +43,23 @@ def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: 
         if is_full(error):
             raise OSError(errno.ENOSPC, full_message(path, written)) from error
         raise
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a lock that other processes on this folder wait for; none where the system or the file system has no such lock."""
+    try:
+        import fcntl  # absent on Windows
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def full_message(path: str | os.PathLike, written: int) -> str:

@@ -24,6 +24,7 @@ from ..cases.nifti import unit_mm
 from ..errors import first_cause
 from ..files import atomic_write
 from ..labels import LabelTable
+from ..preparation.familiar import Familiar
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,18 @@ def chosen_modality(choice: str | Sequence[str]) -> str | None:
     return choice if isinstance(choice, str) else None
 
 
+def chosen_flag(choice: bool | str) -> bool:
+    """True or False, of itself or as the text that a server's client sends.
+
+    Raises:
+        ValueError: anything else.
+    """
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if str(choice).lower() not in known:
+        raise ValueError(f"{choice!r} is neither true nor false")
+    return known[str(choice).lower()]
+
+
 class CaseDataset(Dataset):
     """MONAI's Dataset, but a case whose transforms fail gives ``{"case", "error"}`` in place of an exception.
 
@@ -66,12 +79,13 @@ class CaseEvaluator(SupervisedEvaluator):
     """SupervisedEvaluator that survives a bad case, says how each went, and fails at the end if one did.
 
     Handlers see an empty list in ``state.batch`` and ``state.output`` for a case that failed. ``results`` holds one
-    dict per case: case, seconds (waiting for it included), and ml per target or error.
+    dict per case: case, seconds (waiting for it included), and ml and quality per target or error.
 
     Args:
         table: label table or target names, to name the label map's values in the summary.
         annotated_only: paint a case with the targets that its data set ("dataset") annotates in `table`, as MultiTalent
             scores: what another data set would call these voxels does not cover them. The inferer is a `SlabInferer`.
+        familiar: names what in an image the weights have not seen; the rows' "warnings".
         others: as for SupervisedEvaluator; batches of one case. `amp` belongs to the inferer.
 
     Raises:
@@ -83,9 +97,11 @@ class CaseEvaluator(SupervisedEvaluator):
         *args: Any,
         table: LabelTable | Sequence[str] | None = None,
         annotated_only: bool = False,
+        familiar: Familiar | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.familiar = familiar or Familiar()
         self.every, self.annotated = self.inferer, None
         if annotated_only:
             self.annotated = {dataset: table.annotated(dataset) for dataset in table.datasets}
@@ -128,9 +144,12 @@ class CaseEvaluator(SupervisedEvaluator):
             else:
                 if self.annotated is not None and "dataset" in batchdata:
                     self.inferer = self.every.restricted_to(self.annotated[batchdata["dataset"][0]])
+                row |= self._strange(batchdata)
                 output = super()._iteration(engine, batchdata)
                 prediction = output[0].get("pred") if isinstance(output, list) and output else None
                 row["ml"] = {} if prediction is None else volumes_ml(prediction, self.names)
+                if quality := getattr(self.inferer, "quality", None):
+                    row["quality"] = {name: found for name, found in quality.items() if name in row["ml"]}
         except Exception as error:
             logger.debug("case %s", case, exc_info=True)
             row["error"] = root_cause(error)
@@ -141,6 +160,17 @@ class CaseEvaluator(SupervisedEvaluator):
         row["seconds"], self._mark = now - self._mark, now
         self.results.append(row)
         return output
+
+    def _strange(self, batchdata: Mapping[str, Any]) -> dict[str, list[str]]:
+        """ "warnings" about an image that is far from what the weights have seen."""
+        image = batchdata["image"]
+        operations = getattr(image, "applied_operations", None) or [[]]
+        grids = [one["extra_info"] for one in operations[0] if one.get("class") == "PrepareImaged"]
+        modality = (batchdata.get("modality") or [None])[0]
+        found = self.familiar.warnings(image.as_tensor()[0].numpy(force=True), grids[-1], modality) if grids else []
+        for line in found:
+            logger.warning("%s is far from what the weights were trained on: %s", _case_of(batchdata, 0), line)
+        return {"warnings": found} if found else {}
 
 
 def _case_of(batchdata: Mapping[str, Any], number: int) -> str:
@@ -184,12 +214,19 @@ def volumes_ml(label_map: torch.Tensor, names: Sequence[str] = ()) -> dict[str, 
 def format_results(results: Sequence[Mapping[str, Any]]) -> str:
     """A table of cases: seconds and ml per target, or the error."""
     width = max(len("case"), *(len(row["case"]) for row in results))
-    lines = [f"{'case':{width}}  seconds  result"]
+    lines = [f"{'case':{width}}  seconds  result (how far mirrored versions or folds agree, as Dice)"]
     for row in results:
-        ml = ", ".join(f"{name} {value:.1f} ml" for name, value in row.get("ml", {}).items()) or "nothing found"
+        found = [f"{name} {value:.1f} ml{_agreement(row, name)}" for name, value in row.get("ml", {}).items()]
+        ml = ", ".join(found) or "nothing found"
+        ml += " (unlike the training images, see the warnings)" if row.get("warnings") else ""
         outcome = f"FAILED: {row['error']}" if "error" in row else ml
         lines.append(f"{row['case']:{width}}  {row['seconds']:7.1f}  {outcome}")
     return "\n".join(lines)
+
+
+def _agreement(row: Mapping[str, Any], target: str) -> str:
+    agreement = row.get("quality", {}).get(target, {}).get("agreement")
+    return "" if agreement is None else f" ({agreement:.2f})"
 
 
 def write_label_map(label_map: torch.Tensor, path: str | os.PathLike) -> None:

@@ -25,6 +25,7 @@ from ..labels import LabelTable
 from ..preparation.resampling import thick_axis
 from .painting import Painter, Slab, check_names, threshold_logits
 from .passes import AMP_DTYPES, CPU, Passes, Version, free_bytes, mirrored_axes, network_device
+from .quality import Quality, binary_entropy
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ class SlabInferer(Inferer):
         activation: "sigmoid", or "softmax" of networks whose first output is the background: the largest logit of each
             voxel wins, and thresholds are not looked at.
         watch: is called with every `passes.Version` of every batch of windows, before they are averaged.
+        doubts: say in `quality`, after each image, how far versions agree and how sure their mean is (`Quality.report`).
 
     Where a GPU's memory runs out, fewer windows go per pass; then the buffer, at last the network goes to the CPU.
 
@@ -173,6 +175,7 @@ class SlabInferer(Inferer):
         activation: str = "sigmoid",
         amp_dtype: str = "auto",
         watch: Callable[[Version], None] | None = None,
+        doubts: bool = False,
     ) -> None:
         self.roi_size = tuple(int(side) for side in roi_size)
         if len(self.roi_size) != 3 or min(self.roi_size) < 1:
@@ -194,7 +197,9 @@ class SlabInferer(Inferer):
         window_starts(1, 1, overlap)
         self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
         self.amp, self.channels_last, self.progress = amp, channels_last, progress
-        self.amp_dtype, self.watch = amp_dtype, watch
+        self.amp_dtype, self.watch, self.doubts = amp_dtype, watch, doubts
+        self.quality: dict[str, dict[str, float | None]] = {}
+        self._observer: Quality | None = None
 
     def restricted_to(self, targets: Sequence[str]) -> SlabInferer:
         """The same inferer, which computes of its targets only those that are among `targets`, perhaps none."""
@@ -215,12 +220,16 @@ class SlabInferer(Inferer):
         paint = [(self.channels.index(output), value) for output, value in values if output in self.channels]
         levels = self.levels if self.exclusive else [self.levels[i] for i in self.channels]
         painter = Painter(image.shape[1:], grid.shape, paint, levels, grid.thick, self.exclusive)
+        quality = self._observer = self._quality() if self.doubts else None
         for slab in self.slabs(image, network, *args, **kwargs) if paint else ():
+            if quality:
+                quality.see(slab)
             try:
                 painter.add(slab)
             except torch.OutOfMemoryError:
                 logger.warning("out of memory on %s: this part is painted on the CPU", slab.logits.device)
                 painter.add(Slab(slab.logits.to(CPU), slab.start))
+        self._observer, self.quality = None, quality.report() if quality else {}
         label_map = painter.label_map[None, None]
         for value, name in enumerate(self.names, start=1):
             if self.exclusive and name not in self.chosen:
@@ -247,9 +256,7 @@ class SlabInferer(Inferer):
             logits, done = slab.logits[:, done - slab.start :].float(), slab.stop
             logits = logits[1:] - logits[:1] if self.exclusive else logits
             logits = logits[:, (logits > 0).any(0)]
-            p = torch.sigmoid(logits)
-            entropy = torch.nn.functional.softplus(logits) - p * logits
-            total, count = total + float(entropy.sum()) / math.log(2), count + p.numel()
+            total, count = total + float(binary_entropy(logits).sum()), count + logits.numel()
         return total / count if count else 0.0
 
     def slabs(self, image: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Iterator[Slab]:
@@ -291,8 +298,19 @@ class SlabInferer(Inferer):
     def _passes(self, network: Callable, device: torch.device) -> Passes:
         return Passes(
             network, device, self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self.channels_last, self._checked,
-            self.watch,
+            self._watch if self.watch or self._observer else None,
         )  # fmt: skip
+
+    def _watch(self, version: Version) -> None:
+        for watch in (self.watch, self._observer and self._observer.watch):
+            if watch:
+                watch(version)
+
+    def _quality(self) -> Quality:
+        """Of the targets that are painted."""
+        outputs = {name: self.outputs.index(name) for name in self.chosen}
+        targets = {name: (output, self.channels.index(output)) for name, output in outputs.items()}
+        return Quality(targets, dict(zip(self.names, self.levels, strict=True)), self.exclusive)
 
     def _average(self, shape: Sequence[int], device: torch.device) -> RollingAverage:
         """The buffer, on the network's device where it takes at most half of the memory that is free there."""

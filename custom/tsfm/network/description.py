@@ -180,6 +180,15 @@ DESCRIPTION = _kind(
                 properties={"name": NAME, **dict.fromkeys(("commercial", "share_alike"), YES_NO_UNKNOWN)},
             ),
         ),
+        "familiar": _kind(
+            "object",
+            "an object from modalities to statistics of the images that were seen",
+            additionalProperties=_kind(
+                "object",
+                "an object from statistics to smallest and largest",
+                additionalProperties=_kind("array", "two numbers", items=NUMBER, minItems=2, maxItems=2),
+            ),
+        ),
         "activation": WORD,
         "click_sigma": _kind("number", "voxels above 0", exclusiveMinimum=0, maximum=1000),
         "mirror_axes": _kind("string", "some of the letters S, P, L", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),

@@ -8,7 +8,7 @@ same rule with their own cost: bytes on a GPU, seconds on a CPU. All axes are (S
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -50,7 +50,6 @@ class Plan:
     parameters: int
     memory_gb: float
     step_seconds: float
-    notes: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -63,7 +62,7 @@ class Plan:
         Raises:
             PlanError: naming the fields that are missing.
         """
-        missing = [name for name in cls.__dataclass_fields__ if name not in values and name != "notes"]
+        missing = [name for name in cls.__dataclass_fields__ if name not in values]
         if missing:
             raise PlanError(f"the plan lacks {missing}; expected what `python -m tsfm plan` or a run's plan.json holds")
         return cls(**{name: _tuples(values[name]) for name in cls.__dataclass_fields__ if name in values})

@@ -23,7 +23,7 @@ from typing import Any
 import monailabel
 from fastapi import HTTPException
 from label_checks import BadRequest, check_image, check_training
-from label_dicom import series_as_nifti
+from label_dicom import NamedSegments, series_as_nifti
 from label_tasks import InferTask, TrainTask, UncertaintyScoring, devices
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.utils.app import app_instance
@@ -113,6 +113,8 @@ class MyApp(MONAILabelApp):
         for name, folder in self.models.items():
             if found[name].takes_clicks:
                 found[f"{name}_seg"] = InferTask(folder, self.conf, type="segmentation", shared=found[name])
+        if isinstance(self.datastore(), NamedSegments):
+            self.datastore().values = next(iter(found.values())).labels
         return found
 
     def init_trainers(self) -> dict[str, Any]:
@@ -136,6 +138,11 @@ class MyApp(MONAILabelApp):
         if not self.studies.startswith(("http://", "https://")):
             series_as_nifti(self.studies)
         return super().init_datastore()
+
+    def _init_dicomweb_datastore(self) -> Any:
+        store = super()._init_dicomweb_datastore()
+        store.__class__ = NamedSegments  # MONAI Label chooses the class itself; the state is the same
+        return store
 
     def _download_dcmqi_tools(self) -> None:
         """The tool that writes DICOM SEG comes with the package dcmqi; nothing is fetched from elsewhere."""
@@ -173,13 +180,17 @@ class MyApp(MONAILabelApp):
     def check_task(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
         """A request for a background task as it is meant, checked before its process starts."""
         from tsfm.cases.submitted import named_targets
+        from tsfm.errors import CaseError
         from tsfm.training.checkpoint import read_description
 
         with answered():
             if method == "train":
                 task = self._task(self._trainers, request)
                 weights = os.path.join(self.models[request["model"]], "models", "model.pt")
-                named_targets(task.named(request), tuple(read_description(weights)["targets"]))
+                try:
+                    named_targets(task.named(request), tuple(read_description(weights)["targets"]))
+                except CaseError as error:
+                    raise BadRequest(str(error)) from None
                 options = {key: value for key, value in task.config().items() if key != "annotated"}
                 return check_training(request, options, devices(), len(self.datastore().get_labeled_images()))
             if method == "batch_infer":
@@ -209,9 +220,13 @@ class MyApp(MONAILabelApp):
         super().on_init_complete()
 
     def async_scoring(self, method: str | None, params: Any = None) -> Any:
-        """Scoring that nobody asked for (at the start, after a training, with every sample) only where an image lacks one."""
-        due = [key for key, task in self._scoring_methods.items() if method or task.due(self.datastore())]
-        return super().async_scoring(method, params) if due else {}
+        """Scoring that nobody asked for (at the start, after a training, with every sample) where an image lacks a score;
+        never of a DICOMweb server, of which it would fetch every series."""
+        if method:
+            return super().async_scoring(method, params)
+        remote = isinstance(self.datastore(), NamedSegments)
+        due = [task for task in self._scoring_methods.values() if not remote and task.due(self.datastore())]
+        return super().async_scoring(None, params) if due else {}
 
 
 def check_background_tasks() -> None:

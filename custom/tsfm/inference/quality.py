@@ -1,0 +1,95 @@
+"""A word of doubt about one image: how far the versions of a network agree, and how sure their mean is.
+
+The versions are mirrored windows, several folds, or both; windows that overlap count as often as they cover a voxel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from .painting import Slab
+from .passes import Version
+
+
+class Quality:
+    """Collects, for one image, what `report` says of each target.
+
+    ``agreement`` is the Dice of two versions, over all pairs of versions together: 2 sum |A and B| / sum (|A| + |B|). With
+    n of K versions painting a voxel that is sum n (n - 1) / ((K - 1) sum n), so counting is enough. None with one version.
+    ``entropy`` is the mean binary entropy in bits of the averaged probability, over the voxels where the target exceeds its
+    threshold; of a softmax network against the background. Targets that no version paints are left out.
+
+    Args:
+        targets: target -> (number among the network's outputs, number among a slab's channels).
+        levels: target -> threshold as a logit.
+        exclusive: softmax: the largest output wins, channel 0 of both is the background.
+    """
+
+    def __init__(
+        self, targets: Mapping[str, tuple[int, int]], levels: Mapping[str, float], exclusive: bool = False
+    ) -> None:
+        self.targets, self.levels, self.exclusive = dict(targets), levels, exclusive
+        self.pairs = {name: [0, 0] for name in targets}  # sum n (n - 1), sum (K - 1) n
+        self.bits = {name: [0.0, 0] for name in targets}
+        self._votes: dict[str, Tensor] = {}
+        self._done = 0
+
+    def watch(self, version: Version) -> None:
+        """Take in what one version says; a batch counts once its last version is there."""
+        if version.count == 1:
+            return
+        winner = version.logits.argmax(1) if self.exclusive else None
+        for name, (output, _) in self.targets.items():
+            painted = version.logits[:, output] > self.levels[name] if winner is None else winner == output
+            votes = painted.to(torch.uint8)
+            self._votes[name] = self._votes[name].add_(votes) if version.number else votes
+        if version.number == version.count - 1:
+            for name, votes in self._votes.items():
+                found = torch.bincount(votes.flatten(), minlength=version.count + 1).tolist()
+                self.pairs[name][0] += sum(n * (n - 1) * voxels for n, voxels in enumerate(found))
+                self.pairs[name][1] += sum((version.count - 1) * n * voxels for n, voxels in enumerate(found))
+            self._votes.clear()
+
+    def see(self, slab: Slab) -> None:
+        """Take in averaged logits; the first slices may have come before."""
+        logits, self._done = slab.logits[:, max(self._done - slab.start, 0) :], slab.stop
+        for name, (_, channel) in self.targets.items():
+            found = logits[channel].float() - logits[0].float() if self.exclusive else logits[channel].float()
+            found = found[found > (0.0 if self.exclusive else self.levels[name])]
+            if found.numel():
+                self.bits[name][0] += float(binary_entropy(found).sum())
+                self.bits[name][1] += found.numel()
+
+    def report(self) -> dict[str, dict[str, float | None]]:
+        """Target -> ``agreement`` and ``entropy``."""
+        result = {}
+        for name, (shared, possible) in self.pairs.items():
+            bits, voxels = self.bits[name]
+            if possible or voxels:
+                agreement = shared / possible if possible else None
+                result[name] = {"agreement": agreement, "entropy": bits / voxels if voxels else 1.0}
+        return result
+
+
+def binary_entropy(logits: Tensor) -> Tensor:
+    """Entropy in bits of the probabilities that logits stand for."""
+    return (softplus(logits) - torch.sigmoid(logits) * logits) / math.log(2)
+
+
+def doubt(report: Mapping[str, Mapping[str, Any]], targets: Sequence[str] | None = None) -> float:
+    """One number for a case, the larger the more doubtful: 1 - mean agreement, or mean entropy where there is one version.
+
+    Of the targets that were found; 0 where none was.
+    """
+    rows = [row for name, row in report.items() if targets is None or name in targets]
+    if not rows:
+        return 0.0
+    if any(row["agreement"] is None for row in rows):
+        return sum(row["entropy"] for row in rows) / len(rows)
+    return 1 - sum(row["agreement"] for row in rows) / len(rows)

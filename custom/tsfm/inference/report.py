@@ -1,0 +1,49 @@
+"""``report.json``: what is known of each case of a folder, beside its label map."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+
+from ..files import atomic_write, locked
+from ..schema import read_json
+from .quality import doubt
+
+FILE = "report.json"
+
+
+class CaseReport:
+    """Handler of a `prediction.CaseEvaluator`: keeps ``report.json`` in `output_dir` up to date, case by case.
+
+    ``{"cases": {case: {"seconds", "ml": {target: volume}, "quality": {target: {"agreement", "entropy"}}, "doubt"}}}``; a case
+    that failed has "error". Cases of earlier runs and of other processes into the same folder stay.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.path = Path(output_dir, FILE)
+
+    def attach(self, engine: Engine) -> None:
+        """Connect to the evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+
+    def _write(self, engine: Any) -> None:
+        row = dict(engine.results[-1])
+        case = row.pop("case")
+        if "quality" in row:
+            row["doubt"] = doubt(row["quality"])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path.parent):
+            cases = read_report(self.path.parent)
+            cases[case] = row
+            text = json.dumps({"cases": cases}, indent=2)
+            atomic_write(str(self.path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def read_report(output_dir: str | Path) -> dict[str, Mapping[str, Any]]:
+    """Case -> what ``report.json`` in a folder says; nothing where there is none."""
+    path = Path(output_dir, FILE)
+    return dict(read_json(path)["cases"]) if path.is_file() else {}

@@ -1,0 +1,97 @@
+"""What the MONAI Label app refuses before anything runs; the server itself is in test_monai_label.py."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+APP = Path(__file__).parents[1] / "custom/tsfm_tools/label_app"
+spec = importlib.util.spec_from_file_location("label_checks", APP / "label_checks.py")
+checks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(checks)
+
+OPTIONS = {
+    "threshold": 0.5,
+    "overlap": 0.5,
+    "mirroring": False,
+    "targets": ["all", "liver", "liver_tumor"],
+    "model_filename": ["model.pt"],
+    "device": ["cpu"],
+}
+DEVICES = ("cpu", "cuda")
+
+
+def infer(prompts=False, **request):
+    return checks.check_inference(request, OPTIONS, DEVICES, prompts)
+
+
+def train(labels=2, **request):
+    return checks.check_training(request, {"max_epochs": 50, "val_split": 0.2, "pretrained": True}, DEVICES, labels)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"threshold": "abc"}, "threshold is 'abc', expected a number"),
+        ({"threshold": 7}, "threshold is 7, expected a number above 0 and below 1"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"threshold": True}, "threshold is True"),
+        ({"overlap": 1.5}, "overlap is 1.5, expected a number from 0 to below 1"),
+        ({"mirroring": "perhaps"}, "mirroring is 'perhaps', expected true or false"),
+        ({"targets": "livr"}, r"targets is 'livr' \(did you mean 'liver'\?\); choose from: all, liver, liver_tumor"),
+        ({"targets": []}, r"targets is \[\]; choose from"),
+        ({"targets": ["liver", "spleen"]}, r"targets is \['liver', 'spleen'\]"),
+        ({"device": "cuda:9"}, "device is 'cuda:9'.*this server has: cpu, cuda"),
+        ({"model_filename": "best.pt"}, "model_filename is 'best.pt'; choose from: model.pt"),
+        ({"treshold": 0.3}, r"no option 'treshold' \(did you mean 'threshold'\?\)"),
+        ({"foreground": [[1, 2, 3]]}, r"takes no clicks, boxes or scribbles, and the request has \['foreground'\]"),
+        ({"result_extension": ".jpg"}, "result_extension is '.jpg'"),
+    ],
+)
+def test_an_inference_that_cannot_be_meant_is_refused(request_, message):
+    with pytest.raises(checks.BadRequest, match=message):
+        infer(**request_)
+
+
+def test_what_clients_send_is_taken_as_it_is_meant():
+    meant = infer(
+        threshold="0.3", overlap=0, mirroring="false", targets=["liver"], foreground=[], client_id="slicer", image="x"
+    )
+    assert (meant["threshold"], meant["overlap"], meant["mirroring"]) == (0.3, 0, False)
+    assert meant["targets"] == ["liver"] and meant["client_id"] == "slicer" and meant["image"] == "x"
+    everything = dict(OPTIONS)  # a client that sends back what it was shown
+    assert infer(**everything) == everything
+    assert infer(threshold="")["threshold"] == 0.5  # a field that was left empty
+    assert infer(prompts=True, foreground=[[1, 2, 3]])["foreground"] == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"labels": 0}, "submit labels first"),
+        ({"max_epochs": 0}, "max_epochs is 0, expected a whole number from 1"),
+        ({"max_epochs": 1.5}, "max_epochs is 1.5"),
+        ({"max_epochs": "many"}, "max_epochs is 'many'"),
+        ({"val_split": 1}, "val_split is 1, expected a share"),
+        ({"val_split": -1}, "val_split is -1"),
+        ({"pretrained": "perhaps"}, "pretrained is 'perhaps'"),
+        ({"gpus": "0,7"}, "gpus is '0,7'; this server has none"),
+    ],
+)
+def test_a_training_that_cannot_be_meant_is_refused(request_, message):
+    with pytest.raises(checks.BadRequest, match=message):
+        train(**request_)
+
+
+def test_a_training_as_it_is_meant():
+    meant = train(max_epochs="3", pretrained="False", gpus="all")
+    assert (meant["max_epochs"], meant["val_split"], meant["pretrained"]) == (3, 0.2, False)
+
+
+def test_an_image_that_is_not_there_is_named_with_the_nearest_one(tmp_path):
+    with pytest.raises(
+        checks.BadRequest, match=r"no image 'case22' on this server \(did you mean 'case2'\?\)"
+    ) as refused:
+        checks.check_image("", "case22", ["case1", "case2"])
+    assert refused.value.status == 404
+    checks.check_image(str(tmp_path), "case2", [])

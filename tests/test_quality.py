@@ -1,0 +1,104 @@
+"""A word of doubt: the agreement of versions and the entropy of their mean, beside what they are by definition."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tsfm.inference.painting import Slab
+from tsfm.inference.passes import Version
+from tsfm.inference.quality import Quality, binary_entropy, doubt
+from tsfm.inference.windows import SlabInferer
+from tsfm.preparation.familiar import Familiar, features, ranges
+
+NAMES = ("liver", "tumor")
+
+
+def pairwise_dice(masks):
+    pairs = list(itertools.combinations(masks, 2))
+    shared = sum(int((a & b).sum()) for a, b in pairs)
+    return 2 * shared / sum(int(a.sum() + b.sum()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_agreement_is_the_dice_of_pairs_of_versions_and_a_batch_that_begins_again_counts_once(exclusive):
+    versions = torch.randn(4, 2, 2 + exclusive, 3, 4, 5)
+    first = {name: (i + exclusive, i + exclusive) for i, name in enumerate(NAMES)}
+    quality = Quality(first, {"liver": 0.5, "tumor": -0.5}, exclusive)
+    for number, logits in [*enumerate(versions[:2]), *enumerate(versions)]:  # the first try ran out of memory
+        quality.watch(Version(number, 4, [(0, 0, 0)] * 2, 0, (), logits))
+    report = quality.report()
+    for i, (name, level) in enumerate((("liver", 0.5), ("tumor", -0.5))):
+        masks = versions.argmax(2) == i + 1 if exclusive else versions[:, :, i] > level
+        assert report[name]["agreement"] == pytest.approx(pairwise_dice(masks))
+    assert doubt(report) == pytest.approx(1 - np.mean([row["agreement"] for row in report.values()]))
+
+
+def test_entropy_is_that_of_painted_voxels_and_a_slice_that_comes_twice_counts_once():
+    logits = torch.randn(2, 6, 4, 4)
+    quality = Quality({"liver": (0, 0), "tumor": (1, 1)}, dict.fromkeys(NAMES, 0.0))
+    for start, stop in ((0, 3), (2, 6)):
+        quality.see(Slab(logits[:, start:stop], start))
+    p = torch.sigmoid(logits).double()
+    expected = -(p * p.log2() + (1 - p) * (1 - p).log2())
+    for i, name in enumerate(NAMES):
+        found = quality.report()[name]
+        assert found == {
+            "agreement": None,
+            "entropy": pytest.approx(float(expected[i][logits[i] > 0].mean()), rel=1e-5),
+        }
+    torch.testing.assert_close(binary_entropy(torch.zeros(1)), torch.ones(1))
+
+
+@pytest.mark.convolutions
+def test_the_inferer_says_it_of_mirrored_versions_and_paints_the_same():
+    torch.manual_seed(0)
+    network = torch.nn.Conv3d(1, 2, 3, padding=1)
+    image = torch.randn(1, 1, 20, 16, 12)
+    settings = {"mirror": "SL", "amp": False, "progress": False}
+    doubting = SlabInferer((8, 8, 8), NAMES, doubts=True, **settings)
+    assert torch.equal(doubting(image, network), SlabInferer((8, 8, 8), NAMES, **settings)(image, network))
+    assert set(doubting.quality) == set(NAMES)
+    assert all(0 < row["agreement"] < 1 and 0 < row["entropy"] < 1 for row in doubting.quality.values())
+    alike = SlabInferer((8, 8, 8), NAMES, doubts=True, **settings)
+    alike(torch.ones_like(image), torch.nn.Conv3d(1, 2, 1))
+    assert all(row["agreement"] == 1 for row in alike.quality.values()), "versions that are the same agree"
+    one = SlabInferer((8, 8, 8), NAMES, doubts=True, amp=False, progress=False, targets="liver")
+    one(image, network)
+    assert list(one.quality) == ["liver"] and one.quality["liver"]["agreement"] is None
+    assert doubt(one.quality) == one.quality["liver"]["entropy"] and doubt({}) == 0
+
+
+# ---- what the weights have seen ------------------------------------------------------------------------------------------
+
+GRID = {"spacing_mm": [4.0, 2.0, 2.0], "source_spacing_mm": [3.0, 1.0, 1.0]}
+
+
+def seen(count=6):
+    rng = np.random.default_rng(0)
+    return ranges([features(rng.normal(0, 1, (1, 20 + n, 60, 60)), GRID) for n in range(count)])
+
+
+def test_a_case_like_those_of_the_training_passes():
+    image = np.random.default_rng(1).normal(0.1, 1.1, (1, 22, 66, 55))
+    assert Familiar({"CT": seen()}).warnings(image, GRID) == [] and Familiar().warnings(image, GRID) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "shift", "grid", "modality", "said"),
+    [
+        ((1, 90, 60, 60), 0, GRID, None, "360 mm along S; the weights saw 80 to 100"),
+        (
+            (1, 22, 60, 60),
+            0,
+            {**GRID, "source_spacing_mm": [3, 5, 1]},
+            None,
+            "5 mm of voxel along P; the weights saw 1 to 1",
+        ),
+        ((1, 22, 60, 60), 3, GRID, None, "as the 50th percentile of its prepared intensities"),
+        ((1, 22, 60, 60), 0, GRID, "MR", "it is MR; the weights saw CT"),
+    ],
+)
+def test_what_is_far_from_the_training_is_named(shape, shift, grid, modality, said):
+    image = np.random.default_rng(1).normal(shift, 1, shape)
+    assert any(said in line for line in Familiar({"CT": seen()}).warnings(image, grid, modality))
