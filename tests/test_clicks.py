@@ -76,7 +76,8 @@ def ask(path, network, clicks, keep_gb=1.0, **options):
     """What a server does with a request: a label map on the file's own grid."""
     prepare = pipeline()
     data = prepare({"image": path, **clicks})
-    inferer = ClickInferer(PATCH, TREE, click_sigma=SIGMA, keep_gb=keep_gb, amp=False, progress=False, **options)
+    options = {"click_sigma": SIGMA, "keep_gb": keep_gb, "amp": False, "progress": False, "doubts": True} | options
+    inferer = ClickInferer(PATCH, TREE, **options)
     data["pred"] = inferer(data["image"][None], network)[0]
     return np.asarray(Invertd("pred", prepare, orig_keys="image", nearest_interp=True)(data)["pred"])[0]
 

@@ -18,7 +18,12 @@ logger = logging.getLogger(__name__)
 
 OUTPUT_SUFFIX = ".nii.gz"
 
-OUTPUTS = {"label_map": OUTPUT_SUFFIX, "dicom_seg": ".seg.dcm", "dicom_labelmap": ".labelmap.dcm"}
+OUTPUTS = {
+    "label_map": OUTPUT_SUFFIX,
+    "probabilities": "_probabilities.b2nd",
+    "dicom_seg": ".seg.dcm",
+    "dicom_labelmap": ".labelmap.dcm",
+}
 """What a run can write of a case (``--save``), and what follows the case's name in the name of its file."""
 
 EXISTING = ("error", "skip", "overwrite")
@@ -58,6 +63,8 @@ def find_images(
     existing: str = "error",
     save: str | Sequence[str] = "label_map",
     clicks: Mapping[str, Mapping[str, Any]] | None = None,
+    part: int = 0,
+    parts: int = 1,
 ) -> list[dict[str, Any]]:
     """Datalist items, each with "image" and a "case" name that no other has, for what the user points at.
 
@@ -69,6 +76,7 @@ def find_images(
             "overwrite".
         save: what will be written of each case, one or several of `OUTPUTS`.
         clicks: case -> more entries of its item, in a form that `tsfm.inference.clicks.ReadClicksd` reads.
+        part, parts: of so many equal parts, the one to give (from 0): each process takes one.
 
     Raises:
         ValueError: clicks for a case that is not there.
@@ -80,6 +88,8 @@ def find_images(
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {list(EXISTING)}")
     as_dicom = [name for name in saved_outputs(save) if name.startswith("dicom")]
+    if not 0 <= part < parts:
+        raise ValueError(f"part is {part} of {parts} parts; expected a number from 0 to parts - 1")
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
     items = [item for one in sources for item in _items(one)]
     if not items:
@@ -99,6 +109,7 @@ def find_images(
     for name in clicks or {}:
         if name not in names:
             raise ValueError(f"clicks for a case {name!r}, which is not in {source}{nearest(name, names)}")
+    items = items[part::parts]
     if output_dir is not None:
         check_writable(output_dir, "--output_dir")
     if output_dir is None or existing == "overwrite":

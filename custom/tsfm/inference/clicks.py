@@ -135,7 +135,8 @@ class ClickInferer(SlabInferer):
 
     Args:
         click_sigma: of the network's click channels, in voxels; None for a network without: then this is a `SlabInferer`.
-        keep_gb: memory for what is kept, in all; what does not fit is computed again. 0 keeps nothing.
+        keep_gb: memory for what is kept, in all; what does not fit is computed again. 0 keeps nothing, and nothing is kept
+            while several versions of each window (mirrored ones, folds) are compared (`doubts`).
         others: as for `SlabInferer`.
 
     Raises:
@@ -207,16 +208,15 @@ class ClickInferer(SlabInferer):
             for target, clicks in (prompt or {}).items()
         }
         settings = (self.roi_size, self.flips, self.amp, self.amp_dtype, tuple(self.channels))
-        kept = kept_windows(image, network, settings, 0 if self.watch else self.keep_bytes)
+        versions = self.flips or getattr(network, "versions", None)  # of which an observer has to see every one
+        watched = self.watch or (self._observer and versions)
+        kept = kept_windows(image, network, settings, 0 if watched else self.keep_bytes)
         return super().slabs(image, network, *args, prompt=moved, kept=kept, **kwargs)
 
     def _passes(self, network: Any, device: torch.device) -> Passes:
         if self.sigma is None:
             return super()._passes(network, device)
-        passes = ClickPasses(
-            network, device, self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self.channels_last, self._checked,
-            self.watch,
-        )  # fmt: skip
+        passes = super()._passes(network, device, ClickPasses)
         passes.sigma, passes.channels = self.sigma, self.channels
         return passes
 
