@@ -132,7 +132,7 @@ def test_a_release_of_promptable_weights_is_named_by_itself_serves_clicks_and_tr
     assert bundle.name == "tsfm_finetune_deepedit"
     image = json.loads((bundle / "configs/metadata.json").read_text())["network_data_format"]["inputs"]["image"]
     assert image["num_channels"] == 3
-    assert image["channel_def"] == {"0": "MR", "1": "clicks_inside", "2": "clicks_outside"}
+    assert image["channel_def"] == {"0": "MR", "1": "clicks inside", "2": "clicks outside"}
     asked = {"label": "tumor", "foreground": [[12, 9, 8]]}
     staged, unstaged = (
         ClickRequests(folder, device="cpu", **more)(path, **asked)
