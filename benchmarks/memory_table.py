@@ -1,8 +1,8 @@
 """Peak memory of one training step, by arithmetic and a walk on the meta device: no GPU, no memory, a minute.
 
-Prints a table for the paper's patch and 31 targets: sizes of TSFM, batch, weights' type, activations kept or recomputed,
-alone, DDP, and FSDP over 2, 4 and 8 GPUs. SGD with momentum, fused; gigabytes of 1e9 bytes, without the workspace of the
-convolutions.
+Prints a table for the paper's patch and 31 targets: the planner's sizes of TSFM (tsfm_h is the paper's), batch, weights'
+type, activations kept or recomputed, alone, DDP, and FSDP over 2, 4 and 8 GPUs. SGD with momentum, fused; gigabytes of 1e9
+bytes, without the workspace of the convolutions.
 
     python benchmarks/memory_table.py
 """
@@ -10,18 +10,12 @@ convolutions.
 from __future__ import annotations
 
 import torch
-from tsfm.network.tsfm_net import TSFM
+from tsfm.network.networks import create_network
+from tsfm.planning.families import SIZES
+from tsfm.planning.planner import plan_patch
 from tsfm.training.step_memory import peak_bytes, walk
 
-PATCH, TARGETS = (112, 160, 192), 31
-PAPER = (64, 128, 256, 512, 1024, 2048)
-SMALLER = {"depths_down": (1,) * 6, "depths_up": (1,) * 5}
-SIZES = {
-    "H, the paper's": {},
-    "half the width": {"features": tuple(width // 2 for width in PAPER)},
-    "a quarter, one block per level": {"features": tuple(width // 4 for width in PAPER), **SMALLER},
-    "an eighth, one block per level": {"features": tuple(width // 8 for width in PAPER), **SMALLER},
-}
+PATCH, SPACING_MM, TARGETS = (112, 160, 192), (1.5, 1.0, 1.0), 31
 SHARED = {
     "1 GPU": {}, "DDP": {"processes": 2}, "FSDP 2": {"processes": 2, "sharded": True},
     "FSDP 4": {"processes": 4, "sharded": True}, "FSDP 8": {"processes": 8, "sharded": True},
@@ -31,9 +25,10 @@ SHARED = {
 def main() -> None:
     print("| TSFM | weights | activations | batch | type | " + " | ".join(SHARED) + " |")
     print("|---" * (5 + len(SHARED)) + "|")
-    for name, arguments in SIZES.items():
+    for name in SIZES:
+        plan = plan_patch(PATCH, SPACING_MM, name, out_channels=TARGETS)
         with torch.device("meta"):
-            network = TSFM(out_channels=TARGETS, img_size=PATCH, **arguments)
+            network = create_network(in_channels=1, out_channels=TARGETS, img_size=PATCH, plan=plan)
         for batch in (1, 2):
             for recomputed in (False, True):
                 steps = walk(network, 1, PATCH, batch, recomputed, True)

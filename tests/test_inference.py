@@ -2,8 +2,13 @@
 
 import itertools
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
+import blosc2
 import nibabel as nib
 import numpy as np
 import pytest
@@ -14,15 +19,19 @@ from skimage.transform import resize
 from tsfm.cases import folders
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import find_images
+from tsfm.cases.raw_ids import in_raw_ids, raw_values
 from tsfm.cases.volumes import Reader
+from tsfm.inference.claims import Claims
 from tsfm.inference.painting import Painter, export_logits
 from tsfm.inference.passes import amp_type, free_bytes
 from tsfm.inference.prediction import CaseDataset, CaseEvaluator, FailedCases
+from tsfm.inference.probabilities import Probabilities
 from tsfm.inference.saving import WRITERS, SaveResultsd
 from tsfm.inference.windows import RollingAverage, SlabInferer, gaussian_weights, window_starts
-from tsfm.labels import LabelTable
+from tsfm.labels import LabelError, LabelTable
 from tsfm.preparation.preprocessing import PrepareImaged
 from tsfm.preparation.resampling import thick_axis
+from tsfm.training.checkpoint import trained_targets
 
 pytestmark = pytest.mark.convolutions
 
@@ -401,7 +410,7 @@ def write_blob(path, affine, shape=(30, 26, 22)):
     return blob
 
 
-def chain(output_dir, spacing, existing="error"):
+def chain(output_dir, spacing, existing="error", save="label_map"):
     """inference.json's preprocessing, inferer and postprocessing, for a network that thresholds at -350 HU."""
     preparation = Preparation(spacing, {"CT": {"lower": -1000, "upper": 1000, "mean": -350, "sd": 550}})
     before = Compose(
@@ -412,16 +421,17 @@ def chain(output_dir, spacing, existing="error"):
             EnsureTyped("image"),
         ]
     )
-    after = Compose(
-        [Invertd("pred", transform=before, orig_keys="image"), SaveResultsd("pred", str(output_dir), existing)]
-    )
-    return before, SlabInferer((16, 16, 16), TABLE, amp=False, progress=False), after
+    kept = Probabilities(output_dir) if "probabilities" in save else None
+    saver = SaveResultsd("pred", str(output_dir), existing, save, TABLE, probabilities=kept)
+    after = Compose([Invertd("pred", transform=before, orig_keys="image"), saver])
+    return before, SlabInferer((16, 16, 16), TABLE, amp=False, progress=False, probabilities=kept), after
 
 
-def evaluator(source, output_dir, spacing=(1.5, 1.2, 1.0), existing="error", **kwargs):
-    before, inferer, after = chain(output_dir, spacing, existing)
-    items = find_images(source, output_dir, existing)
-    loader = ThreadDataLoader(CaseDataset(items, before), batch_size=1, num_workers=0)
+def evaluator(source, output_dir, spacing=(1.5, 1.2, 1.0), existing="error", save="label_map", **kwargs):
+    before, inferer, after = chain(output_dir, spacing, existing, save)
+    items = find_images(source, output_dir, existing, save)
+    dataset = CaseDataset(items, before, output_dir, existing, save)
+    loader = ThreadDataLoader(dataset, batch_size=1, num_workers=0)
     return CaseEvaluator(
         torch.device("cpu"), loader, network=Fake(), inferer=inferer, postprocessing=after, table=TABLE, **kwargs
     )
@@ -525,6 +535,148 @@ class TestFiles:
 
     def test_monai_label_can_leave_the_saver_out(self):
         assert isinstance(SaveResultsd("pred"), SaveImaged)
+
+
+class TestSharing:
+    def test_a_claim_is_one_processs_until_it_is_freed_or_killed(self, tmp_path):
+        first, second = Claims(tmp_path), Claims(tmp_path)
+        assert first.take("a") and not second.take("a") and second.take("b")
+        first.free("a")
+        assert second.take("a")
+        second.free("a"), second.free("b")
+        assert list(tmp_path.iterdir()) == []
+        if (process := os.fork()) == 0:
+            first.take("c")
+            (tmp_path / "taken").touch()
+            signal.pause()
+        while not (tmp_path / "taken").exists():
+            time.sleep(0.01)
+        assert not second.take("c")
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        assert second.take("c")
+
+    @pytest.mark.parametrize("existing", ["error", "skip"])
+    def test_processes_that_begin_together_share_a_folder(self, existing, tmp_path):
+        for number in range(6):
+            write_blob(tmp_path / f"in/{number}.nii", AFFINES["RAS"])
+        engines = [evaluator(tmp_path / "in", tmp_path / "out", existing=existing) for _ in range(3)]
+        threads = [threading.Thread(target=engine.run) for engine in engines]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rows = [row for engine in engines for row in engine.results]
+        assert sorted(row["case"] for row in rows if "left" not in row) == list("012345")
+        assert not any(engine.failed for engine in engines)
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{n}.nii.gz" for n in range(6)]
+
+    def test_parts_are_disjoint_and_all_there_is(self, tmp_path):
+        for number in range(7):
+            (tmp_path / f"{number}.nii").touch()
+        parts = [[item["case"] for item in find_images(tmp_path, part=part, parts=3)] for part in range(3)]
+        assert sorted(itertools.chain(*parts)) == list("0123456") and [len(part) for part in parts] == [3, 2, 2]
+        with pytest.raises(ValueError, match="part is 3 of 3 parts"):
+            find_images(tmp_path, part=3, parts=3)
+
+
+@pytest.mark.filterwarnings("ignore:.*Hounsfield", "ignore:Setting affine")
+class TestProbabilities:
+    def saved(self, folder, path, spacing=(1.5, 1.2, 1.0)):
+        evaluator(path, folder / "out", spacing, save=["label_map", "probabilities"]).run()
+        assert sorted(file.name for file in (folder / "out").iterdir()) == ["a.nii.gz", "a_probabilities.b2nd"]
+        return blosc2.open(str(folder / "out/a_probabilities.b2nd")), nib.load(folder / "out/a.nii.gz")
+
+    @pytest.mark.parametrize("name", AFFINES)
+    def test_they_lie_on_the_images_own_grid(self, name, tmp_path):
+        """The network's logits are 1 in the blob and -1 outside; zeros at one end are cropped."""
+        blob = write_blob(tmp_path / "a.nii", AFFINES[name])
+        image = nib.load(tmp_path / "a.nii")
+        voxels = np.asarray(image.dataobj).copy()
+        voxels[:3], voxels[:, :, -2:] = 0, 0
+        nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "a.nii")
+        array, label_map = self.saved(tmp_path, tmp_path / "a.nii")
+        assert array.dtype == np.float16 and array.schunk.vlmeta["targets"] == ["blob"]
+        np.testing.assert_allclose(array.schunk.vlmeta["affine"], AFFINES[name], atol=1e-5)
+        expected = np.where(voxels == 0, 0, 1 / (1 + np.exp(np.where(blob, -1, 1))))
+        np.testing.assert_allclose(array[0], expected, atol=1e-3)
+        assert np.array_equal(array[0] > 0.5, np.asarray(label_map.dataobj) > 0)
+
+    def test_resampled_ones_are_what_the_label_map_was_cut_from(self, tmp_path):
+        write_blob(tmp_path / "a.nii", AFFINES["permuted"])
+        array, label_map = self.saved(tmp_path, tmp_path / "a.nii", (1.1, 1.0, 2.3))
+        differ = (array[0] > 0.5) != (np.asarray(label_map.dataobj) > 0)
+        assert np.abs(array[0][differ].astype(float) - 0.5).max(initial=0) < 1e-3
+
+    @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+    @pytest.mark.parametrize(("shape", "source_shape"), [((40, 20, 25), (63, 31, 17)), ((9, 20, 25), (40, 9, 50))])
+    def test_they_equal_resizing_the_whole_volume_of_logits(self, activation, shape, source_shape, tmp_path):
+        image, network, soft = prepared(shape, source_shape), convolution(4), activation == "softmax"
+        names = ["a", "b", "c"] if soft else ["a", "b", "c", "d"]
+        kept = Probabilities(tmp_path)
+        inferer = SlabInferer(
+            (16, 12, 10), names, amp=False, progress=False, activation=activation, probabilities=kept,
+            targets=None if soft else ["b", "d"],
+        )  # fmt: skip
+        inferer(image, network)
+        kept.save(tmp_path / "p.b2nd")
+        logits = naive_resize(naive_logits(image[0].numpy(), network, (16, 12, 10)), source_shape)
+        expected = np.exp(logits) / np.exp(logits).sum(0) if soft else 1 / (1 + np.exp(-logits))
+        expected = expected[1:] if soft else expected * np.array([0, 1, 0, 1]).reshape(4, 1, 1, 1)
+        np.testing.assert_allclose(blosc2.open(str(tmp_path / "p.b2nd"))[:], expected, atol=1e-3)
+
+    def test_a_case_that_fails_leaves_nothing(self, tmp_path):
+        write_blob(tmp_path / "a.nii", AFFINES["RAS"])
+        engine = evaluator(tmp_path / "a.nii", tmp_path / "out", save="probabilities")
+        engine.network.forward = lambda x: x * float("nan")
+        with pytest.raises(FailedCases, match="NaN"):
+            engine.run()
+        engine.every.probabilities.discard()  # as at the process's end, or with the next case
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_nobody_keeps_them(self):
+        with pytest.raises(ValueError, match="nobody keeps"):
+            SaveResultsd("pred", save="probabilities")
+
+
+class TestRawIds:
+    BRATS = LabelTable(
+        {"whole": {}, "core": {"inside": "whole"}, "enhancing": {"inside": "core"}},
+        [
+            {"name": "brats", "labels": {"1": ["whole", "core"], "2": "whole", "4": ["whole", "core", "enhancing"]}},
+            {"name": "other", "labels": {"300": "whole"}},
+            {"name": "folders", "labels": {"tumor.nii.gz": "whole"}},
+        ],
+    )
+
+    def test_a_data_sets_own_ids_come_back(self):
+        """A map painted from raw ids, with the innermost target of each, is those raw ids again."""
+        raw = np.array([0, 1, 2, 4, 4, 2], np.uint8)
+        rows = self.BRATS.targets[self.BRATS.offset("brats") + self.BRATS.encode("brats", raw)] == 1
+        painted = torch.from_numpy((rows * [1, 2, 3]).max(1)).byte()
+        back = in_raw_ids(painted, self.BRATS, "brats")
+        assert back.dtype == torch.uint8 and back.tolist() == raw.tolist()
+        assert in_raw_ids(painted, self.BRATS, "other").tolist() == [0, 300, 300, 300, 300, 300]
+
+    def test_targets_without_an_id_are_not_painted(self):
+        sides = LabelTable(
+            {"kidney": {}, "left": {"part_of": "kidney"}, "right": {"part_of": "kidney"}, "spleen": {}},
+            [{"name": "amos", "labels": {"1": "left", "2": "right"}}],
+        )
+        assert raw_values(sides, "amos") == {2: 1, 3: 2}
+        description = {"targets": sides.to_dict()["targets"], "dataset_labels": sides.to_dict()["datasets"]}
+        assert trained_targets(description, "amos") == ["left", "right"]
+
+    def test_a_data_set_without_ids_is_refused(self):
+        with pytest.raises(LabelError, match="names structures"):
+            SaveResultsd("pred", table=self.BRATS, raw_ids="folders")
+        with pytest.raises(LabelError, match="unknown data set 'brats2020'"):
+            SaveResultsd("pred", table=self.BRATS, raw_ids="brats2020")
+
+    def test_the_saved_map_holds_them(self, tmp_path):
+        label_map = torch.tensor([0, 1, 2, 3], dtype=torch.uint8).view(1, 4, 1, 1)
+        SaveResultsd("pred", tmp_path, table=self.BRATS, raw_ids="brats")({"pred": label_map, "case": "a"})
+        assert np.asarray(nib.load(tmp_path / "a.nii.gz").dataobj).ravel().tolist() == [0, 2, 1, 4]
 
 
 class TestFindImages:

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import blosc2
 import nibabel as nib
 import numpy as np
 import pytest
@@ -237,6 +238,18 @@ def test_results_that_are_there_are_kept_unless_asked_otherwise(case, segment, t
     assert nib.load(out / "case.nii.gz").shape == case.shape
 
 
+def test_a_label_map_in_a_data_sets_own_ids_and_probabilities(case, segment, tmp_path):
+    nib.save(case, tmp_path / "case.nii.gz")
+    options = {"threshold": 0.3, "save": ["label_map", "probabilities"], "raw_ids": "msd_liver"}
+    out = segment(tmp_path / "case.nii.gz", **options)
+    found = voxels(out / "case.nii.gz")
+    kept = blosc2.open(str(out / "case_probabilities.b2nd"))
+    liver, tumor = (kept[kept.schunk.vlmeta["targets"].index(name)] for name in ("liver", "liver_tumor"))
+    assert set(np.unique(found)) <= {0, 1, 2} and found.any() and liver.shape == found.shape
+    edge = (np.abs(liver - 0.3) < 1e-3) | (np.abs(tumor - 0.3) < 1e-3)
+    assert np.array_equal((found > 0)[~edge], ((liver > 0.3) | (tumor > 0.3))[~edge])
+
+
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +394,13 @@ def test_a_viewer_offers_the_modalities_of_the_weights_the_default_first(options
     )  # the image's own, or the default
     for chosen in ({"displayable_configs#normalize_as": "CT"}, {"modality": "CT"}):
         assert options(**chosen).get_parsed_content("preprocessing").transforms[-1].modality == "CT"
+
+
+def test_torchrun_gives_each_process_its_part(options, monkeypatch):
+    assert [options().get_parsed_content(key) for key in ("part", "parts")] == [0, 1]
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert [options().get_parsed_content(key) for key in ("part", "parts")] == [2, 3]
 
 
 def test_mirroring_keeps_to_the_axes_of_the_training(options):

@@ -253,6 +253,17 @@ def test_what_was_measured_of_a_case_is_kept_by_its_bytes(pool, folders, tmp_pat
     assert alone == planning.pool_fingerprint(one, str(tmp_path / "third store"))
 
 
+def test_a_downstream_task_whose_files_are_gone_is_planned_from_the_store(pool, folders, tmp_path):
+    found = planning.pool_fingerprint(pool, str(tmp_path / "store"))
+    shutil.rmtree(folders)
+    kept = own_data.dataset_pool(str(folders), kept_in=str(tmp_path / "store"))
+    assert kept.cases == pool.cases and kept.table.to_dict() == pool.table.to_dict()
+    assert own_data.count_channels(kept) == 1
+    assert planning.pool_fingerprint(kept, str(tmp_path / "store")).intensity == found.intensity
+    with pytest.raises(PoolError, match=r"'data' is not known to the store .*--raw_data False"):
+        own_data.dataset_pool(str(folders), kept_in=str(tmp_path / "no store"))
+
+
 def test_a_longer_sample_begins_with_a_shorter_one():
     """So that what was measured in a small pool serves a larger one, to the bit; too short a sample serves none."""
     values = np.random.default_rng(0).normal(size=4567).astype(np.float32)

@@ -28,6 +28,7 @@ from tsfm.patches import store as store_module
 from tsfm.patches.store import CaseStore
 from tsfm.patches.stored_case import StoreError, quantize, sample_foreground
 from tsfm.planning import plan
+from tsfm.preparation.fingerprint import fingerprint
 from tsfm.preparation.parallel import WorkerDied, run_all
 from tsfm.preparation.preprocessing import prepare_case
 from tsfm_tools.phantoms import layouts as phantoms
@@ -134,6 +135,15 @@ def test_a_large_store_is_compared_when_it_is_read(tmp_path, items, monkeypatch)
         store.open(items[1])
 
 
+def test_a_label_that_was_read_for_the_fingerprint_is_not_read_again(tmp_path, items, monkeypatch):
+    first, second = (CaseStore(tmp_path / name, TABLE, PREPARATION) for name in ("first", "second"))
+    first.prepare(items, progress=False)
+    fingerprint(items, TABLE, PREPARATION, progress=False, sources=second.sources)
+    monkeypatch.setattr("tsfm.cases.cases.load_codes", lambda *call: pytest.fail("the label was read again"))
+    assert second.prepare(items, progress=False).prepared == 3
+    assert files_in(tmp_path / "first/one") == files_in(tmp_path / "second/one")
+
+
 def test_the_key_follows_what_matters_and_nothing_else(tmp_path, items):
     def key(table=TABLE, preparation=PREPARATION, **changes):
         return CaseStore(tmp_path, table, preparation).key({**items[0], **changes})
@@ -190,6 +200,8 @@ def test_a_store_of_an_earlier_version_is_taken_over_or_named(tmp_path, items, c
 def test_files_are_looked_at_once_per_object(tmp_path, items, monkeypatch):
     store, looked = CaseStore(tmp_path / "store", TABLE, PREPARATION), []
     monkeypatch.setattr(sources, "file_identity", lambda item, run=sources.file_identity: looked.append(1) or run(item))
+    CaseStore(tmp_path / "store", TABLE, PREPARATION).open(items[0])
+    looked.clear()
     for _ in range(3):
         store.open(items[0])
     assert len(looked) == 1

@@ -58,9 +58,9 @@ KINDS["options"] = _kind(
     "object",
     "an object of ids",
     properties={
-        **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval"), COUNT),
+        **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval", "parts"), COUNT),
         "batch_size": _kind(["integer", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
-        **dict.fromkeys(("seed", "warmup_epochs"), INDEX),
+        **dict.fromkeys(("seed", "warmup_epochs", "part"), INDEX),
         "num_workers": _kind(
             ["integer", "object"], "a whole number from 0", minimum=0, anyOf=[{"type": "integer"}, {"required": ["_target_"]}]
         ),

@@ -91,8 +91,12 @@ class Case:
         return spacing_of(self.affine)
 
 
-def load_case(item: Mapping[str, Any], table: LabelTable | None, preparation: Preparation) -> Case:
+def load_case(
+    item: Mapping[str, Any], table: LabelTable | None, preparation: Preparation, codes: np.ndarray | None = None
+) -> Case:
     """Read and check one datalist item; `table` None (or an item without "label") leaves `codes` None.
+
+    With `codes`, read before from the same files, the label is not read again.
 
     Raises:
         CaseError: missing or unreadable file, wrong channels, NaN or infinite or only zero voxels, image and label on
@@ -106,8 +110,7 @@ def load_case(item: Mapping[str, Any], table: LabelTable | None, preparation: Pr
     image_grid = RawVolume(image, affine, raw.source)
     del raw
     check_image(image, preparation, modality, image_grid.source)
-    codes = None
-    if table is not None and item.get("label") is not None:
+    if codes is None and table is not None and item.get("label") is not None:
         codes = np.ascontiguousarray(load_codes(item["label"], table, item["dataset"], image_grid).array[0])
     return Case(image, codes, affine, image_grid.source, item.get("dataset", ""), modality, item.get("case", ""))
 

@@ -18,7 +18,12 @@ logger = logging.getLogger(__name__)
 
 OUTPUT_SUFFIX = ".nii.gz"
 
-OUTPUTS = {"label_map": OUTPUT_SUFFIX, "dicom_seg": ".seg.dcm", "dicom_labelmap": ".labelmap.dcm"}
+OUTPUTS = {
+    "label_map": OUTPUT_SUFFIX,
+    "probabilities": "_probabilities.b2nd",
+    "dicom_seg": ".seg.dcm",
+    "dicom_labelmap": ".labelmap.dcm",
+}
 """What a run can write of a case (``--save``), and what follows the case's name in the name of its file."""
 
 EXISTING = ("error", "skip", "overwrite")
@@ -57,6 +62,8 @@ def find_images(
     output_dir: str | os.PathLike | None = None,
     existing: str = "error",
     save: str | Sequence[str] = "label_map",
+    part: int = 0,
+    parts: int = 1,
 ) -> list[dict[str, Any]]:
     """Datalist items, each with "image" and a "case" name that no other has, for what the user points at.
 
@@ -67,6 +74,7 @@ def find_images(
         existing: what to do with cases whose result is there: "error", "skip" them (once all of `save` is there), or
             "overwrite".
         save: what will be written of each case, one or several of `OUTPUTS`.
+        part, parts: of so many equal parts, the one to give (from 0): each process takes one.
 
     Raises:
         FileNotFoundError: nothing there, or no image in it.
@@ -77,6 +85,8 @@ def find_images(
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {list(EXISTING)}")
     as_dicom = [name for name in saved_outputs(save) if name.startswith("dicom")]
+    if not 0 <= part < parts:
+        raise ValueError(f"part is {part} of {parts} parts; expected a number from 0 to parts - 1")
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
     items = [item for one in sources for item in _items(one)]
     if not items:
@@ -91,6 +101,7 @@ def find_images(
         )
     for item, name in zip(items, _case_names(items), strict=True):
         item["case"] = name
+    items = items[part::parts]
     if output_dir is not None:
         check_writable(output_dir, "--output_dir")
     if output_dir is None or existing == "overwrite":

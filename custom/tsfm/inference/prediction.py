@@ -18,13 +18,14 @@ import torch
 from monai.data import Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 
-from ..cases.folders import NIFTI, OUTPUT_SUFFIX, paths_of, stem
+from ..cases.folders import NIFTI, OUTPUT_SUFFIX, output_paths, paths_of, stem
 from ..cases.grids import is_upright
 from ..cases.nifti import unit_mm
 from ..errors import first_cause
 from ..files import atomic_write
 from ..labels import LabelTable
 from ..preparation.familiar import Familiar
+from .claims import Claims
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +64,46 @@ class CaseDataset(Dataset):
     """MONAI's Dataset, but a case whose transforms fail gives ``{"case", "error"}`` in place of an exception.
 
     So it gets through a DataLoader's worker, and :class:`CaseEvaluator` reports it.
+
+    Args:
+        data, transform: as for Dataset.
+        output_dir: folder of the results; with it a case is claimed before it is read, so that no other process does it
+            too. One that another has, or has done in the meantime, gives ``{"case", "left"}``.
+        existing, save: as for `find_images`.
     """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        transform: Any = None,
+        output_dir: str | os.PathLike | None = None,
+        existing: str = "error",
+        save: str | Sequence[str] = "label_map",
+    ) -> None:
+        super().__init__(data, transform)
+        self.output_dir, self.existing, self.save = output_dir, existing, save
+        self.claims = None if output_dir is None else Claims(output_dir)
+
+    def free(self, case: str) -> None:
+        """Give up the claim on a case: it is done, or failed."""
+        if self.claims is not None:
+            self.claims.free(case)
+
+    def _left(self, case: str) -> str:
+        """Why a case is left to another process, or nothing; then it is claimed."""
+        if not self.claims.take(case):
+            return "another process is at it"
+        if self.existing == "overwrite" or not all(
+            path.exists() for path in output_paths(self.output_dir, case, self.save)
+        ):
+            return ""
+        self.claims.free(case)
+        return "another process has done it"
 
     def _transform(self, index: int) -> Any:
         item = self.data[index]
+        if self.claims is not None and (left := self._left(item["case"])):
+            return {"case": item["case"], "left": left}
         try:
             return super()._transform(index)
         except Exception as error:
@@ -79,7 +116,7 @@ class CaseEvaluator(SupervisedEvaluator):
     """SupervisedEvaluator that survives a bad case, says how each went, and fails at the end if one did.
 
     Handlers see an empty list in ``state.batch`` and ``state.output`` for a case that failed. ``results`` holds one
-    dict per case: case, seconds (waiting for it included), and ml and quality per target or error.
+    dict per case: case, seconds (waiting for it included), and ml and quality per target, error, or why it was left.
 
     Args:
         table: label table or target names, to name the label map's values in the summary.
@@ -139,8 +176,8 @@ class CaseEvaluator(SupervisedEvaluator):
         case = _case_of(batchdata, len(self.results) + 1)
         row: dict[str, Any] = {"case": case}
         try:
-            if "error" in batchdata:
-                row["error"] = batchdata["error"][0]
+            if "error" in batchdata or "left" in batchdata:
+                row |= {key: batchdata[key][0] for key in ("error", "left") if key in batchdata}
             else:
                 if self.annotated is not None and "dataset" in batchdata:
                     self.inferer = self.every.restricted_to(self.annotated[batchdata["dataset"][0]])
@@ -153,8 +190,12 @@ class CaseEvaluator(SupervisedEvaluator):
         except Exception as error:
             logger.debug("case %s", case, exc_info=True)
             row["error"] = root_cause(error)
+        finally:
+            if isinstance(dataset := getattr(self.data_loader, "dataset", None), CaseDataset):
+                dataset.free(case)
         if "error" in row:
             logger.error("%s: %s", case, row["error"])
+        if "error" in row or "left" in row:
             engine.state.batch = output = []
         now = time.perf_counter()
         row["seconds"], self._mark = now - self._mark, now
@@ -219,7 +260,7 @@ def format_results(results: Sequence[Mapping[str, Any]]) -> str:
         found = [f"{name} {value:.1f} ml{_agreement(row, name)}" for name, value in row.get("ml", {}).items()]
         ml = ", ".join(found) or "nothing found"
         ml += " (unlike the training images, see the warnings)" if row.get("warnings") else ""
-        outcome = f"FAILED: {row['error']}" if "error" in row else ml
+        outcome = f"FAILED: {row['error']}" if "error" in row else f"left out: {row['left']}" if "left" in row else ml
         lines.append(f"{row['case']:{width}}  {row['seconds']:7.1f}  {outcome}")
     return "\n".join(lines)
 

@@ -32,6 +32,8 @@ class CaseReport:
 
     def _write(self, engine: Any) -> None:
         row = dict(engine.results[-1])
+        if "left" in row:  # another process writes it
+            return
         case = row.pop("case")
         if "quality" in row:
             row["doubt"] = doubt(row["quality"])

@@ -12,9 +12,11 @@ from monai.config import KeysCollection
 from monai.transforms import SaveImaged
 
 from ..cases.folders import output_paths, saved_outputs
+from ..cases.raw_ids import in_raw_ids, raw_values
 from ..labels import LabelTable
 from .dicom_seg import highdicom, write_seg
 from .prediction import case_name, write_label_map
+from .probabilities import Probabilities
 
 
 class Result(NamedTuple):
@@ -23,15 +25,27 @@ class Result(NamedTuple):
     label_map: (1, X, Y, Z) on the image's own grid, values 1 to N; a MetaTensor knows its image's file and affine.
     table: label table, or the targets' names, of these values; None where nobody said.
     item: the case's entries: those of the datalist ("image", "case", ...) and what the transforms made of them.
+    raw_ids: the data set whose ids a label map is wanted in; None for the values.
+    probabilities: those of this case, where the inferer kept them.
     """
 
     label_map: torch.Tensor
     table: LabelTable | Sequence[str] | None
     item: Mapping[Hashable, Any]
+    raw_ids: str | None = None
+    probabilities: Probabilities | None = None
+
+
+def _label_map(result: Result, path: Path) -> None:
+    label_map = result.label_map
+    if result.raw_ids is not None:
+        label_map = in_raw_ids(label_map, result.table, result.raw_ids)
+    write_label_map(label_map, path)
 
 
 WRITERS: dict[str, Callable[[Result, Path], None]] = {
-    "label_map": lambda result, path: write_label_map(result.label_map, path),
+    "label_map": _label_map,
+    "probabilities": lambda result, path: result.probabilities.save(path),
     "dicom_seg": lambda result, path: write_seg(result.label_map, path, result.table, "BINARY"),
     "dicom_labelmap": lambda result, path: write_seg(result.label_map, path, result.table, "LABELMAP"),
 }
@@ -48,8 +62,11 @@ class SaveResultsd(SaveImaged):
         existing: what to do with files that are there: "error", "skip" (keep them, write the others), or "overwrite".
         save: one or several of `cases.folders.OUTPUTS`.
         table: label table, or the targets' names, of the label map's values.
+        raw_ids: a data set of the table, in whose own ids label maps are written.
+        probabilities: what the inferer fills; needed to save them.
 
     Raises:
+        ValueError: unknown names in `save`, probabilities that nobody keeps, a data set without ids.
         ImportError: DICOM shall be written and highdicom is not there.
     """
 
@@ -60,6 +77,8 @@ class SaveResultsd(SaveImaged):
         existing: str = "error",
         save: str | Sequence[str] = "label_map",
         table: LabelTable | Sequence[str] | None = None,
+        raw_ids: str | None = None,
+        probabilities: Probabilities | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(
@@ -67,6 +86,11 @@ class SaveResultsd(SaveImaged):
             print_log=False, allow_missing_keys=allow_missing_keys,
         )  # fmt: skip
         self.output_dir, self.existing, self.save, self.table = output_dir, existing, saved_outputs(save), table
+        self.raw_ids, self.probabilities = raw_ids, probabilities
+        if raw_ids is not None:
+            raw_values(table, raw_ids)
+        if "probabilities" in self.save and probabilities is None:
+            raise ValueError("save names probabilities, which nobody keeps: give inferer and saver one Probabilities")
         if any(name.startswith("dicom") for name in self.save):
             highdicom()
 
@@ -79,5 +103,5 @@ class SaveResultsd(SaveImaged):
                 raise FileExistsError(f"{there[0]} is already there; remove it, or allow to overwrite it")
             for name, path in zip(self.save, paths, strict=True):
                 if path not in there:
-                    WRITERS[name](Result(item[key], self.table, item), path)
+                    WRITERS[name](Result(item[key], self.table, item, self.raw_ids, self.probabilities), path)
         return item

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from ..labels import LabelTable
-from ..preparation.resampling import thick_axis
 from .painting import Painter, Slab, check_names, threshold_logits
 from .passes import AMP_DTYPES, CPU, Passes, Version, free_bytes, mirrored_axes, network_device
+from .probabilities import Probabilities
 from .quality import Quality, binary_entropy
+from .source_grids import source_grid
 
 logger = logging.getLogger(__name__)
 
@@ -109,30 +110,6 @@ class RollingAverage:
         self.start = until
 
 
-class SourceGrid(NamedTuple):
-    """The grid before resampling: shape, and the axis that is resampled apart (or None)."""
-
-    shape: tuple[int, ...]
-    thick: int | None
-
-
-def source_grid(inputs: torch.Tensor) -> SourceGrid:
-    """The cropped source grid that `PrepareImaged` noted on a prepared image (1, C, S, P, L), else the image's own."""
-    operations = getattr(inputs, "applied_operations", None) or []
-    if operations and isinstance(operations[0], (list, tuple)):
-        operations = operations[0]
-    for operation in reversed(operations):
-        if operation.get("class") == "PrepareImaged":
-            grid = operation["extra_info"]
-            if tuple(grid["shape"]) != tuple(inputs.shape[2:]):
-                raise ValueError(
-                    f"the image is {tuple(inputs.shape[2:])} voxels, PrepareImaged made it {grid['shape']}: "
-                    "no transform between it and the inferer may change the shape"
-                )
-            return SourceGrid(tuple(grid["cropped_shape"]), thick_axis(grid["spacing_mm"], grid["source_spacing_mm"]))
-    return SourceGrid(tuple(inputs.shape[2:]), None)
-
-
 class SlabInferer(Inferer):
     """Sliding windows to a label map: value i + 1 for target i, on the grid before resampling.
 
@@ -150,6 +127,7 @@ class SlabInferer(Inferer):
         progress: show a progress bar over the windows.
         activation: "sigmoid", or "softmax" of networks whose first output is the background: the largest logit of each
             voxel wins, and thresholds are not looked at.
+        probabilities: keeps each target's probability of the case at hand, for the saver.
         watch: is called with every `passes.Version` of every batch of windows, before they are averaged.
         doubts: say in `quality`, after each image, how far versions agree and how sure their mean is (`Quality.report`).
 
@@ -175,6 +153,7 @@ class SlabInferer(Inferer):
         activation: str = "sigmoid",
         amp_dtype: str = "auto",
         watch: Callable[[Version], None] | None = None,
+        probabilities: Probabilities | None = None,
         doubts: bool = False,
     ) -> None:
         self.roi_size = tuple(int(side) for side in roi_size)
@@ -197,7 +176,7 @@ class SlabInferer(Inferer):
         window_starts(1, 1, overlap)
         self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
         self.amp, self.channels_last, self.progress = amp, channels_last, progress
-        self.amp_dtype, self.watch, self.doubts = amp_dtype, watch, doubts
+        self.amp_dtype, self.watch, self.probabilities, self.doubts = amp_dtype, watch, probabilities, doubts
         self.quality: dict[str, dict[str, float | None]] = {}
         self._observer: Quality | None = None
 
@@ -221,14 +200,20 @@ class SlabInferer(Inferer):
         levels = self.levels if self.exclusive else [self.levels[i] for i in self.channels]
         painter = Painter(image.shape[1:], grid.shape, paint, levels, grid.thick, self.exclusive)
         quality = self._observer = self._quality() if self.doubts else None
+        takers = [painter.add]
+        if self.probabilities is not None:
+            channels = {self.outputs[channel]: number for number, channel in enumerate(self.channels)}
+            self.probabilities.begin(image.shape[1:], grid, self.names, channels, self.exclusive)
+            takers.append(self.probabilities.add)
         for slab in self.slabs(image, network, *args, **kwargs) if paint else ():
             if quality:
                 quality.see(slab)
-            try:
-                painter.add(slab)
-            except torch.OutOfMemoryError:
-                logger.warning("out of memory on %s: this part is painted on the CPU", slab.logits.device)
-                painter.add(Slab(slab.logits.to(CPU), slab.start))
+            for take in takers:
+                try:
+                    take(slab)
+                except torch.OutOfMemoryError:
+                    logger.warning("out of memory on %s: this part is painted on the CPU", slab.logits.device)
+                    take(Slab(slab.logits.to(CPU), slab.start))
         self._observer, self.quality = None, quality.report() if quality else {}
         label_map = painter.label_map[None, None]
         for value, name in enumerate(self.names, start=1):

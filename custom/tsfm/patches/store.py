@@ -23,6 +23,7 @@ from ..cases.sources import Sources, file_identity, folder_name, missing_in
 from ..errors import CaseError
 from ..files import is_abandoned
 from ..labels import LabelTable
+from ..preparation.fingerprint import kept_codes, kept_path
 from ..preparation.parallel import WorkerDied, run_all
 from ..preparation.preprocessing import prepare_case
 from .stored_case import _VERIFIED, FORMAT, StoredCase, files_of, folder_bytes, read_index, write_folder
@@ -123,7 +124,7 @@ class CaseStore:
             StoreError: the store cannot be written.
         """
         path = self.path(item)
-        self._ensure(self._complete(item), path)
+        self._ensure(self._complete(item), path, self._kept(item) if not os.path.isdir(path) else "")
         return StoredCase(path, self.table)
 
     def prepare(self, items: Sequence[Mapping[str, Any]], num_workers: int = 0, progress: bool = True) -> PrepareReport:
@@ -149,7 +150,7 @@ class CaseStore:
                     report.add(item, error)
                 bar.update()
             self._name_others(missing, taken_over)
-            jobs = [(self, item, self.path(item)) for item in missing]
+            jobs = [(self, item, self.path(item), self._kept(item)) for item in missing]
             workers = min(num_workers, -(-len(jobs) // CASES_PER_WORKER)) if self.sources.raw_data else 0
             for index, outcome in run_all(_prepare_one, jobs, workers):
                 bar.update()
@@ -165,7 +166,12 @@ class CaseStore:
     def _complete(self, item: Mapping[str, Any]) -> dict[str, Any]:
         return complete_items([item], self.table, self.preparation.default_modality)[0]
 
-    def _ensure(self, item: Mapping[str, Any], path: str) -> bool:
+    def _kept(self, item: Mapping[str, Any]) -> str:
+        """Where the fingerprint may have kept the label codes of an item, so that its label is not read twice."""
+        own = self.preparation.orientation == "SPL"
+        return kept_path(self.sources, self._complete(item), self.table, self.preparation) if own else ""
+
+    def _ensure(self, item: Mapping[str, Any], path: str, kept: str) -> bool:
         """Prepare an item into its folder; whether it was there before."""
         if os.path.isdir(path):
             return True
@@ -174,7 +180,7 @@ class CaseStore:
                 f"case '{item['case']}' of data set '{item['dataset']}', prepared with these settings, "
                 f"{missing_in(self.store_dir)}"
             )
-        prepared = prepare_case(item, self.table, self.preparation)
+        prepared = prepare_case(item, self.table, self.preparation, kept_codes(kept))
         write_folder(self.store_dir, path, files_of(prepared))
         _VERIFIED.add(path)
         return False
@@ -216,7 +222,7 @@ class CaseStore:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _prepare_one(store: CaseStore, item: Mapping[str, Any], path: str) -> tuple[str, dict[str, Any], bool]:
+def _prepare_one(store: CaseStore, item: Mapping[str, Any], path: str, kept: str) -> tuple[str, dict[str, Any], bool]:
     """Prepare one item: its folder, what its ``case.json`` holds, and whether another process had stored it already."""
-    was_there = store._ensure(store._complete(item), path)
+    was_there = store._ensure(store._complete(item), path, kept)
     return path, read_index(path), was_there

@@ -7,10 +7,12 @@ import json
 import os
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import blosc2
 import numpy as np
 from tqdm import tqdm
 
@@ -29,6 +31,10 @@ from .resampling import (
 
 FINGERPRINT_VOXELS = 10**7
 """Foreground voxels that a fingerprint draws over all cases (nnU-Net draws 1e8; the percentiles agree to 1e-3)."""
+
+DAMAGED = (ValueError, OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+PACKED = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "nthreads": 1}
 
 KEPT_VOXELS = 20_000
 """Foreground voxels that are kept of a case at least, so that a pool of 500 cases or more need not measure it again."""
@@ -116,7 +122,7 @@ def fingerprint(
     jobs: dict[int, tuple] = {}
     for index, item in enumerate(items):
         try:
-            path = sources and _kept_path(sources, complete_items([item], table)[0], table, preparation)
+            path = sources and kept_path(sources, complete_items([item], table)[0], table, preparation)
             kept = path and _read_kept(path)
             if kept and kept.drawn(voxels) is not None:
                 found[index] = kept
@@ -188,12 +194,17 @@ def _look_at_case(item, table: LabelTable, preparation: Preparation, voxels: int
     measured = Measured(case.modality, values, whole, image.shape[1:], case.spacing_mm, kept, extents)
     if path is not None:
         plain = json.dumps(measured._replace(values=None))
-        atomic_write(path, lambda temporary: np.savez_compressed(temporary, values=values, plain=plain), ".npz")
+        packed = (
+            {}
+            if codes is None
+            else {"codes": np.frombuffer(blosc2.asarray(codes, cparams=PACKED).to_cframe(), np.uint8)}
+        )
+        atomic_write(path, lambda name: np.savez_compressed(name, values=values, plain=plain, **packed), ".npz")
     return measured
 
 
-def _kept_path(sources: Sources, item: Mapping[str, Any], table: LabelTable, preparation: Preparation) -> str:
-    """Where a complete item's `Measured` is kept: a name made of all that it depends on."""
+def kept_path(sources: Sources, item: Mapping[str, Any], table: LabelTable, preparation: Preparation) -> str:
+    """Where a complete item's `Measured` and label codes are kept: a name made of all that they depend on."""
     label = item.get("label")
     structures = list(label) if isinstance(label, Mapping) else None
     rules = table.label_rules(item["dataset"])
@@ -202,13 +213,22 @@ def _kept_path(sources: Sources, item: Mapping[str, Any], table: LabelTable, pre
     return os.path.join(sources.store_dir, FOLDER, f"{name}.npz")
 
 
+def kept_codes(path: str) -> np.ndarray | None:
+    """The label codes (S, P, L) on the source grid that were read when the case was measured; None where none are kept."""
+    try:
+        with np.load(path) as file:
+            return blosc2.ndarray_from_cframe(file["codes"].tobytes())[:]
+    except DAMAGED:
+        return None
+
+
 def _read_kept(path: str) -> Measured | None:
     if not os.path.isfile(path):
         return None
     try:
         with np.load(path) as file:
             values, plain = file["values"], json.loads(str(file["plain"]))
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile):  # damaged: measured again
+    except DAMAGED:  # measured again
         return None
     return Measured(*plain)._replace(values=values)
 

@@ -187,13 +187,15 @@ def _resample_channels(image: torch.Tensor, shape: Sequence[int], thick: int | N
         raise CaseError(f"{source}: {'x'.join(map(str, shape))} prepared voxels do not fit into memory") from error
 
 
-def prepare_case(item: Mapping[str, Any], table: LabelTable | None, preparation: Preparation) -> Prepared:
-    """A datalist item on the target grid, normalised, with its label codes resampled likewise.
+def prepare_case(
+    item: Mapping[str, Any], table: LabelTable | None, preparation: Preparation, codes: np.ndarray | None = None
+) -> Prepared:
+    """A datalist item on the target grid, normalised, with its label codes (`codes` where they were read) resampled likewise.
 
     Raises:
         CaseError: what `load_case` finds wrong.
     """
-    case = load_case(item, table, preparation)
+    case = load_case(item, table, preparation, codes)
     spacing, affine = case.spacing_mm, case.affine
     codes, case.codes = case.codes, None
     image, grid = prepare_image(

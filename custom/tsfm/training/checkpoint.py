@@ -17,6 +17,7 @@ from torch import nn
 
 from .._version import __version__
 from ..cases.licences import licences_of
+from ..cases.raw_ids import raw_values
 from ..files import atomic_write
 from ..labels import LabelTable
 from ..network.clicks import CLICK_CHANNELS
@@ -174,16 +175,19 @@ def table_of(description: Mapping[str, Any]) -> LabelTable:
     return LabelTable(description["targets"], description["dataset_labels"])
 
 
-def trained_targets(description: Mapping[str, Any]) -> list[str]:
+def trained_targets(description: Mapping[str, Any], raw_ids: str | None = None) -> list[str]:
     """Targets that the data sets of the training annotate: what the weights can be asked for, in the table's order.
 
     A pool may declare more than the training found (``--allow_missing``); all targets where the data sets are not known.
+    With `raw_ids`, a data set, those that one of its ids stands for.
     """
     table = table_of(description)
     seen = {
         name for dataset in description.get("trained_on", ()) if dataset in table.datasets
         for name in table.annotated(dataset)
     }  # fmt: skip
+    if raw_ids is not None:
+        seen = {table.names[value - 1] for value in raw_values(table, raw_ids)}
     return [name for name in table.names if name in seen or not seen]
 
 

@@ -67,11 +67,11 @@ def _drop_decided(config: dict[str, Any]) -> None:
         del config[key]
 
 
-def merge_overlay(train: dict[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """train.json with an overlay's ids, as ``--config_file "['train.json', overlay]"`` would have them."""
+def merge_overlay(config: dict[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with an overlay's ids, as ``--config_file "['train.json', overlay]"`` would have them."""
     from monai.bundle import ConfigParser
 
-    parser = ConfigParser(train)
+    parser = ConfigParser(config)
     for key, value in overlay.items():
         if key != "_desc_":
             parser[key] = value

@@ -51,7 +51,7 @@ PINS = ("requirements.txt", "requirements-label.txt")
 
 def release(
     bundle_dir: str,
-    checkpoint: str,
+    checkpoint: str | Sequence[str],
     output_dir: str,
     name: str | None = None,
     version: str | None = None,
@@ -62,12 +62,14 @@ def release(
     overlays: Sequence[str] = (),
     data_license: str | None = None,
     zipped: bool = True,
+    inference: Mapping[str, Any] | None = None,
 ) -> str:
     """Stage a bundle around a checkpoint and zip it, with checksums and the Model Zoo's files.
 
     Args:
         bundle_dir: a bundle folder of this repository (``bundles/tsfm_finetune``).
-        checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors).
+        checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors), or a list of folds',
+            which become one network whose logits are their mean.
         output_dir: created if needed; an older release of the same name in it is replaced, any other folder is refused.
         name: of the released bundle; the folder's name by default.
         version: by default that of ``metadata.json``.
@@ -80,6 +82,7 @@ def release(
         data_license: text file that becomes ``docs/data_license.txt``: the license of every data set that these weights
             were trained on; by default the list that travels with them.
         zipped: False stops at the folder.
+        inference: ids of ``inference.json`` that this release sets otherwise (``{"postprocessing_plan": {...}}``).
 
     Returns:
         path of the zip, or of the folder.
@@ -108,6 +111,7 @@ def release(
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
         configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
+    configs["inference.json"] = merge_overlay(configs["inference.json"], inference or {})
     fill_configs(configs, description, name, trained_on, sum(tensor.numel() for tensor in tensors.values()))
     bundle = os.path.join(output_dir, name)
     _refuse_to_lose(bundle, bundle_dir, checkpoint)
@@ -159,9 +163,10 @@ def _replaced(folder: str) -> Iterator[str]:
         raise
 
 
-def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str) -> None:
+def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str | Sequence[str]) -> None:
     """ReleaseError where the folder to be replaced is no earlier release, or holds what the release is made from."""
-    inside = [path for path in (bundle_dir, checkpoint) if _is_below(path, target)]
+    sources = [bundle_dir, *([checkpoint] if isinstance(checkpoint, str) else checkpoint)]
+    inside = [path for path in sources if _is_below(path, target)]
     is_release = all(os.path.exists(os.path.join(target, part)) for part in ("configs/metadata.json", "tsfm", "models"))
     if inside or (os.path.lexists(target) and not (is_release and not os.path.islink(target))):
         found = f"it holds {inside[0]}" if inside else "what is there is no earlier release"

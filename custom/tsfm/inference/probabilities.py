@@ -1,0 +1,166 @@
+"""Each target's probability on the image's own grid, written to disk as the windows go, in memory that does not grow.
+
+``CASE_probabilities.b2nd`` is a Blosc2 array, float16, (targets, X, Y, Z) in the order of the image's voxels;
+`blosc2.open(path)` reads any part of it. Its ``schunk.vlmeta`` has ``targets``, the names along the first axis, and
+``affine``, from voxels to RAS millimetres. What the preparation cropped is 0, as are targets that were not computed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import torch
+
+from ..files import PARTIAL, scratch_name, sweep
+from ..preparation.resampling import axis_resampler
+from .painting import Slab
+from .source_grids import SourceGrid
+
+CHUNK = 16
+"""Slices of one chunk, along the image's axis that is closest to superior."""
+
+
+class Probabilities:
+    """The probabilities of one case at a time: the inferer fills them, the saver takes them.
+
+    Args:
+        output_dir: folder of the results; what is unfinished lies there under a hidden name.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike) -> None:
+        self.folder, self.file, self.array = Path(output_dir), None, None
+        atexit.register(self.discard)
+
+    def begin(
+        self, shape: Sequence[int], grid: SourceGrid, names: Sequence[str], channels: Mapping[str, int], exclusive: bool
+    ) -> None:
+        """Start a case.
+
+        Args:
+            shape: of the prepared image.
+            grid: where it lies in its image.
+            names: all targets; channels: number in the logits of those that are computed.
+            exclusive: softmax over all logits, background first; else a sigmoid of each.
+        """
+        self.discard()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
+        self.grid, self.channels, self.exclusive = grid, [channels.get(name) for name in names], exclusive
+        pairs = enumerate(zip(shape, grid.shape, strict=True))
+        self.axes = [axis_resampler(n, m, 0 if axis == grid.thick else 1) for axis, (n, m) in pairs]
+        self.last, self.done = self.axes[0].index.max(1), 0
+        self.place = _Place.of(grid)
+        self.along = self.place.axis(0)
+        size = self.place.shape
+        chunk = [min(n, CHUNK) if axis == self.along else n for axis, n in enumerate(size)]
+        self.file = self.folder / f".{scratch_name()}{PARTIAL}.b2nd"
+        self.array = blosc2.zeros(
+            (len(names), *size), np.float16, chunks=(1, *chunk), urlpath=str(self.file), mode="w", contiguous=True,
+            cparams={"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.BITSHUFFLE]},
+        )  # fmt: skip
+        self.array.schunk.vlmeta["targets"] = list(names)
+        self.array.schunk.vlmeta["affine"] = np.asarray(self.place.affine, float).tolist()
+        self.open: dict[int, np.ndarray] = {}
+
+    def add(self, slab: Slab) -> None:
+        """Take in the source slices that are determined by the slices up to the end of this slab."""
+        begin, end = self.done, int(np.searchsorted(self.last, slab.stop))
+        for s in range(begin, end):
+            place, number = self._place(s)
+            if number not in self.open:
+                size = list(self.array.shape)
+                size[1 + self.along] = min(CHUNK, size[1 + self.along] - number * CHUNK)
+                self.open[number] = np.zeros(size, np.float16)
+            where = list(self.place.box)
+            where[self.along] = place - number * CHUNK
+            plane = self.place.turned(self._slice(slab, s)[:, None].numpy())
+            self.open[number][(slice(None), *where)] = plane.take(0, axis=1 + self.along)
+            following = self._place(s + 1)[1] if s + 1 < self.axes[0].n_out else None
+            if following != number:
+                self._write(number)
+            self.done = s + 1
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Move the finished array to `path`."""
+        self.array = None
+        os.replace(self.file, path)
+        self.file = None
+
+    def discard(self) -> None:
+        """Remove what is there of a case that failed."""
+        if self.file is not None:
+            self.array = None
+            self.file.unlink(missing_ok=True)
+            self.file = None
+
+    def _place(self, s: int) -> tuple[int, int]:
+        """Of source slice s: its place along the image's axis, and the number of the chunk it belongs to."""
+        place = self.place.along(s)
+        return place, place // CHUNK
+
+    def _slice(self, slab: Slab, s: int) -> torch.Tensor:
+        """Probabilities (T, p, l) of source slice s, float16, on the CPU."""
+        index, weights = self.axes[0].index[s] - slab.start, self.axes[0].weights[s]
+        logits = slab.logits[:, index[0]].float()
+        if len(index) > 1 and weights[1] != 0:
+            logits = torch.lerp(logits, slab.logits[:, index[1]].float(), float(weights[1]))
+        for axis in (2, 1):
+            logits = self.axes[axis].apply(logits.contiguous(), axis)
+        found = logits.softmax(0) if self.exclusive else logits.sigmoid()
+        found = found.half().cpu()
+        absent = found.new_zeros(found.shape[1:])
+        return torch.stack([absent if channel is None else found[channel] for channel in self.channels])
+
+    def _write(self, number: int) -> None:
+        block = self.open.pop(number)
+        where = [slice(None)] * self.array.ndim
+        start = number * CHUNK
+        where[1 + self.along] = slice(start, start + block.shape[1 + self.along])
+        self.array[tuple(where)] = block
+
+
+class _Place:
+    """Where the cropped, turned source grid (s, p, l) lies in the image's own (X, Y, Z)."""
+
+    def __init__(
+        self, shape: Sequence[int], affine: np.ndarray, axes: Sequence[int], signs: Sequence[int], starts, stops
+    ):
+        self.shape, self.affine = tuple(shape), affine
+        self.axes, self.signs = axes, signs  # image axis, and direction, of s, p and l
+        spans = {axis: slice(int(a), int(b)) for axis, a, b in zip(axes, starts, stops, strict=True)}
+        self.box = tuple(spans[axis] for axis in range(3))
+        self.first = int(stops[0]) - 1 if signs[0] < 0 else int(starts[0])
+
+    @classmethod
+    def of(cls, grid: SourceGrid) -> _Place:
+        """From a `SourceGrid`; an image of its own where nothing was turned or cropped."""
+        turned, own = (np.asarray(one, float) for one in (grid.affine, grid.image_affine))
+        matrix = np.rint(np.linalg.solve(own[:3, :3], turned[:3, :3])).astype(int)
+        axes = [int(np.flatnonzero(matrix[:, axis])[0]) for axis in range(3)]
+        signs = [int(matrix[image, axis]) for axis, image in enumerate(axes)]
+        shape = [0, 0, 0]
+        for axis, image in enumerate(axes):
+            shape[image] = int(grid.full_shape[axis])
+        spans = [
+            (start, stop) if sign > 0 else (full - stop, full - start)
+            for (start, stop), sign, full in zip(grid.crop, signs, grid.full_shape, strict=True)
+        ]
+        return cls(shape, own, axes, signs, *zip(*spans, strict=True))
+
+    def axis(self, source: int) -> int:
+        """The image's axis of s, p or l (0, 1, 2)."""
+        return self.axes[source]
+
+    def along(self, s: int) -> int:
+        """Place of source slice s along the image's axis."""
+        return self.first + self.signs[0] * s
+
+    def turned(self, part: np.ndarray) -> np.ndarray:
+        """A view (T, x, y, z) of a part (T, s, p, l)."""
+        flips = tuple(slice(None, None, sign) for sign in self.signs)
+        return part[(slice(None), *flips)].transpose(0, *(1 + np.argsort(self.axes)))

@@ -1,0 +1,49 @@
+"""The grid that a prepared image came from, as its transforms noted it: where label maps and probabilities are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..preparation.resampling import thick_axis
+
+
+class SourceGrid(NamedTuple):
+    """The grid before resampling: shape, and the axis that is resampled apart (or None); and where it lies in its image.
+
+    crop: half-open spans of it in the whole turned image, whose shape is `full_shape` and whose affine is `affine`;
+    `image_affine` is that of the image before it was turned.
+    """
+
+    shape: tuple[int, ...]
+    thick: int | None
+    crop: Sequence[Sequence[int]]
+    full_shape: Sequence[int]
+    affine: Any = np.eye(4)
+    image_affine: Any = np.eye(4)
+
+
+def source_grid(inputs: torch.Tensor) -> SourceGrid:
+    """The cropped source grid that `PrepareImaged` noted on a prepared image (1, C, S, P, L), else the image's own."""
+    operations = getattr(inputs, "applied_operations", None) or []
+    if operations and isinstance(operations[0], (list, tuple)):
+        operations = operations[0]
+    shape = tuple(inputs.shape[2:])
+    grid = next((one["extra_info"] for one in reversed(operations) if one.get("class") == "PrepareImaged"), None)
+    if grid is None:
+        return SourceGrid(shape, None, [(0, size) for size in shape], shape)
+    if tuple(grid["shape"]) != shape:
+        raise ValueError(
+            f"the image is {shape} voxels, PrepareImaged made it {grid['shape']}: "
+            "no transform between it and the inferer may change the shape"
+        )
+    cropped = tuple(grid["cropped_shape"])
+    affine = grid.get("source_affine", np.eye(4))
+    turns = [one["extra_info"]["original_affine"] for one in operations if one.get("class") == "Orientation"]
+    return SourceGrid(
+        cropped, thick_axis(grid["spacing_mm"], grid["source_spacing_mm"]),
+        grid.get("crop", [(0, size) for size in cropped]), grid.get("source_shape", cropped), affine, (turns or [affine])[0],
+    )  # fmt: skip

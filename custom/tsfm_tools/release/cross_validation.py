@@ -1,0 +1,301 @@
+"""Cross-validation, whole: folds trained, held-out cases segmented and scored, post-processing found, one release made.
+
+What is done is kept in the folder, what was interrupted goes on, and several processes (one per GPU) share the folds:
+each claims a fold before it begins, and the last one makes the table and the release.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.bundle import ConfigParser
+from tsfm.cases.folders import PoolError
+from tsfm.evaluation.evaluation import evaluate_folder
+from tsfm.evaluation.label_maps import load_map, load_truth, match_predictions
+from tsfm.evaluation.postprocessing_plan import determine
+from tsfm.evaluation.scores import count_voxels
+from tsfm.evaluation.tables import load_rows
+from tsfm.files import atomic_write
+from tsfm.inference.claims import Claims
+from tsfm.inference.postprocessing import apply
+from tsfm.names import plain_name
+from tsfm.options import check_options
+from tsfm.schema import FileError, read_json
+from tsfm.training.weight_files import CheckpointError
+
+from ..paper.grids import run_bundle
+from .release import release
+
+logger = logging.getLogger(__name__)
+
+PLANNED = ("spacing_mm", "patch_size", "batch_size", "network_size")
+
+
+def cross_validate(
+    dataset_dir: str,
+    output_dir: str = "cross_validation",
+    bundle_dir: str = "bundles/tsfm_finetune",
+    folds: Sequence[int] | None = None,
+    overlays: Sequence[str] = (),
+    name: str | None = None,
+    gpus: Sequence[int] | int | None = None,
+    trained_on: str | None = None,
+    data_license: str | None = None,
+    **settings: Any,
+) -> str:
+    """Train every fold, segment and score the cases it holds out, find the post-processing, release the folds as one.
+
+    The same command goes on where it was interrupted. Started several times at once, on one machine or on several that
+    share the folder, it shares the folds. All of `output_dir`: ``fold_N`` (runs), ``held_out`` (label maps of all cases),
+    ``scores``, ``postprocessing.json``, ``table.md``, ``release``.
+
+    Args:
+        dataset_dir: the data set, as for the bundle.
+        output_dir: folder of this cross-validation.
+        bundle_dir: the bundle to train.
+        folds: which; by default all that hold out cases.
+        overlays: further configs for the training (``small.json``, or paths).
+        name: of the released bundle; by default the data set's.
+        gpus: numbers of the GPUs to spread the folds over, or how many; without it, this process does one after the other.
+        trained_on, data_license: as for `release`.
+        settings: any other id of train.json, for all folds.
+
+    Returns:
+        the table as Markdown.
+
+    Raises:
+        OptionError, FileError, PoolError: options, configs, data that cannot be used, before any training.
+        CheckpointError: `output_dir` holds another cross-validation.
+    """
+    overlays = [overlays] if isinstance(overlays, str) else list(overlays)
+    one = CrossValidation(dataset_dir, output_dir, bundle_dir, folds, overlays, settings)
+    if gpus is not None:
+        numbers = list(range(gpus)) if isinstance(gpus, int) else list(gpus)
+        arguments = {"bundle_dir": bundle_dir, "folds": folds, "overlays": overlays, "name": name, **settings}
+        arguments |= {"trained_on": trained_on, "data_license": data_license}
+        one.spread(numbers, {"dataset_dir": dataset_dir, "output_dir": output_dir, **arguments})
+    for fold in one.folds:
+        one.work(fold)
+    if left := [fold for fold in one.folds if not one.is_done(fold)]:
+        return f"folds {left} are with other processes; the last of them makes the table and the release"
+    return one.finish(name, trained_on, data_license)
+
+
+class CrossValidation:
+    """One folder of a cross-validation; the arguments are those of `cross_validate`."""
+
+    def __init__(
+        self,
+        dataset_dir: str,
+        output_dir: str,
+        bundle_dir: str,
+        folds: Sequence[int] | None,
+        overlays: Sequence[str],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.bundle, self.folder = os.path.abspath(bundle_dir), Path(os.path.abspath(output_dir))
+        self.dataset_dir, self.overlays, self.settings = os.path.abspath(dataset_dir), list(overlays), dict(settings)
+        beside = [
+            (os.path.join(self.bundle, "configs", one), os.path.abspath(one)) for one in ("train.json", *overlays)
+        ]
+        self.configs = [inside if os.path.isfile(inside) else outside for inside, outside in beside]
+        if absent := [path for path in self.configs if not os.path.isfile(path)]:
+            raise FileError(f"{absent[0]} does not exist, nor is it in {self.bundle}/configs: --bundle_dir, --overlays")
+        words = [word for key, value in self.settings.items() for word in (f"--{key}", str(value))]
+        check_options(["run", "--config_file", str(self.configs), *words])
+        self.parser = ConfigParser()
+        self.parser.read_config(self.configs)
+        for key, value in {**self._of_training(), "bundle_root": self.bundle}.items():
+            self.parser[key] = value
+        self.pool = self.parser.get_parsed_content("pool")
+        held_out = {fold: self.pool.evaluation_items(fold) for fold in (folds or range(self._count()))}
+        self.held_out = {fold: items for fold, items in held_out.items() if items}
+        self.folds = list(self.held_out)
+        if not self.folds:
+            raise PoolError(
+                f"{self.dataset_dir}: no fold holds out a case; a cross-validation needs two cases at least"
+            )
+        self.claims = Claims(self.folder)
+        self._remember()
+
+    def work(self, fold: int) -> None:
+        """Train a fold and segment what it holds out, unless that is done or another process is at it."""
+        if self.is_done(fold) or not self.claims.take(f"fold_{fold}"):
+            return
+        try:
+            logger.info("fold %s of %s", fold, self.folds)
+            if not self.is_done(fold):
+                run_bundle(
+                    self.bundle, self.configs, **self._of_training(), fold=fold, output_dir=str(self._fold(fold)),
+                    ckpt_dir="none", **self._plan(fold),
+                )  # fmt: skip
+                self._segment(fold)
+                self._write(self._fold(fold) / "done.json", {"fold": fold, "held_out": len(self.held_out[fold])})
+        finally:
+            self.claims.free(f"fold_{fold}")
+
+    def is_done(self, fold: int) -> bool:
+        """Whether a fold is trained and what it holds out is segmented."""
+        return (self._fold(fold) / "done.json").is_file()
+
+    def spread(self, gpus: Sequence[int], arguments: Mapping[str, Any]) -> None:
+        """Run this command once per GPU and wait; what they say is in ``gpu_N.log``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        run_bundle(self.bundle, self.configs, run_id="prepare", **self._of_training(), **self._plan(self.folds[0]))
+        words = [word for key, value in arguments.items() if value is not None for word in (f"--{key}", str(value))]
+        command = [sys.executable, "-m", "tsfm", "cross_validate", *words]
+        logs = {gpu: self.folder / f"gpu_{gpu}.log" for gpu in gpus}
+        running = {}
+        try:
+            for gpu, log in logs.items():
+                with open(log, "ab") as out:
+                    surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+                    running[gpu] = subprocess.Popen(command, env=surroundings, stdout=out, stderr=subprocess.STDOUT)
+            failed = [gpu for gpu, process in running.items() if process.wait() != 0]
+        finally:
+            for process in running.values():
+                if process.poll() is None:
+                    process.terminate()
+        if failed:
+            last = logs[failed[0]].read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+            raise RuntimeError(f"the folds on GPU {failed} failed; the same command goes on. {logs[failed[0]]}: {last}")
+
+    def finish(self, name: str | None, trained_on: str | None, data_license: str | None) -> str:
+        """Scores of all held-out cases, the post-processing that they support, the release, the table."""
+        table = self.folder / "table.md"
+        if not self.claims.take("table"):
+            return f"another process is making {table} and the release"
+        if not table.is_file():
+            items = [item for items in self.held_out.values() for item in items]
+            evaluate_folder(self.folder / "held_out", items, self.pool.table, self.folder / "scores")
+            pairs = match_predictions(self.folder / "held_out", items)
+            columns = [[pair[key] for pair in pairs] for key in ("prediction", "label")]
+            plan = determine(*columns, self.pool.table, [pair["dataset"] for pair in pairs])
+            self._write(self.folder / "postprocessing.json", plan)
+            steps = {key: plan[key] for key in ("targets", "steps")}
+            said = f"{len(self.folds)} folds of {os.path.basename(self.dataset_dir)} ({len(items)} cases)"
+            released = release(
+                self.bundle, [str(self._fold(fold) / "model.pt") for fold in self.folds], str(self.folder / "release"),
+                name=name or self._name(), metrics=str(self.folder / "scores/summary.json"), data_license=data_license,
+                trained_on=trained_on or said, overlays=self._own_overlays(),
+                inference={"postprocessing_plan": steps if plan["steps"] else None, "displayable_configs#mirroring": True},
+            )  # fmt: skip
+            text = self._table(pairs, plan, released)
+            atomic_write(table, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        self.claims.free("table")
+        return table.read_text(encoding="utf-8")
+
+    # ---- parts ------------------------------------------------------------------------------------------------
+
+    def _fold(self, fold: int) -> Path:
+        return self.folder / f"fold_{fold}"
+
+    def _of_training(self) -> dict[str, Any]:
+        return {"dataset_dir": self.dataset_dir, "store_dir": str(self.folder / "store"), **self.settings}
+
+    def _count(self) -> int:
+        """Number of folds: the splits file's, or the pool's."""
+        splits = self.pool.splits
+        if splits is None:
+            return self.pool.folds
+        return len(splits) if isinstance(splits, list) else min(map(len, splits.values()))
+
+    def _remember(self) -> None:
+        """Write down what this cross-validation is, or CheckpointError where the folder holds another."""
+        cases = sorted([item["dataset"], item["case"], fold] for fold, items in self.held_out.items() for item in items)
+        record = {
+            "dataset_dir": self.dataset_dir,
+            "configs": self.configs,
+            "settings": self.settings,
+            "held_out": cases,
+        }
+        record, path = json.loads(json.dumps(record)), self.folder / "cross_validation.json"
+        if not path.is_file():
+            self._write(path, record)
+        known = read_json(path)
+        if differ := [key for key in record if known.get(key) != record[key]]:
+            raise CheckpointError(
+                f"{self.folder} holds a cross-validation with other {', '.join(differ)}; give this one its own --output_dir"
+            )
+
+    def _plan(self, fold: int) -> dict[str, Any]:
+        """The option that gives all folds one plan, where the data is planned by and nothing but that decides."""
+        chosen = [self.parser.get(key, "auto") for key in PLANNED]
+        if self.parser.get("plan", "absent") is not None or any(value != "auto" for value in chosen):
+            return {}
+        path = self.folder / "plan.json"
+        if not path.is_file():
+            self.parser["fold"] = fold
+            self._write(path, self.parser.get_parsed_content("planned").to_dict())
+        return {"plan": str(path)}
+
+    def _segment(self, fold: int) -> None:
+        """Label maps of the cases that a fold holds out, each painted with what its data set annotates."""
+        datalist = self._fold(fold) / "held_out.json"
+        self._write(datalist, self.held_out[fold])
+        painted = {"_target_": "tsfm.labels.LabelTable.from_dict", "table": self.pool.table.to_dict()}
+        device = {key: self.settings[key] for key in ("device", "amp") if key in self.settings}
+        run_bundle(
+            self.bundle, ["inference.json"], dataset_dir=str(datalist), output_dir=str(self.folder / "held_out"),
+            checkpoint=str(self._fold(fold) / "model.pt"), existing="skip", mirror=True, part=0, parts=1,
+            **device, **{"evaluator#table": painted, "evaluator#annotated_only": True},
+        )  # fmt: skip
+
+    def _name(self) -> str:
+        """A bundle's name from the data set's."""
+        name = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in plain_name(
+            os.path.basename(self.dataset_dir)).lower()).strip("_")  # fmt: skip
+        return f"tsfm_{name}" if name else "tsfm_cross_validated"
+
+    def _own_overlays(self) -> list[str]:
+        """The overlays that the bundle has itself: a release's training shall use them too."""
+        own = os.path.join(self.bundle, "configs")
+        return [os.path.basename(path) for path in self.configs[1:] if os.path.dirname(path) == own]
+
+    def _table(self, pairs: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], released: str) -> str:
+        """Mean Dice per target: of each fold, of all held-out cases, and of these after post-processing."""
+        rows = [row for row in load_rows(self.folder / "scores/cases.csv") if row["dice"] is not None]
+        of_case = {item["case"]: fold for fold, items in self.held_out.items() for item in items}
+        after = self._processed(pairs, plan)
+        heads = ["target", *(f"fold {fold}" for fold in self.folds), "all", "post-processed", "cases"]
+        lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+        for target in dict.fromkeys(row["target"] for row in rows):
+            found = [(of_case.get(row["case"]), row["dice"]) for row in rows if row["target"] == target]
+            parts = [[dice for fold, dice in found if fold == one] for one in self.folds]
+            cells = [*map(_mean, parts), _mean([dice for _, dice in found]), _mean(after[target])]
+            lines.append(f"| {' | '.join([target, *cells, str(len(found))])} |")
+        names = [step["target"] for step in plan["steps"]]
+        said = f"the largest component alone is kept of {', '.join(names)}" if names else "none helps"
+        return (
+            f"# Cross-validation of {os.path.basename(self.dataset_dir)}\n\nMean Dice of the held-out cases that hold the "
+            "target, windows averaged with their mirrored versions.\n\n" + "\n".join(lines) + "\n\n"
+            f"Post-processing: {said}. All folds as one bundle, post-processing included: {released}\n"
+        )
+
+    def _processed(self, pairs: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> dict[str, list[float]]:
+        """Target -> Dice after post-processing of each case that holds the target."""
+        found: dict[str, list[float]] = {}
+        for pair in pairs:
+            prediction, affine = load_map(pair["prediction"])
+            truth, _ = load_truth(pair["label"], self.pool.table, pair["dataset"], (prediction, affine, pair["case"]))
+            counts = count_voxels(apply(prediction, plan), truth, self.pool.table, pair["dataset"])
+            for name, (tp, fp, fn) in counts.items():
+                if tp + fn:
+                    found.setdefault(name, []).append(2 * tp / (2 * tp + fp + fn))
+        return found
+
+    def _write(self, path: Path, content: Any) -> None:
+        text = json.dumps(content, indent=4)
+        atomic_write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.4f}".lstrip("0") if len(values) else "-"
