@@ -68,7 +68,7 @@ KINDS["options"] = _kind(
         "checkpointing": _kind(["boolean", "string"], "true, false or auto (on a command line: True or False)", pattern=AUTO),
         "learning_rate": RATE,
         **dict.fromkeys(("head_learning_rate", "encoder_learning_rate"), RATE_OR_NONE),
-        **dict.fromkeys(("allow_missing", "raw_data", "from_scratch", "amp", "compile", "progress"), FLAG),
+        **dict.fromkeys(("allow_missing", "raw_data", "from_scratch", "amp", "compile", "progress", "save_sharded"), FLAG),
         **dict.fromkeys(("bundle_root", "output_dir", "store_dir", "ckpt_dir", "splits_file"), PATH),
         "checkpoint": _kind(["string", "array", "null"], "a weight file, or a list of folds' weight files"),
         "dataset_dir": _kind(["string", "array"], "a path (a name of digits alone: ./2024), or a list of them"),

@@ -1,7 +1,7 @@
 """Fully sharded training (torch's FSDP2, under torchrun) for networks whose state no single device holds.
 
-Weights, gradients and optimizer state are split over the processes; what is saved is the whole, the same files that one
-process writes.
+Weights, gradients and optimizer state are split over the processes. The state can be gathered whole, for the files that one
+process writes, or taken in the shares that the processes have.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from monai.networks.blocks import TransformerBlock
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -52,6 +52,46 @@ def gather_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
     """(network state, optimizer state), whole and on the CPU; all processes have to call it, the first gets the result."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(network, options=options), get_optimizer_state_dict(network, optimizer, options=options)
+
+
+def gather_model(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the network's state, whole and on the CPU; all processes have to call it, the first gets the result."""
+    state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state if is_sharded(network) else {name: value.clone() for name, value in state.items()}
+
+
+def take_shares(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, everything else) of network and optimizer, of each process its share; the names are those of any number."""
+    state, tensors = get_optimizer_state_dict(network, optimizer), {}
+    others: dict[str, Any] = {"groups": state["param_groups"], "model": {}, "optimizer": {}}
+    for name, value in get_model_state_dict(network).items():
+        if name.endswith("_extra_state"):  # of another size in another epoch
+            others["model"][name] = value
+        else:
+            tensors[f"model.{name}"] = value
+    for weight, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{weight}.{key}"] = value
+            else:
+                others["optimizer"].setdefault(weight, {})[key] = value
+    return tensors, others
+
+
+def set_shares(
+    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], others: Mapping[str, Any]
+) -> None:
+    """Inverse of `take_shares`, in as many processes as there are now."""
+    model, state = dict(others["model"]), {weight: dict(entries) for weight, entries in others["optimizer"].items()}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            model[rest] = value
+        else:
+            weight, _, key = rest.rpartition(".")
+            state.setdefault(weight, {})[key] = value
+    set_model_state_dict(network, model)
+    set_optimizer_state_dict(network, optimizer, {"state": state, "param_groups": list(others["groups"])})
 
 
 def scatter_state(

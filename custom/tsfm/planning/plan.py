@@ -11,12 +11,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
-
-import torch
 
 from ..cases.cases import Preparation
 from ..cases.folders import PoolError
@@ -35,6 +32,7 @@ from ..training.checkpoint import build_network
 from .own_data import count_channels, pretrained_description
 from .planner import Plan
 from .transfer import load_pretrained
+from .turns import first_process_first, rank
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +178,7 @@ def prepare(
     Raises:
         StoreError, CaseError: listing every case that cannot be used.
     """
-    with first_process_first():
+    with first_process_first("prepares the cases"):
         if pool is not None and not is_bare(items):
             record_sources(store.sources, pool)
         store.prepare(items, num_workers=num_workers, progress=rank() == 0).raise_failures()
@@ -192,30 +190,13 @@ def record_sources(sources: Sources, pool: DatasetPool) -> None:
         sources.record(pool.cases, pool.table.to_dict()["targets"], pool.entries)
 
 
-@contextmanager
-def first_process_first() -> Iterator[None]:
-    """Under torchrun: the first process goes through the block alone, the others after it (and find its results)."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and rank() > 0:
-        torch.distributed.barrier()
-    yield
-    if distributed and rank() == 0:
-        torch.distributed.barrier()
-
-
-def rank() -> int:
-    """Of this process under torchrun; 0 without."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
-
-
 def pool_fingerprint(pool: DatasetPool, store_dir: str, num_workers: int = 0) -> Fingerprint:
     """The pool's fingerprint; what was measured of these very files before, by their bytes, is kept in `store_dir`.
 
     Raises:
         PoolError: listing every case that cannot be used; the others need not be measured again.
     """
-    with first_process_first():
+    with first_process_first("takes the fingerprint of the data"):
         return _read_or_measure(pool, store_dir, num_workers)
 
 

@@ -19,8 +19,9 @@ from ..preparation.fingerprint import Fingerprint, fit_patch, plan_spacing
 from ..schema import FileError, read_json
 from .families import SWIN_STRIDES, Family
 from .own_data import pretrained_description
-from .plan import pool_fingerprint, rank
+from .plan import pool_fingerprint
 from .planner import Budget, Plan, PlanError, coarse_spacing, plan
+from .turns import rank
 
 logger = logging.getLogger(__name__)
 

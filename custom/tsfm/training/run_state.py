@@ -24,9 +24,10 @@ from torch import nn
 
 from ..cases.pool import is_bare
 from ..files import PARTIAL, atomic_write, check_writable
-from ..network.sharding import gather_state, is_sharded, scatter_state
+from ..network.sharding import gather_model, gather_state, is_sharded, scatter_state, set_shares, take_shares
 from .checkpoint import EXTRA_STATE, decode_description, save_weights
 from .curve import Curve
+from .sharded_state import ShardedStates, read_tensors, read_values
 from .weight_files import CheckpointError, load_pt, write_pt
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ NO_SETTINGS = {"lr", "fused", "foreach", "capturable", "differentiable"}
 
 WEIGHTS_PER_INTERVAL = 200_000_000
 
-STATE_KEYS = {"epoch", "model", "parts", "curve", "best", "settings"}
+STATE_KEYS = {"epoch", "parts", "curve", "best", "settings"}
 
 
 class AllStepsSkipped(ArithmeticError):
@@ -58,6 +59,9 @@ class RunState:
     settings, cases, another network or optimizer is refused, a finished run is left as it is. ``model.pt`` is the epoch
     with the best moving average of the validation Dice; without validation, the last epoch.
 
+    With `sharded` each process writes its share into a folder of ``last``, while training goes on (`ShardedStates`). A run may
+    change from one way to the other, and its number of processes: it goes on from the newest state.
+
     Args:
         output_dir: the run's folder.
         network: the network, wrapped or not.
@@ -70,6 +74,7 @@ class RunState:
         save_interval: only every n-th epoch (and the last) is written and can be the best; "auto": so many that a network
             of any size writes about as much per epoch (1 below 200 million weights, 8 for 1.6 billion).
         write: False on all ranks but the first.
+        sharded: write ``last/`` in place of ``last.pt``.
 
     Raises:
         OSError: a `ckpt_dir` that cannot be written, before the first epoch.
@@ -87,6 +92,7 @@ class RunState:
         ckpt_dir: str | None = None,
         save_interval: int | str = 1,
         write: bool = True,
+        sharded: bool = False,
     ) -> None:
         self.output_dir, self.network, self.parts, self.curve = output_dir, network, dict(parts), curve
         self.resumable = not is_bare(items)
@@ -103,7 +109,8 @@ class RunState:
         self.save_interval = -(-weights // WEIGHTS_PER_INTERVAL) if save_interval == "auto" else int(save_interval)
         self.ckpt_dir, self.write = ckpt_dir, write
         self.best: float | None = None
-        self.last_is_good = False
+        self.last_is_good, self.sharded = False, sharded
+        self.shares = ShardedStates(os.path.join(output_dir, "last"), write)
         if write and ckpt_dir not in (None, "none"):
             check_writable(ckpt_dir, "--ckpt_dir; 'none' for no copy")
 
@@ -129,6 +136,7 @@ class RunState:
         engine.add_event_handler(Events.STARTED, self.resume)
         engine.add_event_handler(Events.ITERATION_STARTED, self._seed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, lambda: self.shares.finish())
         engine.add_event_handler(Events.COMPLETED, self.publish)
         engine.add_event_handler(Events.COMPLETED, self._report_skipped)
 
@@ -137,16 +145,18 @@ class RunState:
         if self.write:
             for path in Path(self.output_dir).glob(f".*{PARTIAL}"):
                 path.unlink()
+        self.shares.sweep()
 
     def _seed(self, engine: Any) -> None:
         """Dropout's random numbers follow from (seed, iteration, rank), whether the run was resumed or not."""
         torch.manual_seed(int(_digest([self.settings.get("seed"), engine.state.iteration, idist.get_rank()])[:15], 16))
 
     def resume(self, engine: Any) -> None:
-        """Go on from ``last.pt`` where there is one, or from ``last_previous.pt`` where that is damaged."""
-        state = self._read_last() if self.resumable else None
-        if state is None:
+        """Go on from the newest state that is whole, if there is one."""
+        source = self._choose() if self.resumable else None
+        if source is None:
             return
+        state = _read_run(source, checked=True)
         changed = {
             key: (state["settings"].get(key), self.settings.get(key))
             for key in {*state["settings"], *self.settings}
@@ -163,7 +173,12 @@ class RunState:
                 f"{self.output_dir}: the run there has {state['epoch']} epochs, {engine.state.max_epochs} were asked for"
             )
         parts = dict(self.parts)
-        if is_sharded(self.network):
+        if "model" not in state:
+            network, optimizer = unwrap(self.network), parts.pop("optimizer")
+            tensors, _ = take_shares(network, optimizer)
+            read_tensors(source, tensors)
+            set_shares(network, optimizer, tensors, state["shares"])
+        elif is_sharded(self.network):
             scatter_state(self.network, parts.pop("optimizer"), state["model"], state["parts"]["optimizer"])
         else:
             unwrap(self.network).load_state_dict(state["model"])
@@ -175,28 +190,43 @@ class RunState:
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         done = " (the run is complete)" if state["epoch"] == engine.state.max_epochs else ""
-        logger.info(
-            "resuming after epoch %d of %d from %s%s", state["epoch"], engine.state.max_epochs, self.last_path, done
-        )
+        logger.info("resuming after epoch %d of %d from %s%s", state["epoch"], engine.state.max_epochs, source, done)
 
-    def _read_last(self) -> dict[str, Any] | None:
-        """The newest state that can be read; None where there is none at all."""
-        if not os.path.exists(self.last_path) and not os.path.exists(self.previous_path):
-            return None
-        try:
-            state = _read_run(self.last_path)
-            self.last_is_good = True
-            return state
-        except CheckpointError as error:
+    def _choose(self) -> str | None:
+        """Path of the newest state that is whole, which the first process looks for; None where there is none at all."""
+        if idist.get_world_size() == 1:
+            return self._newest()
+        found: list[Any] = [None]
+        if idist.get_rank() == 0:
             try:
-                state = _read_run(self.previous_path)
-            except CheckpointError:
-                raise CheckpointError(
-                    f"{error}. There is no earlier state to go on from either: remove {self.last_path} to begin anew (the "
-                    f"best weights so far are in {self.model_path}), or give another --output_dir"
-                ) from None
-            logger.warning("%s. Going on from %s, after epoch %d", error, self.previous_path, state["epoch"])
-            return state
+                found = [self._newest()]
+            except CheckpointError as error:
+                found = [error]
+        torch.distributed.broadcast_object_list(found)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        return found[0]
+
+    def _newest(self) -> str | None:
+        files, whole, damaged = [self.last_path, self.previous_path], {}, []
+        for paths in (files if any(map(os.path.exists, files)) else [], map(str, self.shares.finished())):
+            for path in paths:
+                try:
+                    whole[path] = _read_run(path)["epoch"]
+                    break
+                except CheckpointError as error:
+                    damaged.append(error)
+        self.last_is_good = self.last_path in whole
+        if damaged and not whole:
+            place = self.last_path if any(map(os.path.exists, files)) else self.shares.folder
+            raise CheckpointError(
+                f"{damaged[0]}. There is no earlier state to go on from either: remove {place} to begin anew (the "
+                f"best weights so far are in {self.model_path}), or give another --output_dir"
+            )
+        newest = max(whole, key=whole.__getitem__, default=None)
+        for error in damaged:
+            logger.warning("%s. Going on from %s, after epoch %d", error, newest, whole[newest])
+        return newest
 
     def _set_rates(self) -> None:
         """Learning rates of the epoch to come by this run's schedule, which may be longer than the one that was saved."""
@@ -210,29 +240,35 @@ class RunState:
         """Write ``model.pt`` if this epoch is the best, and ``last.pt``, where it is this epoch's turn."""
         if engine.state.epoch % self.save_interval and engine.state.epoch != engine.state.max_epochs:
             return
-        network = unwrap(self.network)
+        network, optimizer = unwrap(self.network), self.parts["optimizer"]
         network.description["epoch"] = engine.state.epoch
-        parts = {name: part.state_dict() for name, part in self.parts.items() if name != "optimizer"}
-        if is_sharded(network):
-            model, parts["optimizer"] = gather_state(network, self.parts["optimizer"])
-        else:
-            model, parts["optimizer"] = network.state_dict(), self.parts["optimizer"].state_dict()
-        if not self.write:
-            return
         average = self.curve.average
         validated = any(row["ema"] is not None for row in self.curve.rows[-self.save_interval :])
         is_best = average is None or (validated and (self.best is None or average > self.best))
         if is_best:
             self.best = average
-            save_weights(model, self.model_path)
         state = {
             "epoch": engine.state.epoch,
-            "model": model,
-            "parts": parts,
+            "parts": {name: part.state_dict() for name, part in self.parts.items() if name != "optimizer"},
             "curve": self.curve.state_dict(),
             "best": self.best,
             "settings": self.settings,
         }
+        if self.sharded:
+            best = gather_model(network) if is_best else {}
+            tensors, state["shares"] = take_shares(network, optimizer)
+            self.shares.begin(
+                engine.state.epoch, tensors, state, lambda: save_weights(best, self.model_path) if best else None
+            )
+            return
+        if is_sharded(network):
+            state["model"], state["parts"]["optimizer"] = gather_state(network, optimizer)
+        else:
+            state["model"], state["parts"]["optimizer"] = network.state_dict(), optimizer.state_dict()
+        if not self.write:
+            return
+        if is_best:
+            save_weights(state["model"], self.model_path)
         atomic_write(self.last_path, lambda temporary: self._write_last(state, temporary))
 
     def _write_last(self, state: Mapping[str, Any], temporary: str) -> None:
@@ -266,14 +302,16 @@ class RunState:
             )  # fmt: skip
 
 
-def _read_run(path: str) -> dict[str, Any]:
-    """What ``last.pt`` holds; CheckpointError for a file that is damaged, or something else."""
+def _read_run(path: str, checked: bool = False) -> dict[str, Any]:
+    """What a state holds, but for the tensors in a folder; CheckpointError where it is damaged (unless `checked`) or another."""
     if not os.path.exists(path):
         raise CheckpointError(f"{path} is not there")
-    state = load_pt(path, mmap=os.name == "posix")
-    if not isinstance(state, Mapping) or not set(state) >= STATE_KEYS or not isinstance(state["model"], Mapping):
+    is_folder = os.path.isdir(path)
+    state = read_values(path, checked) if is_folder else load_pt(path, mmap=os.name == "posix", checked=checked)
+    own = "shares" if is_folder else "model"
+    if not isinstance(state, Mapping) or not set(state) >= {*STATE_KEYS, own} or not isinstance(state[own], Mapping):
         raise CheckpointError(f"{path} is no state of a training run")
-    decode_description(state["model"].get(EXTRA_STATE), path)
+    decode_description((state["shares"].get("model") if is_folder else state["model"]).get(EXTRA_STATE), path)
     return dict(state)
 
 

@@ -54,14 +54,15 @@ def write_pt(content: Any, path: str) -> None:
         torch.save(content, file)
 
 
-def load_pt(path: str, mmap: bool = True) -> Any:
-    """Plain values and tensors of a ``.pt`` file, its checksums compared first; the tensors are mapped, unless not `mmap`.
+def load_pt(path: str, mmap: bool = True, checked: bool = False) -> Any:
+    """Plain values and tensors of a ``.pt`` file, its checksums compared first (unless another process has `checked` them); the
+    tensors are mapped, unless not `mmap`.
 
     Raises:
         CheckpointError: a damaged file, or a pickle that holds more than tensors and plain values.
     """
     is_zip = zipfile.is_zipfile(path)
-    if is_zip:
+    if is_zip and not checked:
         _verify_zip(path)
     try:
         # Files in the format before torch 1.6 cannot be mapped.

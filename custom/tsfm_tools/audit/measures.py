@@ -1,0 +1,188 @@
+"""What the audit measures of one case; kept on disk, so that a case is read again only when its files change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import cc3d
+import numpy as np
+from nibabel.orientations import aff2axcodes
+from tsfm.cases.cases import Preparation, check_image, load_codes
+from tsfm.cases.grids import spacing_of
+from tsfm.cases.sources import file_identity
+from tsfm.cases.volumes import RawVolume, read_volume, to_spl
+from tsfm.errors import CaseError
+from tsfm.files import atomic_write
+from tsfm.labels import LabelTable
+from tsfm.preparation.resampling import boxes_of, enclosing
+
+from .signature import describe_image
+
+FORMAT = 1  # of the kept files
+
+SPECK_VOXELS = 3
+"""Pieces of a label up to this size are specks."""
+
+FORM_BINS, FORM_REACH = 12, 2.5  # of the histogram of where the foreground lies, the reach in root-mean-square radii
+
+
+def measured(item: Mapping[str, Any], table: dict[str, Any], cache_dir: str) -> dict[str, Any]:
+    """`measure` of a datalist item, from `cache_dir` where these very files were measured with this table before.
+
+    Raises:
+        CaseError: an image or label map that cannot be read.
+    """
+    identity = [FORMAT, file_identity(item), item["dataset"], item["case"], item["modality"], table]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    path = os.path.join(cache_dir, f"{key}.npz")
+    try:
+        with np.load(path) as kept:
+            return {**json.loads(str(kept["facts"])), **{name: kept[name] for name in kept.files if name != "facts"}}
+    except (OSError, ValueError, KeyError, EOFError):  # not there, or damaged
+        record = measure(item, LabelTable.from_dict(table))
+    arrays = {name: value for name, value in record.items() if isinstance(value, np.ndarray)}
+    facts = {name: value for name, value in record.items() if name not in arrays} | {"key": key}
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, facts=np.array(json.dumps(facts)), **arrays)
+
+    atomic_write(path, write)
+    return {**facts, **arrays}
+
+
+def measure(item: Mapping[str, Any], table: LabelTable) -> dict[str, Any]:
+    """Grid, intensities, labels and content hash of a datalist item, as plain values and arrays.
+
+    ``targets``: of every annotated target its volume (``ml``), ``pieces``, ``specks``, ``stray`` (share of it outside the
+    largest piece), ``center_mm`` and ``place`` (a voxel of it); all positions are (S, P, L). ``outside``: pieces that
+    touch nothing of the target that they should lie in. ``form``: how the foreground lies around its center.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image, codes, raw, complaint = read_case(item, table)
+    spacing = spacing_of(image.affine)
+    thinned = image.array[(slice(None), *(slice(None, None, max(1, n // 64)) for n in image.array.shape[1:]))]
+    ends = [(float(channel.min()), float(channel.max())) for channel in image.array]
+    middle = np.percentile(thinned.reshape(len(thinned), -1), (0.5, 50, 99.5), axis=1).T
+    targets = _targets(codes, table, item["dataset"], spacing)
+    return {
+        **{key: item[key] for key in ("dataset", "case", "modality")},
+        "source": raw.source,
+        "axes": "".join(aff2axcodes(raw.affine)),
+        "shape": list(image.array.shape[1:]),
+        "channels": len(image.array),
+        "spacing_mm": [round(side, 5) for side in spacing],
+        "intensity": [[low, *map(float, row), high] for (low, high), row in zip(ends, middle, strict=True)],
+        "warnings": list(dict.fromkeys(str(one.message) for one in caught)),
+        "complaint": complaint,
+        "targets": targets,
+        "outside": _outside(codes, table, item["dataset"], spacing),
+        **_form(codes, table, item["dataset"], spacing),
+        **describe_image(image.array[0], spacing, item["modality"]),
+    }
+
+
+def read_case(item: Mapping[str, Any], table: LabelTable) -> tuple[RawVolume, np.ndarray, RawVolume, str]:
+    """(image (C, S, P, L), local codes (S, P, L), image as stored, what the label table does not list)."""
+    raw = read_volume(item["image"])
+    array, affine = to_spl(raw, np.float32)
+    image, complaint = RawVolume(array, affine, raw.source), ""
+    check_image(array, Preparation((1.0, 1.0, 1.0), in_channels=len(array)), item["modality"], raw.source)
+    try:
+        codes = load_codes(item["label"], table, item["dataset"], image)
+    except CaseError as error:
+        declared = table.to_dict()
+        for entry in declared["datasets"]:
+            entry["others"] = "background"
+        codes = load_codes(item["label"], LabelTable.from_dict(declared), item["dataset"], image)  # or the same error
+        complaint = str(error)
+    return image, np.ascontiguousarray(codes.array[0]), raw, complaint
+
+
+def rows_of(table: LabelTable, dataset: str) -> np.ndarray:
+    """(local codes, targets): 1 is, 0 is not, -1 not annotated."""
+    start = table.offset(dataset)
+    return table.targets[start : start + len(table.local_ids(dataset))]
+
+
+def _cut(codes: np.ndarray, boxes: list, positive: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray] | None:
+    """The box that holds some codes, with a voxel around it, and their mask in it; None where there are none."""
+    found = [boxes[code - 1] for code in np.flatnonzero(positive) if 0 < code <= len(boxes) and boxes[code - 1]]
+    if not found:
+        return None
+    sides = zip(enclosing(found), codes.shape, strict=True)
+    box = tuple(slice(max(0, low - 1), min(size, high + 1)) for (low, high), size in sides)
+    return box, positive[codes[box]]
+
+
+def _targets(codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tuple[float, ...]) -> dict[str, Any]:
+    rows, boxes, result = rows_of(table, dataset), boxes_of(codes), {}
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    for name in table.annotated(dataset):
+        cut = _cut(codes, boxes, rows[:, table.names.index(name)] == 1)
+        if cut is None:
+            result[name] = {"ml": 0.0, "pieces": 0, "specks": 0, "stray": 0.0}
+            continue
+        facts = cc3d.statistics(cc3d.connected_components(np.ascontiguousarray(cut[1])))
+        sizes, start = facts["voxel_counts"][1:].astype(float), np.array([side.start for side in cut[0]])
+        centers = facts["centroids"][1:] + start
+        center = (centers * sizes[:, None]).sum(0) / sizes.sum()
+        odd = np.argsort(-sizes)[min(1, len(sizes) - 1)]  # where to look: the second piece, if there is one
+        result[name] = {
+            "ml": float(sizes.sum()) * voxel_ml,
+            "pieces": len(sizes),
+            "specks": int((sizes <= SPECK_VOXELS).sum()),
+            "stray": float(1 - sizes.max() / sizes.sum()),
+            "center_mm": [float(x) for x in center * spacing_mm],
+            "place": [int(x) for x in np.round(centers[odd])],
+        }
+    return result
+
+
+def _outside(codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tuple[float, ...]) -> list[dict[str, Any]]:
+    rows, boxes, found = rows_of(table, dataset), boxes_of(codes), []
+    annotated = table.annotated(dataset)
+    for name in annotated:
+        parent = table.entry(name).get("inside")
+        inner = rows[:, table.names.index(name)] == 1
+        cut = _cut(codes, boxes, inner) if parent in annotated else None
+        if cut is None:
+            continue
+        around = (rows[:, table.names.index(parent)] == 1) & ~inner
+        if not around.any():  # the parent is nothing but this target here
+            continue
+        pieces, count = cc3d.connected_components(np.ascontiguousarray(cut[1]), return_N=True)
+        touching = set()
+        for axis in range(3):  # a face shared with the parent
+            one, other = (
+                tuple(slice(a, b) if i == axis else slice(None) for i in range(3)) for a, b in ((1, None), (0, -1))
+            )
+            parts = around[codes[cut[0]]]
+            touching |= set(np.unique(pieces[one][parts[other]])) | set(np.unique(pieces[other][parts[one]]))
+        facts = cc3d.statistics(pieces)
+        start = np.array([side.start for side in cut[0]])
+        for piece in sorted(set(range(1, count + 1)) - touching):
+            size = int(facts["voxel_counts"][piece])
+            place = [int(x) for x in np.round(facts["centroids"][piece] + start)]
+            ml = size * float(np.prod(spacing_mm)) / 1000
+            found.append({"target": name, "parent": parent, "voxels": size, "ml": ml, "place": place})
+    return found
+
+
+def _form(codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tuple[float, ...]) -> dict[str, Any]:
+    """``form`` (12, 12, 12) float16, norm 1, and ``radius_mm``: the same structure looks the same in another scan."""
+    foreground = (rows_of(table, dataset) == 1).any(1)[codes]
+    at = np.argwhere(foreground) if foreground.any() else np.zeros((0, 3))
+    at = at[:: max(1, len(at) // 20000)] * spacing_mm
+    if len(at) < 20:
+        return {"form": np.zeros((FORM_BINS,) * 3, np.float16), "radius_mm": 0.0}
+    at = at - at.mean(0)
+    radius = float(np.sqrt((at**2).sum(1).mean()))
+    form, _ = np.histogramdd(at, FORM_BINS, [(-FORM_REACH * radius, FORM_REACH * radius)] * 3)
+    return {"form": (form / np.linalg.norm(form)).astype(np.float16), "radius_mm": radius}
