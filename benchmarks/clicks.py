@@ -38,8 +38,7 @@ class Requests:
         parser.config |= {"bundle_root": str(BUNDLE), "checkpoint": str(weights), "device": "cpu", "progress": False}
         parser.config |= settings
         self.prepare, self.inferer, self.network, self.table, load = (
-            parser.get_parsed_content(key)
-            for key in ("preprocessing", "inferer", "network", "table", "checkpointloader")
+            parser.get_parsed_content(key) for key in ("preprocessing", "inferer", "network", "table", "handlers#0")
         )
         load()
         self.network.eval()

@@ -29,7 +29,7 @@ from tsfm.cases.pool import DatasetPool
 from tsfm.patches.dataset import Draw, PatchDataset, PoolSampler
 from tsfm.patches.store import CaseStore
 from tsfm.planning.plan import plan_preparation, prepare
-from tsfm_tools.phantoms import layouts
+from tsfm_tools.phantoms import layouts, scans
 
 BUNDLE = Path(__file__).parents[1] / "bundles/tsfm_pretrain"
 
@@ -54,9 +54,16 @@ DRAWS, DRAWINGS = 200, 16
 
 
 def write(data: str, share: str) -> dict:
-    """Draw the pool, of each data set one in `share` cases; a drawing serves several cases."""
-    drawn = functools.lru_cache(None)(layouts.draw_case)
+    """Draw the pool, of each data set one in `share` cases; a drawing, and its file, serve several cases."""
+    drawn, save, written = functools.lru_cache(None)(layouts.draw_case), scans.save, {}
     layouts.draw_case = lambda name, index, *how, **more: drawn(name, index % DRAWINGS, *how, **more)
+
+    def save_or_link(array: np.ndarray, spacing_mm, axes: str, path: str, *how, **more) -> None:
+        key = (array.tobytes(), array.dtype, array.shape, tuple(spacing_mm), axes, how, tuple(more.items()))
+        os.link(written[key], path) if key in written else save(array, spacing_mm, axes, path, *how, **more)
+        written.setdefault(key, path)
+
+    layouts.save = scans.save = save_or_link
     for name, count in CASES.items():
         layouts.write_pool(data, max(1, round(count / int(share))), SIZE, 0, [name])
     return {}

@@ -67,6 +67,20 @@ def test_empty_truth_is_counted_apart_and_never_enters_a_mean():
     assert last[:5] == ["kits: kidney_tumor", "0", "1", "-", "-"]
 
 
+def test_targets_painted_where_there_are_none_are_counted_with_their_volumes():
+    volumes = (0.0, 2.0, 0.0, 6.0, 0.0)
+    rows = [row("flare", f"c{i}", "tumor", None, volume_predicted_ml=volume) for i, volume in enumerate(volumes)]
+    rows += [row("flare", "sick", "tumor", 0.5)]
+    summary = summarize(rows)
+    found = summary["datasets"]["flare"]["tumor"]["false_positives"]
+    assert (found["cases"], found["share"]) == (2, pytest.approx(0.4))
+    assert (found["ml"]["median"], found["ml"]["max"]) == (4.0, 6.0)
+    assert cells(markdown_scores(summary))[-1][-1] == "2/5 = 40% (4, 6)"
+    everyone_sick = summarize([row("lits", "a", "tumor", 0.5)])
+    assert everyone_sick["datasets"]["lits"]["tumor"]["false_positives"] == {"cases": 0, "share": None, "ml": None}
+    assert cells(markdown_scores(everyone_sick))[-1][-1] == "-"
+
+
 def test_table1_lists_data_sets_with_lesions_and_averages_over_the_lesions_alone():
     """The paper's own TSFM line: its tumor columns must give its .7106 (liver, kidney, pancreas and vessel left out)."""
     paper = {

@@ -167,7 +167,10 @@ class Sources:
             content["channels"] = before.get("channels") if before["cases"] == cases else _channels(own[0][0])
             self._known[dataset] = content
             if before != content:
-                atomic_write(self.path(dataset), lambda path, content=content: _write(content, path))
+                try:
+                    atomic_write(self.path(dataset), lambda path, content=content: _write(content, path))
+                except OSError as error:  # a store that others may only read serves all the same
+                    logger.warning("the files of '%s' are not recorded: %s", dataset, error)
 
     def _try(self, item: Mapping[str, Any]) -> list[list[Any]]:
         try:

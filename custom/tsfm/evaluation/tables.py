@@ -31,7 +31,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Per data set and target: counts, Dice and surface Dice (mean, sd, median, min, max), volumes, lesions.
 
     Cases without the target are counted under ``empty_truth`` with the volume that was predicted there, and enter no
-    mean. ``mean`` is over the (data set, target) pairs that have a value. Everything is plain JSON, never NaN.
+    mean; ``false_positives`` has the share of them in which the target was painted, and statistics of those volumes. ``mean`` is over the (data set, target) pairs that have a value. Everything is plain JSON, never NaN.
     """
     groups: dict[str, dict[str, list]] = {}
     for row in rows:
@@ -49,6 +49,9 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     entry: dict[str, Any] = {"cases": len(rows) - len(empty), "empty_truth": len(empty)}
     entry["empty_truth_predicted_ml"] = sum(false_ml)
     entry["empty_truth_clean"] = sum(volume == 0 for volume in false_ml)
+    painted = [volume for volume in false_ml if volume > 0]
+    share = len(painted) / len(empty) if empty else None
+    entry["false_positives"] = {"cases": len(painted), "share": share, "ml": _statistics(painted)}
     entry["tolerance_mm"] = sorted({row["tolerance_mm"] for row in rows})
     for key in ("dice", "nsd", "volume_predicted_ml", "volume_true_ml"):
         entry[key] = _statistics([row[key] for row in rows if row["status"] == "ok" and row[key] is not None])
@@ -95,12 +98,21 @@ def markdown_scores(summary: Mapping[str, Any]) -> str:
                 f"{entry['dice']['median']:.4f}" if entry["dice"] else "-", _with_spread(entry["nsd"]), tolerance,
                 f"{lesions['found']}/{lesions['true']}" if lesions else "-",
                 f"{lesions['false_per_case']:.2f}" if lesions else "-",
+                _false_positives(entry),
             ])  # fmt: skip
     header = [
         "data set: target", "cases", "without it", "Dice, mean ± sd", "median", "surface Dice, mean ± sd",
-        "tolerance mm", "lesions found", "false per case",
+        "tolerance mm", "lesions found", "false per case", "painted in cases without it (median, largest ml)",
     ]  # fmt: skip
     return markdown(header, lines)
+
+
+def _false_positives(entry: Mapping[str, Any]) -> str:
+    found = entry["false_positives"]
+    if found["share"] is None:
+        return "-"
+    volumes = f" ({found['ml']['median']:.3g}, {found['ml']['max']:.3g})" if found["ml"] else ""
+    return f"{found['cases']}/{entry['empty_truth']} = {found['share']:.0%}{volumes}"
 
 
 def _with_spread(statistics: Mapping[str, float] | None) -> str:

@@ -6,6 +6,7 @@ leads to a new folder, and where the files lie does not matter.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -192,7 +193,8 @@ class CaseStore:
         item = self._complete(item)
         earlier = self._path(item, self._key(item, file_identity(item)))
         if os.path.isdir(earlier):
-            os.rename(earlier, path)
+            with contextlib.suppress(OSError):  # another process was faster, or the store may only be read
+                os.rename(earlier, path)
         return os.path.isdir(path)
 
     def _name_others(self, missing: Sequence[Mapping[str, Any]], taken_over: int) -> None:
@@ -206,7 +208,7 @@ class CaseStore:
         }
         names = {path[:-KEY_DIGITS] for path in stored}
         others = sum(path[:-KEY_DIGITS] in names for path in paths)
-        if others:
+        if others and self.sources.raw_data:
             logger.warning(
                 "%s: %d of the %d cases to prepare are stored, but with other settings, labels or files, or by an earlier "
                 "version from another place: they are prepared anew; folders that no run needs any more may be deleted",

@@ -293,15 +293,6 @@ def save_weights(network: nn.Module | Mapping[str, torch.Tensor], path: str | os
     atomic_write(path, lambda temporary: write_state(state, temporary, path.endswith(".safetensors")))
 
 
-def bundle_description(path: Weights) -> dict[str, Any]:
-    """What travels with the weights at `path`, or else with those of the bundle that this package lies in.
-
-    Raises:
-        CheckpointError: as `read_description`.
-    """
-    return read_description(bundled_weights(path))
-
-
 def bundled_weights(path: Weights) -> Weights:
     """`path` where there is a file, or else the weights of the bundle that this package lies in, if it lies in one.
 

@@ -50,7 +50,7 @@ def check_version(metadata: Mapping[str, Any]) -> None:
 
 
 def check_weights(bundle: str) -> dict[str, int]:
-    """Hold both weight files against the network that ``inference.json`` defines, key by key.
+    """Hold the weight files against the network that ``inference.json`` defines, key by key.
 
     Returns:
         number of tensors and parameters.
@@ -62,8 +62,8 @@ def check_weights(bundle: str) -> dict[str, int]:
         network = built(bundle, "inference.json", "network_def")
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items() if key != EXTRA_STATE}
     first, _ = read_state(os.path.join(bundle, "models", "model.pt"))
-    for file in ("model.pt", "model.safetensors"):
-        path = os.path.join(bundle, "models", file)
+    paths = [os.path.join(bundle, "models", file) for file in ("model.pt", "model.safetensors")]
+    for path in filter(os.path.isfile, paths):
         tensors, _ = read_state(path)
         found = {key: tuple(value.shape) for key, value in tensors.items()}
         wrong = [f"{k}: {found.get(k)}, network_def has {expected.get(k)}" for k in {**expected, **found}
