@@ -21,6 +21,7 @@ OUTPUT_SUFFIX = ".nii.gz"
 OUTPUTS = {
     "label_map": OUTPUT_SUFFIX,
     "probabilities": "_probabilities.b2nd",
+    "uncertainty": "_uncertainty.nii.gz",
     "dicom_seg": ".seg.dcm",
     "dicom_labelmap": ".labelmap.dcm",
 }
