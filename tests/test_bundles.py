@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -44,7 +45,7 @@ ONLY_FINETUNE_TRAINS = {
 EVALUATE_DIFFERS = {"pool_file", "pool#_target_"}
 ONLY_PRETRAIN_EVALUATES = {"datasets", "allow_missing", "pool#datasets", "pool#allow_missing"}
 ONLY_FINETUNE_EVALUATES = {
-    *("images", "labels", "label_ids", "regions", "modality"),
+    *("images", "labels", "label_ids", "regions"),
     *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
 }
 
@@ -60,8 +61,12 @@ TRAIN_IDS = (
 )
 INFERENCE_IDS = (
     *("bundle_root", "device", "dataset_dir", "output_dir", "dataset", "dataloader", "network_def", "inferer"),
-    *("preprocessing", "postprocessing", "handlers", "evaluator", "checkpointloader", "run"),
+    *("preprocessing", "postprocessing", "handlers", "evaluator", "handlers#0#path", "run"),
 )
+EVALUATES_OTHERWISE = {
+    *("_desc_", "checkpoint", "output_dir", "existing", "threshold", "overlap", "mirror", "modality", "targets"),
+    *("dataset", "handlers", "evaluator"),
+}
 EXPLAINED = ("preprocessing", "dataset", "sampler")
 
 
@@ -97,6 +102,22 @@ def differences(name):
 )
 def test_both_bundles_declare_the_same_but_for_what_is_listed_here(name, differs, only_pretrain, only_finetune):
     assert differences(name) == (differs, only_pretrain, only_finetune)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_evaluate_json_stands_alone_and_segments_as_inference_json_does(bundle):
+    """It lies over train.json too, so it repeats what it needs: whoever changes one changes the other."""
+    inference, evaluate = config(bundle, "inference.json"), config(bundle, "evaluate.json")
+    repeated = (inference.keys() & evaluate.keys()) - EVALUATES_OTHERWISE
+    assert {key: evaluate[key] for key in repeated} == {key: inference[key] for key in repeated}
+    assert {"network_def", "preprocessing", "inferer", "postprocessing", "run"} <= repeated
+    scored = {"table": "@pool_table", "annotated_only": True}
+    assert evaluate["evaluator"] == {**inference["evaluator"], **scored}
+    assert {**evaluate["dataset"], "data": 0} == {**inference["dataset"], "data": 0, "output_dir": None}
+    assert evaluate["handlers"][0] == inference["handlers"][0]
+    known = {*evaluate, "bundle_root", "dataset_dir", "device", "amp"}  # these four are in train.json as well
+    named = set(re.findall(r"@(\w+)", json.dumps(evaluate)))
+    assert named <= known, named - known
 
 
 def test_the_handlers_are_the_same_but_for_the_forecast_of_the_plan():

@@ -132,7 +132,8 @@ def _tsfm(folder: Path, name: str, words: list[str]) -> list[str]:
     except TypeError as error:
         return [f"python -m tsfm {name}: {error}"]
     values = [*positional, *(value for key, value in options.items() if "output" not in key)]
-    return [f"no file {word}" for word in values if _names_a_source(word) and not (folder / word).exists()]
+    sources = [word for word in values if _names_a_source(word) and _ours(folder)]
+    return [f"no file {word}" for word in sources if not (folder / word).exists()]
 
 
 def _make(words: list[str]) -> list[str]:

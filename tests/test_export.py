@@ -78,6 +78,29 @@ def test_the_description_lies_beside_the_file(exported, weights):
         assert json.load(file) == read_description(weights)
 
 
+REFUSED = {
+    "torchscript": r"exported for windows of \[16, 16, 8\]",
+    "export": r"x.size\(\)\[2\] == 16",
+    "onnx": "Expected: 16",
+}
+
+
+def test_another_size_is_refused_by_its_name_and_the_files_metadata_hold_the_patch(exported, weights):
+    kind, path = exported
+    image, files = torch.zeros(1, 2, 24, 16, 8), {export.METADATA: ""}
+    if kind == "onnx":
+        session = pytest.importorskip("onnxruntime").InferenceSession(path)
+        files, run = session.get_modelmeta().custom_metadata_map, lambda x: session.run(None, {"image": x.numpy()})
+    elif kind == "torchscript":
+        run = torch.jit.load(path, _extra_files=files)
+        assert run.patch_size == [16, 16, 8]
+    else:
+        run = torch.export.load(path, extra_files=files).module()
+    assert json.loads(files[export.METADATA]) == read_description(weights)
+    with pytest.raises(Exception, match=REFUSED[kind]):
+        run(image)
+
+
 def test_another_window_can_be_asked_for(weights, tmp_path):
     path = str(tmp_path / "model.ts")
     export.export(weights, path, "torchscript", patch_size=[8, 8, 8])
@@ -85,7 +108,7 @@ def test_another_window_can_be_asked_for(weights, tmp_path):
 
 
 def test_a_file_that_computes_something_else_is_refused_and_removed(weights, tmp_path, monkeypatch):
-    def off_by_one(network, example, path):
+    def off_by_one(network, example, path, metadata):
         open(path, "w").close()
         return lambda image: network(image) + 1
 
@@ -108,14 +131,13 @@ def test_the_command(weights, tmp_path, capsys, monkeypatch):
     assert "at most" in capsys.readouterr().out and os.path.isfile(path)
 
 
-def test_monais_own_command_traces_the_network(weights, tmp_path):
-    """`python -m monai.bundle ckpt_export` on the bundle's inference.json, as docs/release.md gives it."""
+def test_monais_own_command_needs_no_option(weights, tmp_path):
+    """`python -m monai.bundle ckpt_export` on the bundle's inference.json, as the Model Zoo's verify_bundle calls it."""
     configs = ROOT / "bundles/tsfm_pretrain/configs"
     path = str(tmp_path / "model.ts")
     command = [warm().python, "-W", "ignore", "-m", "monai.bundle", "ckpt_export", "network_def"]
-    command += ["--filepath", path, "--ckpt_file", weights, "--checkpoint", weights, "--use_trace", "True"]
+    command += ["--filepath", path, "--ckpt_file", weights, "--checkpoint", weights]
     command += ["--meta_file", str(configs / "metadata.json"), "--config_file", str(configs / "inference.json")]
-    command += ["--input_shape", "[1, 2, 16, 16, 8]"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     network = build_network(read_description(weights)).eval()
@@ -123,3 +145,11 @@ def test_monais_own_command_traces_the_network(weights, tmp_path):
     image = torch.randn(1, 2, 16, 16, 8)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(path).eval()(image), network(image), atol=1e-3, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_trt_export_without_a_gpu_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tsfm", "trt_export", "--net_id", "network_def", "--filepath", "model_trt.ts"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert str(ended.value).count("\n") == 0 and "GPU" in str(ended.value)

@@ -89,7 +89,7 @@ def test_a_single_file_with_spaces_and_letters_beyond_ascii(case, segment, tmp_p
     path.parent.mkdir()
     nib.save(case, path)
     out = segment(path, out=tmp_path / "Ergebnis für 肝臓")
-    assert sorted(file.name for file in out.iterdir()) == ["Fall 1 (nativ).nii.gz", "report.json"]
+    assert sorted(file.name for file in out.iterdir()) == ["Fall 1 (nativ).nii.gz", "report.json", "run.log"]
 
 
 def test_a_dicom_series_gives_the_map_of_the_same_voxels_in_nifti(case, segment, tmp_path):
@@ -113,7 +113,7 @@ def test_a_datalist_names_the_cases_relative_to_itself(case, segment, tmp_path):
     datalist = {"testing": [{"image": "a.nii.gz", "case": "first"}, "b.nii"]}
     (tmp_path / "list.json").write_text(json.dumps(datalist))
     out = segment(tmp_path / "list.json")
-    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz", "report.json"]
+    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz", "report.json", "run.log"]
     assert np.array_equal(voxels(out / "first.nii.gz"), voxels(out / "b.nii.gz"))
 
 
@@ -158,7 +158,7 @@ def test_bad_files_are_reported_and_the_rest_goes_on(bad_folder, segment, tmp_pa
     assert set(lines) == set(REASONS), "each bad case is named, the good one is not"
     for name, reasons in REASONS.items():
         assert any(reason in lines[name] for reason in reasons), lines[name]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["good.nii.gz", "report.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["good.nii.gz", "report.json", "run.log"]
     report = read_report(tmp_path / "out")
     assert (
         "ml" in report["good"] and len(report) > 1 and all("error" in report[name] for name in report if name != "good")
@@ -361,6 +361,8 @@ def test_folds_that_do_not_fit_together_are_refused_by_name(folds, pretrained, t
         read_description([first, str(tmp_path / "preparation.pt")])
     with pytest.raises(CheckpointError, match="empty"):
         read_description([])
+    seen = [folds(f"{low}.pt", familiar={"CT": {"p5": [low, low + 1]}}) for low in (-900, 900)]
+    assert read_description([first, *seen])["familiar"]["CT"]["p5"] == [-900, 901]
     folds("alike.pt", network={**known["network"], "checkpointing": True})
     assert read_description([first, str(tmp_path / "alike.pt")])["network"]["count"] == 2
 
@@ -437,6 +439,14 @@ def test_the_validation_cases_of_the_pool_are_scored_with_a_page_of_pictures(pha
     assert {row["status"] for row in rows} <= {"ok", "empty_truth"}
     assert all(0 <= float(row["dice"]) <= 1 for row in rows if row["status"] == "ok")
     assert (out / "page.png").stat().st_size > 5000 and "mean Dice" in (out / "scores.md").read_text()
+
+
+def test_over_train_json_as_the_model_zoo_has_it_the_scores_are_the_same(phantom_pool, segment, tmp_path):
+    scores = []
+    for base in ("inference.json", "train.json"):
+        out = segment(phantom_pool, [base, "evaluate.json"], out=tmp_path / base, datasets=["msd_liver"])
+        scores.append((out / "cases.csv").read_text())
+    assert scores[0] == scores[1] and "liver" in scores[0]
 
 
 def test_targets_that_were_not_computed_are_not_scored(phantom_pool, segment):

@@ -279,7 +279,7 @@ def _the_most_uncertain_image_comes_first(server: Server, root: Path) -> None:
     parser.read_config(str(server.bundle / "configs/inference.json"))
     parser["bundle_root"], parser["device"] = str(server.bundle), "cpu"
     prepare, inferer, network, loader = (
-        parser.get_parsed_content(key) for key in ("preprocessing", "inferer", "network", "checkpointloader")
+        parser.get_parsed_content(key) for key in ("preprocessing", "inferer", "network", "handlers#0")
     )
     loader()
     expected = {

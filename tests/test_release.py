@@ -22,10 +22,10 @@ from tsfm.cases.pool import DatasetPool
 from tsfm.evaluation.evaluation import evaluate_folder
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
-from tsfm.training.checkpoint import describe_network, read_state, save_weights
+from tsfm.training.checkpoint import describe_network, load_weights, read_state, save_weights, table_of
 from tsfm_tools.release import gate, release
 from tsfm_tools.release.folder_checks import SCHEMA
-from tsfm_tools.release.rules import ReleaseError, check_weights
+from tsfm_tools.release.rules import ReleaseError, built, check_weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TARGETS = {"kidney": {}, "kidney_tumor": {"inside": "kidney"}}
@@ -43,6 +43,7 @@ NETWORK = {
     "num_heads": 2,
     "mlp_dim": 16,
 }
+RELEASED = json.loads((REPOSITORY / "bundles/tsfm_pretrain/configs/released.json").read_text())
 METADATA = {
     "schema": "https://project-monai.github.io/schema/meta_schema_20240725.json",
     "version": "0.1.0",
@@ -116,6 +117,7 @@ def source(tmp_path) -> Path:
         "network_def": {"_target_": "tsfm.training.checkpoint.build_network", "description": "@description"},
     }
     write(bundle / "configs/inference.json", {**common, **by_weights})
+    write(bundle / "configs/released.json", RELEASED)
     write(bundle / "configs/small.json", {"patch_size": [48, 64, 64]})
     layout = {"name": "mine", "folder": "Mine", "format": "msd", "labels": {"1": "spleen"}}
     write(bundle / "configs/pool.json", {"targets": {"spleen": {}}, "datasets": [layout]})
@@ -156,8 +158,12 @@ def config(bundle: Path, name: str) -> dict:
     return json.loads((bundle / "configs" / name).read_text())
 
 
-def test_both_weight_files_hold_exactly_the_checkpoints_tensors(staged, checkpoint):
+def test_the_weight_files_hold_exactly_the_checkpoints_tensors(source, checkpoint, tmp_path):
     expected = torch.load(checkpoint, weights_only=True)["model"]
+    arguments = {"output_dir": str(tmp_path / "dist"), "zipped": False}
+    staged = Path(release.release(str(source), str(checkpoint), **arguments))
+    assert os.listdir(staged / "models") == ["model.pt"]  # once, unless asked
+    staged = Path(release.release(str(source), str(checkpoint), safetensors=True, **arguments))
     for file in ("model.pt", "model.safetensors"):
         tensors, description = read_state(staged / "models" / file)
         assert set(tensors) == set(expected) - {"_extra_state"}
@@ -176,8 +182,46 @@ def test_configs_take_network_patch_spacing_and_normalization_from_the_checkpoin
     assert (
         train["initial_weights"]["_target_"] == "tsfm.training.checkpoint.bundled_weights"
     )  # training goes on from these weights
-    assert train["network_def"]["checkpointing"] == "@checkpointing"  # a reference stays one
+    assert train["network_def"]["checkpointing"] == "$@checkpointing is True"  # as the user's device needs it
+    assert train["checkpointing"] == "auto"
     assert config(staged, "small.json") == {"patch_size": [48, 64, 64]}  # an overlay stays what it is
+
+
+def test_inference_names_network_and_preparation_and_runs_without_the_weights(staged):
+    inference = config(staged, "inference.json")
+    assert inference["network_def"] == {
+        "_target_": "tsfm.training.released.released_network", "path": "@checkpoint", "name": "tsfm",
+        **TSFM(**NETWORK).description["network"],
+    }  # fmt: skip
+    assert inference["description"]["preparation"]["spacing_mm"] == [3.0, 2.0, 2.0]
+    assert inference["description"]["patch_size"] == [16, 16, 16]
+    before = read_state(staged / "models/model.pt")
+    (staged / "models/model.pt").unlink()
+    for name in ("network_def", "description"):
+        found = built(str(staged), "inference.json", name)
+        if name == "description":
+            assert table_of(found).names == ("kidney", "kidney_tumor")
+        else:
+            assert {key: value.shape for key, value in found.state_dict().items() if key != "_extra_state"} == {
+                key: value.shape for key, value in before[0].items()
+            }
+
+
+def test_weights_of_another_training_have_the_last_word(staged, caplog):
+    """A training of the released bundle on another task leaves its own model.pt."""
+    network = TSFM(**{**NETWORK, "out_channels": 1, "features": [4, 6]})
+    describe_network(network, LabelTable({"liver": {}}, []), Preparation((4.0, 4.0, 4.0), {}), (16, 16, 16))
+    save_weights(network, staged / "models/model.pt")
+    found = built(str(staged), "inference.json", "network_def")
+    load_weights(found, staged / "models/model.pt")
+    assert "another network than the config declares" in caplog.text and "features" in caplog.text
+    assert built(str(staged), "inference.json", "description")["preparation"]["spacing_mm"] == [4.0, 4.0, 4.0]
+
+
+def test_a_bundle_that_does_not_say_what_a_release_changes_is_refused(source, checkpoint, tmp_path):
+    (source / "configs/released.json").unlink()
+    with pytest.raises(ReleaseError, match=r"no configs/released\.json"):
+        release.release(str(source), str(checkpoint), str(tmp_path / "dist"))
 
 
 def test_an_overlay_becomes_part_of_the_staged_training(source, checkpoint, tmp_path):
@@ -228,6 +272,11 @@ def test_metadata_describes_these_weights(staged):
     data = config(staged, "metadata.json")["network_data_format"]
     assert data["inputs"]["image"]["spatial_shape"] == [16, 16, 16]
     assert "segments kidney, kidney_tumor. Trained on: mine." in config(staged, "metadata.json")["description"]
+    assert (
+        config(staged, "metadata.json")["name"] == "Kidneys"
+        and "MSD" not in config(staged, "metadata.json")["data_source"]
+    )
+    assert config(staged, "metadata.json")["eval_metrics"] == {"mean_dice": "not evaluated"}
     assert data["outputs"]["pred"]["num_channels"] == 2
     assert data["outputs"]["pred"]["channel_def"] == {"0": "background", "1": "kidney", "2": "kidney_tumor"}
 
@@ -249,8 +298,28 @@ def test_a_data_set_without_a_layout_gets_a_plain_one_that_the_pool_reads(source
 
 def test_the_readme_names_every_target_and_keeps_its_text(staged):
     text = (staged / "docs/README.md").read_text()
-    assert "| 2 | kidney_tumor | kidney | mine |" in text
+    assert "| 2 | kidney_tumor | kidney | mine | not evaluated |" in text
     assert "none yet" not in text and text.rstrip().endswith("# License")
+
+
+def test_the_readmes_training_section_is_the_merged_train_json_beside_the_run_that_made_the_weights(
+    checkpoint, tmp_path
+):
+    arguments = {"bundle_dir": str(REPOSITORY / "bundles/tsfm_pretrain"), "checkpoint": str(checkpoint)}
+    arguments |= {"output_dir": str(tmp_path / "dist"), "overlays": ["small.json"], "zipped": False}
+    text = (Path(release.release(**arguments)) / "docs/README.md").read_text()
+    assert "| optimizer | AdamW, weight_decay 0.01 |" in text and "| learning rate | 0.002 |" in text
+    assert "| patch (S, P, L) | 16 x 16 x 16 |" in text and "not recorded" in text
+    assert "RandPerChanneld (RandGaussianBlur)" in text and "These weights were not evaluated" in text
+    for wrong in ("SGD with", "250 iterations", "112 x 160", "19.2 GB", ".7106"):
+        assert wrong not in text, wrong
+    folder = REPOSITORY / "bundles/tsfm_pretrain/configs"
+    configs = {name: json.loads((folder / name).read_text()) for name in ("train.json", "small.json")}
+    settings = {"learning_rate": 0.1, "amp": "off", "patch_size": [16, 16, 16]}  # options of the command line
+    write(checkpoint.parent / "run.json", {"configs": configs, "settings": settings, "epochs": 7})
+    text = (Path(release.release(**arguments)) / "docs/README.md").read_text()
+    assert "| learning rate | 0.1 | 0.002 |" in text and "| epochs | 7 | 50 |" in text
+    assert "| autocast |  | bfloat16 |" in text
 
 
 def test_nothing_but_the_bundle_is_staged(staged, tmp_path):

@@ -67,6 +67,20 @@ def test_empty_truth_is_counted_apart_and_never_enters_a_mean():
     assert last[:5] == ["kits: kidney_tumor", "0", "1", "-", "-"]
 
 
+def test_targets_painted_where_there_are_none_are_counted_with_their_volumes():
+    volumes = (0.0, 2.0, 0.0, 6.0, 0.0)
+    rows = [row("flare", f"c{i}", "tumor", None, volume_predicted_ml=volume) for i, volume in enumerate(volumes)]
+    rows += [row("flare", "sick", "tumor", 0.5)]
+    summary = summarize(rows)
+    found = summary["datasets"]["flare"]["tumor"]["false_positives"]
+    assert (found["cases"], found["share"]) == (2, pytest.approx(0.4))
+    assert (found["ml"]["median"], found["ml"]["max"]) == (4.0, 6.0)
+    assert cells(markdown_scores(summary))[-1][-1] == "2/5 = 40% (4, 6)"
+    everyone_sick = summarize([row("lits", "a", "tumor", 0.5)])
+    assert everyone_sick["datasets"]["lits"]["tumor"]["false_positives"] == {"cases": 0, "share": None, "ml": None}
+    assert cells(markdown_scores(everyone_sick))[-1][-1] == "-"
+
+
 def test_table1_lists_data_sets_with_lesions_and_averages_over_the_lesions_alone():
     """The paper's own TSFM line: its tumor columns must give its .7106 (liver, kidney, pancreas and vessel left out)."""
     paper = {
@@ -242,6 +256,20 @@ def test_the_page_of_an_evaluated_folder_shows_three_cases(table, tmp_path):
     assert matplotlib.image.imread(path).shape[0] > 2 * matplotlib.image.imread(one).shape[0]
     report.CasePage(str(tmp_path / "out"), items, table)(None)
     assert (tmp_path / "out" / "page.png").read_bytes() == path.read_bytes()
+    assert (tmp_path / "out" / "targets.png").stat().st_size > 5000
+
+
+def test_the_worst_case_of_each_target_is_shown_with_that_target_alone():
+    rows = [
+        row("lits", case, target, dice)
+        for case, a, b in (("x", 0.4, 0.9), ("y", 0.7, 0.2))
+        for target, dice in (("a", a), ("b", b))
+    ]
+    worst = report.worst_cases([*rows, row("lits", "z", "c", None)])
+    assert {target: (entry["case"], entry["dice"]) for target, entry in worst.items()} == {
+        "a": ("x", 0.4),
+        "b": ("y", 0.2),
+    }
 
 
 def test_the_command_that_scores_a_folder_draws_the_page_too(table, tmp_path):

@@ -333,10 +333,27 @@ def square_or_die(number):
     return number**2
 
 
+def die(*job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_dying_worker_costs_its_own_job_only():
     results = dict(run_all(square_or_die, [(n,) for n in range(7)], num_workers=2))
     assert isinstance(results[3], WorkerDied) and isinstance(results[5], CaseError)
     assert [results[n] for n in (0, 1, 2, 4, 6)] == [0, 1, 4, 16, 36]
+    died = dict(run_all(die, [(object(), {"case": "a", "image": "a.nii.gz"})], num_workers=1))[0]
+    assert "case a (a.nii.gz)" in str(died)
+
+
+def test_a_script_without_a_guard_is_named_before_workers_run_it_again(tmp_path):
+    lines = ["from tsfm.preparation.parallel import run_all", "print(list(run_all(abs, [(-1,), (-2,)], 2)))"]
+    (tmp_path / "bare.py").write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, "bare.py"], cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and "bare.py prepares" in done.stderr and 'if __name__ == "__main__":' in done.stderr
+    assert done.stdout == "" and done.stderr.count("Traceback") == 1
+    (tmp_path / "guarded.py").write_text(f"{lines[0]}\nif __name__ == '__main__':\n    {lines[1]}")
+    done = subprocess.run([sys.executable, "guarded.py"], cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert done.stdout in ("[(0, 1), (1, 2)]\n", "[(1, 2), (0, 1)]\n"), done.stderr
 
 
 def test_an_interrupt_ends_the_run_and_its_workers(tmp_path):

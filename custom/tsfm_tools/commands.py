@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -56,3 +57,18 @@ def export(checkpoint: str, output_file: str, format: str = "torchscript", patch
 
     difference = run(checkpoint, output_file, format, patch_size)
     print(f"{output_file}: logits differ from the network's by at most {difference:.1g} of the largest")
+
+
+def trt_export(**arguments: Any) -> None:
+    """MONAI's trt_export, with its arguments by name, once it is sure that this machine can build for TensorRT."""
+    import torch
+
+    from .release.export import ExportError
+
+    if not torch.cuda.is_available():
+        raise ExportError("trt_export builds for the GPU that it runs on, and this machine shows none")
+    if find_spec("torch_tensorrt") is None:
+        raise ExportError("trt_export needs torch_tensorrt: pip install torch-tensorrt")
+    from monai.bundle import trt_export as run
+
+    run(**arguments)

@@ -31,7 +31,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Per data set and target: counts, Dice and surface Dice (mean, sd, median, min, max), volumes, lesions.
 
     Cases without the target are counted under ``empty_truth`` with the volume that was predicted there, and enter no
-    mean. ``mean`` is over the (data set, target) pairs that have a value. Everything is plain JSON, never NaN.
+    mean; ``false_positives`` has the share of them in which the target was painted, and statistics of those volumes. ``mean`` is over the (data set, target) pairs that have a value. Everything is plain JSON, never NaN.
     """
     groups: dict[str, dict[str, list]] = {}
     for row in rows:
@@ -43,12 +43,33 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"cases": cases, "mean": means, "datasets": datasets}
 
 
+def format_scores(summary: dict[str, Any]) -> str:
+    """One line per target of an evaluation's ``summary.json``: Dice over all data sets' cases, lesions found."""
+    lines = []
+    targets = dict.fromkeys(target for part in summary["datasets"].values() for target in part)
+    for target in targets:
+        entries = [part[target] for part in summary["datasets"].values() if target in part]
+        scored = [(entry["dice"]["mean"], entry["cases"]) for entry in entries if entry["dice"]]
+        cases = sum(count for _, count in scored)
+        dice = f"{sum(mean * count for mean, count in scored) / cases:.2f}" if cases else "-"
+        line = f"{target:14} Dice {dice} in {cases} cases"
+        counts = [entry["lesions"] for entry in entries if "lesions" in entry]
+        if counts:
+            found, true, false = (sum(count[key] for count in counts) for key in ("found", "true", "false"))
+            line += f"; {found} of {true} found, {false} false"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     empty = [row for row in rows if row["status"] == "empty_truth"]
     false_ml = [row["volume_predicted_ml"] for row in empty]
     entry: dict[str, Any] = {"cases": len(rows) - len(empty), "empty_truth": len(empty)}
     entry["empty_truth_predicted_ml"] = sum(false_ml)
     entry["empty_truth_clean"] = sum(volume == 0 for volume in false_ml)
+    painted = [volume for volume in false_ml if volume > 0]
+    share = len(painted) / len(empty) if empty else None
+    entry["false_positives"] = {"cases": len(painted), "share": share, "ml": _statistics(painted)}
     entry["tolerance_mm"] = sorted({row["tolerance_mm"] for row in rows})
     for key in ("dice", "nsd", "volume_predicted_ml", "volume_true_ml"):
         entry[key] = _statistics([row[key] for row in rows if row["status"] == "ok" and row[key] is not None])
@@ -95,12 +116,21 @@ def markdown_scores(summary: Mapping[str, Any]) -> str:
                 f"{entry['dice']['median']:.4f}" if entry["dice"] else "-", _with_spread(entry["nsd"]), tolerance,
                 f"{lesions['found']}/{lesions['true']}" if lesions else "-",
                 f"{lesions['false_per_case']:.2f}" if lesions else "-",
+                _false_positives(entry),
             ])  # fmt: skip
     header = [
         "data set: target", "cases", "without it", "Dice, mean ± sd", "median", "surface Dice, mean ± sd",
-        "tolerance mm", "lesions found", "false per case",
+        "tolerance mm", "lesions found", "false per case", "painted in cases without it (median, largest ml)",
     ]  # fmt: skip
     return markdown(header, lines)
+
+
+def _false_positives(entry: Mapping[str, Any]) -> str:
+    found = entry["false_positives"]
+    if found["share"] is None:
+        return "-"
+    volumes = f" ({found['ml']['median']:.3g}, {found['ml']['max']:.3g})" if found["ml"] else ""
+    return f"{found['cases']}/{entry['empty_truth']} = {found['share']:.0%}{volumes}"
 
 
 def _with_spread(statistics: Mapping[str, float] | None) -> str:

@@ -1,4 +1,4 @@
-"""What the package asks of any network: to say what it is, which sizes fit, and which of its tensors do what."""
+"""What the package asks of any network: to say what it is, which sizes fit, which of its tensors do what, and to export."""
 
 from __future__ import annotations
 
@@ -11,6 +11,32 @@ import torch
 from torch import Tensor, nn
 
 AXES = "SPL"
+
+
+class FixedPatch(nn.Module):
+    """A traced network, which knows one size of window, with that size: TorchScript that refuses any other.
+
+    (B,C,S,P,L) -> logits (B,T,S,P,L), B free; `patch_size` can be read from the file, too.
+
+    Raises:
+        ValueError: (torch.jit.Error in a file that was read) an input of another size.
+    """
+
+    def __init__(self, network: nn.Module, patch_size: Sequence[int]) -> None:
+        super().__init__()
+        self.patch_size = [int(side) for side in patch_size]
+        parameter = next(network.parameters())
+        example = torch.zeros(2, network.in_channels, *self.patch_size, dtype=parameter.dtype, device=parameter.device)
+        with torch.no_grad():
+            self.network = torch.jit.trace(network, example, check_trace=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if list(x.shape[2:]) != self.patch_size:
+            raise ValueError(
+                f"this network was exported for windows of {self.patch_size} voxels (S, P, L) and takes no other; the "
+                f"input has shape {x.shape}. Slide a window of that size, or export again with another patch_size"
+            )
+        return self.network(x)
 
 
 class Parts(NamedTuple):
@@ -66,6 +92,11 @@ class DescribedNetwork(nn.Module):
                 f"{name}: {tuple(size)} leaves a single voxel at the lowest level, of which instance normalization leaves "
                 f"nothing; double at least one axis, for example {(size[0], size[1], 2 * size[2])}, or use fewer strides"
             )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script, and so MONAI's ckpt_export, makes TorchScript of: a trace for the training's window."""
+        arguments = self._arguments.get("network", self._arguments)  # an ensemble's own
+        return FixedPatch(self, self.description.get("patch_size") or arguments["img_size"])
 
     def get_extra_state(self) -> Tensor:
         """`description` as a uint8 tensor of JSON, so that it travels with the weights in any tensor file."""

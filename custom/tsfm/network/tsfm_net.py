@@ -20,7 +20,7 @@ The paper leaves open, and this file chooses:
   interpolation mixes voxels only, so both orders give the same numbers and this one costs an eighth.
 - Only what matters has a bias: a constant per channel in the stream is removed by the next instance normalization.
 
-The network traces (torch.jit.trace), exports (torch.export, ONNX) and compiles; it is not scripted.
+The network traces (which is what torch.jit.script makes of it), exports (torch.export, ONNX) and compiles.
 
 Shapes: B batch, C channels, SPL voxels to superior, posterior, left (the patch as the paper prints it), N tokens, H hidden.
 """

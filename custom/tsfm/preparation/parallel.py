@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
 from typing import Any
 
 
 class WorkerDied(RuntimeError):
     """A worker process ended without an answer; most often the system killed it for its memory."""
+
+
+class UnguardedScript(RuntimeError):
+    """The script that was started would be run again, whole, by every worker process."""
 
 
 def available_workers(most: int = 12) -> int:
@@ -28,11 +34,15 @@ def run_all(function: Callable, jobs: Sequence[tuple], num_workers: int = 0) -> 
     With workers (one thread each) a job whose worker dies gets a WorkerDied, and the others go on: whatever
     was in flight is tried again, one process per job, to find the one that kills. Other errors end the whole run.
     On an interrupt the workers are ended before it is passed on.
+
+    Raises:
+        UnguardedScript: before any worker starts.
     """
     if num_workers <= 0:
         for index, job in enumerate(jobs):
             yield index, _guarded(function, job)
         return
+    check_guard()
     waiting = deque(range(len(jobs)))
     while waiting:
         suspects: list[int] = []
@@ -44,10 +54,26 @@ def run_all(function: Callable, jobs: Sequence[tuple], num_workers: int = 0) -> 
                 yield (
                     index,
                     WorkerDied(
-                        f"the worker process died on {jobs[index][0]!r} (out of memory?): try fewer "
-                        "workers, or look at this case"
+                        f"the worker process died on {_name(jobs[index])} (out of memory?): try fewer workers, or look at "
+                        "this case"
                     ),
                 )
+
+
+def check_guard() -> None:
+    """Raise an UnguardedScript where the workers, which begin by importing this process's script, would run all of it."""
+    path = getattr(sys.modules["__main__"], "__file__", None) or ""
+    if path.endswith(".py") and os.path.isfile(path) and "__main__" not in Path(path).read_text(errors="replace"):
+        raise UnguardedScript(
+            f"{path} prepares cases in worker processes, and each of these runs the script again from its top: put what it "
+            'does below a line `if __name__ == "__main__":`, or set num_workers to 0'
+        )
+
+
+def _name(job: tuple) -> str:
+    """What a job is about: a case by its image, else its first argument."""
+    case = next((part for part in job if isinstance(part, Mapping) and "image" in part), None)
+    return repr(job[0]) if case is None else f"case {case.get('case', '')} ({case['image']})"
 
 
 def _run_pool(function, jobs, waiting: deque[int], workers: int, suspects: list[int]) -> Iterator[tuple[int, Any]]:

@@ -28,7 +28,7 @@ from ..network.sharding import gather_model, gather_state, is_sharded, scatter_s
 from .checkpoint import EXTRA_STATE, decode_description, save_weights
 from .curve import Curve
 from .sharded_state import ShardedStates, read_tensors, read_values
-from .weight_files import CheckpointError, load_pt, write_pt
+from .weight_files import CheckpointError, load_file, load_pt, write_pt
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ class RunState:
         settings: what makes this run this run (JSON); a resumed run must have the same.
         items: the training items; bare ones (MONAI Label) are never resumed: each request is a run of its own.
         ckpt_dir: folder of the bundle's ``model.pt``, replaced when the run ends; an older one is kept as
-            ``model_previous.pt``. "none": only `output_dir` gets the weights.
+            ``model_previous.pt``, and a ``model.safetensors`` beside it is written anew. "none": only `output_dir` gets
+            the weights.
         save_interval: only every n-th epoch (and the last) is written and can be the best; "auto": so many that a network
             of any size writes about as much per epoch (1 below 200 million weights, 8 for 1.6 billion).
         write: False on all ranks but the first.
@@ -288,6 +289,8 @@ class RunState:
                 os.path.join(self.ckpt_dir, "model_previous.pt"), lambda temporary: shutil.copyfile(target, temporary)
             )
         atomic_write(target, lambda temporary: shutil.copyfile(self.model_path, temporary))
+        if os.path.exists(beside := os.path.join(self.ckpt_dir, "model.safetensors")):  # of the weights before
+            save_weights(load_file(self.model_path), beside)
         logger.info("weights: %s (copied to %s)", self.model_path, target)
 
     def _report_skipped(self, engine: Any) -> None:

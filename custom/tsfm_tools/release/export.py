@@ -1,8 +1,9 @@
 """The network alone, for deployment without Python or without this package: TorchScript, torch.export and ONNX.
 
-What is exported is the network in evaluation mode: one window (B, C, S, P, L) in, logits (B, T, S, P, L) out, B free.
-Preparation, sliding windows and painting are not part of it; the description that travels with the weights says what
-they have to do, and is written beside the file as ``FILE.json``.
+What is exported is the network in evaluation mode: one window (B, C, S, P, L) in, logits (B, T, S, P, L) out, B free;
+another window is refused. Preparation, sliding windows and painting are not part of it; the description that travels with
+the weights says what they have to do. It is in the file's metadata (as ``metadata.json``; in ONNX: the property of that
+name), patch included, and beside the file as ``FILE.json``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tsfm.network.described import FixedPatch
 from tsfm.training.checkpoint import build_network, load_weights, read_description
 
 FORMATS = ("torchscript", "export", "onnx")
@@ -29,6 +31,9 @@ ONNX_OPSET = 18
 ONNX_FILE_BYTES = 2**31 - 2**26  # a protobuf file ends at 2 GiB; larger weights go beside it, into FILE.onnx.data
 
 LARGEST_BATCH = 64
+
+METADATA = "metadata.json"
+"""Name under which the description stands in an exported file."""
 
 
 class ExportError(ValueError):
@@ -64,10 +69,11 @@ def export(
     description = read_description(checkpoint)
     network = build_network(description).eval()
     load_weights(network, checkpoint)
-    window = (description["network"]["in_channels"], *(patch_size or description["patch_size"]))
+    description = {**description, "patch_size": list(patch_size or description["patch_size"])}
+    window, metadata = (network.in_channels, *description["patch_size"]), json.dumps(description, indent=4)
     os.makedirs(os.path.dirname(os.path.abspath(output_file)), exist_ok=True)
     with torch.no_grad():
-        run = WRITERS[format](network, torch.zeros(2, *window), output_file)
+        run = WRITERS[format](network, torch.zeros(2, *window), output_file, metadata)
         difference = max(relative_difference(network, run, (batch, *window)) for batch in (1, 2))
     if not difference <= tolerance:
         os.remove(output_file)
@@ -76,7 +82,7 @@ def export(
             f"at most {tolerance:g} may"
         )
     with open(f"{output_file}.json", "w", encoding="utf-8") as file:
-        json.dump({**description, "patch_size": list(window[1:])}, file, indent=4)
+        file.write(metadata)
     return difference
 
 
@@ -87,17 +93,18 @@ def relative_difference(network: nn.Module, run: Callable, shape: tuple[int, ...
     return ((run(image) - expected).abs().max() / expected.abs().max()).item()
 
 
-def _torchscript(network: nn.Module, example: torch.Tensor, path: str) -> Callable:
-    torch.jit.trace(network, example, check_trace=False).save(path)
+def _torchscript(network: nn.Module, example: torch.Tensor, path: str, metadata: str) -> Callable:
+    scripted = torch.jit.script(FixedPatch(network, example.shape[2:]))
+    torch.jit.save(scripted, path, _extra_files={METADATA: metadata})
     return torch.jit.load(path)
 
 
-def _export(network: nn.Module, example: torch.Tensor, path: str) -> Callable:
-    torch.export.save(_program(network, example), path)
+def _export(network: nn.Module, example: torch.Tensor, path: str, metadata: str) -> Callable:
+    torch.export.save(_program(network, example), path, extra_files={METADATA: metadata})
     return torch.export.load(path).module()
 
 
-def _onnx(network: nn.Module, example: torch.Tensor, path: str) -> Callable:
+def _onnx(network: nn.Module, example: torch.Tensor, path: str, metadata: str) -> Callable:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
@@ -105,8 +112,9 @@ def _onnx(network: nn.Module, example: torch.Tensor, path: str) -> Callable:
         raise ExportError(f"format 'onnx' needs {error.name}: pip install onnx onnxscript onnxruntime") from None
     size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     options: dict[str, Any] = {"input_names": ["image"], "output_names": ["pred"], "opset_version": ONNX_OPSET}
-    options |= {"dynamo": True, "verbose": False, "external_data": size > ONNX_FILE_BYTES}
-    torch.onnx.export(_program(network, example), (), path, **options)
+    program = torch.onnx.export(_program(network, example), (), **options, dynamo=True, verbose=False)
+    program.model.metadata_props[METADATA] = metadata
+    program.save(path, external_data=size > ONNX_FILE_BYTES)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
 
@@ -116,7 +124,7 @@ def _program(network: nn.Module, example: torch.Tensor) -> torch.export.Exported
     return torch.export.export(network, (example,), dynamic_shapes={"x": {0: batch}})
 
 
-WRITERS: dict[str, Callable[[nn.Module, torch.Tensor, str], Callable]] = {
+WRITERS: dict[str, Callable[[nn.Module, torch.Tensor, str, str], Callable]] = {
     "torchscript": _torchscript,
     "export": _export,
     "onnx": _onnx,

@@ -2,8 +2,8 @@
 
 `release` writes into `output_dir`:
 
-* ``NAME/``: the bundle with the package as a real copy (``NAME/tsfm``), the MONAI Label app, the weights as ``models/model.pt`` (a plain
-  state dict) and ``models/model.safetensors``, and configs, metadata and README that fit these weights;
+* ``NAME/``: the bundle with the package and the MONAI Label app as real copies, the weights as ``models/model.pt`` (a
+  plain state dict; on request ``model.safetensors`` too), and configs, metadata, README and data licenses that fit them;
 * ``NAME_vX.Y.Z.zip``: the same folder, byte for byte the same whenever its content is; and its ``.sha256``;
 * ``model_info.json``: the entry under which the Model Zoo lists it (SHA-1 and address), merged with what is there.
 
@@ -31,8 +31,9 @@ from tsfm.schema import read_json
 from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
 
-from .fitting import dice_per_target, fill_configs, merge_overlay, write_readme
-from .rules import ReleaseError, check_name, check_version, check_weights
+from .fitting import NOT_EVALUATED, dice_per_target, fill_configs, fill_metadata, merge_overlay
+from .readme import licences_seen, readme_parts, write_readme
+from .rules import PROMPTABLE, ReleaseError, check_name, check_version, check_weights
 
 LARGE_FILE_BYTES = 25 * 2**20
 
@@ -61,6 +62,8 @@ def release(
     trained_on: str | None = None,
     overlays: Sequence[str] = (),
     data_license: str | None = None,
+    display_name: str | None = None,
+    safetensors: bool = False,
     zipped: bool = True,
     inference: Mapping[str, Any] | None = None,
 ) -> str:
@@ -71,16 +74,20 @@ def release(
         checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors), or a list of folds',
             which become one network whose logits are their mean.
         output_dir: created if needed; an older release of the same name in it is replaced, any other folder is refused.
-        name: of the released bundle; the folder's name by default.
+        name: of the released bundle; the folder's name by default, with ``_deepedit`` for weights with click channels
+            (MONAI Label's name for what takes clicks), whose training always uses ``clicks.json``.
         version: by default that of ``metadata.json``.
         changelog: what is new in `version`; needed where ``metadata.json`` says nothing about it.
         base_url: where the files will be downloadable; goes into ``large_files.yml`` and ``model_info.json``.
-        metrics: JSON summary of an evaluation, for metadata and README.
+        metrics: ``summary.json`` of an evaluation of these weights, for metadata and README; without it they say that the
+            weights were not evaluated.
         trained_on: a sentence on what the weights were trained on and what they cannot do, for metadata and README.
         overlays: overlays of the bundle that its training shall always use (``small.json`` for weights that were
             trained with it): they are merged into the staged ``train.json``, which is all that MONAI Label reads.
         data_license: text file that becomes ``docs/data_license.txt``: the license of every data set that these weights
             were trained on; by default the list that travels with them.
+        display_name: of the bundle in the Model Zoo's browser; by default made of `name`.
+        safetensors: write the weights as ``models/model.safetensors`` too.
         zipped: False stops at the folder.
         inference: ids of ``inference.json`` that this release sets otherwise (``{"postprocessing_plan": {...}}``).
 
@@ -90,11 +97,12 @@ def release(
     Raises:
         ReleaseError, CheckpointError: before anything is written.
     """
-    name = name or os.path.basename(os.path.abspath(bundle_dir))
     tensors, description = read_state(checkpoint)
+    takes_clicks = bool(description.get("click_sigma"))
+    name = name or os.path.basename(os.path.abspath(bundle_dir)) + (f"_{PROMPTABLE}" if takes_clicks else "")
     configs = _read_configs(bundle_dir)
     metadata = configs["metadata.json"]
-    check_name(name)
+    check_name(name, takes_clicks)
     if "targets" not in description:
         raise ReleaseError(
             f"{checkpoint}: the weights carry no description (targets, spacing, network), so no bundle can be fitted "
@@ -105,28 +113,35 @@ def release(
         earlier = {key: text for key, text in metadata.get("changelog", {}).items() if key != metadata["version"]}
         metadata["changelog"] = {metadata["version"]: changelog, **earlier}
     check_version(metadata)
-    if metrics:
-        metadata["eval_metrics"] = dice_per_target(read_json(metrics), metrics)
-    for overlay in [overlays] if isinstance(overlays, str) else overlays:
+    metadata["eval_metrics"] = dice_per_target(read_json(metrics), metrics) if metrics else dict(NOT_EVALUATED)
+    overlays = [overlays] if isinstance(overlays, str) else list(overlays)
+    for overlay in ["clicks.json", *overlays] if takes_clicks else overlays:
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
         configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
-    configs["inference.json"] = merge_overlay(configs["inference.json"], inference or {})
-    fill_configs(configs, description, name, trained_on, sum(tensor.numel() for tensor in tensors.values()))
+    if takes_clicks:
+        configs["train.json"]["click_sigma"] = description["click_sigma"]
+    for config in (configs[file] for file in ("inference.json", "evaluate.json") if file in configs):
+        changed = {key: value for key, value in (inference or {}).items() if key.split("#")[0] in config}
+        config.update(merge_overlay(config, changed))
+    fill_configs(configs, description)
+    shown = display_name or _display_name(name, bundle_dir, metadata)
+    fill_metadata(metadata, description, shown, trained_on, sum(tensor.numel() for tensor in tensors.values()))
+    first = checkpoint if isinstance(checkpoint, str) else checkpoint[0]
+    parts = readme_parts(description, metadata, tensors, configs.get("train.json", {}), first, trained_on)
     bundle = os.path.join(output_dir, name)
     _refuse_to_lose(bundle, bundle_dir, checkpoint)
     with _replaced(bundle) as folder:
         _copy_bundle(bundle_dir, folder)
         for file, content in configs.items():
             _write_json(os.path.join(folder, "configs", file), content)
-        if data_license:
-            shutil.copyfile(data_license, os.path.join(folder, "docs", "data_license.txt"))
-        elif description.get("licences"):
-            with open(os.path.join(folder, "docs", "data_license.txt"), "w", encoding="utf-8") as file:
-                file.write(licence_list(description["licences"]))
+        licenses = _read_text(data_license) if data_license else licence_list(licences_seen(description, configs))
+        os.makedirs(os.path.join(folder, "docs"), exist_ok=True)
+        with open(os.path.join(folder, "docs", "data_license.txt"), "w", encoding="utf-8") as file:
+            file.write(licenses)
         names = os.path.basename(os.path.abspath(bundle_dir)), name
-        write_readme(folder, names, description, metadata, tensors, trained_on)
-        _write_weights(os.path.join(folder, "models"), tensors, description)
+        write_readme(os.path.join(folder, "docs", "README.md"), names, metadata["version"], parts)
+        _write_weights(os.path.join(folder, "models"), tensors, description, safetensors)
         _copy_package(folder)
         _write_large_files(folder, name, base_url)
         check_weights(folder)
@@ -241,13 +256,27 @@ def _read_configs(bundle_dir: str) -> dict[str, Any]:
     }
 
 
-def _write_weights(folder: str, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
-    """Both weight files."""
+def _write_weights(
+    folder: str, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any], safetensors: bool
+) -> None:
     os.makedirs(folder)
     state = {key: value.contiguous() for key, value in sorted(tensors.items())}
     state[EXTRA_STATE] = encode_description(description)
-    for name in ("model.pt", "model.safetensors"):
+    for name in ("model.pt", *["model.safetensors"] * safetensors):
         write_state(state, os.path.join(folder, name), name.endswith(".safetensors"))
+
+
+def _display_name(name: str, bundle_dir: str, metadata: Mapping[str, Any]) -> str:
+    """What people are shown: a renamed bundle's own name in words, else what the bundle says."""
+    if name == os.path.basename(os.path.abspath(bundle_dir)) and metadata.get("name"):
+        return metadata["name"]
+    words = name.replace("_", " ").strip()
+    return words[:1].upper() + words[1:]
+
+
+def _read_text(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 def _copy_package(folder: str) -> None:

@@ -121,7 +121,7 @@ def _weights(bundle: str) -> str:
     shortest = min((os.path.basename(f) for f in glob.glob(os.path.join(bundle, "models", "*.pt"))), key=len)
     need(shortest == "model.pt", f"models/{shortest} has a shorter name than model.pt: MONAI Label would take it")
     found = check_weights(bundle)
-    return f"{found['tensors']} tensors, {found['parameters']:,} parameters, both files"
+    return f"{found['tensors']} tensors, {found['parameters']:,} parameters"
 
 
 def _inference(bundle: str) -> dict[str, str]:
@@ -148,20 +148,14 @@ def _export(bundle: str) -> str:
     weights = os.path.join(bundle, "models", "model.pt")
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.ts")
-        way, remark = "scripted", ""
-        try:
-            ckpt_export("network_def", filepath=path, ckpt_file=weights, **_inference(bundle))
-        except Exception:
-            way, remark = "traced", "; the zoo scripts unless the bundle is in its exclude_verify_torchscript_list"
-            extra = {"use_trace": True, "input_shape": shape}
-            ckpt_export("network_def", filepath=path, ckpt_file=weights, **_inference(bundle), **extra)
+        ckpt_export("network_def", filepath=path, ckpt_file=weights, **_inference(bundle))  # as the zoo: no --use_trace
         exported = torch.jit.load(path).eval()
     network = built(bundle, "inference.json", "network_def").eval()
     load_weights(network, weights)
     with torch.no_grad():
         difference = relative_difference(network, exported, tuple(shape))
-    need(difference <= TOLERANCE, f"{way} network differs by {difference:.2g} of the largest logit; {TOLERANCE:g} may")
-    return f"TorchScript, {way}; outputs differ by at most {difference:.1g} of the largest logit{remark}"
+    need(difference <= TOLERANCE, f"TorchScript differs by {difference:.2g} of the largest logit; {TOLERANCE:g} may")
+    return f"TorchScript; outputs differ by at most {difference:.1g} of the largest logit"
 
 
 WORKFLOW_CHECKS: dict[str, Callable[[str], str]] = {
