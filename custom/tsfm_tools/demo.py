@@ -62,7 +62,7 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
     )
 
     evaluation = {"checkpoint": checkpoint, "output_dir": out / "evaluation", "dataset_dir": pool_data,
-                  "pool_file": pool_file}  # fmt: skip
+                  "pool_file": pool_file, "run_dir": out / "pretrain"}  # fmt: skip
     _bundle_step(screen, "Segment and score the pool's held-out cases whole, with a page of pictures", pretrain,
                  ["inference.json", "evaluate.json"], evaluation)  # fmt: skip
     screen.say(format_scores(json.loads((out / "evaluation/summary.json").read_text(encoding="utf-8"))))
@@ -82,7 +82,7 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
     inference = {"checkpoint": best, "dataset_dir": case, "output_dir": out / "predictions", "existing": "overwrite"}
     _bundle_step(screen, "Segment an image with the fine-tuned weights", finetune, ["inference.json"], inference)
 
-    shown = ("evaluation/page.png", "evaluation/scores.md", "transfer/table2.png", "predictions", "demo.log")
+    shown = ("pretrain/index.html", "evaluation/scores.md", "transfer/table2.png", "predictions", "demo.log")
     screen.end("Look at " + ", ".join(str(out / path) for path in shown))
 
 

@@ -161,6 +161,7 @@ class UncertaintyScoring(ScoringMethod):
             except Exception:  # the others are scored all the same
                 logger.exception("%s of %s cannot be computed: it comes last", self.key, image)
                 score = 0.0
+            datastore.refresh()  # labels submitted meanwhile are in the same file, which is written whole
             datastore.update_image_info(image, {self.key: score, f"{self.key}_weights": weights})
             logger.info("%s of %s: %.4f", self.key, image, score)
         return {"total": total, "executed": len(due), "skipped": total - len(due)}
