@@ -13,7 +13,7 @@ NETWORKS = dynamic-network-architectures==0.4.4 medim==0.1.2
 .PHONY: demo test test-avx2 test-label test-docs lint format gate release bench-env clean
 
 demo: $(VENV)/run
-	$(BIN)/python -m tsfm demo --output_dir demo_output
+	OMP_NUM_THREADS=1 $(BIN)/python -m tsfm demo --output_dir demo_output
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal -q

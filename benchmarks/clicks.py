@@ -3,7 +3,8 @@
     python benchmarks/clicks.py --dataset_dir ../shared/data/Task004_Hippocampus --output_dir /tmp/clicks \
         --splits_file benchmarks/real_data/splits_hippocampus.json
 
-Both networks are trained from nothing, by `train.json` and `small.json`, the promptable one with `clicks.json`. The simulated
+Both networks are trained from nothing, by `train.json` and `small.json`, the promptable one with `clicks.json`; with --continued
+another one goes on from the automatic network's weights for so many epochs. The simulated
 user corrects one target at a time: a click in the middle of the largest piece of what is wrong, on the image's own grid,
 then the next on the new result. Requests go the way of a server's: through inference.json, as voxels of the file.
 Finished trainings are not repeated.
@@ -18,41 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.bundle import ConfigParser
-from monai.transforms import Compose, Invertd
 from tsfm.cases.volumes import read_labels
 from tsfm.network.clicks import simulated_click
 from tsfm.planning.own_data import dataset_pool
+from tsfm_tools.click_server import ClickRequests
 from tsfm_tools.paper.grids import run_bundle
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles/tsfm_finetune"
 SHOWN = (0, 1, 3, 5)
-
-
-class Requests:
-    """A bundle's inference as a server runs it: an image file and a request in, a label map on the file's grid out."""
-
-    def __init__(self, weights: Path, **settings: Any) -> None:
-        parser = ConfigParser()
-        parser.read_config(str(BUNDLE / "configs/inference.json"))
-        parser.config |= {"bundle_root": str(BUNDLE), "checkpoint": str(weights), "device": "cpu", "progress": False}
-        parser.config |= settings
-        self.prepare, self.inferer, self.network, self.table, load = (
-            parser.get_parsed_content(key) for key in ("preprocessing", "inferer", "network", "table", "handlers#0")
-        )
-        load()
-        self.network.eval()
-        invert = next(t for t in parser.get_parsed_content("postprocessing").transforms if isinstance(t, Invertd))
-        self.finish, self.windows = Compose([invert]), 0
-        self.network.register_forward_hook(self._count)
-
-    def _count(self, network: Any, inputs: tuple, output: Any) -> None:
-        self.windows += len(inputs[0])
-
-    def __call__(self, image: str, **clicks: Any) -> np.ndarray:
-        data = self.prepare({"image": image, **clicks})
-        data["pred"] = self.inferer(data["image"][None], self.network)[0]
-        return np.asarray(self.finish(data)["pred"])[0]
 
 
 def dice(truth: np.ndarray, found: np.ndarray) -> float:
@@ -60,7 +34,7 @@ def dice(truth: np.ndarray, found: np.ndarray) -> float:
     return 2 * np.count_nonzero(truth & found) / both if both else float("nan")
 
 
-def corrected(requests: Requests, item: dict[str, Any], most: int) -> list[dict[str, float]]:
+def corrected(requests: ClickRequests, item: dict[str, Any], most: int) -> list[dict[str, float]]:
     """For each number of clicks from 0 to `most`: target -> Dice."""
     truth, rows = read_labels(item["label"]).array[0], [{} for _ in range(most + 1)]
     ids = requests.table.encode(requests.table.bare_dataset, truth)
@@ -79,31 +53,43 @@ def corrected(requests: Requests, item: dict[str, Any], most: int) -> list[dict[
     return rows
 
 
+def trained(kind: str, seed: int, options: argparse.Namespace) -> Path:
+    """The weights of a run; it is made where it is not there yet."""
+    output = Path(options.output_dir)
+    run, started = output / f"{kind}-{seed}", time.process_time()
+    if (run / "done").exists():
+        return run / "model.pt"
+    more: dict[str, Any] = {"patch_size": options.patch_size} if options.patch_size else {}
+    epochs = options.continued if kind == "continued" else options.epochs
+    if kind == "continued":
+        more["pretrained"] = str(trained("automatic", seed, options))
+    run_bundle(
+        BUNDLE, ["train.json", "small.json", *(["clicks.json"] if kind != "automatic" else [])],
+        dataset_dir=options.dataset_dir, splits_file=options.splits_file, output_dir=str(run), seed=seed, epochs=epochs,
+        store_dir=str(output / "store"), ckpt_dir=str(run / "published"), step_seconds=options.step_seconds,
+        iterations_per_epoch=options.iterations, val_interval=epochs, num_workers=0, device="cpu", **more,
+    )  # fmt: skip
+    (run / "done").write_text(f"{time.process_time() - started:.0f} s of the processor\n")
+    return run / "model.pt"
+
+
 def main(options: argparse.Namespace) -> None:
-    output, table = Path(options.output_dir), {}
+    table: dict[str, list[float]] = {}
     pool = dataset_pool(options.dataset_dir, splits_file=options.splits_file)
     held_out = pool.evaluation_items(0)[: options.cases]
     for seed in options.seeds:
-        for kind in ("automatic", "clicks"):
-            run, overlays = output / f"{kind}-{seed}", ["train.json", "small.json"]
-            started = time.process_time()
-            if not (run / "done").exists():
-                run_bundle(
-                    BUNDLE, overlays + ["clicks.json"] * (kind == "clicks"), dataset_dir=options.dataset_dir,
-                    output_dir=str(run), store_dir=str(output / "store"), ckpt_dir=str(run / "published"), seed=seed,
-                    splits_file=options.splits_file, step_seconds=options.step_seconds, epochs=options.epochs,
-                    iterations_per_epoch=options.iterations, val_interval=options.epochs, num_workers=0, device="cpu",
-                    **({"patch_size": options.patch_size} if options.patch_size else {}),
-                )  # fmt: skip
-                (run / "done").write_text(f"{time.process_time() - started:.0f} s of the processor\n")
-            requests = Requests(run / "model.pt")
-            found = [corrected(requests, item, max(SHOWN) if kind == "clicks" else 0) for item in held_out]
-            for count in SHOWN if kind == "clicks" else (0,):
-                values = [list(rows[count].values()) for rows in found]
-                table.setdefault(f"{kind}, {count} clicks", []).append(float(np.nanmean(values)))
+        for kind in ("automatic", "clicks", *(["continued"] if options.continued else [])):
+            shown = (0,) if kind == "automatic" else SHOWN
+            requests = ClickRequests(BUNDLE, checkpoint=str(trained(kind, seed, options)), device="cpu")
+            found = [corrected(requests, item, max(shown)) for item in held_out]
+            for count in shown:
+                mean = float(np.nanmean([list(rows[count].values()) for rows in found]))
+                table.setdefault(f"{kind}, {count} clicks", []).append(mean)
             print(seed, kind, {key: np.round(value, 4).tolist() for key, value in table.items()}, flush=True)
     rows = {key: [float(np.mean(value)), float(np.std(value))] for key, value in table.items()}
-    (output / "clicks.json").write_text(json.dumps({"per seed": table, "mean and sd": rows}, indent=4))
+    (Path(options.output_dir) / "clicks.json").write_text(
+        json.dumps({"per seed": table, "mean and sd": rows}, indent=4)
+    )
     print(f"{len(held_out)} held-out cases, {len(options.seeds)} seeds: mean Dice over targets")
     for key, (mean, sd) in rows.items():
         print(f"| {key} | {mean:.4f} ± {sd:.4f} |")
@@ -116,6 +102,7 @@ if __name__ == "__main__":
     parser.add_argument("--splits_file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--continued", type=int, default=0, help="epochs with clicks after those without")
     parser.add_argument("--iterations", type=int, default=25)
     parser.add_argument("--step_seconds", type=float, default=0.1)
     parser.add_argument("--patch_size", type=int, nargs=3)

@@ -19,6 +19,7 @@ from tsfm.training.checkpoint import (
     save_weights,
     table_of,
 )
+from tsfm.training.run_state import RunState
 from tsfm.training.weight_files import CheckpointError
 
 pytestmark = pytest.mark.convolutions
@@ -141,3 +142,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         atomic_write(str(target), fail)
     assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_safetensors_beside_the_bundles_weights_are_not_left_behind_by_a_training(tmp_path):
+    run = object.__new__(RunState)
+    run.write, run.output_dir, run.ckpt_dir = True, str(tmp_path / "run"), str(tmp_path / "models")
+    for folder, value in (("run", 2.0), ("models", 1.0)):
+        (tmp_path / folder).mkdir()
+        save_weights({"weight": torch.full((2,), value)}, tmp_path / folder / "model.pt")
+    save_weights({"weight": torch.ones(2)}, tmp_path / "models/model.safetensors")
+    run.publish(None)
+    for file in ("model.pt", "model.safetensors"):
+        assert read_state(tmp_path / "models" / file)[0]["weight"].tolist() == [2.0, 2.0]

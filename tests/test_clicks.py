@@ -13,6 +13,7 @@ from monai.inferers import SimpleInferer
 from monai.transforms import Compose, Invertd, LoadImaged
 from scipy import ndimage
 from tsfm.cases.cases import Preparation
+from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import Reader
 from tsfm.inference.clicks import ClickInferer, ReadClicksd
 from tsfm.inference.windows import SlabInferer, window_starts
@@ -59,12 +60,12 @@ def write_image(path, shape=(40, 36, 20), seed=0):
     return str(path)
 
 
-def pipeline(sigma=SIGMA, spacing=(1.5, 1.0, 1.0), clicks=None):
-    preparation = Preparation(spacing, channels=[{"scheme": "none"}], default_modality="MR")
+def pipeline(sigma=SIGMA):
+    preparation = Preparation((1.5, 1.0, 1.0), channels=[{"scheme": "none"}], default_modality="MR")
     return Compose(
         [
             LoadImaged("image", reader=Reader(), ensure_channel_first=True),
-            ReadClicksd("image", TREE, sigma, clicks),
+            ReadClicksd("image", TREE, sigma),
             OrientImaged("image", preparation),
             PrepareImaged("image", preparation),
         ]
@@ -75,7 +76,8 @@ def ask(path, network, clicks, keep_gb=1.0, **options):
     """What a server does with a request: a label map on the file's own grid."""
     prepare = pipeline()
     data = prepare({"image": path, **clicks})
-    inferer = ClickInferer(PATCH, TREE, click_sigma=SIGMA, keep_gb=keep_gb, amp=False, progress=False, **options)
+    options = {"click_sigma": SIGMA, "keep_gb": keep_gb, "amp": False, "progress": False, "doubts": True} | options
+    inferer = ClickInferer(PATCH, TREE, **options)
     data["pred"] = inferer(data["image"][None], network)[0]
     return np.asarray(Invertd("pred", prepare, orig_keys="image", nearest_interp=True)(data)["pred"])[0]
 
@@ -223,8 +225,14 @@ def test_clicks_for_weights_without_click_channels_are_refused_and_settings_that
         "background": [],
     }
     assert "clicks" not in pipeline(sigma=None)({"image": path, **settings})["image"].meta
-    noted = pipeline(clicks={"a": {"tumor": [[3, 3, 3]]}})({"image": path})["image"].meta
-    assert "clicks" in noted
+
+
+def test_clicks_on_a_command_line_are_for_cases_that_are_there(tmp_path):
+    path = write_image(tmp_path / "a.nii.gz")
+    (item,) = find_images(path, clicks={"a": {"tumor": [[3, 3, 3]]}})
+    assert "clicks" in pipeline()(item)["image"].meta
+    with pytest.raises(ValueError, match=r"clicks for a case 'b', which is not in .*a\.nii\.gz"):
+        find_images(path, clicks={"b": {"tumor": [[3, 3, 3]]}})
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ NOT_RUN = {
     r"trt_export|inference_trt": "needs TensorRT and a GPU",
     r"dicom_seg": "needs highdicom and a DICOM series: test_dicom_seg.py",
     r"dicom-web": "needs a DICOMweb server",
+    r"click_server": "serves until it is interrupted; test_click_server.py",
+    r"CASE\.nii": "names a file of the reader's; test_clicks.py",
 }
 BUILDS = r"^make demo$|-m venv|pip install (?!onnx )"
 IS_FULL = os.environ.get("TSFM_DOCS") == "all"

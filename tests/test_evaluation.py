@@ -14,7 +14,7 @@ from tsfm.cases.grids import grid_difference
 from tsfm.evaluation.evaluation import CaseScores, evaluate_folder
 from tsfm.evaluation.score_files import ScoreWriter
 from tsfm.evaluation.scores import count_voxels, score_case
-from tsfm.evaluation.tables import load_rows, summarize
+from tsfm.evaluation.tables import format_scores, load_rows, summarize
 from tsfm.inference.prediction import CaseEvaluator, FailedCases
 from tsfm.labels import LabelTable
 
@@ -350,3 +350,14 @@ def test_grids_are_compared_in_millimeters_at_the_corners():
 
 def test_stems():
     assert [stem(name) for name in ("a/b.nii.gz", "c.nii", "d.e.nii.gz", "f.nrrd", "g")] == ["b", "c", "d.e", "f", "g"]
+
+
+def test_scores_are_one_line_per_target_over_all_data_sets():
+    lesions = {"found": 2, "true": 3, "false": 1}
+    summary = {"datasets": {
+        "a": {"liver": {"dice": {"mean": 0.9}, "cases": 2}, "liver_tumor": {"dice": None, "cases": 0, "lesions": lesions}},
+        "b": {"liver": {"dice": {"mean": 0.6}, "cases": 1}},
+    }}  # fmt: skip
+    liver, tumor = format_scores(summary).splitlines()
+    assert liver.split() == ["liver", "Dice", "0.80", "in", "3", "cases"]
+    assert tumor.endswith("2 of 3 found, 1 false")

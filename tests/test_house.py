@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 
 CUSTOM = os.path.join(os.path.dirname(__file__), os.pardir, "custom")
-ROOT = {"labels", "errors", "files", "names", "schema", "snomed", "options"}
+ROOT = {"console", "labels", "errors", "files", "names", "schema", "snomed", "options"}
 LEFT_OF = {
     "cases": set(),
     "preparation": {"cases"},

@@ -421,7 +421,7 @@ def chain(output_dir, spacing, existing="error", save="label_map"):
             EnsureTyped("image"),
         ]
     )
-    kept = Probabilities(output_dir) if "probabilities" in save else None
+    kept = Probabilities(output_dir) if save != "label_map" else None
     saver = SaveResultsd("pred", str(output_dir), existing, save, TABLE, probabilities=kept)
     after = Compose([Invertd("pred", transform=before, orig_keys="image"), saver])
     return before, SlabInferer((16, 16, 16), TABLE, amp=False, progress=False, probabilities=kept), after
@@ -586,6 +586,18 @@ class TestProbabilities:
         evaluator(path, folder / "out", spacing, save=["label_map", "probabilities"]).run()
         assert sorted(file.name for file in (folder / "out").iterdir()) == ["a.nii.gz", "a_probabilities.b2nd"]
         return blosc2.open(str(folder / "out/a_probabilities.b2nd")), nib.load(folder / "out/a.nii.gz")
+
+    def test_the_uncertainty_is_the_entropy_of_the_probabilities(self, tmp_path):
+        write_blob(tmp_path / "a.nii", AFFINES["permuted"])
+        save = ["probabilities", "uncertainty", "label_map"]
+        evaluator(tmp_path / "a.nii", tmp_path / "out", (1.1, 1.0, 2.3), save=save).run()
+        p = np.clip(blosc2.open(str(tmp_path / "out/a_probabilities.b2nd"))[:].astype(float), 1e-9, 1 - 1e-9)
+        found = nib.load(tmp_path / "out/a_uncertainty.nii.gz")
+        expected = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+        np.testing.assert_allclose(found.get_fdata(), expected.max(0), atol=1e-5)
+        np.testing.assert_allclose(found.affine, nib.load(tmp_path / "a.nii").affine, atol=1e-5)
+        evaluator(tmp_path / "a.nii", tmp_path / "alone", save="uncertainty").run()
+        assert [file.name for file in (tmp_path / "alone").iterdir()] == ["a_uncertainty.nii.gz"]
 
     @pytest.mark.parametrize("name", AFFINES)
     def test_they_lie_on_the_images_own_grid(self, name, tmp_path):

@@ -89,7 +89,7 @@ def test_a_single_file_with_spaces_and_letters_beyond_ascii(case, segment, tmp_p
     path.parent.mkdir()
     nib.save(case, path)
     out = segment(path, out=tmp_path / "Ergebnis für 肝臓")
-    assert sorted(file.name for file in out.iterdir()) == ["Fall 1 (nativ).nii.gz", "report.json"]
+    assert sorted(file.name for file in out.iterdir()) == ["Fall 1 (nativ).nii.gz", "report.json", "run.log"]
 
 
 def test_a_dicom_series_gives_the_map_of_the_same_voxels_in_nifti(case, segment, tmp_path):
@@ -113,7 +113,7 @@ def test_a_datalist_names_the_cases_relative_to_itself(case, segment, tmp_path):
     datalist = {"testing": [{"image": "a.nii.gz", "case": "first"}, "b.nii"]}
     (tmp_path / "list.json").write_text(json.dumps(datalist))
     out = segment(tmp_path / "list.json")
-    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz", "report.json"]
+    assert sorted(file.name for file in out.iterdir()) == ["b.nii.gz", "first.nii.gz", "report.json", "run.log"]
     assert np.array_equal(voxels(out / "first.nii.gz"), voxels(out / "b.nii.gz"))
 
 
@@ -158,7 +158,7 @@ def test_bad_files_are_reported_and_the_rest_goes_on(bad_folder, segment, tmp_pa
     assert set(lines) == set(REASONS), "each bad case is named, the good one is not"
     for name, reasons in REASONS.items():
         assert any(reason in lines[name] for reason in reasons), lines[name]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["good.nii.gz", "report.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["good.nii.gz", "report.json", "run.log"]
     report = read_report(tmp_path / "out")
     assert (
         "ml" in report["good"] and len(report) > 1 and all("error" in report[name] for name in report if name != "good")

@@ -4,8 +4,8 @@ import logging
 import sys
 
 from tqdm import tqdm
-from tsfm_tools.demo import format_scores
-from tsfm_tools.narration import CLEAR, Narrator
+from tsfm.console import CLEAR
+from tsfm_tools.narration import Narrator
 
 
 def run(tmp_path, capsys, monkeypatch, terminal):
@@ -38,14 +38,3 @@ def test_the_screen_shows_steps_and_results_and_the_log_everything_else(tmp_path
 def test_a_terminal_shows_the_bar_too(tmp_path, capsys, monkeypatch):
     (shown, _), log = run(tmp_path, capsys, monkeypatch, terminal=True)
     assert "training: 100%" in shown and "training" not in log
-
-
-def test_scores_are_one_line_per_target_over_all_data_sets():
-    lesions = {"found": 2, "true": 3, "false": 1}
-    summary = {"datasets": {
-        "a": {"liver": {"dice": {"mean": 0.9}, "cases": 2}, "liver_tumor": {"dice": None, "cases": 0, "lesions": lesions}},
-        "b": {"liver": {"dice": {"mean": 0.6}, "cases": 1}},
-    }}  # fmt: skip
-    liver, tumor = format_scores(summary).splitlines()
-    assert liver.split() == ["liver", "Dice", "0.80", "in", "3", "cases"]
-    assert tumor.endswith("2 of 3 found, 1 false")

@@ -256,6 +256,20 @@ def test_the_page_of_an_evaluated_folder_shows_three_cases(table, tmp_path):
     assert matplotlib.image.imread(path).shape[0] > 2 * matplotlib.image.imread(one).shape[0]
     report.CasePage(str(tmp_path / "out"), items, table)(None)
     assert (tmp_path / "out" / "page.png").read_bytes() == path.read_bytes()
+    assert (tmp_path / "out" / "targets.png").stat().st_size > 5000
+
+
+def test_the_worst_case_of_each_target_is_shown_with_that_target_alone():
+    rows = [
+        row("lits", case, target, dice)
+        for case, a, b in (("x", 0.4, 0.9), ("y", 0.7, 0.2))
+        for target, dice in (("a", a), ("b", b))
+    ]
+    worst = report.worst_cases([*rows, row("lits", "z", "c", None)])
+    assert {target: (entry["case"], entry["dice"]) for target, entry in worst.items()} == {
+        "a": ("x", 0.4),
+        "b": ("y", 0.2),
+    }
 
 
 def test_the_command_that_scores_a_folder_draws_the_page_too(table, tmp_path):

@@ -19,6 +19,7 @@ CHANGES_NO_STEP = {
     "val_iterations": "validation only",
     "val_interval": "validation only",
     "save_interval": "when it is saved",
+    "save_sharded": "how it is saved",
     "device": "the same run goes on elsewhere",
     "compile": "the same arithmetic",
     "checkpointing": "the same arithmetic",

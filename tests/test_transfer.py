@@ -398,3 +398,26 @@ def test_a_network_with_nothing_to_train_is_an_error():
         parameter_groups(network().requires_grad_(False), 0.1)
     with pytest.raises(ValueError, match="none below 0"):
         parameter_groups(network(), 0.1, head_lr=-1)
+
+
+def test_a_promptable_network_starts_as_the_automatic_one_and_goes_back(pretrained, checkpoint, tmp_path):
+    prompted = network(seed=1, in_channels=3)
+    prompted.description["click_sigma"] = 2.0
+    report = load_pretrained(prompted, checkpoint)
+    (stem,) = [entry for entry in report.entries if entry.name == "stem.weight"]
+    assert stem.new == prompted.stem.weight[:, 1:].numel() and stem.note == "click channels new"
+    x = torch.randn(1, 1, 16, 16, 16)
+    none = torch.zeros(1, 2, 16, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(prompted.eval()(torch.cat([x, none], 1)), pretrained.eval()(x))
+
+    save_weights(describe(prompted), tmp_path / "prompted.pt")
+    again, back = network(seed=2, in_channels=3), network(seed=3)
+    again.description["click_sigma"] = 3.0
+    load_pretrained(again, tmp_path / "prompted.pt")
+    torch.testing.assert_close(again.stem.weight, prompted.stem.weight)
+    load_pretrained(back, tmp_path / "prompted.pt")
+    torch.testing.assert_close(back.stem.weight, pretrained.stem.weight)
+    three = network(seed=4, in_channels=3)  # images of three channels are no images with clicks
+    load_pretrained(three, tmp_path / "prompted.pt")
+    torch.testing.assert_close(three.stem.weight[:, 2], pretrained.stem.weight[:, 0] / 3)

@@ -122,6 +122,19 @@ def curve(curve_file: str, output_file: str) -> None:
     print(output_file)
 
 
+def page(run_dir: str | None = None, evaluation_dir: str | None = None, output_file: str | None = None) -> None:
+    """Draw the page of a run again: curves, plan, scores, pictures, worst cases, command, all in one index.html.
+
+    Args:
+        run_dir: the output_dir of the training.
+        evaluation_dir: the output_dir of an evaluation of its weights.
+        output_file: by default index.html in `run_dir`, or else in `evaluation_dir`.
+    """
+    from .evaluation.run_page import run_page
+
+    print(run_page(run_dir, evaluation_dir, output_file))
+
+
 def _write_json(path: str, content: Any) -> None:
     import json
 
@@ -129,7 +142,7 @@ def _write_json(path: str, content: Any) -> None:
         json.dump(content, file, indent=4)
 
 
-COMMANDS = {function.__name__: function for function in (pool, describe, evaluate, postprocessing, curve)}
+COMMANDS = {function.__name__: function for function in (pool, describe, evaluate, postprocessing, curve, page)}
 
 
 def commands() -> dict[str, Callable[[], Callable[..., Any]]]:

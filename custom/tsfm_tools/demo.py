@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tsfm.cases.pool import DatasetPool
+from tsfm.evaluation.tables import format_scores
 
 from .narration import Narrator
 from .paper.commands import transfer_table
@@ -61,7 +62,7 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
     )
 
     evaluation = {"checkpoint": checkpoint, "output_dir": out / "evaluation", "dataset_dir": pool_data,
-                  "pool_file": pool_file}  # fmt: skip
+                  "pool_file": pool_file, "run_dir": out / "pretrain"}  # fmt: skip
     _bundle_step(screen, "Segment and score the pool's held-out cases whole, with a page of pictures", pretrain,
                  ["inference.json", "evaluate.json"], evaluation)  # fmt: skip
     screen.say(format_scores(json.loads((out / "evaluation/summary.json").read_text(encoding="utf-8"))))
@@ -81,26 +82,8 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
     inference = {"checkpoint": best, "dataset_dir": case, "output_dir": out / "predictions", "existing": "overwrite"}
     _bundle_step(screen, "Segment an image with the fine-tuned weights", finetune, ["inference.json"], inference)
 
-    shown = ("evaluation/page.png", "evaluation/scores.md", "transfer/table2.png", "predictions", "demo.log")
+    shown = ("pretrain/index.html", "evaluation/scores.md", "transfer/table2.png", "predictions", "demo.log")
     screen.end("Look at " + ", ".join(str(out / path) for path in shown))
-
-
-def format_scores(summary: dict[str, Any]) -> str:
-    """One line per target of an evaluation's ``summary.json``: Dice over all data sets' cases, lesions found."""
-    lines = []
-    targets = dict.fromkeys(target for part in summary["datasets"].values() for target in part)
-    for target in targets:
-        entries = [part[target] for part in summary["datasets"].values() if target in part]
-        scored = [(entry["dice"]["mean"], entry["cases"]) for entry in entries if entry["dice"]]
-        cases = sum(count for _, count in scored)
-        dice = f"{sum(mean * count for mean, count in scored) / cases:.2f}" if cases else "-"
-        line = f"{target:14} Dice {dice} in {cases} cases"
-        counts = [entry["lesions"] for entry in entries if "lesions" in entry]
-        if counts:
-            found, true, false = (sum(count[key] for count in counts) for key in ("found", "true", "false"))
-            line += f"; {found} of {true} found, {false} false"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def _bundle_step(screen: Narrator, title: str, bundle: Path, configs: list[str], settings: dict[str, Any]) -> None:

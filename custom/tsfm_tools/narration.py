@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-CLEAR = "\r\x1b[K"  # to the start of the line, and delete it
+from tsfm.console import CLEAR
 
 
 class Narrator:

@@ -21,6 +21,7 @@ OUTPUT_SUFFIX = ".nii.gz"
 OUTPUTS = {
     "label_map": OUTPUT_SUFFIX,
     "probabilities": "_probabilities.b2nd",
+    "uncertainty": "_uncertainty.nii.gz",
     "dicom_seg": ".seg.dcm",
     "dicom_labelmap": ".labelmap.dcm",
 }
@@ -62,6 +63,7 @@ def find_images(
     output_dir: str | os.PathLike | None = None,
     existing: str = "error",
     save: str | Sequence[str] = "label_map",
+    clicks: Mapping[str, Mapping[str, Any]] | None = None,
     part: int = 0,
     parts: int = 1,
 ) -> list[dict[str, Any]]:
@@ -74,9 +76,11 @@ def find_images(
         existing: what to do with cases whose result is there: "error", "skip" them (once all of `save` is there), or
             "overwrite".
         save: what will be written of each case, one or several of `OUTPUTS`.
+        clicks: case -> more entries of its item, in a form that `tsfm.inference.clicks.ReadClicksd` reads.
         part, parts: of so many equal parts, the one to give (from 0): each process takes one.
 
     Raises:
+        ValueError: clicks for a case that is not there.
         FileNotFoundError: nothing there, or no image in it.
         FileExistsError: results are already there and `existing` is "error".
         FileError: DICOM shall be written of images that are no DICOM series.
@@ -101,6 +105,11 @@ def find_images(
         )
     for item, name in zip(items, _case_names(items), strict=True):
         item["case"] = name
+        item.update((clicks or {}).get(name, {}))
+    names = [item["case"] for item in items]
+    for name in clicks or {}:
+        if name not in names:
+            raise ValueError(f"clicks for a case {name!r}, which is not in {source}{nearest(name, names)}")
     items = items[part::parts]
     if output_dir is not None:
         check_writable(output_dir, "--output_dir")

@@ -18,6 +18,7 @@ from ..labels import LabelTable, as_table
 from .label_maps import load_map, load_truth, match_predictions
 from .score_files import ScoreWriter
 from .scores import only_dataset, score_case
+from .tables import format_scores
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ class CaseScores:
         rows = [row for row in engine.failed if row["case"] not in known] if is_told else []
         self._writer.failed += [{"case": row["case"], "error": row["error"]} for row in rows]
         self.summary = self._writer.finish(parts[1:], engine.protocol if is_told else None)
-        logger.info("Scores of %d cases in %s", self.summary["cases"], self.output_dir)
+        cases, table = self.summary["cases"], format_scores(self.summary)
+        logger.info("Scores of %d cases in %s\n%s", cases, self.output_dir, table)
         if self._writer.failed and not is_told:
             raise RuntimeError(failure_text(self._writer.failed))
 

@@ -46,6 +46,15 @@ def choose_cases(rows: Sequence[Mapping[str, Any]], targets: Sequence[str] | Non
     return {name: entries[place] for name, place in places.items() if distinct[place] == name}
 
 
+def worst_cases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The worst case of each target that has a Dice somewhere: ``{target: {"dataset", "case", "dice", "target"}}``."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["dice"] is not None and row["dice"] < found.get(row["target"], {"dice": 2})["dice"]:
+            found[row["target"]] = {key: row[key] for key in ("dataset", "case", "dice", "target")}
+    return found
+
+
 def folder_page(
     path: str | Path,
     rows: Sequence[Mapping[str, Any]] | str | Path,
@@ -56,17 +65,19 @@ def folder_page(
     modality: str = "CT",
     targets: Sequence[str] | None = None,
     slices: int = 1,
+    per_target: bool = False,
 ) -> Path:
-    """The page of best, median and worst case of an evaluated folder.
+    """The page of best, median and worst case of an evaluated folder, or of each target's worst case.
 
     Args:
         rows: scored rows, or the ``cases.csv`` that the evaluation wrote.
         predictions, dataset: as for :func:`tsfm.evaluation.evaluation.evaluate_folder`.
         items: the cases' pool items with ``image`` (the first channel is shown), ``label`` and, if known, ``modality``.
         targets: rank by these targets alone.
+        per_target: a row for each target, in the slice that shows most of it; nothing else is painted there.
     """
     table, rows = as_table(table), load_rows(rows) if isinstance(rows, (str, Path)) else rows
-    chosen = choose_cases(rows, targets)
+    chosen = worst_cases(rows) if per_target else choose_cases(rows, targets)
     wanted = {(entry["dataset"], entry["case"]) for entry in chosen.values()}
     owner = dataset or table.datasets[0]
     items = [i for i in items if "case" not in i or (i.get("dataset") or owner, str(i["case"])) in wanted]
@@ -81,21 +92,25 @@ def folder_page(
         grid = RawVolume(prediction[None], affine, str(pair["prediction"]))
         image = on_grid_of(grid, read_volume(paths_of(item["image"])[0]), "image and prediction")
         truth, _ = load_truth(pair["label"], table, entry["dataset"], (prediction, affine, grid.source))
+        maps = {"truth": truth_map(truth, table, entry["dataset"]), "prediction": prediction}
+        if per_target:
+            value = table.names.index(name) + 1
+            inside = table.map_membership()[:, value - 1]
+            maps = {key: (inside[array] * value).astype(array.dtype) for key, array in maps.items()}
         cases.append({
-            "image": np.asarray(image.array[0], np.float32), "affine": affine, "slices": slices,
-            "truth": truth_map(truth, table, entry["dataset"]),
-            "annotated": table.annotated(entry["dataset"]),
-            "prediction": prediction, "modality": item.get("modality") or modality,
-            "title": f"{name}: {entry['dataset']} {entry['case']}, mean Dice {entry['dice']:.3f}",
+            **maps, "image": np.asarray(image.array[0], np.float32), "affine": affine, "slices": slices,
+            "annotated": table.annotated(entry["dataset"]), "modality": item.get("modality") or modality,
+            "title": f"{name}: {entry['dataset']} {entry['case']}, {'' if per_target else 'mean '}Dice {entry['dice']:.3f}",
         })  # fmt: skip
     return page_png(path, cases, table)
 
 
 class CasePage:
-    """Handler for evaluate.json: ``page.png`` with best, median and worst case; declare it after `CaseScores`.
+    """Handler for evaluate.json: ``page.png`` with best, median and worst case, ``targets.png`` with each target's worst;
+    declare it after `CaseScores`.
 
     Args:
-        output_dir: folder of ``cases.csv`` and of the saved label maps; the picture goes there too.
+        output_dir: folder of ``cases.csv`` and of the saved label maps; the pictures go there too.
         items: the evaluated pool items.
         table, dataset, modality, targets: as for :func:`folder_page`.
     """
@@ -121,8 +136,9 @@ class CasePage:
         if idist.get_rank() != 0:
             return
         try:
-            files = self.output_dir / "page.png", self.output_dir / "cases.csv", self.output_dir
-            folder_page(*files, self.items, self.table, **self.settings)
+            for name in ("page.png", "targets.png"):
+                files = self.output_dir / name, self.output_dir / "cases.csv", self.output_dir
+                folder_page(*files, self.items, self.table, per_target=name == "targets.png", **self.settings)
         except (ValueError, OSError) as error:
             logger.warning("No page of pictures in %s: %s", self.output_dir, error)
 

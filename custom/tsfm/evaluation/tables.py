@@ -43,6 +43,24 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"cases": cases, "mean": means, "datasets": datasets}
 
 
+def format_scores(summary: dict[str, Any]) -> str:
+    """One line per target of an evaluation's ``summary.json``: Dice over all data sets' cases, lesions found."""
+    lines = []
+    targets = dict.fromkeys(target for part in summary["datasets"].values() for target in part)
+    for target in targets:
+        entries = [part[target] for part in summary["datasets"].values() if target in part]
+        scored = [(entry["dice"]["mean"], entry["cases"]) for entry in entries if entry["dice"]]
+        cases = sum(count for _, count in scored)
+        dice = f"{sum(mean * count for mean, count in scored) / cases:.2f}" if cases else "-"
+        line = f"{target:14} Dice {dice} in {cases} cases"
+        counts = [entry["lesions"] for entry in entries if "lesions" in entry]
+        if counts:
+            found, true, false = (sum(count[key] for count in counts) for key in ("found", "true", "false"))
+            line += f"; {found} of {true} found, {false} false"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     empty = [row for row in rows if row["status"] == "empty_truth"]
     false_ml = [row["volume_predicted_ml"] for row in empty]

@@ -19,7 +19,6 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from ..cases.folders import stem
 from ..labels import LabelTable
 from ..network.clicks import Click, ClickError, click_channels, reaches
 from ..schema import nearest
@@ -51,7 +50,6 @@ class ReadClicksd(MapTransform):
         keys: the image.
         table: label table of the weights; targets go by their names or by what viewers show for them.
         sigma: of the network's click channels, in voxels; None for a network that has none.
-        clicks: case -> its clicks in one of these forms; by default they are keys of the item.
 
     Raises:
         ClickError: a click outside of the volume, for no target, that is no three numbers, or for a network without
@@ -63,11 +61,10 @@ class ReadClicksd(MapTransform):
         keys: KeysCollection,
         table: LabelTable,
         sigma: float | None = None,
-        clicks: Mapping[str, Mapping[str, Any]] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.sigma, self.clicks = sigma, clicks
+        self.sigma = sigma
         self.names = {name: name for name in table.names}
         shown = list(table.channel_def().values())[1:]
         self.names |= dict(zip(shown, table.names, strict=True))
@@ -77,10 +74,9 @@ class ReadClicksd(MapTransform):
         for key in self.key_iterator(out):
             image = out[key]
             source = str(image.meta.get("filename_or_obj", key))
-            request = data if self.clicks is None else self.clicks.get(data.get("case") or stem(source), {})
             affine = np.asarray(image.affine, float)
             noted = []
-            for kind, name, voxel in self._asked(request, source):
+            for kind, name, voxel in self._asked(data, source):
                 self._check(voxel, name, tuple(image.shape[1:]), source)
                 noted.append([kind, name, (affine[:3, :3] @ voxel + affine[:3, 3]).tolist()])
             if noted and self.sigma is None:
@@ -139,7 +135,8 @@ class ClickInferer(SlabInferer):
 
     Args:
         click_sigma: of the network's click channels, in voxels; None for a network without: then this is a `SlabInferer`.
-        keep_gb: memory for what is kept, in all; what does not fit is computed again. 0 keeps nothing.
+        keep_gb: memory for what is kept, in all; what does not fit is computed again. 0 keeps nothing, and nothing is kept
+            while several versions of each window (mirrored ones, folds) are compared (`doubts`).
         others: as for `SlabInferer`.
 
     Raises:
@@ -211,16 +208,15 @@ class ClickInferer(SlabInferer):
             for target, clicks in (prompt or {}).items()
         }
         settings = (self.roi_size, self.flips, self.amp, self.amp_dtype, tuple(self.channels))
-        kept = kept_windows(image, network, settings, 0 if self.watch else self.keep_bytes)
+        versions = self.flips or getattr(network, "versions", None)  # of which an observer has to see every one
+        watched = self.watch or (self._observer and versions)
+        kept = kept_windows(image, network, settings, 0 if watched else self.keep_bytes)
         return super().slabs(image, network, *args, prompt=moved, kept=kept, **kwargs)
 
     def _passes(self, network: Any, device: torch.device) -> Passes:
         if self.sigma is None:
             return super()._passes(network, device)
-        passes = ClickPasses(
-            network, device, self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self.channels_last, self._checked,
-            self.watch,
-        )  # fmt: skip
+        passes = super()._passes(network, device, ClickPasses)
         passes.sigma, passes.channels = self.sigma, self.channels
         return passes
 

@@ -149,7 +149,8 @@ class CaseEvaluator(SupervisedEvaluator):
         self.results, self._mark = [], time.perf_counter()
         super().run(global_epoch)
         if self.results:
-            print(format_results(self.results))
+            print(table := format_results(self.results))
+            logging.getLogger("run").info("%s", table)  # for run.log: see console.py
         if failed := self.failed:
             listed = "\n".join(f"  {row['case']}: {row['error']}" for row in failed)
             raise FailedCases(f"{len(failed)} of {len(self.results)} cases failed:\n{listed}")

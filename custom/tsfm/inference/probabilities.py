@@ -15,6 +15,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import torch
+from scipy.special import entr
 
 from ..files import PARTIAL, scratch_name, sweep
 from ..preparation.resampling import axis_resampler
@@ -90,6 +91,16 @@ class Probabilities:
         self.array = None
         os.replace(self.file, path)
         self.file = None
+
+    def uncertainty(self) -> np.ndarray:
+        """float32 (X, Y, Z) in bits: the largest binary entropy that a target's probability has at the voxel."""
+        found = np.zeros(self.place.shape, np.float32)
+        for start in range(0, found.shape[self.along], CHUNK):
+            where = [slice(None)] * 3
+            where[self.along] = slice(start, start + CHUNK)
+            p = self.array[(slice(None), *where)].astype(np.float32)
+            found[tuple(where)] = (entr(p) + entr(1 - p)).max(0) / np.log(2)
+        return found
 
     def discard(self) -> None:
         """Remove what is there of a case that failed."""

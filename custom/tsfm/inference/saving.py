@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import SaveImaged
 
 from ..cases.folders import output_paths, saved_outputs
@@ -43,8 +44,14 @@ def _label_map(result: Result, path: Path) -> None:
     write_label_map(label_map, path)
 
 
+def _uncertainty(result: Result, path: Path) -> None:
+    values = torch.from_numpy(result.probabilities.uncertainty())[None]
+    write_label_map(MetaTensor(values).copy_meta_from(result.label_map, copy_attr=False), path)
+
+
 WRITERS: dict[str, Callable[[Result, Path], None]] = {
     "label_map": _label_map,
+    "uncertainty": _uncertainty,
     "probabilities": lambda result, path: result.probabilities.save(path),
     "dicom_seg": lambda result, path: write_seg(result.label_map, path, result.table, "BINARY"),
     "dicom_labelmap": lambda result, path: write_seg(result.label_map, path, result.table, "LABELMAP"),
@@ -89,8 +96,10 @@ class SaveResultsd(SaveImaged):
         self.raw_ids, self.probabilities = raw_ids, probabilities
         if raw_ids is not None:
             raw_values(table, raw_ids)
-        if "probabilities" in self.save and probabilities is None:
-            raise ValueError("save names probabilities, which nobody keeps: give inferer and saver one Probabilities")
+        if {"probabilities", "uncertainty"} & set(self.save) and probabilities is None:
+            raise ValueError(
+                f"save is {self.save}, but nobody keeps probabilities: give inferer and saver one Probabilities"
+            )
         if any(name.startswith("dicom") for name in self.save):
             highdicom()
 
@@ -101,7 +110,11 @@ class SaveResultsd(SaveImaged):
             there = [path for path in paths if path.exists()] if self.existing != "overwrite" else []
             if there and self.existing == "error":
                 raise FileExistsError(f"{there[0]} is already there; remove it, or allow to overwrite it")
-            for name, path in zip(self.save, paths, strict=True):
+            named = dict(zip(self.save, paths, strict=True))
+            for name in sorted(named, key=list(WRITERS).index):  # the probabilities are given away last
+                path = named[name]
                 if path not in there:
                     WRITERS[name](Result(item[key], self.table, item, self.raw_ids, self.probabilities), path)
+        if self.probabilities is not None:
+            self.probabilities.discard()
         return item

@@ -280,8 +280,8 @@ class SlabInferer(Inferer):
             raise ValueError(f"inputs have the shape {tuple(inputs.shape)}, expected one image (1, C, S, P, L)")
         return (inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)[0]
 
-    def _passes(self, network: Callable, device: torch.device) -> Passes:
-        return Passes(
+    def _passes(self, network: Callable, device: torch.device, kind: type[Passes] = Passes) -> Passes:
+        return kind(
             network, device, self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self.channels_last, self._checked,
             self._watch if self.watch or self._observer else None,
         )  # fmt: skip

@@ -69,7 +69,7 @@ def load_pretrained(
     ours = {**getattr(network, "description", {}), **(task or {})}
     own = {name: value for name, value in network.state_dict().items() if not name.endswith(EXTRA_STATE)}
     heads = _HeadMap(list(theirs.get("targets", ())), list(ours.get("targets", ())))
-    clicks = tuple("click_sigma" in side for side in (theirs, ours))
+    clicks = tuple(bool(side.get("click_sigma")) for side in (theirs, ours))
 
     entries, values, problems = [], {}, []
     for name, current in own.items():
@@ -217,7 +217,7 @@ def _adapt_prompted(
     fresh = 0 if all(clicks) else own.numel()
     entry, value = adapted
     note = "click channels " + ("loaded" if all(clicks) else "new" if clicks[1] else "left out")
-    kind = entry.kind if all(clicks) else "adapted"
+    kind = entry.how if all(clicks) else "adapted"
     found = Entry(
         name, tuple(current.shape), kind, current.numel() - fresh, fresh, "; ".join(filter(None, [entry.note, note]))
     )

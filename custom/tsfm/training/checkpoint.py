@@ -128,7 +128,7 @@ def describe_network(
             f"the network has {arguments['out_channels']} outputs, the label table {len(table.names)} targets"
         )
     if image_channels(network.description) != preparation.in_channels:
-        clicks = " (and two for clicks)" if "click_sigma" in network.description else ""
+        clicks = " (and two for clicks)" if network.description.get("click_sigma") else ""
         raise CheckpointError(
             f"the network takes {image_channels(network.description)} channels{clicks}, the preparation makes "
             f"{preparation.in_channels}"
@@ -208,7 +208,7 @@ def matching_table(description: Mapping[str, Any], pool_table: LabelTable) -> La
 
 def image_channels(description: Mapping[str, Any]) -> int:
     """Channels of the images that the weights take: a promptable network has two more, for clicks."""
-    return description["network"]["in_channels"] - (CLICK_CHANNELS if "click_sigma" in description else 0)
+    return description["network"]["in_channels"] - (CLICK_CHANNELS if description.get("click_sigma") else 0)
 
 
 def known_modalities(description: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,9 @@ AGREEING = 11
 """Landmarks of one image that have to lie in the other where one turn by right angles and a shift puts them. Of 27,966
 pairs of different CT and MR scans 6 agreed at most, of copies that were resampled or turned 13 to 110 (docs/datasets.md)."""
 
+TURNED_SHARE = 0.2
+"""Share of the landmarks of the image with fewer that have to agree where the axes differ: bodies are nearly symmetric."""
+
 APART_VOXELS = 1.0
 """How far from there they may lie, in voxels of their grid."""
 
@@ -74,8 +77,10 @@ def _pairs_on(signatures: Sequence[Mapping[str, np.ndarray]], grid: int, apart_m
     for (first, second), links in matches.items():
         if len(links) >= AGREEING:
             turned, agreeing = _agreement(np.array(links), parts["turns"], parts["places_mm"], apart_mm)
-            if agreeing >= AGREEING:
-                found.append(Pair(first, second, agreeing, turned))
+            pair = Pair(first, second, agreeing, turned or ())
+            least = 0 if pair.same_orientation else TURNED_SHARE * min(len(rows[first]), len(rows[second]))
+            if agreeing >= max(AGREEING, least):
+                found.append(pair)
     return found
 
 

@@ -117,9 +117,13 @@ def _same_names(records, entries, downstream: set[str]) -> Iterator[Finding]:
         declared = _grouped(entries[one], entries[other])
         text = f"{len(shared)} of {len(names[one])} and {len(names[other])} cases have the same names ({', '.join(shared[:4])}"
         text += ", ...)" if len(shared) > 4 else ")"
-        text += ": declared as one patient's" if declared else (
-            ": one patient in two data sets? Then declare \"patient\" with one \"group\" in both, so that folds keep them together"
-        )  # fmt: skip
+        if declared:
+            text += ": declared as one patient's"
+        elif kind == "leaks":
+            text += ": the same scans? Then exclude them from the training"
+        else:
+            text += ': one patient in two data sets? Then declare "patient" with one "group" in both, so that folds keep them'
+            text += " together"
         kind = "same patient" if kind == "duplicates" else kind
         yield Finding(kind, "note" if declared else severity, text, one, measured={"other": other, "shared": shared})
 

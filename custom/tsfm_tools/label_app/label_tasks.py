@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from label_checks import check_inference
+from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
@@ -36,11 +37,14 @@ class InferTask(BundleInferTask):
     """A bundle's inference, whose menu shows the weights that are there, and which holds the network once.
 
     MONAI Label's own keeps a copy of the network without its weights, and loads weights that do not fit in part.
+    `shared`: a task with the same bundle and the same network in memory, so that what it computed is known to both.
     """
 
-    def __init__(self, path: str, conf: dict[str, str], **options: Any) -> None:
+    def __init__(self, path: str, conf: dict[str, str], shared: InferTask | None = None, **options: Any) -> None:
         with torch.device("meta"):  # what a network is; its weights come with the first request
             super().__init__(path, {**conf, "preload": "false"}, **options)
+        if shared is not None:
+            self._networks = shared._networks
         if strtobool(conf.get("preload", "false")):
             for device in device_map().values():
                 self._get_network(device, None)
@@ -52,7 +56,12 @@ class InferTask(BundleInferTask):
 
     def checked(self, request: dict[str, Any]) -> dict[str, Any]:
         """The request with its options as they are meant; BadRequest for those that cannot be."""
-        return check_inference(request, self.config(), devices(), prompts=str(self.type).lower() == "deepedit")
+        return check_inference(request, self.config(), devices(), prompts=self.takes_clicks)
+
+    @property
+    def takes_clicks(self) -> bool:
+        """Whether MONAI Label's clients send it clicks."""
+        return self.type == InferType.DEEPEDIT
 
     def _get_network(self, device: str, data: dict[str, Any] | None) -> torch.nn.Module:
         """The network with the weights that the request names, loaded again only where the file is another one."""
@@ -152,6 +161,7 @@ class UncertaintyScoring(ScoringMethod):
             except Exception:  # the others are scored all the same
                 logger.exception("%s of %s cannot be computed: it comes last", self.key, image)
                 score = 0.0
+            datastore.refresh()  # labels submitted meanwhile are in the same file, which is written whole
             datastore.update_image_info(image, {self.key: score, f"{self.key}_weights": weights})
             logger.info("%s of %s: %.4f", self.key, image, score)
         return {"total": total, "executed": len(due), "skipped": total - len(due)}

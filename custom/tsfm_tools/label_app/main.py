@@ -108,10 +108,14 @@ class MyApp(MONAILabelApp):
     # ---- what is offered --------------------------------------------------------------------------------------
 
     def init_infers(self) -> dict[str, Any]:
-        tasks = {name: InferTask(folder, self.conf) for name, folder in self.models.items()}
+        """Every bundle; one that takes clicks (MONAI Label goes by its name) also without them, as NAME_seg."""
+        found = {name: InferTask(folder, self.conf) for name, folder in self.models.items()}
+        for name, folder in self.models.items():
+            if found[name].takes_clicks:
+                found[f"{name}_seg"] = InferTask(folder, self.conf, type="segmentation", shared=found[name])
         if isinstance(self.datastore(), NamedSegments):
-            self.datastore().values = next(iter(tasks.values())).labels
-        return tasks
+            self.datastore().values = next(iter(found.values())).labels
+        return found
 
     def init_trainers(self) -> dict[str, Any]:
         if strtobool(self.conf.get("skip_trainers", "false")):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tsfm.cases.cases import Preparation, load_case
 from tsfm.cases.pool import DatasetPool
+from tsfm.network.clicks import deep_voxel
 from tsfm.network.networks import create_network
 from tsfm.network.prompted import SAMMed3D
 from tsfm.planning.public_weights import read_pretrained
@@ -82,10 +83,10 @@ def segment(network: SAMMed3D, image: torch.Tensor, truth: np.ndarray, rng: np.r
     if len(bright) > 1:
         window = (window - bright.mean()) / bright.std().clamp_min(1e-8)
     mask = np.zeros(truth.shape, bool)
-    inside = np.argwhere(truth[tuple(here)]) + [span.start for span in there]
-    if not len(inside):
+    if not truth[tuple(here)].any():
         return mask
-    click = torch.tensor(inside[rng.integers(len(inside))])[None, None]
+    voxel = deep_voxel(truth[tuple(here)], rng) + [span.start for span in there]
+    click = torch.tensor(voxel)[None, None]
     device = next(network.parameters()).device
     with torch.inference_mode():
         logits = network(window[None, None].to(device), click.to(device), torch.ones(1, 1, device=device))

@@ -66,7 +66,8 @@ def metadata_of(bundle: str) -> dict[str, Any]:
 
 
 def _name(bundle: str) -> str:
-    check_name(os.path.basename(bundle))
+    weights = os.path.join(bundle, "models", "model.pt")
+    check_name(os.path.basename(bundle), has_weights(bundle) and bool(read_state(weights)[1].get("click_sigma")))
     return os.path.basename(bundle)
 
 

@@ -33,7 +33,7 @@ from tsfm.training.weight_files import write_state
 
 from .fitting import NOT_EVALUATED, dice_per_target, fill_configs, fill_metadata, merge_overlay
 from .readme import licences_seen, readme_parts, write_readme
-from .rules import ReleaseError, check_name, check_version, check_weights
+from .rules import PROMPTABLE, ReleaseError, check_name, check_version, check_weights
 
 LARGE_FILE_BYTES = 25 * 2**20
 
@@ -74,7 +74,8 @@ def release(
         checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors), or a list of folds',
             which become one network whose logits are their mean.
         output_dir: created if needed; an older release of the same name in it is replaced, any other folder is refused.
-        name: of the released bundle; the folder's name by default.
+        name: of the released bundle; the folder's name by default, with ``_deepedit`` for weights with click channels
+            (MONAI Label's name for what takes clicks), whose training always uses ``clicks.json``.
         version: by default that of ``metadata.json``.
         changelog: what is new in `version`; needed where ``metadata.json`` says nothing about it.
         base_url: where the files will be downloadable; goes into ``large_files.yml`` and ``model_info.json``.
@@ -96,11 +97,12 @@ def release(
     Raises:
         ReleaseError, CheckpointError: before anything is written.
     """
-    name = name or os.path.basename(os.path.abspath(bundle_dir))
     tensors, description = read_state(checkpoint)
+    takes_clicks = bool(description.get("click_sigma"))
+    name = name or os.path.basename(os.path.abspath(bundle_dir)) + (f"_{PROMPTABLE}" if takes_clicks else "")
     configs = _read_configs(bundle_dir)
     metadata = configs["metadata.json"]
-    check_name(name)
+    check_name(name, takes_clicks)
     if "targets" not in description:
         raise ReleaseError(
             f"{checkpoint}: the weights carry no description (targets, spacing, network), so no bundle can be fitted "
@@ -112,10 +114,13 @@ def release(
         metadata["changelog"] = {metadata["version"]: changelog, **earlier}
     check_version(metadata)
     metadata["eval_metrics"] = dice_per_target(read_json(metrics), metrics) if metrics else dict(NOT_EVALUATED)
-    for overlay in [overlays] if isinstance(overlays, str) else overlays:
+    overlays = [overlays] if isinstance(overlays, str) else list(overlays)
+    for overlay in ["clicks.json", *overlays] if takes_clicks else overlays:
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
         configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
+    if takes_clicks:
+        configs["train.json"]["click_sigma"] = description["click_sigma"]
     for config in (configs[file] for file in ("inference.json", "evaluate.json") if file in configs):
         changed = {key: value for key, value in (inference or {}).items() if key.split("#")[0] in config}
         config.update(merge_overlay(config, changed))

@@ -18,9 +18,18 @@ class ReleaseError(ValueError):
     """A bundle or checkpoint that cannot be released, with what to change."""
 
 
-def check_name(name: str) -> None:
-    """Raise ReleaseError for a name that MONAI Label could not serve."""
-    wrong = [word for word in FORBIDDEN_NAMES if word in name.lower()]
+PROMPTABLE = "deepedit"
+"""In the name of bundles to which MONAI Label's clients send clicks."""
+
+
+def check_name(name: str, takes_clicks: bool = False) -> None:
+    """Raise ReleaseError for a name that MONAI Label could not serve; that of weights with click channels holds "deepedit"."""
+    wrong = [word for word in FORBIDDEN_NAMES if word in name.lower() and not (takes_clicks and word == PROMPTABLE)]
+    if takes_clicks and PROMPTABLE not in name.lower():
+        raise ReleaseError(
+            f"bundle name {name!r}: these weights take clicks, which MONAI Label sends only to bundles with '{PROMPTABLE}' in "
+            f"their name: use {name}_{PROMPTABLE}"
+        )
     if wrong or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise ReleaseError(
             f"bundle name {name!r}: use letters, digits and underscores, and none of {FORBIDDEN_NAMES}, by which MONAI "
