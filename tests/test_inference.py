@@ -264,7 +264,7 @@ class TestSlabInferer:
         plain = network.forward
         image, inferer = (
             prepared((20, 12, 25), (20, 12, 25)),
-            SlabInferer((8, 8, 8), TREE, sw_batch_size=8, progress=False),
+            SlabInferer((8, 8, 8), TREE, sw_batch_size=8, amp=False, progress=False),
         )
         expected = inferer.logits(image, network)
         monkeypatch.setattr("tsfm.inference.windows.RollingAverage", spy)
