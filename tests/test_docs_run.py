@@ -41,6 +41,7 @@ NOT_RUN = {
     r"^make test$": "this test is part of it",
     r"trt_export|inference_trt": "needs TensorRT and a GPU",
     r"dicom_seg": "needs highdicom and a DICOM series: test_dicom_seg.py",
+    r"zero_shot\.json": "minutes for 105 outputs on windows of 128 voxels; test_paper_tables.py runs it",
     r"dicom-web": "needs a DICOMweb server",
     r"click_server": "serves until it is interrupted; test_click_server.py",
     r"CASE\.nii": "names a file of the reader's; test_clicks.py",

@@ -5,6 +5,7 @@ The versions are mirrored windows, several folds, or both; windows that overlap 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,24 +53,47 @@ class Quality:
             if self._last[0] != corners:
                 self._count()
             self._last = None
-        winner = version.logits.argmax(1) if self.exclusive else None
-        for name, (output, _) in self.targets.items():
-            painted = version.logits[:, output] > self.levels[name] if winner is None else winner == output
-            votes = painted.to(torch.uint8)
-            self._votes[name] = self._votes[name].add_(votes) if version.number else votes
+        if version.number == 0:
+            self._votes, self._winners = {}, []
+        if self.exclusive:
+            self._winners.append(version.logits.argmax(1).to(torch.int16))
+        else:
+            for name, (output, _) in self.targets.items():
+                votes = (version.logits[:, output] > self.levels[name]).to(torch.uint8)
+                self._votes[name] = self._votes[name].add_(votes) if version.number else votes
         if version.number == version.count - 1:
-            counted = {
-                name: torch.bincount(votes.flatten(), minlength=version.count + 1).tolist()
-                for name, votes in self._votes.items()
-            }
-            self._last = corners, counted
-            self._votes.clear()
+            self._last = corners, self._of_winners() if self.exclusive else self._of_votes(version.count)
+            self._votes, self._winners = {}, []
+
+    def _of_votes(self, count: int) -> dict[str, tuple[int, int]]:
+        """Target -> sum n (n - 1) and (K - 1) sum n over the batch; n of K versions paint a voxel."""
+        found = {
+            name: torch.bincount(votes.flatten(), minlength=count + 1).tolist() for name, votes in self._votes.items()
+        }
+        return {
+            name: (
+                sum(n * (n - 1) * voxels for n, voxels in enumerate(voted)),
+                (count - 1) * sum(n * voxels for n, voxels in enumerate(voted)),
+            )
+            for name, voted in found.items()
+        }
+
+    def _of_winners(self) -> dict[str, tuple[int, int]]:
+        """The same of a softmax, for all its targets at once: pairs of versions are few, its outputs may be a hundred."""
+        size, others = 1 + max(output for output, _ in self.targets.values()), len(self._winners) - 1
+
+        def histogram(winners: Tensor) -> Tensor:
+            return torch.bincount(winners.flatten(), minlength=size)[:size]
+
+        shared = 2 * sum(histogram(a[a == b]) for a, b in itertools.combinations(self._winners, 2))
+        possible = others * sum(map(histogram, self._winners))
+        return {name: (int(shared[output]), int(possible[output])) for name, (output, _) in self.targets.items()}
 
     def _count(self) -> None:
-        """Add the last batch; of K versions n painted so many voxels."""
-        for name, voxels in self._last[1].items():
-            self.pairs[name][0] += sum(n * (n - 1) * count for n, count in enumerate(voxels))
-            self.pairs[name][1] += sum((len(voxels) - 2) * n * count for n, count in enumerate(voxels))
+        """Add the last batch."""
+        for name, (shared, possible) in self._last[1].items():
+            self.pairs[name][0] += shared
+            self.pairs[name][1] += possible
         self._last = None
 
     def see(self, slab: Slab) -> None:
