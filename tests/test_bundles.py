@@ -29,7 +29,7 @@ TRAIN_DIFFERS = {
 }
 ONLY_PRETRAIN_TRAINS = {
     *("datasets", "allow_missing", "pool#datasets", "pool#allow_missing"),
-    *("initial_weights", "loaded_network#path", "settings#initial_weights"),
+    *("initial_weights", "loaded_network#path", "loaded_network#licence", "settings#initial_weights"),
 }
 ONLY_FINETUNE_TRAINS = {
     *("images", "labels", "label_ids", "regions", "modality", "pretrained", "from_scratch", "freeze", "warmup_epochs"),

@@ -13,7 +13,7 @@ from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning.own_data import dataset_pool
 from tsfm.planning.plan import downstream_network
-from tsfm.training.checkpoint import describe_network, read_description, save_weights
+from tsfm.training.checkpoint import describe_network, read_description, save_weights, start_from
 
 PAPER_POOL = Path(__file__).parents[1] / "bundles/tsfm_pretrain/configs/pool.json"
 SMALL = {
@@ -35,6 +35,14 @@ SMALL = {
         ("Apache-2.0 (repository); TCGA images CC BY 3.0", True, False),
         ("CC BY 4.0; see the authors' terms", None, None),
         ("Synapse terms of use", None, None),
+        ("Creative Commons CC-BY-4.0 International License", True, False),
+        ("CC0 1.0 Universal (Public Domain Dedication)", True, False),
+        ("Not CC0", None, None),
+        ("CC BY 4.0 for members", None, None),
+        ("CC BY\u2011ND 4.0", None, None),
+        ("CC BY 4.0 (research purposes only)", False, False),
+        ("CC BY 4.0 for academic use only", False, False),
+        ("CC BY 4.0, not for commercial use", False, False),
         (None, None, None),
         ({"name": "our own scans", "commercial": True, "share_alike": False}, True, False),
     ],
@@ -81,3 +89,31 @@ def test_weights_carry_the_licences_of_all_they_saw(tmp_path):
     assert "one exclude commercial use" in weights_terms(licences)
     with pytest.raises(PoolError, match=r"before\.pt: these weights are not known to permit commercial use: one"):
         dataset_pool(str(tmp_path), pretrained=str(tmp_path / "before.pt"), licence="commercial")
+
+
+def test_a_pretraining_that_goes_on_from_weights_keeps_their_licences(tmp_path):
+    table = LabelTable({"a": {}}, [{"name": "one", "labels": {"1": "a"}}, {"name": "two", "labels": {"1": "a"}}])
+    closed, free = (
+        [{"image": "i", "dataset": name, "modality": "CT", **licence}]
+        for name, licence in (("one", {"licence": "CC BY-NC 4.0"}), ("two", {"licence": "CC BY 4.0"}))
+    )
+
+    def trained(name, items, start=None, licence="any"):
+        network = start_from(TSFM(1, 1, **SMALL), start, licence)
+        save_weights(describe_network(network, table, Preparation((1, 1, 1)), [8, 8, 8], items), tmp_path / name)
+        found = read_description(tmp_path / name)["licences"]
+        return {name: one["commercial"] for name, one in found.items()}
+
+    trained("before.pt", closed)
+    assert trained("after.pt", free, tmp_path / "before.pt") == {"one": False, "two": True}
+    with pytest.raises(PoolError, match=r"after\.pt: .* commercial use: one exclude .*--initial_weights None"):
+        trained("no.pt", free, tmp_path / "after.pt", "commercial")
+
+    torch.save({k: v for k, v in TSFM(1, 1, **SMALL).state_dict().items() if k != "_extra_state"}, tmp_path / "bare.pt")
+    assert trained("on.pt", free, tmp_path / "bare.pt") == {"pretrained weights": None, "two": True}
+    with pytest.raises(PoolError, match="say nothing"):
+        trained("no.pt", free, tmp_path / "bare.pt", "commercial")
+
+    trained("free.pt", free)
+    assert trained("still_free.pt", free, tmp_path / "free.pt", "commercial") == {"two": True}
+    assert not (tmp_path / "no.pt").exists()

@@ -10,20 +10,28 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..names import plain_punctuation
+from .folders import PoolError
 
 USES = ("any", "commercial", "permissive")
 """What a run may choose data sets by: all of them; those that permit commercial use; those without share-alike too."""
 
-NON_COMMERCIAL = r"\bNC\b|NON ?COMMERCIAL|RESEARCH ONLY|RESEARCH USE"
+NON_COMMERCIAL = r"\bNC\b|NON ?COMMERCIAL|NOT FOR COMMERCIAL|RESEARCH (ONLY|USE|PURPOSE)|ACADEMIC"
 
 FREE = r"\bCC ?0\b|PUBLIC DOMAIN|\bCC BY( SA)?\b(?! ?(NC|ND|SA NC))|\bAPACHE\b|\bMIT\b|\bBSD\b"
+
+NEUTRAL = (
+    r"\bV?\d+(\.\d+)*\b|\b(THE|VERSION|LICEN[CS]ES?|CREATIVE COMMONS|ATTRIBUTION|SHARE ?ALIKE|INTERNATIONAL|UNPORTED|GENERIC"
+    r"|UNIVERSAL|DEED|DEDICATION|CLAUSE|REPOSITORY|TCGA IMAGES)\b|[\s().:]"
+)
+"""What may stand beside the name of a free licence without changing what it permits."""
 
 
 def licence_facts(declared: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """``{"name", "commercial", "share_alike"}`` of a licence as a pool file or a ``dataset.json`` declares it.
 
     `declared`: a name ("CC BY-SA 4.0"), or ``{"name", "commercial", "share_alike"}`` for terms that no name tells. True,
-    False, or None where it is not known. Of several licences in one text every one has to permit.
+    False, or None where it is not known: a name with any words that are not `NEUTRAL` ("Not CC0") is not known. Of several
+    licences in one text every one has to permit.
     """
     if isinstance(declared, Mapping):
         given = {key: declared.get(key) for key in ("commercial", "share_alike")}
@@ -33,10 +41,16 @@ def licence_facts(declared: str | Mapping[str, Any] | None) -> dict[str, Any]:
         return {"name": "not declared", "commercial": None, "share_alike": None}
     text = re.sub(r"[-_\s]+", " ", str(declared).upper())
     parts = [part for part in re.split(r";|,| AND ", text) if part.strip()]
-    known = all(re.search(f"{FREE}|{NON_COMMERCIAL}", part) for part in parts)
+    known = all(_is_free(part) or re.search(NON_COMMERCIAL, part) for part in parts)
     commercial = False if re.search(NON_COMMERCIAL, text) else True if known else None
     share_alike = True if re.search(r"\bSA\b|SHARE ?ALIKE|\bGPL\b", text) else False if known else None
     return {"name": name, "commercial": commercial, "share_alike": share_alike}
+
+
+def _is_free(part: str) -> bool:
+    """Whether a text in capitals is the name of a free licence, perhaps with its version and neutral words, and no more."""
+    rest, names = re.subn(FREE, " ", part)
+    return names > 0 and not re.sub(NEUTRAL, "", rest)
 
 
 def permits(licence: Mapping[str, Any], use: str) -> bool:
@@ -54,6 +68,23 @@ def permits(licence: Mapping[str, Any], use: str) -> bool:
 def licences_of(items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Data set -> the facts of its licence, for the datalist items of a pool."""
     return {str(item["dataset"]): licence_facts(item.get("licence")) for item in items if "dataset" in item}
+
+
+def inherited_licences(description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Data set -> the facts of its licence, of all that weights with this description saw; it binds what is trained on."""
+    known = description.get("licences", {})
+    seen = description.get("trained_on") or ([] if known else ["pretrained weights"])
+    return {**{name: licence_facts(None) for name in seen}, **known}
+
+
+def check_weights(source: Any, description: Mapping[str, Any], use: str, without: str) -> None:
+    """Raise a PoolError unless the weights in `source` saw only data that permit the use; `without` says how to do without."""
+    licences = inherited_licences(description)
+    if not all(permits(one, use) for one in licences.values()):
+        raise PoolError(
+            f"{source}: these weights are not known to permit {use} use: {weights_terms(licences)} Give others, or train "
+            f"from nothing ({without})"
+        )
 
 
 def weights_terms(licences: Mapping[str, Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..cases.folders import PoolError
-from ..cases.licences import permits, weights_terms
+from ..cases.licences import check_weights
 from ..cases.pool import DatasetPool
 from ..cases.sources import Sources, recorded_pool
 from ..cases.volumes import read_grid
@@ -121,14 +121,8 @@ def pretrained_description(pretrained: str | None) -> dict[str, Any]:
 
 def _check_weights(pretrained: str | None, use: str) -> None:
     """PoolError where the pretrained weights saw data whose licences are not known to permit the use."""
-    if use == "any" or pretrained is None or not os.path.exists(str(pretrained)):
-        return
-    licences = read_pretrained(str(pretrained)).description.get("licences", {})
-    if not licences or not all(permits(one, use) for one in licences.values()):
-        raise PoolError(
-            f"{pretrained}: these weights are not known to permit {use} use: {weights_terms(licences)} Give others, or train "
-            "from nothing (leave --pretrained out)"
-        )
+    if use != "any" and pretrained is not None and os.path.exists(str(pretrained)):
+        check_weights(pretrained, read_pretrained(str(pretrained)).description, use, "leave --pretrained out")
 
 
 def _plain_name(name: str) -> str:

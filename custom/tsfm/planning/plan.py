@@ -17,7 +17,7 @@ from typing import Any
 
 from ..cases.cases import Preparation
 from ..cases.folders import PoolError
-from ..cases.licences import licence_facts
+from ..cases.licences import inherited_licences
 from ..cases.pool import DatasetPool, is_bare
 from ..cases.sources import Sources, file_identity
 from ..errors import CaseError
@@ -133,10 +133,7 @@ def downstream_network(
         if plan is not None and plan.strides:
             shape |= {"strides": plan.to_dict()["strides"], "kernel_sizes": plan.kernels_if_any_is_flat()}
         network = build_network(pretrained_description(pretrained), **shape | overrides)
-    inherited = {}
-    if pretrained is not None:  # what the weights saw binds them whatever comes next
-        seen = network.description.get("trained_on") or ["pretrained weights"]
-        inherited = network.description.get("licences") or {name: licence_facts(None) for name in seen}
+    inherited = {} if pretrained is None else inherited_licences(network.description)
     network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
     if inherited:
         network.description["licences"] = inherited

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..cases.licences import licences_of
+from ..cases.licences import check_weights, inherited_licences, licences_of
 from ..cases.raw_ids import raw_values
 from ..files import atomic_write
 from ..labels import LabelTable
@@ -150,14 +150,17 @@ def describe_network(
     return network
 
 
-def start_from(network: DescribedNetwork, path: str | os.PathLike | None) -> DescribedNetwork:
-    """`network` with the weights in `path`, which have to fit; None leaves it as it is.
+def start_from(network: DescribedNetwork, path: str | os.PathLike | None, licence: str = "any") -> DescribedNetwork:
+    """`network` with the weights in `path`, which have to fit, and the licences of what these saw; None leaves it as it is.
 
     Raises:
         CheckpointError: as `load_weights`.
+        PoolError: weights that saw data whose licences are not known to permit the use that `licence` names.
     """
     if path:
-        load_weights(network, path)
+        description = load_weights(network, path)
+        check_weights(path, description, licence, "--initial_weights None")
+        network.description["licences"] = inherited_licences(description)
     return network
 
 
@@ -260,8 +263,8 @@ class WeightLoader:
         load_weights(self.network, self.path)
 
 
-def load_weights(network: nn.Module, path: Weights) -> None:
-    """Fill `network` with the weights in `path`; every tensor has to fit, or nothing is changed.
+def load_weights(network: nn.Module, path: Weights) -> dict[str, Any]:
+    """Fill `network` with the weights in `path`, return their description; every tensor has to fit, or nothing is changed.
 
     Raises:
         CheckpointError: what is missing, superfluous or of another shape.
@@ -283,6 +286,7 @@ def load_weights(network: nn.Module, path: Weights) -> None:
             "Build the network from the file itself (tsfm.training.checkpoint.build_network), or adapt with load_pretrained()."
         )
     network.load_state_dict(tensors, strict=False)
+    return description
 
 
 def save_weights(network: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
