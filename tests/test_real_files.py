@@ -571,7 +571,7 @@ def test_channels_are_counted_as_they_are_read(tmp_path, extra, channels):
     array = np.broadcast_to(HU.reshape(*SHAPE, *[1] * len(extra)), (*SHAPE, *extra)).copy()
     array[..., -1] += 7
     path = str(save(tmp_path / "a.nii.gz", array))
-    pool = type("Pool", (), {"entries": {"one": {}}, "cases": [{"image": path}]})
+    pool = type("Pool", (), {"entries": {"one": {}}, "cases": [{"image": path}], "kept_in": None})
     assert count_channels(pool) == read_grid(path).channels == len(read_volume(path).array) == channels
     np.testing.assert_array_equal(read_volume(path).array[-1], array.reshape(*SHAPE, -1)[..., -1])
     refused(save(tmp_path / "b.nii", np.zeros((4, 4, 4, 2, 2), np.uint8)), "4x4x4x2x2 voxels; expected a 3D volume")

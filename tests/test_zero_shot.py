@@ -7,7 +7,10 @@ from monai.data import MetaTensor
 from tsfm.evaluation.zero_shot import RenumberTargetsd, shared_targets
 from tsfm.labels import LabelTable
 
-TRAINED = ("aorta", "kidney_left", "kidney_right", "liver")
+TABLE = LabelTable(
+    {"aorta": {}, "kidney_left": {}, "kidney_right": {}, "liver": {}, "cyst": {"inside": "kidney_left"}}, []
+)
+TRAINED = TABLE.names
 POOL = {
     "targets": {"kidney": {}, "kidney_left": {"part_of": "kidney"}, "liver": {}, "liver_tumor": {"inside": "liver"}},
     "datasets": [
@@ -33,11 +36,11 @@ def test_targets_come_by_name_or_as_unions(table):
         shared_targets(("spleen",), table)
 
 
-@pytest.mark.parametrize(("dataset", "expected"), [("kits", [0, 0, 1, 1, 0]), ("both", [0, 0, 2, 1, 3])])
+@pytest.mark.parametrize(("dataset", "expected"), [("kits", [0, 0, 1, 1, 0, 1]), ("both", [0, 0, 2, 1, 3, 2])])
 def test_a_map_in_the_weights_numbers_becomes_one_in_the_pools(table, dataset, expected):
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
-    found = MetaTensor(torch.arange(5, dtype=torch.uint8).reshape(1, 5, 1, 1), affine=affine)
-    renumber = RenumberTargetsd("pred", TRAINED, shared_targets(TRAINED, table, UNIONS), table)
+    found = MetaTensor(torch.arange(6, dtype=torch.uint8).reshape(1, 6, 1, 1), affine=affine)
+    renumber = RenumberTargetsd("pred", TABLE, shared_targets(TRAINED, table, UNIONS), table)
     pred = renumber({"pred": found, "dataset": dataset})["pred"]
     assert pred.flatten().tolist() == expected and np.array_equal(pred.affine, affine)
-    assert found.flatten().tolist() == [0, 1, 2, 3, 4], "what is given stays as it is"
+    assert found.flatten().tolist() == [0, 1, 2, 3, 4, 5], "what is given stays as it is"

@@ -69,8 +69,13 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # NFS locks what is open for writing, which a folder cannot be
+            os.close(handle)
+            handle = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -211,5 +211,11 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _is_copy(path: str, other: str) -> bool:
-    return os.path.isfile(path) and os.path.isfile(other) and filecmp.cmp(path, other, shallow=False)
+def _is_copy(path: Any, other: str) -> bool:
+    """Whether two weight files hold the same; several folds are a list, and no run's own."""
+    return (
+        isinstance(path, (str, os.PathLike))
+        and os.path.isfile(path)
+        and os.path.isfile(other)
+        and filecmp.cmp(path, other, shallow=False)
+    )

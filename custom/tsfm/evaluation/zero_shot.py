@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -39,11 +38,11 @@ class RenumberTargetsd(MapTransform):
     """Label maps (1, X, Y, Z) in the weights' numbers become label maps in the table's; what is not shared becomes 0.
 
     A case keeps the targets that its data set ("dataset" in the item) annotates; where two hold the same trained target
-    (a kidney, and the left one), the later one in the table: it is the part.
+    (a kidney, and the left one), the part. What the weights paint inside of a shared target (a tumor in a kidney) belongs to it.
 
     Args:
         keys: label maps.
-        trained: the weights' targets, in the order of their numbers.
+        trained: the weights' label table.
         shared: what `shared_targets` found.
         table: the label table of the truths.
     """
@@ -51,7 +50,7 @@ class RenumberTargetsd(MapTransform):
     def __init__(
         self,
         keys: KeysCollection,
-        trained: Sequence[str],
+        trained: LabelTable,
         shared: Mapping[str, Sequence[str]],
         table: LabelTable,
         allow_missing_keys: bool = False,
@@ -59,11 +58,17 @@ class RenumberTargetsd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.table, self.numbers = table, {}
         for dataset in table.datasets:
-            numbers = np.zeros(len(trained) + 1, np.uint8)
-            for value, name in enumerate(table.names, start=1):
-                if name in shared and name in table.annotated(dataset):
-                    numbers[[list(trained).index(part) + 1 for part in shared[name]]] = value
-            self.numbers[dataset] = torch.from_numpy(numbers)
+            own = {
+                part: target + 1
+                for target in table.paint_order()
+                if table.names[target] in shared and table.names[target] in table.annotated(dataset)
+                for part in shared[table.names[target]]
+            }
+            chains = [(target, *trained.ancestors(target)) for target in range(len(trained.names))]
+            found = [[own[trained.names[link]] for link in chain if trained.names[link] in own] for chain in chains]
+            self.numbers[dataset] = torch.tensor(
+                [0, *(values[0] if values else 0 for values in found)], dtype=torch.uint8
+            )
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)

@@ -239,8 +239,9 @@ class ClickPasses(Passes):
         self, image, corners, window, average, *args: Any, prompt: Prompt, kept: KeptWindows, **kwargs: Any
     ) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:  # fmt: skip
         """(logits (T, *window), float16, of the chosen targets; corner) of each window."""
-        for start in range(0, len(corners), self.size):
-            some = corners[start : start + self.size]
+        todo = list(corners)
+        while todo:
+            some, todo = todo[: self.size], todo[self.size :]  # out of memory makes `size` smaller
             every = {tuple(corner): list(self._of(corner, prompt, window)) for corner in some}
             results = {one: kept.get(*one) for passes in every.values() for one in passes}
             for prompted in (False, True):

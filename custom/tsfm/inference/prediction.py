@@ -204,10 +204,11 @@ class CaseEvaluator(SupervisedEvaluator):
         return output
 
     def _strange(self, batchdata: Mapping[str, Any]) -> dict[str, list[str]]:
-        """ "warnings" about an image that is far from what the weights have seen."""
+        """The row's "warnings": what in an image is far from what the weights have seen."""
         image = batchdata["image"]
         operations = getattr(image, "applied_operations", None) or [[]]
-        grids = [one["extra_info"] for one in operations[0] if one.get("class") == "PrepareImaged"]
+        first = operations[0] if isinstance(operations[0], (list, tuple)) else operations
+        grids = [one["extra_info"] for one in first if isinstance(one, Mapping) and one.get("class") == "PrepareImaged"]
         modality = (batchdata.get("modality") or [None])[0]
         found = self.familiar.warnings(image.as_tensor()[0].numpy(force=True), grids[-1], modality) if grids else []
         for line in found:

@@ -38,23 +38,39 @@ class Quality:
         self.pairs = {name: [0, 0] for name in targets}  # sum n (n - 1), sum (K - 1) n
         self.bits = {name: [0.0, 0] for name in targets}
         self._votes: dict[str, Tensor] = {}
+        self._last: tuple[list, dict[str, list[int]]] | None = (
+            None  # a batch that may begin again, and how often n voted
+        )
         self._done = 0
 
     def watch(self, version: Version) -> None:
-        """Take in what one version says; a batch counts once its last version is there."""
+        """Take in what one version says; a batch counts once another one begins: it may be computed anew, after all versions."""
         if version.count == 1:
             return
+        corners = [tuple(corner) for corner in version.corners]
+        if version.number == 0 and self._last:
+            if self._last[0] != corners:
+                self._count()
+            self._last = None
         winner = version.logits.argmax(1) if self.exclusive else None
         for name, (output, _) in self.targets.items():
             painted = version.logits[:, output] > self.levels[name] if winner is None else winner == output
             votes = painted.to(torch.uint8)
             self._votes[name] = self._votes[name].add_(votes) if version.number else votes
         if version.number == version.count - 1:
-            for name, votes in self._votes.items():
-                found = torch.bincount(votes.flatten(), minlength=version.count + 1).tolist()
-                self.pairs[name][0] += sum(n * (n - 1) * voxels for n, voxels in enumerate(found))
-                self.pairs[name][1] += sum((version.count - 1) * n * voxels for n, voxels in enumerate(found))
+            counted = {
+                name: torch.bincount(votes.flatten(), minlength=version.count + 1).tolist()
+                for name, votes in self._votes.items()
+            }
+            self._last = corners, counted
             self._votes.clear()
+
+    def _count(self) -> None:
+        """Add the last batch; of K versions n painted so many voxels."""
+        for name, voxels in self._last[1].items():
+            self.pairs[name][0] += sum(n * (n - 1) * count for n, count in enumerate(voxels))
+            self.pairs[name][1] += sum((len(voxels) - 2) * n * count for n, count in enumerate(voxels))
+        self._last = None
 
     def see(self, slab: Slab) -> None:
         """Take in averaged logits; the first slices may have come before."""
@@ -68,6 +84,8 @@ class Quality:
 
     def report(self) -> dict[str, dict[str, float | None]]:
         """Target -> ``agreement`` and ``entropy``."""
+        if self._last:
+            self._count()
         result = {}
         for name, (shared, possible) in self.pairs.items():
             bits, voxels = self.bits[name]

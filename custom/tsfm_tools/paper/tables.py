@@ -53,10 +53,11 @@ def is_scored(grid: Grid, row: Mapping[str, Any], column: Column, results: Seque
     """Whether the runs that could give a figure were scored: one that is absent all the same is of targets they do not know."""
     if column.mean_of:
         return all(is_scored(grid, row, other, results) for other in grid.columns if other.name in column.mean_of)
-    scored = [result for result in results if result["row"] == row["id"]]
     return any(
-        column.epochs in (None, result["epochs"]) and column.dataset in grid.covers(result["dataset"])
-        for result in scored
+        result["row"] == row["id"]
+        and column.epochs in (None, result["epochs"])
+        and result["scores"].get(column.dataset)
+        for result in results
     )
 
 
