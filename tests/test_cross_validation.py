@@ -7,19 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, environment
 from tsfm.evaluation.postprocessing_plan import determine
+from tsfm.files import write_first
 from tsfm.inference.claims import Claims
 from tsfm.inference.postprocessing import apply
 from tsfm.options import OptionError
 from tsfm.schema import FileError
 from tsfm.training.checkpoint import read_description, read_state
 from tsfm.training.weight_files import CheckpointError
+from tsfm_tools.release import cross_validation
 from tsfm_tools.release.cross_validation import CrossValidation, cross_validate
+from tsfm_tools.release.gpus import visible_devices
 
 pytestmark = pytest.mark.convolutions
 
@@ -51,7 +55,9 @@ def test_folds_are_trained_scored_and_released_and_nothing_is_done_twice(phantom
     assert out / "fold_0/done.json" in first and not (out / "fold_1").exists()
     other.free("fold_1")
 
-    second = CrossValidation(data, str(out), BUNDLE, [0, 1], [tiny], {}).held_out[1][0]
+    one = CrossValidation(data, str(out), BUNDLE, [0, 1], [tiny], {})
+    one.work(1)
+    second = one.held_out[1][0]
     label = nib.load(second["label"])
     made = np.asarray(label.dataobj).copy()
     made[:3, :3, :3] = 1  # as if the second fold had found all, and a piece of liver too many
@@ -97,13 +103,78 @@ def test_folds_are_trained_scored_and_released_and_nothing_is_done_twice(phantom
         cross_validate(data, str(out), **options, epochs=3)
 
 
-def test_what_cannot_be_used_is_refused_before_any_training(phantom_pool, tmp_path):
+def test_what_cannot_be_used_is_refused_before_any_training(phantom_pool, tmp_path, monkeypatch):
     data = str(phantom_pool / "Task03_Liver")
     with pytest.raises(FileError, match=r"smal\.json does not exist"):
         cross_validate(data, str(tmp_path / "out"), BUNDLE, overlays=["smal.json"])
     with pytest.raises(OptionError, match="epoch"):
         cross_validate(data, str(tmp_path / "out"), BUNDLE, epoch=3)
+    with pytest.raises(OptionError, match="--fold, --ckpt_dir, --store_dir: a cross-validation sets"):
+        cross_validate(data, str(tmp_path / "out"), BUNDLE, fold=1, ckpt_dir="x", store_dir="y")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    with pytest.raises(OptionError, match=r"sees 2 GPUs \(CUDA_VISIBLE_DEVICES: 4,7\)"):
+        cross_validate(data, str(tmp_path / "out"), BUNDLE, gpus=[2])
     assert not (tmp_path / "out").exists()
+
+
+def test_gpus_are_numbers_among_those_that_the_process_sees(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,MIG-a,7")
+    assert visible_devices(2) == {0: "4", 1: "MIG-a"}
+    assert visible_devices([2]) == {2: "7"}
+
+
+@pytest.mark.parametrize("fold", [0, 2])
+def test_a_number_means_that_fold_alone(phantom_pool, tmp_path, monkeypatch, fold):
+    monkeypatch.setattr(CrossValidation, "work", lambda self, fold: None)
+    said = cross_validate(str(phantom_pool / "Task03_Liver"), str(tmp_path), BUNDLE, folds=fold)
+    assert said.startswith(f"folds [{fold}] are with")
+
+
+def test_label_maps_of_other_weights_and_other_releases_are_made_anew(phantom_pool, tmp_path, monkeypatch):
+    calls = []
+
+    def run(bundle, configs, **options):
+        if "checkpoint" not in options:
+            return
+        for item in json.loads(Path(options["dataset_dir"]).read_text()):
+            path = tmp_path / f"held_out/{item['case']}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                calls.append(item["case"])
+                path.touch()
+
+    monkeypatch.setattr(cross_validation, "run_bundle", run)
+    monkeypatch.setattr(CrossValidation, "_plan", lambda self, fold: {})
+    monkeypatch.setattr(CrossValidation, "_table", lambda self, pairs, plan, released: f"table of {released}")
+    for name, value in {
+        "evaluate_folder": None,
+        "match_predictions": [],
+        "determine": {"targets": [], "steps": []},
+    }.items():
+        monkeypatch.setattr(cross_validation, name, lambda *_, value=value: value)
+    monkeypatch.setattr(cross_validation, "release", lambda *_, name, trained_on, **more: f"{name}, {trained_on}")
+    one = CrossValidation(str(phantom_pool / "Task03_Liver"), str(tmp_path), BUNDLE, [0, 1], [], {})
+    for fold in (0, 1):
+        one._fold(fold).mkdir()
+        (one._fold(fold) / "model.pt").write_text("first")
+        one.work(fold)
+    assert one.finish("a", "b", None) == one.finish("a", "b", None) == "table of a, b"
+    assert one.finish("c", "b", None) == "table of c, b" and one.finish("c", "d", None) == "table of c, d"
+
+    done = len(calls)
+    one.work(1)
+    assert len(calls) == done
+    (one._fold(1) / "model.pt").write_text("second")
+    assert not one.is_done(1)
+    one.work(1)
+    assert calls[done:] == [item["case"] for item in one.held_out[1]] and not (tmp_path / "table.md").exists()
+    assert one.is_done(1) and one.finish("c", "d", None) == "table of c, d"
+
+
+def test_of_two_plans_the_first_is_kept_and_nothing_else(tmp_path):
+    for content in ("first", "second"):
+        write_first(tmp_path / "plan.json", lambda path, content=content: Path(path).write_text(content))
+    assert (tmp_path / "plan.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_all_folds_take_one_plan_unless_numbers_are_given(phantom_pool, tmp_path):

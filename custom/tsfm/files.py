@@ -45,6 +45,20 @@ def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: 
         raise
 
 
+def write_first(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+    """As `atomic_write`, but what is at `path` stays: of processes that begin at once the first decides what all read."""
+    own = Path(os.path.dirname(os.path.abspath(path)), f".{scratch_name()}{PARTIAL}")
+    atomic_write(own, write)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        os.replace(own, path)
+    finally:
+        own.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
     """Hold a lock that other processes on this folder wait for; none where the system or the file system has no such lock."""

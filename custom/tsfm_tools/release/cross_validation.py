@@ -11,39 +11,47 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monai.bundle import ConfigParser
-from tsfm.cases.folders import PoolError
+from tsfm.cases.folders import PoolError, output_path
+from tsfm.cases.sources import file_digest
 from tsfm.evaluation.evaluation import evaluate_folder
 from tsfm.evaluation.label_maps import load_map, load_truth, match_predictions
 from tsfm.evaluation.postprocessing_plan import determine
 from tsfm.evaluation.scores import count_voxels
 from tsfm.evaluation.tables import load_rows
-from tsfm.files import atomic_write
+from tsfm.files import atomic_write, write_first
 from tsfm.inference.claims import Claims
 from tsfm.inference.postprocessing import apply
 from tsfm.names import plain_name
-from tsfm.options import check_options
+from tsfm.options import OptionError, check_options
 from tsfm.schema import FileError, read_json
 from tsfm.training.weight_files import CheckpointError
 
 from ..paper.grids import run_bundle
+from .gpus import visible_devices
 from .release import release
 
 logger = logging.getLogger(__name__)
 
 PLANNED = ("spacing_mm", "patch_size", "batch_size", "network_size")
 
+OWN = (
+    *("fold", "dataset_dir", "output_dir", "store_dir", "ckpt_dir", "bundle_root", "config_file", "meta_file"),
+    *("logging_file", "run_id", "init_id", "final_id"),
+)
+"""Ids that a cross-validation sets itself in every run."""
+
 
 def cross_validate(
     dataset_dir: str,
     output_dir: str = "cross_validation",
     bundle_dir: str = "bundles/tsfm_finetune",
-    folds: Sequence[int] | None = None,
+    folds: Sequence[int] | int | None = None,
     overlays: Sequence[str] = (),
     name: str | None = None,
     gpus: Sequence[int] | int | None = None,
@@ -61,10 +69,11 @@ def cross_validate(
         dataset_dir: the data set, as for the bundle.
         output_dir: folder of this cross-validation.
         bundle_dir: the bundle to train.
-        folds: which; by default all that hold out cases.
+        folds: which, one or several; by default all that hold out cases.
         overlays: further configs for the training (``small.json``, or paths).
-        name: of the released bundle; by default the data set's.
-        gpus: numbers of the GPUs to spread the folds over, or how many; without it, this process does one after the other.
+        name: of the released bundle; by default the data set's. With another name, or other words, it is made anew.
+        gpus: numbers of the GPUs, among those that this process sees, to spread the folds over, or how many; without it,
+            this process does one after the other.
         trained_on, data_license: as for `release`.
         settings: any other id of train.json, for all folds.
 
@@ -76,12 +85,13 @@ def cross_validate(
         CheckpointError: `output_dir` holds another cross-validation.
     """
     overlays = [overlays] if isinstance(overlays, str) else list(overlays)
+    folds = [folds] if isinstance(folds, int) else folds
+    devices = None if gpus is None else visible_devices(gpus)
     one = CrossValidation(dataset_dir, output_dir, bundle_dir, folds, overlays, settings)
-    if gpus is not None:
-        numbers = list(range(gpus)) if isinstance(gpus, int) else list(gpus)
+    if devices is not None:
         arguments = {"bundle_dir": bundle_dir, "folds": folds, "overlays": overlays, "name": name, **settings}
         arguments |= {"trained_on": trained_on, "data_license": data_license}
-        one.spread(numbers, {"dataset_dir": dataset_dir, "output_dir": output_dir, **arguments})
+        one.spread(devices, {"dataset_dir": dataset_dir, "output_dir": output_dir, **arguments})
     for fold in one.folds:
         one.work(fold)
     if left := [fold for fold in one.folds if not one.is_done(fold)]:
@@ -103,6 +113,10 @@ class CrossValidation:
     ) -> None:
         self.bundle, self.folder = os.path.abspath(bundle_dir), Path(os.path.abspath(output_dir))
         self.dataset_dir, self.overlays, self.settings = os.path.abspath(dataset_dir), list(overlays), dict(settings)
+        if own := [f"--{key}" for key in self.settings if key.lstrip("+") in OWN]:
+            raise OptionError(
+                f"{', '.join(own)}: a cross-validation sets this itself; its options are --folds, --output_dir"
+            )
         beside = [
             (os.path.join(self.bundle, "configs", one), os.path.abspath(one)) for one in ("train.json", *overlays)
         ]
@@ -116,7 +130,8 @@ class CrossValidation:
         for key, value in {**self._of_training(), "bundle_root": self.bundle}.items():
             self.parser[key] = value
         self.pool = self.parser.get_parsed_content("pool")
-        held_out = {fold: self.pool.evaluation_items(fold) for fold in (folds or range(self._count()))}
+        wanted = range(self._count()) if folds is None else folds
+        held_out = {fold: self.pool.evaluation_items(fold) for fold in wanted}
         self.held_out = {fold: items for fold, items in held_out.items() if items}
         self.folds = list(self.held_out)
         if not self.folds:
@@ -134,22 +149,22 @@ class CrossValidation:
             logger.info("fold %s of %s", fold, self.folds)
             if not self.is_done(fold):
                 run_bundle(
-                    self.bundle, self.configs, **self._of_training(), fold=fold, output_dir=str(self._fold(fold)),
-                    ckpt_dir="none", **self._plan(fold),
+                    self.bundle, self.configs, **self._of_training() | self._plan(fold), fold=fold,
+                    output_dir=str(self._fold(fold)), ckpt_dir="none",
                 )  # fmt: skip
                 self._segment(fold)
-                self._write(self._fold(fold) / "done.json", {"fold": fold, "held_out": len(self.held_out[fold])})
+                self._write(self._fold(fold) / "done.json", self._weights(fold))
         finally:
             self.claims.free(f"fold_{fold}")
 
     def is_done(self, fold: int) -> bool:
-        """Whether a fold is trained and what it holds out is segmented."""
-        return (self._fold(fold) / "done.json").is_file()
+        """Whether a fold is trained and what it holds out is segmented, with the weights that are there now."""
+        return _known(self._fold(fold) / "done.json") == self._weights(fold)
 
-    def spread(self, gpus: Sequence[int], arguments: Mapping[str, Any]) -> None:
-        """Run this command once per GPU and wait; what they say is in ``gpu_N.log``."""
+    def spread(self, gpus: Mapping[int, str], arguments: Mapping[str, Any]) -> None:
+        """Run this command once per GPU (number -> device as CUDA names it) and wait; what they say is in ``gpu_N.log``."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        run_bundle(self.bundle, self.configs, run_id="prepare", **self._of_training(), **self._plan(self.folds[0]))
+        run_bundle(self.bundle, self.configs, run_id="prepare", **self._of_training() | self._plan(self.folds[0]))
         words = [word for key, value in arguments.items() if value is not None for word in (f"--{key}", str(value))]
         command = [sys.executable, "-m", "tsfm", "cross_validate", *words]
         logs = {gpu: self.folder / f"gpu_{gpu}.log" for gpu in gpus}
@@ -157,7 +172,7 @@ class CrossValidation:
         try:
             for gpu, log in logs.items():
                 with open(log, "ab") as out:
-                    surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+                    surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus[gpu]}
                     running[gpu] = subprocess.Popen(command, env=surroundings, stdout=out, stderr=subprocess.STDOUT)
             failed = [gpu for gpu, process in running.items() if process.wait() != 0]
         finally:
@@ -170,10 +185,12 @@ class CrossValidation:
 
     def finish(self, name: str | None, trained_on: str | None, data_license: str | None) -> str:
         """Scores of all held-out cases, the post-processing that they support, the release, the table."""
-        table = self.folder / "table.md"
+        table, made = self.folder / "table.md", self.folder / "made_from.json"
+        asked = {"name": name or self._name(), "trained_on": trained_on, "data_license": data_license}
+        asked["weights"] = [self._weights(fold) for fold in self.folds]
         if not self.claims.take("table"):
             return f"another process is making {table} and the release"
-        if not table.is_file():
+        if not table.is_file() or _known(made) != asked:
             items = [item for items in self.held_out.values() for item in items]
             evaluate_folder(self.folder / "held_out", items, self.pool.table, self.folder / "scores")
             pairs = match_predictions(self.folder / "held_out", items)
@@ -184,12 +201,13 @@ class CrossValidation:
             said = f"{len(self.folds)} folds of {os.path.basename(self.dataset_dir)} ({len(items)} cases)"
             released = release(
                 self.bundle, [str(self._fold(fold) / "model.pt") for fold in self.folds], str(self.folder / "release"),
-                name=name or self._name(), metrics=str(self.folder / "scores/summary.json"), data_license=data_license,
+                name=asked["name"], metrics=str(self.folder / "scores/summary.json"), data_license=data_license,
                 trained_on=trained_on or said, overlays=self._own_overlays(),
                 inference={"postprocessing_plan": steps if plan["steps"] else None, "displayable_configs#mirroring": True},
             )  # fmt: skip
             text = self._table(pairs, plan, released)
             atomic_write(table, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+            self._write(made, asked)
         self.claims.free("table")
         return table.read_text(encoding="utf-8")
 
@@ -197,6 +215,11 @@ class CrossValidation:
 
     def _fold(self, fold: int) -> Path:
         return self.folder / f"fold_{fold}"
+
+    def _weights(self, fold: int) -> dict[str, Any]:
+        """What says which weights a fold's label maps are of: the digest of its ``model.pt`` (None without one)."""
+        path = self._fold(fold) / "model.pt"
+        return {"fold": fold, "checkpoint": file_digest(str(path)) if path.is_file() else None}
 
     def _of_training(self) -> dict[str, Any]:
         return {"dataset_dir": self.dataset_dir, "store_dir": str(self.folder / "store"), **self.settings}
@@ -219,7 +242,7 @@ class CrossValidation:
         }
         record, path = json.loads(json.dumps(record)), self.folder / "cross_validation.json"
         if not path.is_file():
-            self._write(path, record)
+            self._write(path, record, write_first)
         known = read_json(path)
         if differ := [key for key in record if known.get(key) != record[key]]:
             raise CheckpointError(
@@ -234,13 +257,17 @@ class CrossValidation:
         path = self.folder / "plan.json"
         if not path.is_file():
             self.parser["fold"] = fold
-            self._write(path, self.parser.get_parsed_content("planned").to_dict())
+            self._write(path, self.parser.get_parsed_content("planned").to_dict(), write_first)
         return {"plan": str(path)}
 
     def _segment(self, fold: int) -> None:
         """Label maps of the cases that a fold holds out, each painted with what its data set annotates."""
-        datalist = self._fold(fold) / "held_out.json"
+        datalist, begun = self._fold(fold) / "held_out.json", self._fold(fold) / "segmented_by.json"
         self._write(datalist, self.held_out[fold])
+        if _known(begun) != self._weights(fold):  # what is there is of other weights, or nobody knows of which
+            for path in (self.folder / "table.md", *self._maps(fold)):
+                path.unlink(missing_ok=True)
+            self._write(begun, self._weights(fold))
         painted = {"_target_": "tsfm.labels.LabelTable.from_dict", "table": self.pool.table.to_dict()}
         device = {key: self.settings[key] for key in ("device", "amp") if key in self.settings}
         run_bundle(
@@ -248,6 +275,9 @@ class CrossValidation:
             checkpoint=str(self._fold(fold) / "model.pt"), existing="skip", mirror=True, part=0, parts=1,
             **device, **{"evaluator#table": painted, "evaluator#annotated_only": True},
         )  # fmt: skip
+
+    def _maps(self, fold: int) -> list[Path]:
+        return [output_path(self.folder / "held_out", item["case"]) for item in self.held_out[fold]]
 
     def _name(self) -> str:
         """A bundle's name from the data set's."""
@@ -292,9 +322,14 @@ class CrossValidation:
                     found.setdefault(name, []).append(2 * tp / (2 * tp + fp + fn))
         return found
 
-    def _write(self, path: Path, content: Any) -> None:
+    def _write(self, path: Path, content: Any, write: Callable[..., None] = atomic_write) -> None:
         text = json.dumps(content, indent=4)
-        atomic_write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _known(path: Path) -> Any:
+    """What an earlier process wrote down; None where it is not there."""
+    return read_json(path) if path.is_file() else None
 
 
 def _mean(values: Sequence[float]) -> str:
