@@ -37,7 +37,7 @@ ONLY_FINETUNE_TRAINS = {
     *("plan", "memory_gb", "step_seconds"),
     *(f"loaded_network#{key}" for key in ("pool", "preparation", "pretrained", "output_dir")),
     *(f"frozen_network#{key}" for key in ("_target_", "network", "what")),
-    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs")),
+    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs", "clicks")),
     *(f"settings#{key}" for key in ("head_learning_rate", "encoder_learning_rate")),
     *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
     *("preparation#in_channels", "preparation#pretrained", "lr_scheduler#warmup_epochs"),
