@@ -26,6 +26,7 @@ from ..files import atomic_write
 from ..labels import LabelTable
 from ..preparation.familiar import Familiar
 from .claims import Claims
+from .source_grids import prepared_grid
 
 logger = logging.getLogger(__name__)
 
@@ -206,11 +207,8 @@ class CaseEvaluator(SupervisedEvaluator):
     def _strange(self, batchdata: Mapping[str, Any]) -> dict[str, list[str]]:
         """The row's "warnings": what in an image is far from what the weights have seen."""
         image = batchdata["image"]
-        operations = getattr(image, "applied_operations", None) or [[]]
-        first = operations[0] if isinstance(operations[0], (list, tuple)) else operations
-        grids = [one["extra_info"] for one in first if isinstance(one, Mapping) and one.get("class") == "PrepareImaged"]
-        modality = (batchdata.get("modality") or [None])[0]
-        found = self.familiar.warnings(image.as_tensor()[0].numpy(force=True), grids[-1], modality) if grids else []
+        grid, modality = prepared_grid(image), (batchdata.get("modality") or [None])[0]
+        found = self.familiar.warnings(image.as_tensor()[0].numpy(force=True), grid, modality) if grid else []
         for line in found:
             logger.warning("%s is far from what the weights were trained on: %s", _case_of(batchdata, 0), line)
         return {"warnings": found} if found else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,13 +26,25 @@ class SourceGrid(NamedTuple):
     image_affine: Any = np.eye(4)
 
 
-def source_grid(inputs: torch.Tensor) -> SourceGrid:
-    """The cropped source grid that `PrepareImaged` noted on a prepared image (1, C, S, P, L), else the image's own."""
+def prepared_grid(inputs: torch.Tensor) -> Mapping[str, Any] | None:
+    """What `PrepareImaged` noted on an image of a batch of one, if it was there."""
+    return next(
+        (one["extra_info"] for one in reversed(_operations(inputs)) if one.get("class") == "PrepareImaged"), None
+    )
+
+
+def _operations(inputs: torch.Tensor) -> list[Mapping[str, Any]]:
+    """The transforms that were noted on an image of a batch of one, first to last."""
     operations = getattr(inputs, "applied_operations", None) or []
     if operations and isinstance(operations[0], (list, tuple)):
         operations = operations[0]
-    shape = tuple(inputs.shape[2:])
-    grid = next((one["extra_info"] for one in reversed(operations) if one.get("class") == "PrepareImaged"), None)
+    return [one for one in operations if isinstance(one, Mapping)]
+
+
+def source_grid(inputs: torch.Tensor) -> SourceGrid:
+    """The cropped source grid that `PrepareImaged` noted on a prepared image (1, C, S, P, L), else the image's own."""
+    operations, shape = _operations(inputs), tuple(inputs.shape[2:])
+    grid = prepared_grid(inputs)
     if grid is None:
         return SourceGrid(shape, None, [(0, size) for size in shape], shape)
     if tuple(grid["shape"]) != shape:
