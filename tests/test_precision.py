@@ -102,7 +102,8 @@ def error(context):
         x = torch.randn(2, 16, slices, 6, 6, generator=torch.Generator().manual_seed(0))
         exact = gradients(layer, x, torch.autocast("cpu", enabled=False))
         pairs = zip(gradients(layer, x, context()), exact)
-        found[name] = max(float((a - b).norm() / b.norm().clamp(min=1)) for a, b in pairs)
+        errors = torch.stack([(a - b).norm() / b.norm().clamp(min=1) for a, b in pairs])
+        found[name] = float(errors.nan_to_num(torch.inf).max())  # Python's max would pass over a NaN
     return found
 
 torch.manual_seed(0)
@@ -111,14 +112,15 @@ print(json.dumps([precision.weight_gradient_is_wrong(), error(lambda: torch.auto
 """
 
 
-def test_gradients_of_flat_convolutions_are_those_of_float32():
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_gradients_of_flat_convolutions_are_those_of_float32(threads):
     """In a process that is held to avx512_bf16, since oneDNN's kernels for AMX are right."""
     if not torch.cpu.get_capabilities().get("avx512_bf16"):
         pytest.skip("this processor has no avx512_bf16, whose convolutions are the wrong ones")
-    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "OMP_NUM_THREADS": threads}
     done = subprocess.run([sys.executable, "-c", FLAT], env=limited, capture_output=True, encoding="utf-8", check=True)
     found, before, after, left = json.loads(done.stdout)
     if not found:
         pytest.skip(f"torch {torch.__version__} has right gradients: tsfm.network.cpu.mend_weight_gradients can go")
-    assert not before["3x3x3"] < 0.3 and before["three slices"] < 0.02, "the probe finds what is not there"
+    assert before["3x3x3"] > 0.3 and before["three slices"] < 0.02, "the probe finds what is not there"
     assert not left and {name: value for name, value in after.items() if not value < 0.1} == {}  # rounding: .04

@@ -151,9 +151,11 @@ def mend_weight_gradients() -> bool:
 def weight_gradient_is_wrong() -> bool:
     """Compare a bfloat16 weight gradient over two slices with the float32 one (milliseconds).
 
-    Where it is wrong, it is so whatever the memory held before: the kernel's first slice misses half of its sum.
+    Where it is wrong, it is so whatever the memory held before: the kernel's first slice misses half of its sum. A
+    thread that is given one slice alone computes it right, so the batch has two images for each thread.
     """
-    image = torch.linspace(-1, 1, 16 * 2 * 4 * 4).reshape(1, 16, 2, 4, 4).bfloat16()
+    images = 2 * torch.get_num_threads()
+    image = torch.linspace(-1, 1, 16 * 2 * 4 * 4).reshape(1, 16, 2, 4, 4).repeat(images, 1, 1, 1, 1).bfloat16()
     gradients = []
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float32, torch.bfloat16):
