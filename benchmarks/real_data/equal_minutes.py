@@ -1,7 +1,7 @@
 """Hippocampus from nothing at equal processor minutes: TSFM, the baselines' overlays, and nnU-Net 2.8.1 itself.
 
 Every side trains in a process of one thread until its minutes of processor time are used up (start, loader, augmentation and
-validation included, preparation not): a first short run tells what a step costs, and the number of steps, over which the
+validation included, preparation not) by its own recipe (STU-Net by that of its pretraining, since it starts from nothing): a first short run tells what a step costs, and the number of steps, over which the
 learning rate falls, follows from it. The held-out cases of nnU-Net's fold 0 are then segmented whole, without mirrored
 windows, and scored. A cell that has its result is not run again.
 
@@ -31,7 +31,8 @@ SIDES = {
     "tsfm_auto": (["train.json", "small.json"], {}),
     "tsfm_b": (["train.json", "small.json", "tsfm_b.json"], {"step_seconds": "None", "learning_rate": 0.001}),
     "stunet_s": (["train.json", "small.json", "stunet.json"], {"network_size": "stunet_s", "spacing_mm": "auto",
-                                                               "patch_size": "auto", "step_seconds": "None"}),
+                                                               "patch_size": "auto", "step_seconds": "None",
+                                                               "learning_rate": 0.01}),
     "swinunetr_12": (["train.json", "small.json", "swinunetr.json"], {"network_def#feature_size": 12,
                                                                       "patch_size": "[64,64,64]", "step_seconds": "None"}),
     "nnunet_2.8.1": None,
@@ -61,7 +62,7 @@ def bundle(configs: list[str], **settings: object) -> list[str]:
 class Ours:
     """A side that is a bundle run; `configs` and `settings` as in SIDES. One unit of work is an epoch."""
 
-    unit, first = ITERATIONS, (1, 3)
+    unit, first = ITERATIONS, (2, 8)
 
     def __init__(self, work: Path, data: Path, side: str):
         self.work, self.data, (self.configs, self.settings) = work, data, SIDES[side]
