@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..cases.licences import check_weights, inherited_licences, licences_of
+from ..cases.licences import all_licences, check_weights, inherited_licences, licences_of
 from ..cases.raw_ids import raw_values
 from ..files import atomic_write
 from ..labels import LabelTable
@@ -144,7 +144,7 @@ def describe_network(
         modalities=sorted({item.get("modality", preparation.default_modality) for item in items}),
         trained_on=sorted({item.get("dataset", table.bare_dataset) for item in items}),
         mirror_axes=mirror_axes,
-        licences={**network.description.get("licences", {}), **licences_of(items)},
+        licences=all_licences(network.description.get("licences", {}), licences_of(items)),
     )
     check_description(network.description, "this run", CheckpointError)
     return network
