@@ -22,6 +22,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai_label_server import LABEL_PYTHON, Server, form, free_port, staged, write_studies
 from tsfm.labels import LabelTable
+from tsfm.training.checkpoint import read_description
 from tsfm_tools.click_server import ClickRequests
 from tsfm_tools.release.import_nnunet import import_nnunet
 
@@ -89,6 +90,7 @@ def test_a_label_and_train_round_with_a_real_server(server):
         kept = torch.load(weights.with_name("model_previous.pt"), weights_only=True)
         assert torch.equal(kept["stem.weight"], before["stem.weight"])
         if server.name == "tsfm_finetune":
+            assert read_description(weights)["trained_on"] == ["label_map", "mine"]
             _only_the_drawn_and_named_targets_learned(before, after)
             _the_menu_offers_the_weights_before(server, root, result)
         result = np.asarray(server.infer("case2", root / "again.nii.gz").dataobj)
