@@ -22,10 +22,11 @@ from tsfm.cases.folders import find_images
 from tsfm.cases.raw_ids import in_raw_ids, raw_values
 from tsfm.cases.volumes import Reader
 from tsfm.inference.claims import Claims
-from tsfm.inference.painting import Painter, export_logits
-from tsfm.inference.passes import amp_type, free_bytes
+from tsfm.inference.painting import Painter, Slab, export_logits
+from tsfm.inference.passes import CPU, amp_type, free_bytes
 from tsfm.inference.prediction import CaseDataset, CaseEvaluator, FailedCases
 from tsfm.inference.probabilities import Probabilities
+from tsfm.inference.quality import Quality, binary_entropy
 from tsfm.inference.saving import WRITERS, SaveResultsd
 from tsfm.inference.windows import RollingAverage, SlabInferer, gaussian_weights, window_starts
 from tsfm.labels import LabelError, LabelTable
@@ -288,20 +289,60 @@ class TestSlabInferer:
         with pytest.raises(torch.OutOfMemoryError, match="too large"):
             SlabInferer((8, 8, 8), ["a"], progress=False)(torch.zeros(1, 1, 8, 8, 8), network)
 
-    def test_painting_goes_to_the_cpu_where_memory_runs_out(self, monkeypatch):
-        calls, add = [], Painter.add
+    @pytest.mark.parametrize("place", [(Painter, "add"), (Quality, "see")])
+    def test_painting_and_doubting_go_to_the_cpu_where_memory_runs_out(self, place, monkeypatch):
+        calls, add = [], getattr(*place)
 
-        def scarce(painter, slab):
+        def scarce(taker, slab):
             calls.append(slab)
             if len(calls) == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            add(painter, slab)
+            add(taker, slab)
 
         image = prepared((40, 20, 25), (63, 31, 17))
-        inferer = SlabInferer((16, 12, 10), TREE, amp=False, progress=False)
-        expected = inferer(image, convolution())
-        monkeypatch.setattr(Painter, "add", scarce)
+        inferer = SlabInferer((16, 12, 10), TREE, amp=False, progress=False, doubts=True)
+        expected, quality = inferer(image, convolution()), inferer.quality
+        monkeypatch.setattr(*place, scarce)
         assert torch.equal(inferer(image, convolution()), expected) and len(calls) > 3
+        assert inferer.quality == quality
+
+    def test_entropy_that_runs_out_of_memory_half_way_counts_once(self, monkeypatch):
+        slab, calls = Slab(torch.randn(2, 4, 8, 8), 0), []
+        plain, scarce = (Quality({"a": (0, 0), "b": (1, 1)}, {"a": 0.0, "b": 0.0}) for _ in range(2))
+        plain.see(slab)
+
+        def full(logits):
+            calls.append(logits)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return binary_entropy(logits)
+
+        monkeypatch.setattr("tsfm.inference.quality.binary_entropy", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            scarce.see(slab)
+        scarce.see(slab)
+        assert scarce.report() == plain.report()
+
+    @pytest.mark.parametrize("limit", [2**30, 0])
+    def test_averaging_goes_to_the_cpu_where_memory_runs_out_amid_a_window(self, limit, monkeypatch):
+        monkeypatch.setattr("tsfm.inference.windows.FULL_PRECISION_BYTES", limit)
+        clamp, calls = torch.Tensor.clamp, []
+
+        def scarce(tensor, *args):
+            calls.append(tensor)
+            if len(calls) == 4:  # a fake GPU ("cpu:0") is full in the fourth slice of the first window
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return clamp(tensor, *args)
+
+        plain, moved = (RollingAverage(2, (12, 8, 8), (8, 8, 8), place) for place in (CPU, torch.device("cpu", 0)))
+        windows = torch.randn(2, 3, 8, 8, 8)
+        for logits in windows:
+            plain.add(logits, (0, 0, 0), [0, 2])
+        monkeypatch.setattr(torch.Tensor, "clamp", scarce)
+        for logits in windows:
+            moved.add(logits, (0, 0, 0), [0, 2])
+        assert torch.equal(moved.mean, plain.mean) and torch.equal(moved.total, plain.total)
+        assert moved.device == CPU and len(calls) == 17
 
     def test_free_memory_counts_what_torch_keeps(self, monkeypatch):
         figures = {"mem_get_info": (10, 100), "memory_reserved": 50, "memory_allocated": 20}

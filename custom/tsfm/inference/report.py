@@ -19,8 +19,8 @@ FILE = "report.json"
 class CaseReport:
     """Handler of a `prediction.CaseEvaluator`: keeps ``report.json`` in `output_dir` up to date, case by case.
 
-    ``{"cases": {case: {"seconds", "ml": {target: volume}, "quality": {target: {"agreement", "entropy"}}, "doubt"}}}``; a case
-    that failed has "error". Cases of earlier runs and of other processes into the same folder stay.
+    ``{"cases": {case: {"seconds", "ml": {target: volume}, "quality": {target: {"agreement", "entropy"}}, "doubt"}}}``; a
+    volume includes parts and what lies inside, and a case that failed has "error". Cases of earlier runs and of other processes into the same folder stay.
     """
 
     def __init__(self, output_dir: str) -> None:
