@@ -67,7 +67,7 @@ MODELS = {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, "sarcoma": 1},
         "patch": [16, 64, 64],
-        "spacing": [3.3, 1.5, 1.5],
+        "spacing": [3.3, 3.0, 3.0],
         "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
         "kernels": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
         "folds": [0],

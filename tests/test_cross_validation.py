@@ -38,6 +38,7 @@ def dice(label_map, truth, value):
 def test_folds_are_trained_scored_and_released_and_nothing_is_done_twice(phantom_pool, tiny, tmp_path):
     data, out = str(phantom_pool / "Task03_Liver"), tmp_path / "out"
     options = {"folds": [0, 1], "overlays": [tiny], "bundle_dir": BUNDLE, "name": "two_folds"}
+    options["store_dir"] = str(tmp_path / "shared store")
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "tsfm", "cross_validate", "--dataset_dir", data, "--output_dir", str(out), *words]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -55,7 +56,7 @@ def test_folds_are_trained_scored_and_released_and_nothing_is_done_twice(phantom
     assert out / "fold_0/done.json" in first and not (out / "fold_1").exists()
     other.free("fold_1")
 
-    one = CrossValidation(data, str(out), BUNDLE, [0, 1], [tiny], {})
+    one = CrossValidation(data, str(out), BUNDLE, [0, 1], [tiny], {}, options["store_dir"])
     one.work(1)
     second = one.held_out[1][0]
     label = nib.load(second["label"])
@@ -64,6 +65,7 @@ def test_folds_are_trained_scored_and_released_and_nothing_is_done_twice(phantom
     nib.save(nib.Nifti1Image(made.astype(np.uint8), label.affine), out / f"held_out/{second['case']}.nii.gz")
     table = cross_validate(data, str(out), **options)
     assert {path: path.stat().st_mtime_ns for path in (out / "fold_0").iterdir()} == first
+    assert Path(options["store_dir"]).is_dir() and not (out / "store").exists()
     items = [item for fold in (0, 1) for item in json.loads((out / f"fold_{fold}/held_out.json").read_text())]
     assert sorted(path.name for path in (out / "held_out").glob("*.nii.gz")) == sorted(
         f"{one['case']}.nii.gz" for one in items
@@ -109,8 +111,8 @@ def test_what_cannot_be_used_is_refused_before_any_training(phantom_pool, tmp_pa
         cross_validate(data, str(tmp_path / "out"), BUNDLE, overlays=["smal.json"])
     with pytest.raises(OptionError, match="epoch"):
         cross_validate(data, str(tmp_path / "out"), BUNDLE, epoch=3)
-    with pytest.raises(OptionError, match="--fold, --ckpt_dir, --store_dir: a cross-validation sets"):
-        cross_validate(data, str(tmp_path / "out"), BUNDLE, fold=1, ckpt_dir="x", store_dir="y")
+    with pytest.raises(OptionError, match="--fold, --ckpt_dir: a cross-validation sets"):
+        cross_validate(data, str(tmp_path / "out"), BUNDLE, fold=1, ckpt_dir="x")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     with pytest.raises(OptionError, match=r"sees 2 GPUs \(CUDA_VISIBLE_DEVICES: 4,7\)"):
         cross_validate(data, str(tmp_path / "out"), BUNDLE, gpus=[2])

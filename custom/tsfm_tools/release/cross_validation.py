@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 PLANNED = ("spacing_mm", "patch_size", "batch_size", "network_size")
 
 OWN = (
-    *("fold", "dataset_dir", "output_dir", "store_dir", "ckpt_dir", "bundle_root", "config_file", "meta_file"),
+    *("fold", "dataset_dir", "output_dir", "ckpt_dir", "bundle_root", "config_file", "meta_file"),
     *("logging_file", "run_id", "init_id", "final_id"),
 )
 """Ids that a cross-validation sets itself in every run."""
@@ -57,6 +57,7 @@ def cross_validate(
     gpus: Sequence[int] | int | None = None,
     trained_on: str | None = None,
     data_license: str | None = None,
+    store_dir: str | None = None,
     **settings: Any,
 ) -> str:
     """Train every fold, segment and score the cases it holds out, find the post-processing, release the folds as one.
@@ -75,6 +76,7 @@ def cross_validate(
         gpus: numbers of the GPUs, among those that this process sees, to spread the folds over, or how many; without it,
             this process does one after the other.
         trained_on, data_license: as for `release`.
+        store_dir: prepared cases, such as another run's; by default ``store`` of `output_dir`.
         settings: any other id of train.json, for all folds.
 
     Returns:
@@ -87,10 +89,10 @@ def cross_validate(
     overlays = [overlays] if isinstance(overlays, str) else list(overlays)
     folds = [folds] if isinstance(folds, int) else folds
     devices = None if gpus is None else visible_devices(gpus)
-    one = CrossValidation(dataset_dir, output_dir, bundle_dir, folds, overlays, settings)
+    one = CrossValidation(dataset_dir, output_dir, bundle_dir, folds, overlays, settings, store_dir)
     if devices is not None:
         arguments = {"bundle_dir": bundle_dir, "folds": folds, "overlays": overlays, "name": name, **settings}
-        arguments |= {"trained_on": trained_on, "data_license": data_license}
+        arguments |= {"trained_on": trained_on, "data_license": data_license, "store_dir": store_dir}
         one.spread(devices, {"dataset_dir": dataset_dir, "output_dir": output_dir, **arguments})
     for fold in one.folds:
         one.work(fold)
@@ -110,8 +112,10 @@ class CrossValidation:
         folds: Sequence[int] | None,
         overlays: Sequence[str],
         settings: Mapping[str, Any],
+        store_dir: str | None = None,
     ) -> None:
         self.bundle, self.folder = os.path.abspath(bundle_dir), Path(os.path.abspath(output_dir))
+        self.store = os.path.abspath(store_dir) if store_dir else str(self.folder / "store")
         self.dataset_dir, self.overlays, self.settings = os.path.abspath(dataset_dir), list(overlays), dict(settings)
         if own := [f"--{key}" for key in self.settings if key.lstrip("+") in OWN]:
             raise OptionError(
@@ -222,7 +226,7 @@ class CrossValidation:
         return {"fold": fold, "checkpoint": file_digest(str(path)) if path.is_file() else None}
 
     def _of_training(self) -> dict[str, Any]:
-        return {"dataset_dir": self.dataset_dir, "store_dir": str(self.folder / "store"), **self.settings}
+        return {"dataset_dir": self.dataset_dir, "store_dir": self.store, **self.settings}
 
     def _count(self) -> int:
         """Number of folds: the splits file's, or the pool's."""
