@@ -98,7 +98,10 @@ def hostile(description: dict[str, Any], draw: random.Random) -> tuple[str, dict
     if isinstance(place[-1], str) and draw.random() < 0.3:
         parent[draw.choice(HOSTILE)] = parent.pop(place[-1])
         return f"hostile key: {place}", copy
-    parent[place[-1]] = another_type(parent[place[-1]], draw)
+    known = parent[place[-1]]
+    parent[place[-1]] = another_type(known, draw)
+    while known is None and isinstance(parent[place[-1]], bool):  # yes, no, and not known are of one type
+        parent[place[-1]] = another_type(known, draw)
     return f"value of another type: {place} became {parent[place[-1]]!r}", copy
 
 

@@ -178,10 +178,12 @@ def test_a_flipped_bit_in_weights_is_found_or_means_nothing(tmp_path, descriptio
     good = read_state(tmp_path / name)
     size, content = os.path.getsize(tmp_path / name), (tmp_path / name).read_bytes()
     draw, found = random.Random(0), 0
-    for number in range(60):
+    bits = [draw.randrange(8 * size) for _ in range(60)]
+    bits += [8 * byte + 1 for byte in range(size - 60, size)]  # where a zip has its directory
+    for number, bit in enumerate(bits):
         path = tmp_path / f"{number}_{name}"
         path.write_bytes(content)
-        flipped(path, draw.randrange(8 * size))
+        flipped(path, bit)
         try:
             tensors, read = read_state(path)
         except CheckpointError as error:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import PoolError
-from tsfm.cases.licences import licence_facts, permits, weights_terms
+from tsfm.cases.licences import all_licences, licence_facts, permits, weights_terms
 from tsfm.cases.pool import DatasetPool
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
@@ -117,3 +117,20 @@ def test_a_pretraining_that_goes_on_from_weights_keeps_their_licences(tmp_path):
     trained("free.pt", free)
     assert trained("still_free.pt", free, tmp_path / "free.pt", "commercial") == {"two": True}
     assert not (tmp_path / "no.pt").exists()
+
+
+def test_a_free_data_set_of_the_same_name_does_not_free_weights_that_saw_another(tmp_path):
+    """Each fact is the stricter one, the names stand beside each other, and neither grows with further rounds."""
+    table = LabelTable({"a": {}}, [{"name": "mine", "labels": {"1": "a"}}])
+    start = None
+    for number, licence in enumerate(["CC BY-NC-SA 4.0", "CC BY 4.0", "CC BY-NC-SA 4.0", None]):
+        items = [{"image": "i", "dataset": "mine", "modality": "CT", "licence": licence}]
+        network = start_from(TSFM(1, 1, **SMALL), start)
+        start = tmp_path / f"{number}.pt"
+        save_weights(describe_network(network, table, Preparation((1, 1, 1)), [8, 8, 8], items), start)
+        found = read_description(start)["licences"]["mine"]
+        assert found["commercial"] is False and found["share_alike"] is True
+    assert found["name"] == "CC BY-NC-SA 4.0 and CC BY 4.0 and not declared"
+    assert all_licences({"a": licence_facts("CC0")}, {"a": licence_facts(None)})["a"]["commercial"] is None
+    long = [{"a": licence_facts(letter * 60)} for letter in "xy"]
+    assert all_licences(*long) == long[0]  # no longer than a name may be

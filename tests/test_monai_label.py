@@ -2,199 +2,47 @@
 
 MONAI Label needs an environment of its own (`make test-label` builds it, or TSFM_LABEL_PYTHON names its interpreter);
 without one these tests are skipped. About two minutes per bundle. The fine-tuning bundle, of 30 targets, is served by the app
-that a release brings, the other one by MONAI Label's own.
+that a release brings, the pretraining one by MONAI Label's own; one more server has promptable weights, and an imported nnU-Net.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import shutil
-import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import nibabel as nib
+import nnunet_models
 import numpy as np
 import pytest
 import torch
-from conftest import write_dicom
 from monai.bundle import ConfigParser
-from tsfm.cases.cases import Preparation
+from monai_label_server import LABEL_PYTHON, Server, form, free_port, staged, write_studies
 from tsfm.labels import LabelTable
-from tsfm.network.tsfm_net import TSFM
-from tsfm.training.checkpoint import describe_network, save_weights
-from tsfm_tools.release import release
+from tsfm_tools.click_server import ClickRequests
+from tsfm_tools.release.import_nnunet import import_nnunet
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-LABEL_PYTHON = os.environ.get("TSFM_LABEL_PYTHON", str(REPOSITORY / ".venv-label/bin/python"))
 TARGETS = {"organ": {}, "tumor": {"inside": "organ"}}
 MANY = {**TARGETS, **{f"structure_{number}": {} for number in range(3, 31)}}
-TINY = {"features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]]}
-TINY |= {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
-WAIT_S = 600
 
 pytestmark = pytest.mark.skipif(not Path(LABEL_PYTHON).exists(), reason="no MONAI Label environment")
-
-
-class Server:
-    """A MONAI Label server in a process of its own, and the few requests that these tests make."""
-
-    def __init__(self, bundle: Path, root: Path, own_app: bool, studies: str | None = None) -> None:
-        self.name, self.log = bundle.name, root / "server.log"
-        if own_app:
-            self.bundle, options = root / "served" / self.name, {}
-            self.app = self.bundle / "label_app"
-        else:
-            self.app, options = root / "app", {"models": self.name, "zoo_source": "ngc", "sam2": "false"}
-            self.bundle = self.app / "model" / self.name
-            samples = Path(LABEL_PYTHON).parents[1] / "monailabel/sample-apps/monaibundle"
-            shutil.copytree(samples, self.app, ignore=shutil.ignore_patterns("model", "logs", "__pycache__"))
-        shutil.copytree(bundle, self.bundle, ignore=shutil.ignore_patterns("logs", "output", "store"))
-        config = json.loads((self.bundle / "configs/train.json").read_text())
-        config |= {"iterations_per_epoch": 20, "val_iterations": 2, "learning_rate": 1e-4}  # short; small steps
-        (self.bundle / "configs/train.json").write_text(json.dumps(config))
-        self.port = _free_port()
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        environment |= {"MONAI_LABEL_SESSION_PATH": str(root / "sessions"), "PYTHONPATH": str(_shim(root))}
-        environment["MONAI_LABEL_DICOMWEB_CACHE_PATH"] = str(root / "cache")
-        command = [LABEL_PYTHON, "-m", "monailabel.main", "start_server", "--app", str(self.app)]
-        command += ["--studies", studies or str(root / "studies"), "--host", "127.0.0.1", "--port", str(self.port)]
-        for key, value in options.items():
-            command += ["--conf", key, value]
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-
-    def answer(self, path: str, body: bytes | None = None, kind="application/json", method=None) -> tuple[int, bytes]:
-        """HTTP status and content."""
-        url = f"http://127.0.0.1:{self.port}{path}"
-        request = urllib.request.Request(url, body, {"Content-Type": kind}, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
-
-    def request(self, path: str, body: bytes | None = None, kind="application/json", method=None) -> bytes:
-        status, content = self.answer(path, body, kind, method)
-        assert status == 200, f"{path}: HTTP {status} {content[-500:]!r}\n{self.log.read_text()[-3000:]}"
-        return content
-
-    def info(self) -> dict:
-        deadline = time.time() + WAIT_S
-        while time.time() < deadline:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            try:
-                return json.loads(self.request("/info/"))
-            except urllib.error.URLError:
-                time.sleep(1)
-        raise AssertionError("the server did not answer\n" + self.log.read_text()[-3000:])
-
-    def try_infer(self, image: str, **options) -> tuple[int, bytes]:
-        parameters = json.dumps({"result_extension": ".nii.gz", "result_dtype": "uint8", **options})
-        body, kind = _form({"params": (None, parameters.encode())})
-        return self.answer(f"/infer/{self.name}?image={image}&output=image", body, kind)
-
-    def infer(self, image: str, target: Path, **options) -> nib.Nifti1Image:
-        status, content = self.try_infer(image, **options)
-        assert status == 200, f"HTTP {status} {content[-500:]!r}\n{self.log.read_text()[-3000:]}"
-        target.write_bytes(content)
-        return nib.load(target)
-
-    def submit(self, image: str, label: Path, **about) -> None:
-        """A label as 3D Slicer submits it."""
-        body, kind = _form({"params": (None, json.dumps(about).encode()), "label": (label.name, label.read_bytes())})
-        self.request(f"/datastore/label?image={image}&tag=final", body, kind, "PUT")
-
-    def train(self, **options) -> None:
-        self.request(f"/train/{self.name}", json.dumps({"max_epochs": 1, "multi_gpu": False, **options}).encode())
-        self.wait("/train/")
-
-    def wait(self, path: str) -> None:
-        """Wait for the background task behind `path` to be done."""
-        deadline = time.time() + WAIT_S
-        while time.time() < deadline:
-            state = json.loads(self.request(path))
-            if state["status"] not in ("SUBMITTED", "RUNNING"):
-                break
-            time.sleep(1)
-        assert state["status"] == "DONE", "\n".join(state["details"][-40:])
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _form(fields: dict[str, tuple[str | None, bytes]]) -> tuple[bytes, str]:
-    """Body and type of a form: name -> (file name or None, content)."""
-    parts = []
-    for name, (file, content) in fields.items():
-        named = f'; filename="{file}"' if file else ""
-        parts.append(f'--x\r\nContent-Disposition: form-data; name="{name}"{named}\r\n\r\n'.encode() + content)
-    return b"\r\n".join([*parts, b"--x--\r\n"]), "multipart/form-data; boundary=x"
-
-
-def _shim(root: Path) -> Path:
-    """The two names that MONAI Label imports from torchvision, of which no CPU wheel fits this torch."""
-    package = root / "shim/torchvision"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("__version__ = '0'\n")
-    (package / "utils.py").write_text(
-        "def make_grid(*args, **kwargs): raise NotImplementedError\nsave_image = make_grid\n"
-    )
-    return root / "shim"
-
-
-def _studies(folder: Path, labels: Path) -> None:
-    """Four images whose array axes point left, back and up, the last one darker and noisy, and label maps of two of them;
-    beside them a damaged file, and the first image as a DICOM series."""
-    grid = np.stack(np.meshgrid(*map(np.arange, (40, 44, 28)), indexing="ij"), -1).astype(float)
-    label = np.zeros((40, 44, 28), np.uint8)
-    label[(((grid - (18, 24, 13)) / (12, 13, 8)) ** 2).sum(-1) <= 1] = 1
-    label[(((grid - (22, 24, 13)) / (4, 4, 3)) ** 2).sum(-1) <= 1] = 2
-    image = np.array([-200, 80, 250])[label].astype(np.int16)
-    affine = np.array([[-1.2, 0, 0, 40], [0, -1.2, 0, 55], [0, 0, 2.5, -300], [0, 0, 0, 1.0]])
-    folder.mkdir(parents=True)
-    labels.mkdir(parents=True, exist_ok=True)
-    noisy = (image - 150 + np.random.default_rng(0).normal(0, 200, image.shape)).astype(np.int16)
-    for i in range(4):
-        nib.save(nib.Nifti1Image(noisy if i == 3 else image, affine), folder / f"case{i}.nii.gz")
-        if i < 2:
-            nib.save(nib.Nifti1Image(label, affine), labels / f"case{i}.nii.gz")
-    (folder / "damaged.nii.gz").write_bytes((folder / "case0.nii.gz").read_bytes()[:2000])
-    write_dicom(folder / "series", image, (1.2, 1.2, 2.5))
 
 
 @pytest.fixture(scope="module", params=["tsfm_pretrain", "tsfm_finetune"])
 def server(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(1)
-    ct = {"CT": {"lower": -300.0, "upper": 400.0, "mean": 50.0, "sd": 150.0}}
     own_app = request.param == "tsfm_finetune"
     targets = MANY if own_app else TARGETS
     raw = {"1": "organ", "2": "tumor"}
     if own_app:  # the server's labels are 1 organ, 2 tumor, 3 ... all the same
         raw = {"1": "tumor", "4": "organ", **{str(10 + number): name for number, name in enumerate(list(MANY)[2:])}}
-    table = LabelTable(targets, [{"name": "mine", "labels": raw}])
-    network = TSFM(1, len(targets), **TINY, img_size=[16, 16, 16])
-    for head in network.heads:
-        torch.nn.init.zeros_(head.conv.bias)  # so that about half of the voxels are segmented
-    describe_network(network, table, Preparation((2.5, 1.2, 1.2), ct), [16, 16, 16], [{"modality": "CT"}])
-    save_weights(network, root / "weights.pt")
-    bundle = release.release(
-        str(REPOSITORY / "bundles" / request.param), str(root / "weights.pt"), str(root / "dist"), zipped=False
-    )
-    _studies(root / "studies", root / ("submitted" if own_app else "studies/labels/final"))
-    running = Server(Path(bundle), root, own_app)
+    bundle = staged(request.param, LabelTable(targets, [{"name": "mine", "labels": raw}]), root)
+    write_studies(root / "studies", root / ("submitted" if own_app else "studies/labels/final"))
+    running = Server(bundle, root, own_app)
     try:
         yield running, root
     finally:
@@ -333,7 +181,7 @@ def test_what_cannot_be_meant_is_answered_with_a_sentence(server):
     assert status == 422 and "damaged.nii.gz" in json.loads(content)["detail"]
     status, content = server.try_infer("case22")
     assert status == 404 and "did you mean 'case2'" in json.loads(content)["detail"]
-    status, content = server.answer("/infer/tsfm?image=case2", *_form({"params": (None, b"{}")}))
+    status, content = server.answer("/infer/tsfm?image=case2", *form({"params": (None, b"{}")}))
     assert status == 404 and "no model 'tsfm'; this server has tsfm_finetune" in json.loads(content)["detail"]
     for written, meant in (("false", False), ("True", True)):
         texts = server.infer("case3", root / "texts.nii.gz", mirroring=written, threshold="0.5")
@@ -365,7 +213,7 @@ def test_labels_go_to_a_dicomweb_server_and_come_back_by_name(server, tmp_path):
         pytest.skip("no dcmqi in MONAI Label's environment")
     served, root = server
     shutil.copytree(root / "studies/series", tmp_path / "pacs")
-    port = _free_port()
+    port = free_port()
     pacs = subprocess.Popen([LABEL_PYTHON, Path(__file__).parent / "dicomweb.py", str(port), tmp_path / "pacs"])
     try:
         first, second = (
@@ -391,3 +239,69 @@ def test_labels_go_to_a_dicomweb_server_and_come_back_by_name(server, tmp_path):
         for process in (pacs, first.process, second.process):
             process.terminate()
             process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def promptable(tmp_path_factory):
+    """A server of promptable weights and, where nnU-Net's networks are installed on both sides, of an imported nnU-Net."""
+    root, package = tmp_path_factory.mktemp("promptable"), "dynamic_network_architectures"
+    torch.manual_seed(1)
+    bundle = staged("tsfm_finetune", LabelTable(TARGETS, []), root, clicks=True)
+    theirs = Path(LABEL_PYTHON).parents[1].glob(f"lib/*/site-packages/{package}")
+    imported = importlib.util.find_spec(package) and any(theirs)
+    if imported:
+        network = nnunet_models.unet()
+        with torch.no_grad():  # every class wins somewhere
+            noise = torch.randn(1, 1, *nnunet_models.PATCH)
+            network.decoder.seg_layers[-1].bias -= network(noise).mean((0, 2, 3, 4))
+        imported = import_nnunet(
+            nnunet_models.write_folder(root / "nnunet", {0: network}), str(root / "dist"), name="toy"
+        )
+    write_studies(root / "studies", root / "labels")
+    running = Server(bundle, root, True, beside=imported or "")
+    try:
+        yield running, root, imported
+    finally:
+        running.stop()
+
+
+def test_a_result_is_corrected_with_three_clicks(promptable):
+    """Without clicks both models give the automatic result; with them what inference outside of the server gives with them."""
+    server, root, _ = promptable
+    models = server.info()["models"]
+    assert server.name == "tsfm_finetune_deepedit"
+    kinds = {name: models[name]["type"] for name in (server.name, f"{server.name}_seg")}
+    assert kinds == {server.name: "deepedit", f"{server.name}_seg": "segmentation"}
+    path, answer = str(root / "studies/case3.nii.gz"), root / "answer.nii.gz"
+    outside = ClickRequests(server.bundle, device="cpu")
+    automatic = np.asarray(server.infer("case3", answer, model=f"{server.name}_seg").dataobj)
+    assert np.array_equal(automatic, np.asarray(server.infer("case3", answer).dataobj))
+    assert (automatic == outside(path)).mean() > 0.999 and len(np.unique(automatic)) > 1
+
+    clicks = {"label": "tumor", "foreground": [[6, 8, 5], [9, 8, 5]], "background": [[7, 11, 5]]}
+    corrected = np.asarray(server.infer("case3", answer, **clicks).dataobj)
+    assert (corrected == outside(path, **clicks)).mean() > 0.999
+    changed = np.argwhere(corrected != automatic)
+    assert len(changed) and (changed.max(0) <= np.array([9, 11, 5]) + 16 + 6).all()  # in windows that a click reaches
+    slicers = {"organ": [], "tumor": clicks["foreground"], "background": clicks["background"]}
+    assert not np.array_equal(np.asarray(server.infer("case3", answer, **slicers).dataobj), automatic)
+    assert np.array_equal(np.asarray(server.infer("case3", answer).dataobj), automatic)  # they were of that request
+
+    for options, status, message in (
+        ({**clicks, "foreground": [[40, 8, 5]]}, 422, "at voxel [40, 8, 5] lies outside of the volume of 40x44x28 voxels"),
+        ({**clicks, "label": "tumour"}, 422, "clicks for 'tumour', which is no target of these weights (did you mean 'tumor'?)"),
+        ({**clicks, "foreground": [[4, 8]]}, 422, "is [4, 8]; expected a voxel of the image, [i, j, k]"),
+        ({**clicks, "model": f"{server.name}_seg"}, 400, "this model takes no clicks"),
+    ):  # fmt: skip
+        found, content = server.try_infer("case3", **options)
+        assert found == status and message in json.loads(content)["detail"], (options, found, content)
+
+
+def test_an_imported_nnunet_answers_under_its_own_label_names(promptable):
+    server, root, imported = promptable
+    if not imported:
+        pytest.skip("dynamic-network-architectures is not installed here or in MONAI Label's environment")
+    assert server.info()["models"]["toy"]["labels"] == {"liver": 1, "liver_tumor": 2}
+    found = server.infer("case3", root / "nnunet.nii.gz", model="toy")
+    expected = ClickRequests(imported, device="cpu")(str(root / "studies/case3.nii.gz"))
+    assert (np.asarray(found.dataobj) == expected).mean() > 0.999 and set(np.unique(expected)) == {0, 1, 2}

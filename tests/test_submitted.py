@@ -7,14 +7,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from monai.bundle import ConfigParser
 from tsfm.cases.cases import Preparation
 from tsfm.cases.submitted import table_with_maps
 from tsfm.errors import CaseError
 from tsfm.labels import LabelTable
 from tsfm.network.loss import PartialLabelLoss
+from tsfm.network.tsfm_net import TSFM
 from tsfm.patches.dataset import Draw, PatchDataset
 from tsfm.patches.store import CaseStore
+from tsfm.training.checkpoint import describe_network, read_description, save_weights, trained_targets
 
+TINY = {"features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]], "img_size": [8, 8, 8]}
+TINY |= {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
 POOL = json.loads((Path(__file__).parents[1] / "bundles/tsfm_pretrain/configs/pool.json").read_text())
 NAMES = tuple(POOL["targets"])
 LIVER, TUMOR = NAMES.index("liver"), NAMES.index("liver_tumor")
@@ -89,3 +95,39 @@ def test_what_says_nothing_or_names_nothing_is_refused(table, items):
     nib.save(nib.Nifti1Image(np.asarray(wrong.dataobj) + np.uint8(40), wrong.affine), items["both"]["label"])
     with pytest.raises(CaseError, match=r"both.nii.gz: holds the values \[40, .*expected 0 .background. to 31"):
         table_with_maps(table, [items["both"]])
+
+
+@pytest.mark.convolutions
+@pytest.mark.parametrize("bundle", ["tsfm_pretrain", "tsfm_finetune"])
+def test_weights_that_learn_from_label_maps_offer_what_they_knew_before_too(bundle, table, items, tmp_path):
+    """As MONAI Label trains: bare items, weights of a part of the pool; with clicks too, the loss reads the store's codes."""
+    clicks = bundle == "tsfm_finetune"
+    network = TSFM(3 if clicks else 1, len(NAMES), **TINY)
+    network.description |= {"click_sigma": 2.0} if clicks else {}
+    lung = [{"image": "i", "dataset": "msd_lung", "modality": "CT"}]
+    preparation = Preparation((2.0, 2.0, 2.0), {"CT": {"lower": -300, "upper": 400, "mean": 50, "sd": 150}})
+    weights = tmp_path / "model.pt"
+    save_weights(describe_network(network, table, preparation, [8, 8, 8], lung), weights)
+    assert trained_targets(read_description(weights)) == ["lung_tumor"]
+
+    parser = ConfigParser()
+    configs = [ROOT / "bundles" / bundle / "configs" / name for name in ("train.json", *["clicks.json"] * clicks)]
+    parser.read_config([str(path) for path in configs])
+    changes = {
+        "dataset_dir": str(tmp_path),
+        "num_workers": 0,
+        "device": "cpu",
+        "bundle_root": str(configs[0].parents[1]),
+    }
+    changes |= {"pretrained": str(weights)} if clicks else {"initial_weights": str(weights), "preparation": preparation}
+    if not clicks:
+        network = {"_target_": "tsfm.network.networks.create_network", **network.description["network"]}
+        changes |= {"network_def": network, "patch": [8, 8, 8]}
+    for key, value in {**changes, "train#dataset#data": [items["both"]], "validate#dataset#data": []}.items():
+        parser[key] = value
+    description = parser.get_parsed_content("described_network").description
+    assert trained_targets(description) == [name for name in NAMES if name in ("lung_tumor", "liver", "liver_tumor")]
+    assert description["trained_on"] == ["label_map", "msd_lung"]
+    maps, loss = (parser.get_parsed_content(key) for key in ("map_table", "click_table" if clicks else "map_table"))
+    assert annotated(maps, items["both"]) == {"liver", "liver_tumor"}
+    assert np.array_equal(loss.targets[: len(maps.targets)], maps.targets)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..names import plain_punctuation
+from ..schema import LONGEST_NAME
 from .folders import PoolError
 
 USES = ("any", "commercial", "permissive")
@@ -75,6 +76,33 @@ def inherited_licences(description: Mapping[str, Any]) -> dict[str, dict[str, An
     known = description.get("licences", {})
     seen = description.get("trained_on") or ([] if known else ["pretrained weights"])
     return {**{name: licence_facts(None) for name in seen}, **known}
+
+
+def all_licences(*seen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Data set -> the facts of its licence, of several such; one that is there twice permits what both permit.
+
+    So weights stay bound by what they saw, also where a data set of the same name is free.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, licence in (pair for licences in seen for pair in licences.items()):
+        found[name] = _both(found[name], licence) if name in found else dict(licence)
+    return found
+
+
+def _both(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of two licences that bind the same weights; their names beside each other, if there is room."""
+    names = first["name"].split(" and ")
+    joined = " and ".join([*names, *(name for name in second["name"].split(" and ") if name not in names)])
+    stricter = min(first, second, key=lambda one: _order(one["commercial"]))
+    return {
+        "name": joined if len(joined) <= LONGEST_NAME else stricter["name"],
+        "commercial": stricter["commercial"],
+        "share_alike": max(first["share_alike"], second["share_alike"], key=_order),
+    }
+
+
+def _order(fact: bool | None) -> int:
+    return (False, None, True).index(fact)
 
 
 def check_weights(source: Any, description: Mapping[str, Any], use: str, without: str) -> None:

@@ -168,6 +168,7 @@ DESCRIPTION = _kind(
         "patch_size": THREE_COUNTS,
         "modalities": NAMES,
         "trained_on": NAMES,
+        "trained_targets": NAMES,
         "trained_by": NAME,
         "licences": _kind(
             "object",

@@ -28,7 +28,7 @@ from ..network.networks import create_network
 from ..patches.store import CaseStore
 from ..preparation.fingerprint import FOLDER, Fingerprint, fingerprint, plan_spacing
 from ..schema import FileError, read_json
-from ..training.checkpoint import build_network
+from ..training.checkpoint import build_network, goes_on
 from .own_data import count_channels, pretrained_description
 from .planner import Plan
 from .transfer import load_pretrained
@@ -162,6 +162,7 @@ def take_over(
         if preparation is not None:
             task["preparation"] = preparation.to_dict()
         load_pretrained(network, str(pretrained), report_path=report, task=task)
+        goes_on(network, pretrained_description(pretrained))
     return network
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..cases.licences import check_weights, inherited_licences, licences_of
+from ..cases.licences import all_licences, check_weights, inherited_licences, licences_of
 from ..cases.raw_ids import raw_values
 from ..files import atomic_write
 from ..labels import LabelTable
@@ -113,9 +113,10 @@ def describe_network(
 ) -> DescribedNetwork:
     """Give `network` the description that travels with its weights.
 
-    `items` are the training items: their modalities, data sets and licences are written down, beside the licences of
-    what the weights that `network` starts from have seen. `mirror_axes` are those along which
-    training mirrors, and inference may.
+    `items` are the training items: their modalities, data sets, annotated targets and licences are written down, beside the
+    licences of what the weights that `network` starts from have seen; where these were trained for the same targets
+    (`goes_on`), beside their data sets and targets too. `mirror_axes` are those along which training mirrors, and
+    inference may.
 
     Raises:
         CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation.
@@ -133,7 +134,12 @@ def describe_network(
             f"the network takes {image_channels(network.description)} channels{clicks}, the preparation makes "
             f"{preparation.in_channels}"
         )
-    declared = table.to_dict()
+    declared, before = table.to_dict(), network.description
+    if list(before.get("targets", ())) != list(table.names):
+        before = {"licences": before.get("licences", {})}
+    datasets = {table.dataset_of(item) for item in items}
+    taught = {name for dataset in datasets if table.knows(dataset) for name in table.annotated(dataset)}
+    taught.update(before.get("trained_targets", ()))
     network.description.update(
         format=1,
         version=__version__,
@@ -142,16 +148,19 @@ def describe_network(
         preparation=preparation.to_dict(),
         patch_size=[int(size) for size in patch_size],
         modalities=sorted({item.get("modality", preparation.default_modality) for item in items}),
-        trained_on=sorted({item.get("dataset", table.bare_dataset) for item in items}),
+        trained_on=sorted(
+            {item.get("dataset", table.bare_dataset) for item in items} | {*before.get("trained_on", ())}
+        ),
+        trained_targets=[name for name in table.names if name in taught],
         mirror_axes=mirror_axes,
-        licences={**network.description.get("licences", {}), **licences_of(items)},
+        licences=all_licences(before.get("licences", {}), licences_of(items)),
     )
     check_description(network.description, "this run", CheckpointError)
     return network
 
 
 def start_from(network: DescribedNetwork, path: str | os.PathLike | None, licence: str = "any") -> DescribedNetwork:
-    """`network` with the weights in `path`, which have to fit, and the licences of what these saw; None leaves it as it is.
+    """`network` with the weights in `path`, which have to fit, and what they say they saw; None leaves it as it is.
 
     Raises:
         CheckpointError: as `load_weights`.
@@ -161,7 +170,18 @@ def start_from(network: DescribedNetwork, path: str | os.PathLike | None, licenc
         description = load_weights(network, path)
         check_weights(path, description, licence, "--initial_weights None")
         network.description["licences"] = inherited_licences(description)
+        goes_on(network, description)
     return network
+
+
+def goes_on(network: DescribedNetwork, description: Mapping[str, Any]) -> None:
+    """Let `network` remember what the weights that it starts from were trained on: the next training may have the same targets."""
+    if {"targets", "dataset_labels"} <= description.keys():
+        network.description.update(
+            targets=description["targets"],
+            trained_on=description.get("trained_on", []),
+            trained_targets=trained_targets(description),
+        )
 
 
 def check_mirror_axes(axes: Any) -> None:
@@ -179,13 +199,13 @@ def table_of(description: Mapping[str, Any]) -> LabelTable:
 
 
 def trained_targets(description: Mapping[str, Any], raw_ids: str | None = None) -> list[str]:
-    """Targets that the data sets of the training annotate: what the weights can be asked for, in the table's order.
+    """Targets that the data of the training annotates: what the weights can be asked for, in the table's order.
 
-    A pool may declare more than the training found (``--allow_missing``); all targets where the data sets are not known.
+    A pool may declare more than the training found (``--allow_missing``); all targets where the data is not known.
     With `raw_ids`, a data set, those that one of its ids stands for.
     """
     table = table_of(description)
-    seen = {
+    seen = set(description.get("trained_targets", ())) or {
         name for dataset in description.get("trained_on", ()) if dataset in table.datasets
         for name in table.annotated(dataset)
     }  # fmt: skip

@@ -61,7 +61,7 @@ def load_pt(path: str, mmap: bool = True, checked: bool = False) -> Any:
     Raises:
         CheckpointError: a damaged file, or a pickle that holds more than tensors and plain values.
     """
-    is_zip = zipfile.is_zipfile(path)
+    is_zip = _is_zip(path)
     if is_zip and not checked:
         _verify_zip(path)
     try:
@@ -78,6 +78,14 @@ def load_pt(path: str, mmap: bool = True, checked: bool = False) -> Any:
     except Exception as error:  # the unpickler stumbles over damaged bytes in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"{path} is not a readable PyTorch weight file ({reason}): {AGAIN}") from None
+
+
+def _is_zip(path: str) -> bool:
+    """Whether a file ends as a zip does, or pretends to."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a damaged end that speaks of several disks
+        return True
 
 
 def _verify_zip(path: str) -> None:
