@@ -234,7 +234,7 @@ def test_pickled_numbers_and_arrays_are_what_they_were_and_types_with_pointers_a
         found = read_pickle(path)
         for name, value in content.items():
             np.testing.assert_array_equal(found[name], value)
-            assert found[name].dtype == value.dtype and found[name].shape == value.shape
+            assert found[name].dtype == value.dtype.newbyteorder("=") and found[name].shape == value.shape
     scalar, (reconstruct, begin, _) = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()
     flagged = Reduced(np.dtype, ("f8", False, True), (3, "<", None, ("a",), {"a": (np.dtype("f8"), 0)}, 8, 8, 27))
     kinds = [Reduced(np.dtype, (kind, False, True)) for kind in ("O8", "(2,)O", "V8", "M8[s]", "f8,O")]

@@ -746,6 +746,38 @@ class TestFindImages:
         found = {item["case"]: Path(item["image"]).relative_to(tmp_path).as_posix() for item in find_images(tmp_path)}
         assert found == {"p1_ct": "p1/ct.nii.gz", "p2_ct": "p2/ct.nii.gz", "é ü": "p2/é ü.mha", "p3": "p3"}
 
+    @pytest.mark.parametrize("pattern", ["", "*", "**/*.nii*"])
+    def test_results_inside_of_the_images_folder_are_no_images(self, tmp_path, pattern):
+        self.touch(tmp_path, "a.nii", "b/c.nii", "out/a.nii.gz", "out/deeper/a_uncertainty.nii.gz")
+        source = str(tmp_path / pattern)
+        (tmp_path / "results").symlink_to(tmp_path / "out")
+        found = find_images(source, tmp_path / "out", "overwrite")
+        assert [item["case"] for item in found] == ["a", "c"]
+        assert find_images(source, tmp_path / "out", "skip") == found[1:]
+        beside = find_images(str(tmp_path / "b" / pattern), tmp_path, "overwrite")
+        assert [item["case"] for item in beside] == ["c"], "results go above the images"
+
+    @pytest.mark.parametrize("existing", ["error", "skip", "overwrite"])
+    def test_no_result_is_written_over_an_image(self, tmp_path, existing):
+        self.touch(tmp_path, "a.nii.gz", "b.nrrd")
+        with pytest.raises(FileExistsError, match=r"a\.nii\.gz is an image.*another --output_dir"):
+            find_images(tmp_path, tmp_path, existing)
+        assert [item["case"] for item in find_images(tmp_path / "b.nrrd", tmp_path, existing)] == ["b"]
+
+    def test_links_to_folders_are_followed_and_each_folder_is_searched_once(self, tmp_path):
+        self.touch(tmp_path, "in/p1/a.nii", "in/p3/c.nii", "else/b.nii")
+        for link, place in (("in/p2", "else"), ("in/p0", "in/p3"), ("in/p1/loop", "in"), ("else/back", "in/p1")):
+            (tmp_path / link).symlink_to(tmp_path / place)
+        found = {
+            item["case"]: Path(item["image"]).relative_to(tmp_path).as_posix() for item in find_images(tmp_path / "in")
+        }
+        assert found == {"a": "in/p1/a.nii", "c": "in/p3/c.nii", "b": "in/p2/b.nii"}
+
+    def test_the_table_of_contents_of_a_cd_is_no_image(self, tmp_path):
+        self.touch(tmp_path, "S1/1.dcm")
+        (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+        assert [item["image"] for item in find_images(tmp_path)] == [str(tmp_path / "S1")]
+
     def test_same_name_with_two_endings(self, tmp_path):
         self.touch(tmp_path, "a.nii", "a.nrrd")
         assert [item["case"] for item in find_images(tmp_path)] == ["a", "a_2"]
