@@ -19,7 +19,7 @@ from skimage.transform import resize
 from tsfm.cases import folders
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import find_images
-from tsfm.cases.raw_ids import in_raw_ids, raw_values
+from tsfm.cases.raw_ids import from_raw_ids, in_raw_ids, raw_values
 from tsfm.cases.volumes import Reader
 from tsfm.inference.claims import Claims
 from tsfm.inference.painting import Painter, Slab, export_logits
@@ -709,6 +709,7 @@ class TestRawIds:
         painted = torch.from_numpy((rows * [1, 2, 3]).max(1)).byte()
         back = in_raw_ids(painted, self.BRATS, "brats")
         assert back.dtype == torch.uint8 and back.tolist() == raw.tolist()
+        assert from_raw_ids(back.numpy(), self.BRATS, "brats").tolist() == painted.tolist()
         assert in_raw_ids(painted, self.BRATS, "other").tolist() == [0, 300, 300, 300, 300, 300]
 
     def test_targets_without_an_id_are_not_painted(self):

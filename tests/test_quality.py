@@ -146,6 +146,8 @@ def seen(count=6):
 def test_a_case_like_those_of_the_training_passes():
     image = np.random.default_rng(1).normal(0.1, 1.1, (1, 22, 66, 55))
     assert Familiar({"CT": seen()}).warnings(image, GRID) == [] and Familiar().warnings(image, GRID) == []
+    assert Familiar({"MR": seen()}, modality="MRI").warnings(image, GRID) == []
+    assert Familiar({"MR": seen()}).warnings(image, GRID, "T1w") == []
 
 
 @pytest.mark.parametrize(
