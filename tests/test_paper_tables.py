@@ -18,6 +18,7 @@ from tsfm.training.checkpoint import save_weights
 from tsfm.training.weight_files import CheckpointError
 from tsfm_tools.paper import commands, grids
 from tsfm_tools.paper.grid_files import Grid
+from tsfm_tools.paper.tables import figures, is_scored
 from tsfm_tools.phantoms import layouts as phantoms
 
 TABLES = ("table1", "table2", "table3")
@@ -147,6 +148,33 @@ def test_seeds_show_their_spread_and_an_interrupted_table_shows_what_there_is(st
         run("table3", data, out, grid=str(path))
     assert cells((out / "table3.md").read_text())["the pool"] == [
         *("0.5000 ± 0.0000", "0.5571", "not run", "0.8503", "not run", "0.9437")
+    ]
+
+
+def test_scores_of_a_pool_fill_the_columns_of_their_own_data_sets_only():
+    grid = Grid(content("table1"), ROOT / "bundles")
+    row = next(row for row in grid.rows if row["id"] == "tsfm")
+    of_one = {"row": "tsfm", "dataset": "pool", "epochs": 1000, "seed": 0}
+    of_one["scores"] = {"msd_liver": {"liver": 0.95, "liver_tumor": 0.61}}
+    filled = {column.name: figures(grid, row, column, [of_one]) for column in grid.columns}
+    assert {name: found for name, found in filled.items() if found} == {
+        "Liver: liver": {0: 0.95}, "Liver: tumor": {0: 0.61}
+    }  # fmt: skip
+    grid = Grid(content("table2"), ROOT / "bundles")
+    alone = {
+        "row": "nnunet",
+        "dataset": "kits2019",
+        "epochs": 1000,
+        "seed": 0,
+        "scores": {"data": {"kidney_tumor": 0.5}},
+    }
+    row = next(row for row in grid.rows if row["id"] == "nnunet")
+    shown = {column.name for column in grid.columns if figures(grid, row, column, [alone])}
+    assert shown == {"KiTS2019"}, "whatever the folder calls it"
+    assert [is_scored(grid, row, column, [alone]) for column in grid.columns if column.epochs == 1000] == [
+        False,
+        True,
+        False,
     ]
 
 
