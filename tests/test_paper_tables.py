@@ -205,6 +205,7 @@ def test_rows_without_package_data_or_weights_are_marked_with_the_reason_and_the
         ({"overlays": ["gone.json"]}, FileError, "gone.json"),
         ({"weights": {"pol": "x.pt"}}, FileError, "did you mean 'pool'"),
         ({"weights": {"pool": "x.pt"}}, CheckpointError, "x.pt do not exist"),
+        ({"weights": {"pool": "a#b.pt"}}, OptionError, "a#b.pt' has a #"),
         ({"bundles_dir": "/nowhere"}, FileError, "pool.json does not exist"),
         ({"grid": "/nowhere/table.json"}, FileError, "does not exist"),
     ],

@@ -32,7 +32,7 @@ from .resampling import (
 FINGERPRINT_VOXELS = 10**7
 """Foreground voxels that a fingerprint draws over all cases (nnU-Net draws 1e8; the percentiles agree to 1e-3)."""
 
-DAMAGED = (ValueError, OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 PACKED = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "nthreads": 1}
 
