@@ -10,7 +10,7 @@ TORCH = torch==2.13.0
 # The baselines' networks; --no-deps, because what they ask for replaces a CPU build of torch by gigabytes of CUDA packages.
 NETWORKS = dynamic-network-architectures==0.4.4 medim==0.1.2
 
-.PHONY: demo test test-avx2 test-label test-docs lint format gate release bench-env clean
+.PHONY: demo test test-avx2 test-device test-label test-docs lint format gate release bench-env clean
 
 demo: $(VENV)/run
 	OMP_NUM_THREADS=1 $(BIN)/python -m tsfm demo --output_dir demo_output
@@ -22,6 +22,10 @@ test: $(VENV)/dev
 test-avx2: $(VENV)/dev
 	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
 		$(BIN)/python -m pytest tests -m convolutions -n 2 --dist worksteal -q
+
+# Training, transfer and inference on a device that, like a GPU, refuses the processor's tensors (tests/device/strict.cpp).
+test-device: $(VENV)/dev
+	OMP_NUM_THREADS=1 TSFM_DEVICE=1 $(BIN)/python -m pytest tests/device -q -rs
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-WORK, DATA = Path(sys.argv[1]), Path(sys.argv[2])
+WORK, DATA = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
 for name in ("raw", "preprocessed", "results"):
     (WORK / name).mkdir(parents=True, exist_ok=True)
     os.environ[f"nnUNet_{name}"] = str(WORK / name)

@@ -14,6 +14,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+from tsfm.inference.quality import doubt
 from tsfm.inference.report import read_report
 
 
@@ -25,18 +26,18 @@ def read(folder: Path) -> dict[str, np.ndarray]:
             if row["dice"]:
                 dice.setdefault(row["case"], []).append(float(row["dice"]))
     report = read_report(folder)
-    cases = [case for case in dice if report.get(case, {}).get("quality")]
-    qualities = [report[case]["quality"].values() for case in cases]
+    cases = [case for case in dice if "quality" in report.get(case, {})]  # empty: no version paints anything, no doubt
+    qualities = [report[case]["quality"] for case in cases]
     return {
         "risk": np.array([1 - np.mean(dice[case]) for case in cases]),
-        "disagreement": np.array([1 - np.mean([row["agreement"] for row in rows]) for rows in qualities]),
-        "entropy": np.array([np.mean([row["entropy"] for row in rows]) for rows in qualities]),
+        "disagreement": np.array([doubt(rows) for rows in qualities]),
+        "entropy": np.array([np.mean([row["entropy"] for row in rows.values()] or [0.0]) for rows in qualities]),
     }
 
 
-def curve(risk: np.ndarray, doubt: np.ndarray) -> np.ndarray:
+def curve(risk: np.ndarray, doubts: np.ndarray) -> np.ndarray:
     """Mean risk of the 1, 2, ... surest cases."""
-    return np.cumsum(risk[np.argsort(doubt, kind="stable")]) / np.arange(1, len(risk) + 1)
+    return np.cumsum(risk[np.argsort(doubts, kind="stable")]) / np.arange(1, len(risk) + 1)
 
 
 def main() -> None:

@@ -120,7 +120,9 @@ def generic_unet_state(network) -> dict:
     return found
 
 
-def write_version_1(folder: Path, state: dict, **plans_of) -> str:
+def write_version_1(
+    folder: Path, state: dict, name: str = "nnUNetTrainerV2", trained: int | None = None, **plans_of
+) -> str:
     """A version 1 model folder: fold_0/model_final_checkpoint.model with its .pkl, and plans.pkl."""
     stage = {
         "batch_size": 2, "patch_size": np.array(PATCH), "current_spacing": np.array([3.0, 1.5, 1.5]),
@@ -139,9 +141,9 @@ def write_version_1(folder: Path, state: dict, **plans_of) -> str:
     content |= {"plot_stuff": ([np.float64(1.0)], [], [], []), "best_stuff": (np.float64(1.0), 0, 0)}
     torch.save(content, folder / "fold_0" / "model_final_checkpoint.model")
     information = {
-        "init": ("plans.pkl", 0),
-        "name": "nnUNetTrainerV2",
-        "class": "<class 'nnUNetTrainerV2'>",
+        "init": ("plans.pkl", 0, "out", "preprocessed", True, trained, True, False, True),
+        "name": name,
+        "class": f"<class '{name}'>",
         "plans": plan,
     }
     (folder / "fold_0" / "model_final_checkpoint.model.pkl").write_bytes(pickle.dumps(information))

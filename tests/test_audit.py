@@ -12,7 +12,7 @@ from tsfm.labels import LabelTable
 from tsfm_tools.audit.checks import check_dataset
 from tsfm_tools.audit.command import audit
 from tsfm_tools.audit.duplicates import find_pairs
-from tsfm_tools.audit.measures import measure
+from tsfm_tools.audit.measures import measure, measured
 from tsfm_tools.audit.overlaps import Source, check_overlaps
 from tsfm_tools.audit.signature import canonical, describe_image
 from tsfm_tools.phantoms import layouts
@@ -66,6 +66,25 @@ def stored(path):
 
 def store(array, affine, path, dtype=np.int16):
     nib.save(nib.Nifti1Image(array.astype(dtype), affine), path)
+
+
+def test_a_kept_file_that_is_damaged_is_measured_again_and_a_tilted_voxel_is_smaller(tmp_path):
+    affine = np.diag([1.0, 1, 1, 1])
+    affine[:3, 2] = 0, 0.6, 0.8  # slices drift: a voxel of sides 1 mm has 0.8 mm^3
+    voxels = np.arange(512).reshape(8, 8, 8)
+    store(voxels, affine, tmp_path / "image.nii.gz")
+    store(voxels > 411, affine, tmp_path / "label.nii.gz", np.uint8)
+    item = {"image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")}
+    item |= {"dataset": "d", "case": "c", "modality": "MR"}
+    table = LabelTable({"x": {}}, [{"name": "d", "labels": {"1": "x"}}]).to_dict()
+    first = measured(item, table, str(tmp_path / "kept"))
+    assert first["targets"]["x"]["ml"] == pytest.approx(0.08)
+    (kept,) = (tmp_path / "kept").glob("*.npz")
+    whole = kept.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:200] + bytes([whole[200] ^ 255]) + whole[201:]):
+        kept.write_bytes(damaged)
+        assert measured(item, table, str(tmp_path / "kept"))["targets"] == first["targets"]
+        assert kept.read_bytes() == whole
 
 
 @pytest.fixture(scope="module")

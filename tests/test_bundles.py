@@ -97,7 +97,9 @@ def differences(name):
         ("multi_gpu_train.json", set(), set(), set()),
         ("fsdp_train.json", set(), set(), set()),
         ("keep_sides.json", set(), set(), set()),
-        *((f"{name}.json", set(), set(), set()) for name in ("nnunet", "nnunet_resenc", "swinunetr", "stunet")),
+        *((f"{name}.json", set(), set(), set()) for name in ("swinunetr", "stunet")),
+        ("nnunet.json", set(), set(), {"memory_gb"}),
+        ("nnunet_resenc.json", {"_desc_"}, set(), {"memory_gb"}),
     ],
 )
 def test_both_bundles_declare_the_same_but_for_what_is_listed_here(name, differs, only_pretrain, only_finetune):

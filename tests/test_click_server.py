@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
+import socket
 import threading
 import urllib.request
 from pathlib import Path
@@ -107,6 +109,29 @@ def test_clicks_of_the_extension_give_the_masks_that_inference_gives(served):
     assert np.array_equal(click(server, (12, 9, 8)), requests(path, label="organ", foreground=[[12, 9, 8]]) > 0)
     box = json.loads(post(f"{server}/add_bbox_interaction", b"{}")[0])
     assert box["status"] == "error" and "takes points only" in box["message"]
+
+
+def test_a_file_that_cannot_be_read_blocks_no_other_and_every_error_is_answered(served, tmp_path, monkeypatch, caplog):
+    server, voxels, requests, path = served
+    for name in ("a.nii.gz", "b.nrrd"):
+        (tmp_path / name).write_bytes(b"")
+    shutil.copy(path, tmp_path / "z.nii.gz")
+    session = Session(requests, str(tmp_path), "organ")
+    session.upload_image(voxels.T)
+    assert session.image == str(tmp_path / "z.nii.gz") and "a.nii.gz is left out" in caplog.text
+
+    assert upload(server, voxels.T) == {"status": "ok"}
+    with monkeypatch.context() as patch:
+        patch.setattr(ClickRequests, "__call__", lambda *_, **__: 1 / 0)
+        assert click(server, (3, 3, 3)) == {"status": "error", "message": "ZeroDivisionError: division by zero"}
+    assert np.array_equal(click(server, (12, 9, 8)), requests(path, label="organ", foreground=[[12, 9, 8]]) > 0)
+    for body in (b"[]", b"{", b'{"voxel_coord": 3, "positive_click": true}'):
+        assert json.loads(post(f"{server}/add_point_interaction", body)[0])["status"] == "error"
+    for length in (2**32 + 1, -1, "all"):
+        with socket.create_connection(server.removeprefix("http://").split(":"), timeout=20) as connection:
+            connection.sendall(f"POST /upload_image HTTP/1.0\r\nContent-Length: {length}\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert f"a request of {length} bytes" in answer.decode()
 
 
 def test_weights_without_clicks_and_unknown_targets_are_refused_before_anything_is_served(served, tmp_path):

@@ -113,6 +113,13 @@ def test_what_cannot_be_used_is_refused_before_any_training(phantom_pool, tmp_pa
         cross_validate(data, str(tmp_path / "out"), BUNDLE, epoch=3)
     with pytest.raises(OptionError, match="--fold, --ckpt_dir: a cross-validation sets"):
         cross_validate(data, str(tmp_path / "out"), BUNDLE, fold=1, ckpt_dir="x")
+    for odd in ("dataset_dir", "output_dir", "store_dir"):
+        with pytest.raises(OptionError, match=rf"{odd}: .*a#b' has a #, which MONAI reads as ::"):
+            cross_validate(
+                **{"dataset_dir": data, "output_dir": "out", "bundle_dir": BUNDLE, odd: str(tmp_path / "a#b")}
+            )
+    with pytest.raises(OptionError, match=r"checkpoint: 'a#b\.pt' has a #"):
+        cross_validation.run_bundle(BUNDLE, ["inference.json"], checkpoint=["a.pt", "a#b.pt"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     with pytest.raises(OptionError, match=r"sees 2 GPUs \(CUDA_VISIBLE_DEVICES: 4,7\)"):
         cross_validate(data, str(tmp_path / "out"), BUNDLE, gpus=[2])
@@ -160,6 +167,12 @@ def test_label_maps_of_other_weights_and_other_releases_are_made_anew(phantom_po
         one._fold(fold).mkdir()
         (one._fold(fold) / "model.pt").write_text("first")
         one.work(fold)
+    release = cross_validation.release
+    monkeypatch.setattr(cross_validation, "release", None)
+    with pytest.raises(TypeError):
+        one.finish("a", "b", None)
+    monkeypatch.setattr(cross_validation, "release", release)
+    assert not list(tmp_path.glob(".table.claim")), "a release that failed is no longer claimed"
     assert one.finish("a", "b", None) == one.finish("a", "b", None) == "table of a, b"
     assert one.finish("c", "b", None) == "table of c, b" and one.finish("c", "d", None) == "table of c, d"
 

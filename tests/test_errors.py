@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from tsfm import __main__ as command_line
 from tsfm.errors import CaseError, first_cause
 from tsfm.options import OptionError, check_options
 
@@ -23,6 +24,22 @@ def test_a_mistyped_option_is_refused_with_the_nearest_name(config, listed):
 @pytest.mark.parametrize("option", ["--epochs", "--network_def#features", "--train::dataset", "--tracking", "--run_id"])
 def test_known_ids_and_monais_own_options_pass(config, option):
     check_options(["monai.bundle", "run", "--config_file", config, option, "1"])
+
+
+def test_texts_of_a_command_stay_texts_and_other_values_are_read(monkeypatch):
+    said = []
+
+    def count(dataset_dir: "str", trained_on: "str | None" = None, folds=None, **settings):
+        said.append((dataset_dir, trained_on, folds, settings))
+
+    monkeypatch.setattr(command_line, "commands", lambda: {"count": lambda: count})
+    for words in (
+        ["2024", "--trained_on", "LiTS, KiTS19", "--folds", "[0,1]", "--epochs", "3"],
+        ["1e5", "--trained_on=None"],
+    ):
+        monkeypatch.setattr("sys.argv", ["tsfm", "count", *words])
+        command_line.main()
+    assert said == [("2024", "LiTS, KiTS19", [0, 1], {"epochs": 3}), ("1e5", None, None, {})]
 
 
 def test_other_programs_are_left_alone():

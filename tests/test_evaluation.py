@@ -339,6 +339,17 @@ def test_rows_are_on_disk_as_soon_as_their_case_ends(table, tmp_path):
     assert {row["case"] for row in load_rows(tmp_path / "cases.csv.part")} == {"first"}
 
 
+def test_lesions_of_a_tilted_gantry_measure_what_their_target_does(table):
+    prediction, raw = case_of("kits", 0)
+    rows = score_case(prediction, table.encode("kits", raw), table, "kits", (1, 1, 1), upright=0.9)
+    sums = [
+        (row["volume_true_ml"], sum(one["volume_ml"] for one in row["lesions"] if one["kind"] != "false"))
+        for row in rows
+    ]
+    counted = [(total, found) for total, found in sums if found]
+    assert counted and all(found == pytest.approx(total) for total, found in counted)
+
+
 def test_grids_are_compared_in_millimeters_at_the_corners():
     shape = (100, 100, 20)
     assert grid_difference(shape, AFFINE, shape, AFFINE + 1e-5) == ""

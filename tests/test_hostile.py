@@ -21,6 +21,8 @@ from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import find_images
 from tsfm.errors import CaseError
 from tsfm.files import PARTIAL, atomic_write, check_writable, scratch_name, sweep
+from tsfm.inference.prediction import CaseEvaluator
+from tsfm.inference.report import CaseReport
 from tsfm.labels import LabelTable
 from tsfm.network.description import NETWORKS, check_description
 from tsfm.network.tsfm_net import TSFM
@@ -338,6 +340,32 @@ def test_every_writer_sweeps_what_dead_processes_left(tmp_path):
     sweep(tmp_path / "absent")
 
 
+def test_where_a_process_cannot_be_asked_for_age_decides(tmp_path, monkeypatch):
+    """Signal 0 is Ctrl-C on Windows."""
+    monkeypatch.setattr("tsfm.files.ASKS", False)
+    monkeypatch.setattr(os, "kill", None)
+    old, new = (tmp_path / f".{scratch_name()}{PARTIAL}" for _ in range(2))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (1, 1))
+    sweep(tmp_path)
+    assert [*tmp_path.iterdir()] == [new]
+
+
+@pytest.mark.parametrize("content", ['{"version": 1}', "[]", '{"cases": 3}', '{"cases"'])
+def test_another_report_is_refused_before_any_case(tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    engine = CaseEvaluator(
+        device="cpu",
+        val_data_loader=[{"case": ["a"]}],
+        network=torch.nn.Identity(),
+        val_handlers=[CaseReport(tmp_path)],
+    )
+    with pytest.raises(ValueError, match=r"report\.json"):
+        engine.run()
+    assert engine.results == [] and (tmp_path / "report.json").read_text() == content
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_signals_end_a_run_as_an_interrupt_does(tmp_path, name):
     script = tmp_path / "run.py"
@@ -398,6 +426,7 @@ def command(*options, overlay=None, bundle="tsfm_finetune", first="train.json", 
         ({"num_workers": {"a": 1}}, "a whole number from 0"),
         ({"mirror_axes": "XYZ"}, "some of the letters S, P, L"),
         ({"dataset_dir": "/data/a#b"}, "has a #"),
+        ({"dataset_dir": ["/data/a", "/data/a#b"]}, "has a #"),
         ('{"epochs": 1, "epochs": 2}', r"the keys ['epochs'] are there twice"),
     ],
 )

@@ -14,6 +14,7 @@ from tsfm.inference.windows import SlabInferer
 from tsfm.planning.public_weights import read_folder, read_pretrained
 from tsfm.planning.transfer import load_pretrained
 from tsfm.training.checkpoint import build_network, load_weights, read_description
+from tsfm.training.safe_pickle import read_pickle
 from tsfm.training.weight_files import CheckpointError
 from tsfm_tools.release.import_nnunet import import_nnunet
 
@@ -110,6 +111,33 @@ def test_version_1_with_biases_of_zero_and_its_own_order(tmp_path):
     assert alone.description == read.description
 
 
+def test_version_1_has_the_plan_of_the_stage_that_was_trained(tmp_path):
+    state = models.generic_unet_state(models.unet())
+    plans_of = {
+        stage: {
+            "patch_size": np.array(models.PATCH), "current_spacing": np.array([spacing] * 3),
+            "pool_op_kernel_sizes": models.STRIDES[1:], "conv_kernel_sizes": models.KERNELS,
+        }
+        for stage, spacing in ((0, 3.0), (1, 1.5))
+    }  # fmt: skip
+    for stage, spacing in ((0, 3.0), (1, 1.5)):
+        path = models.write_version_1(tmp_path / str(stage), state, trained=stage, plans_per_stage=plans_of)
+        assert read_folder(path).description["preparation"]["spacing_mm"] == [spacing] * 3
+    for stage in (None, 2):
+        path = models.write_version_1(tmp_path / f"no{stage}", state, trained=stage, plans_per_stage=plans_of)
+        with pytest.raises(CheckpointError, match=rf"stages \[0, 1\], and the one that was trained is {stage}"):
+            read_folder(path)
+
+
+def test_trainers_of_version_1_without_mirroring_and_with_another_nonlinearity(tmp_path):
+    state = models.generic_unet_state(models.unet())
+    for name in ("nnUNetTrainerV2_noMirroring", "nnUNetTrainerV2_noDataAugmentation", "nnUNetTrainerV2_DA5"):
+        description = read_folder(models.write_version_1(tmp_path / name, state, name)).description
+        assert description["mirror_axes"] == ("SPL" if name.endswith("DA5") else "")
+    with pytest.raises(CheckpointError, match="trainer 'nnUNetTrainerV2_Mish' is unknown"):
+        read_folder(models.write_version_1(tmp_path / "mish", state, "nnUNetTrainerV2_Mish"))
+
+
 BAD_PLANS = {
     "previous_stage": ("3d_lowres", "second stage of a cascade"),
     "patch_size": ([64, 64], "two-dimensional"),
@@ -182,6 +210,44 @@ def test_pickles_with_code_in_them_are_refused_by_the_name_of_the_global_and_not
     with pytest.raises(CheckpointError, match=r"posix\.system"):
         read_folder(old)
     assert not os.path.exists("/tmp/tsfm_evil")
+
+
+class Reduced:
+    """Pickled as a call of `parts`."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        return self.parts
+
+
+def test_pickled_numbers_and_arrays_are_what_they_were_and_types_with_pointers_are_refused(tmp_path):
+    content = {
+        "big": np.arange(6, dtype=">i4").reshape(2, 3), "fortran": np.asfortranarray(np.eye(3)[:2]), "zero": np.array(5),
+        "none": np.zeros((0, 3), np.float32), "texts": np.array(["a", "bcd"]), "bytes": np.array([b"a", b"bc"]),
+        "truth": np.bool_(True), "number": np.float32(0.1), "text": np.str_("abc"), "complex": np.complex64(1 + 2j),
+    }  # fmt: skip
+    path = str(tmp_path / "a.pkl")
+    for protocol in (3, 4):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+        found = read_pickle(path)
+        for name, value in content.items():
+            np.testing.assert_array_equal(found[name], value)
+            assert found[name].dtype == value.dtype.newbyteorder("=") and found[name].shape == value.shape
+    scalar, (reconstruct, begin, _) = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()
+    flagged = Reduced(np.dtype, ("f8", False, True), (3, "<", None, ("a",), {"a": (np.dtype("f8"), 0)}, 8, 8, 27))
+    kinds = [Reduced(np.dtype, (kind, False, True)) for kind in ("O8", "(2,)O", "V8", "M8[s]", "f8,O")]
+    evil = [Reduced(scalar, (kind, b"A" * 8)) for kind in [*kinds, flagged]]
+    evil += [Reduced(reconstruct, begin, (1, (1,), kinds[0], False, [0])), np.array([{}])]
+    evil += [
+        Reduced(np.ndarray, ((1 << 40,),)),
+        Reduced(reconstruct, begin, (1, (-2, -2), np.dtype("u1"), False, b"AAAA")),
+    ]
+    for value in evil:
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(value, 2))
+        with pytest.raises(CheckpointError, match=r"a\.pkl is refused"):
+            read_pickle(path)
 
 
 def test_softmax_paints_the_largest_logit_of_the_mean_over_folds(tmp_path):

@@ -19,13 +19,14 @@ from skimage.transform import resize
 from tsfm.cases import folders
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import find_images
-from tsfm.cases.raw_ids import in_raw_ids, raw_values
+from tsfm.cases.raw_ids import from_raw_ids, in_raw_ids, raw_values
 from tsfm.cases.volumes import Reader
 from tsfm.inference.claims import Claims
-from tsfm.inference.painting import Painter, export_logits
-from tsfm.inference.passes import amp_type, free_bytes
+from tsfm.inference.painting import Painter, Slab, export_logits
+from tsfm.inference.passes import CPU, amp_type, free_bytes
 from tsfm.inference.prediction import CaseDataset, CaseEvaluator, FailedCases
 from tsfm.inference.probabilities import Probabilities
+from tsfm.inference.quality import Quality, binary_entropy
 from tsfm.inference.saving import WRITERS, SaveResultsd
 from tsfm.inference.windows import RollingAverage, SlabInferer, gaussian_weights, window_starts
 from tsfm.labels import LabelError, LabelTable
@@ -288,20 +289,60 @@ class TestSlabInferer:
         with pytest.raises(torch.OutOfMemoryError, match="too large"):
             SlabInferer((8, 8, 8), ["a"], progress=False)(torch.zeros(1, 1, 8, 8, 8), network)
 
-    def test_painting_goes_to_the_cpu_where_memory_runs_out(self, monkeypatch):
-        calls, add = [], Painter.add
+    @pytest.mark.parametrize("place", [(Painter, "add"), (Quality, "see")])
+    def test_painting_and_doubting_go_to_the_cpu_where_memory_runs_out(self, place, monkeypatch):
+        calls, add = [], getattr(*place)
 
-        def scarce(painter, slab):
+        def scarce(taker, slab):
             calls.append(slab)
             if len(calls) == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            add(painter, slab)
+            add(taker, slab)
 
         image = prepared((40, 20, 25), (63, 31, 17))
-        inferer = SlabInferer((16, 12, 10), TREE, amp=False, progress=False)
-        expected = inferer(image, convolution())
-        monkeypatch.setattr(Painter, "add", scarce)
+        inferer = SlabInferer((16, 12, 10), TREE, amp=False, progress=False, doubts=True)
+        expected, quality = inferer(image, convolution()), inferer.quality
+        monkeypatch.setattr(*place, scarce)
         assert torch.equal(inferer(image, convolution()), expected) and len(calls) > 3
+        assert inferer.quality == quality
+
+    def test_entropy_that_runs_out_of_memory_half_way_counts_once(self, monkeypatch):
+        slab, calls = Slab(torch.randn(2, 4, 8, 8), 0), []
+        plain, scarce = (Quality({"a": (0, 0), "b": (1, 1)}, {"a": 0.0, "b": 0.0}) for _ in range(2))
+        plain.see(slab)
+
+        def full(logits):
+            calls.append(logits)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return binary_entropy(logits)
+
+        monkeypatch.setattr("tsfm.inference.quality.binary_entropy", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            scarce.see(slab)
+        scarce.see(slab)
+        assert scarce.report() == plain.report()
+
+    @pytest.mark.parametrize("limit", [2**30, 0])
+    def test_averaging_goes_to_the_cpu_where_memory_runs_out_amid_a_window(self, limit, monkeypatch):
+        monkeypatch.setattr("tsfm.inference.windows.FULL_PRECISION_BYTES", limit)
+        clamp, calls = torch.Tensor.clamp, []
+
+        def scarce(tensor, *args):
+            calls.append(tensor)
+            if len(calls) == 4:  # a fake GPU ("cpu:0") is full in the fourth slice of the first window
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return clamp(tensor, *args)
+
+        plain, moved = (RollingAverage(2, (12, 8, 8), (8, 8, 8), place) for place in (CPU, torch.device("cpu", 0)))
+        windows = torch.randn(2, 3, 8, 8, 8)
+        for logits in windows:
+            plain.add(logits, (0, 0, 0), [0, 2])
+        monkeypatch.setattr(torch.Tensor, "clamp", scarce)
+        for logits in windows:
+            moved.add(logits, (0, 0, 0), [0, 2])
+        assert torch.equal(moved.mean, plain.mean) and torch.equal(moved.total, plain.total)
+        assert moved.device == CPU and len(calls) == 17
 
     def test_free_memory_counts_what_torch_keeps(self, monkeypatch):
         figures = {"mem_get_info": (10, 100), "memory_reserved": 50, "memory_allocated": 20}
@@ -668,6 +709,7 @@ class TestRawIds:
         painted = torch.from_numpy((rows * [1, 2, 3]).max(1)).byte()
         back = in_raw_ids(painted, self.BRATS, "brats")
         assert back.dtype == torch.uint8 and back.tolist() == raw.tolist()
+        assert from_raw_ids(back.numpy(), self.BRATS, "brats").tolist() == painted.tolist()
         assert in_raw_ids(painted, self.BRATS, "other").tolist() == [0, 300, 300, 300, 300, 300]
 
     def test_targets_without_an_id_are_not_painted(self):
@@ -704,6 +746,38 @@ class TestFindImages:
         )
         found = {item["case"]: Path(item["image"]).relative_to(tmp_path).as_posix() for item in find_images(tmp_path)}
         assert found == {"p1_ct": "p1/ct.nii.gz", "p2_ct": "p2/ct.nii.gz", "é ü": "p2/é ü.mha", "p3": "p3"}
+
+    @pytest.mark.parametrize("pattern", ["", "*", "**/*.nii*"])
+    def test_results_inside_of_the_images_folder_are_no_images(self, tmp_path, pattern):
+        self.touch(tmp_path, "a.nii", "b/c.nii", "out/a.nii.gz", "out/deeper/a_uncertainty.nii.gz")
+        source = str(tmp_path / pattern)
+        (tmp_path / "results").symlink_to(tmp_path / "out")
+        found = find_images(source, tmp_path / "out", "overwrite")
+        assert [item["case"] for item in found] == ["a", "c"]
+        assert find_images(source, tmp_path / "out", "skip") == found[1:]
+        beside = find_images(str(tmp_path / "b" / pattern), tmp_path, "overwrite")
+        assert [item["case"] for item in beside] == ["c"], "results go above the images"
+
+    @pytest.mark.parametrize("existing", ["error", "skip", "overwrite"])
+    def test_no_result_is_written_over_an_image(self, tmp_path, existing):
+        self.touch(tmp_path, "a.nii.gz", "b.nrrd")
+        with pytest.raises(FileExistsError, match=r"a\.nii\.gz is an image.*another --output_dir"):
+            find_images(tmp_path, tmp_path, existing)
+        assert [item["case"] for item in find_images(tmp_path / "b.nrrd", tmp_path, existing)] == ["b"]
+
+    def test_links_to_folders_are_followed_and_each_folder_is_searched_once(self, tmp_path):
+        self.touch(tmp_path, "in/p1/a.nii", "in/p3/c.nii", "else/b.nii")
+        for link, place in (("in/p2", "else"), ("in/p0", "in/p3"), ("in/p1/loop", "in"), ("else/back", "in/p1")):
+            (tmp_path / link).symlink_to(tmp_path / place)
+        found = {
+            item["case"]: Path(item["image"]).relative_to(tmp_path).as_posix() for item in find_images(tmp_path / "in")
+        }
+        assert found == {"a": "in/p1/a.nii", "c": "in/p3/c.nii", "b": "in/p2/b.nii"}
+
+    def test_the_table_of_contents_of_a_cd_is_no_image(self, tmp_path):
+        self.touch(tmp_path, "S1/1.dcm")
+        (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+        assert [item["image"] for item in find_images(tmp_path)] == [str(tmp_path / "S1")]
 
     def test_same_name_with_two_endings(self, tmp_path):
         self.touch(tmp_path, "a.nii", "a.nrrd")

@@ -246,4 +246,5 @@ def test_corner_neighbors_are_one_lesion_and_one_shared_voxel_finds_it():
     prediction[3, 3, 3] = True
     assert [row["kind"] for row in lesions(prediction, truth, (10, 10, 10))] == ["found", "missed"]
     assert [row["volume_ml"] for row in lesions(prediction, truth, (10, 10, 10))] == [8.0, 2.0]
+    assert [row["volume_ml"] for row in lesions(prediction, truth, (10, 10, 10), upright=0.5)] == [4.0, 1.0]
     assert lesions(prediction & False, truth & False, (1, 1, 1)) == []

@@ -52,6 +52,7 @@ def test_every_overlay_declares_its_network_and_recipe_in_both_bundles(bundle, o
     assert max(rates) == pytest.approx(best) and rates[-1] < 0.02 * best
     warmed = overlay == "swinunetr"
     assert isinstance(optimizer, torch.optim.AdamW if warmed else torch.optim.SGD) and (rates[0] < best) == warmed
+    assert rates[:3] == pytest.approx([best / 3, 2 * best / 3, best]) or not warmed, "no epoch learns nothing"
 
 
 @pytest.mark.parametrize("order", [["small.json", "stunet.json"], ["stunet.json", "small.json"]])

@@ -18,6 +18,7 @@ from tsfm.training.checkpoint import save_weights
 from tsfm.training.weight_files import CheckpointError
 from tsfm_tools.paper import commands, grids
 from tsfm_tools.paper.grid_files import Grid
+from tsfm_tools.paper.tables import figures, is_scored
 from tsfm_tools.phantoms import layouts as phantoms
 
 TABLES = ("table1", "table2", "table3")
@@ -150,6 +151,33 @@ def test_seeds_show_their_spread_and_an_interrupted_table_shows_what_there_is(st
     ]
 
 
+def test_scores_of_a_pool_fill_the_columns_of_their_own_data_sets_only():
+    grid = Grid(content("table1"), ROOT / "bundles")
+    row = next(row for row in grid.rows if row["id"] == "tsfm")
+    of_one = {"row": "tsfm", "dataset": "pool", "epochs": 1000, "seed": 0}
+    of_one["scores"] = {"msd_liver": {"liver": 0.95, "liver_tumor": 0.61}}
+    filled = {column.name: figures(grid, row, column, [of_one]) for column in grid.columns}
+    assert {name: found for name, found in filled.items() if found} == {
+        "Liver: liver": {0: 0.95}, "Liver: tumor": {0: 0.61}
+    }  # fmt: skip
+    grid = Grid(content("table2"), ROOT / "bundles")
+    alone = {
+        "row": "nnunet",
+        "dataset": "kits2019",
+        "epochs": 1000,
+        "seed": 0,
+        "scores": {"data": {"kidney_tumor": 0.5}},
+    }
+    row = next(row for row in grid.rows if row["id"] == "nnunet")
+    shown = {column.name for column in grid.columns if figures(grid, row, column, [alone])}
+    assert shown == {"KiTS2019"}, "whatever the folder calls it"
+    assert [is_scored(grid, row, column, [alone]) for column in grid.columns if column.epochs == 1000] == [
+        False,
+        True,
+        False,
+    ]
+
+
 # ---- what is marked -----------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +205,7 @@ def test_rows_without_package_data_or_weights_are_marked_with_the_reason_and_the
         ({"overlays": ["gone.json"]}, FileError, "gone.json"),
         ({"weights": {"pol": "x.pt"}}, FileError, "did you mean 'pool'"),
         ({"weights": {"pool": "x.pt"}}, CheckpointError, "x.pt do not exist"),
+        ({"weights": {"pool": "a#b.pt"}}, OptionError, "a#b.pt' has a #"),
         ({"bundles_dir": "/nowhere"}, FileError, "pool.json does not exist"),
         ({"grid": "/nowhere/table.json"}, FileError, "does not exist"),
     ],

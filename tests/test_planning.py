@@ -202,6 +202,23 @@ def test_spacing_and_normalization_are_the_checkpoints_unless_asked_otherwise(po
         planning.plan_preparation(pool, store, ct_normalization="best", pretrained=weights)
 
 
+def test_weights_keep_their_orientation_and_order_at_any_spacing(pool, weights, tmp_path):
+    """Stored: 20 x 22 x 12 voxels of 2 x 2 x 4 mm, of which these weights want the axes 0, 2, 1."""
+    tensors, description = read_state(weights)
+    rules = ({"scheme": "zscore", "masked": False},)
+    description["preparation"] |= {"orientation": "ikj", "resample_first": True, "channels": rules}
+    theirs, store = str(tmp_path / "theirs.pt"), str(tmp_path / "store")
+    torch.save({**tensors, EXTRA_STATE: encode_description(description)}, theirs)
+    planning.plan_preparation(pool, store, "auto", "fingerprint")  # another orientation, in the same store
+    for spacing, found in (("auto", (2, 4, 2)), ([3, 1, 1], (3, 1, 1)), ("checkpoint", (4, 2, 2))):
+        for normalization, channels in (("fingerprint", ()), ("checkpoint", rules)):
+            kept = planning.plan_preparation(pool, store, spacing, normalization, pretrained=theirs)
+            assert (kept.spacing_mm, kept.channels) == (found, channels)
+            assert kept.orientation == "ikj" and kept.resample_first
+    plan = plan_run(pool, store, pretrained=theirs, step_seconds=0.05)
+    assert plan.spacing_mm == (2.0, 4.0, 2.0) and plan.median_shape == (20, 12, 22)
+
+
 def test_a_checkpoints_plan_needs_a_checkpoint(pool, tmp_path):
     with pytest.raises(ValueError, match="--spacing_mm or --pretrained"):
         planning.plan_preparation(pool, str(tmp_path))

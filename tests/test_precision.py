@@ -68,24 +68,27 @@ def test_a_gpu_that_only_emulates_bfloat16_is_told_of_float16(monkeypatch, caplo
     precision.computes_in.cache_clear()
 
 
-FLAT = """
+SHAPES = """
 import json, torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tsfm.network import cpu as precision
 
-CONV, CPU = nn.Conv3d, torch.device("cpu")
+CONV, UP, CPU = nn.Conv3d, nn.ConvTranspose3d, torch.device("cpu")
 
 class Recomputed(nn.Sequential):
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False)
 
-LAYERS = {  # name: layer, slices of the input
-    "3x3x3": (CONV(16, 16, 3, padding=1), 2), "in plane stride": (CONV(16, 16, 3, (1, 2, 2), 1), 2),
-    "groups": (CONV(16, 16, 3, padding=1, groups=2), 2), "5x5x5": (CONV(16, 16, 5, padding=2), 4),
-    "transposed": (nn.ConvTranspose3d(16, 16, 3, padding=1), 2),
-    "recomputed": (Recomputed(CONV(16, 16, 3, padding=1), nn.InstanceNorm3d(16), CONV(16, 16, 3, padding=1)), 2),
-    "three slices": (CONV(16, 16, 3, padding=1), 3), "one slice": (CONV(16, 16, 3, padding=1), 1),
+LAYERS = {  # name: layer, shape of the input
+    "3x3x3": (CONV(16, 16, 3, padding=1), (2, 6, 6)), "in plane stride": (CONV(16, 16, 3, (1, 2, 2), 1), (2, 6, 6)),
+    "groups": (CONV(16, 16, 3, padding=1, groups=2), (2, 6, 6)), "5x5x5": (CONV(16, 16, 5, padding=2), (4, 6, 6)),
+    "transposed": (UP(16, 16, 3, padding=1), (2, 6, 6)),
+    "recomputed": (Recomputed(CONV(16, 16, 3, padding=1), nn.InstanceNorm3d(16), CONV(16, 16, 3, padding=1)), (2, 6, 6)),
+    "three slices": (CONV(16, 16, 3, padding=1), (3, 6, 6)), "one slice": (CONV(16, 16, 3, padding=1), (1, 6, 6)),
+    "narrow": (CONV(16, 16, 3, (1, 2, 2), 1), (6, 6, 2)), "halved": (CONV(16, 32, 2, 2), (4, 6, 2)),
+    "narrow, transposed": (UP(64, 64, 4, 2, 1), (3, 4, 1)),
+    "wide": (CONV(16, 16, 3, 2, 1), (6, 6, 6)),
 }
 
 def gradients(layer, x, context):
@@ -94,12 +97,13 @@ def gradients(layer, x, context):
     with context:
         y = layer(x)
     (y.float() * torch.linspace(-1, 2, y.numel()).view_as(y)).sum().backward()
-    return [x.grad, *(parameter.grad for parameter in layer.parameters())]
+    return [y.detach().float(), x.grad, *(parameter.grad for parameter in layer.parameters())]
 
 def error(context):
     found = {}
-    for name, (layer, slices) in LAYERS.items():
-        x = torch.randn(2, 16, slices, 6, 6, generator=torch.Generator().manual_seed(0))
+    for name, (layer, shape) in LAYERS.items():
+        x = torch.randn(2, layer[0].in_channels if isinstance(layer, Recomputed) else layer.in_channels, *shape,
+                        generator=torch.Generator().manual_seed(0))
         exact = gradients(layer, x, torch.autocast("cpu", enabled=False))
         pairs = zip(gradients(layer, x, context()), exact)
         errors = torch.stack([(a - b).norm() / b.norm().clamp(min=1) for a, b in pairs])
@@ -107,20 +111,26 @@ def error(context):
     return found
 
 torch.manual_seed(0)
-print(json.dumps([precision.weight_gradient_is_wrong(), error(lambda: torch.autocast("cpu", torch.bfloat16)),
-                  error(lambda: precision.autocast(CPU)), precision.weight_gradient_is_wrong()]))
+print(json.dumps([precision.wrong_convolutions(), error(lambda: torch.autocast("cpu", torch.bfloat16)),
+                  error(lambda: precision.autocast(CPU)), precision.wrong_convolutions()]))
 """
+WRONG = {"flat": ("3x3x3", 0.3), "narrow": ("narrow", 0.3)}
+"""What `wrong_convolutions` finds: a layer that is wrong then, and at least how much."""
 
 
 @pytest.mark.parametrize("threads", ["1", "2"])
-def test_gradients_of_flat_convolutions_are_those_of_float32(threads):
-    """In a process that is held to avx512_bf16, since oneDNN's kernels for AMX are right."""
+@pytest.mark.parametrize("instructions", ["DEFAULT", "AVX512_CORE_BF16"])
+def test_convolutions_in_bfloat16_are_those_of_float32(instructions, threads):
+    """In a process with all instructions, and in one that is held to avx512_bf16: with AMX other shapes are wrong."""
     if not torch.cpu.get_capabilities().get("avx512_bf16"):
         pytest.skip("this processor has no avx512_bf16, whose convolutions are the wrong ones")
-    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "OMP_NUM_THREADS": threads}
-    done = subprocess.run([sys.executable, "-c", FLAT], env=limited, capture_output=True, encoding="utf-8", check=True)
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "OMP_NUM_THREADS": threads}
+    done = subprocess.run(
+        [sys.executable, "-c", SHAPES], env=limited, capture_output=True, encoding="utf-8", check=True
+    )
     found, before, after, left = json.loads(done.stdout)
-    if not found:
-        pytest.skip(f"torch {torch.__version__} has right gradients: tsfm.network.cpu.mend_weight_gradients can go")
-    assert before["3x3x3"] > 0.3 and before["three slices"] < 0.02, "the probe finds what is not there"
+    assert before["three slices"] < 0.02 and before["wide"] < 0.02
+    for kind in found:
+        layer, least = WRONG[kind]
+        assert before[layer] > least, f"the probe finds {kind} convolutions wrong, which are not"
     assert not left and {name: value for name, value in after.items() if not value < 0.1} == {}  # rounding: .04

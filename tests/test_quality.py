@@ -7,8 +7,11 @@ import pytest
 import torch
 from tsfm.inference.painting import Slab
 from tsfm.inference.passes import Version
+from tsfm.inference.prediction import CaseEvaluator, volumes_ml
 from tsfm.inference.quality import Quality, binary_entropy, doubt
+from tsfm.inference.report import CaseReport, read_report
 from tsfm.inference.windows import SlabInferer
+from tsfm.labels import LabelTable
 from tsfm.preparation.familiar import Familiar, features, ranges
 
 NAMES = ("liver", "tumor")
@@ -70,6 +73,66 @@ def test_the_inferer_says_it_of_mirrored_versions_and_paints_the_same():
     assert doubt(one.quality) == one.quality["liver"]["entropy"] and doubt({}) == 0
 
 
+class Boxes(torch.nn.Module):
+    """Paints a box of its own per target in the versions numbered `when`, and nothing in the others."""
+
+    def __init__(self, *boxes, when=range(8)):
+        super().__init__()
+        self.boxes, self.when, self.number = boxes, when, 0
+
+    def forward(self, x):
+        logits = torch.full((1, len(self.boxes), *x.shape[2:]), -4.0)
+        for target, box in enumerate(self.boxes) if self.number in self.when else ():
+            logits[(0, target, *box)] = 5.0
+        self.number += 1
+        return logits
+
+
+def reported(folder, network, table, size, patch, **settings):
+    """What report.json says of one image."""
+    inferer = SlabInferer((patch,) * 3, table, doubts=True, amp=False, progress=False, mirror=True, **settings)
+    images = [{"case": ["x"], "image": torch.zeros(1, 1, size, size, size)}]
+    CaseEvaluator(
+        device="cpu", val_data_loader=images, network=network, inferer=inferer, table=table,
+        val_handlers=[CaseReport(str(folder))],
+    ).run()  # fmt: skip
+    return read_report(folder)["x"]
+
+
+def test_a_volume_includes_parts_and_what_lies_inside_of_targets_that_are_computed(tmp_path):
+    table = LabelTable(
+        {"kidney": {}, "left": {"part_of": "kidney"}, "right": {"part_of": "kidney"}, "tumor": {"inside": "left"}},
+        [{"name": "mine", "labels": {"1": "left", "2": "right", "3": "tumor"}}],
+    )
+    network = Boxes(*([slice(4, 16)] * 3 for _ in range(4)))
+    every = reported(tmp_path / "every", network, table, 20, 20)
+    assert every["ml"] == pytest.approx(dict.fromkeys(("kidney", "left", "tumor"), 1.728) | {"right": 0})
+    assert set(every["quality"]) == set(table.names) and every["doubt"] == 0
+    network.number = 0
+    assert reported(tmp_path / "one", network, table, 20, 20, targets="tumor")["ml"] == {"tumor": pytest.approx(1.728)}
+    assert volumes_ml(torch.full((1, 10, 10, 10), 4)) == {"4": 1.0}
+
+
+def test_what_some_versions_see_and_their_mean_does_not_is_doubtful(tmp_path):
+    box = [slice(2, 6)] * 3
+    row = reported(tmp_path, Boxes(box, when=range(3)), ["tumor"], 8, 8)
+    assert row["ml"] == {"tumor": 0.0} and row["doubt"] == pytest.approx(1 - 3 * 2 / (7 * 3))
+    nothing = reported(tmp_path, Boxes(box, when=()), ["tumor"], 8, 8)
+    assert nothing["ml"] == nothing["quality"] == {} and nothing["doubt"] == 0
+
+
+def test_versions_that_differ_outside_of_a_small_image_alone_agree(tmp_path):
+    """A patch of 16 around an image of 8: one version paints all of it, the others the image's box."""
+
+    class Padded(Boxes):
+        def forward(self, x):
+            logits = super().forward(x)
+            return torch.full_like(logits, 5.0) if self.number == 1 else logits
+
+    row = reported(tmp_path, Padded([slice(4, 12)] * 3), ["tumor"], 8, 16)
+    assert row["quality"]["tumor"]["agreement"] == 1 and row["ml"] == {"tumor": pytest.approx(0.512)}
+
+
 # ---- what the weights have seen ------------------------------------------------------------------------------------------
 
 GRID = {"spacing_mm": [4.0, 2.0, 2.0], "source_spacing_mm": [3.0, 1.0, 1.0]}
@@ -83,6 +146,8 @@ def seen(count=6):
 def test_a_case_like_those_of_the_training_passes():
     image = np.random.default_rng(1).normal(0.1, 1.1, (1, 22, 66, 55))
     assert Familiar({"CT": seen()}).warnings(image, GRID) == [] and Familiar().warnings(image, GRID) == []
+    assert Familiar({"MR": seen()}, modality="MRI").warnings(image, GRID) == []
+    assert Familiar({"MR": seen()}).warnings(image, GRID, "T1w") == []
 
 
 @pytest.mark.parametrize(

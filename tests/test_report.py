@@ -259,6 +259,20 @@ def test_the_page_of_an_evaluated_folder_shows_three_cases(table, tmp_path):
     assert (tmp_path / "out" / "targets.png").stat().st_size > 5000
 
 
+def test_maps_in_raw_ids_give_the_same_page_and_other_values_none(table, tmp_path, caplog):
+    items, out = evaluated_folder(table, tmp_path), tmp_path / "out"
+    odd = LabelTable(TARGETS, [*DATASETS, {"name": "odd", "labels": {"300": table.names[0]}}])
+    report.CasePage(str(out), items, odd)(None)
+    pages = [(out / name).read_bytes() for name in ("page.png", "targets.png")]
+    for path in out.glob("*.nii.gz"):
+        plain = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(plain.dataobj).astype(np.int16) * 300, plain.affine), path)
+    report.CasePage(str(out), items, odd, raw_ids="odd")(None)
+    assert [(out / name).read_bytes() for name in ("page.png", "targets.png")] == pages and not caplog.text
+    report.CasePage(str(out), items, odd)(None)
+    assert "holds values from 0 to 300" in caplog.text
+
+
 def test_the_worst_case_of_each_target_is_shown_with_that_target_alone():
     rows = [
         row("lits", case, target, dice)

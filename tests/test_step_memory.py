@@ -4,6 +4,7 @@ import pytest
 import torch
 import tsfm.training.step_memory
 from torch import nn
+from tsfm.network.networks import create_network
 from tsfm.network.tsfm_net import TSFM
 from tsfm.preparation.parallel import available_workers
 from tsfm.training.step_memory import fit_memory, peak_bytes, walk
@@ -58,6 +59,20 @@ def test_recomputing_halves_and_sharding_divide():
     assert peak_bytes(kept, False, processes=2) > peak_bytes(kept, False)
     assert peak_bytes(kept, False, processes=8, sharded=True) < peak_bytes(kept, False)
     assert peak_bytes(recomputed, True, fused=False) >= held + 4 * kept.weights
+
+
+@pytest.mark.parametrize("name", ["swinunetr", "nnunet"])
+def test_a_sharded_network_of_any_kind_is_walked_as_the_whole_one(name, monkeypatch):
+    pytest.importorskip({"nnunet": "dynamic_network_architectures"}.get(name, "monai"))
+    options = {"feature_size": 12} if name == "swinunetr" else {"features": [4, 8], "strides": [[2, 2, 2]]}
+    network = create_network(name, in_channels=2, out_channels=3, img_size=[32, 32, 64], **options)
+    whole = walk(network, 2, (32, 32, 64), 1, checkpointing=False, half=True)
+    monkeypatch.setattr(tsfm.training.step_memory, "is_sharded", lambda network: True)
+    sharded = walk(network, 2, (32, 32, 64), 1, checkpointing=False, half=True)
+    last = whole.moments[-1]
+    assert sharded[1:] == whole[1:] and sharded.moments[-1].done == last.done
+    assert max(sharded.moments) == pytest.approx(max(whole.moments), rel=0.01)
+    assert whole.largest == whole.weights, "nothing in it is gathered alone"
 
 
 @pytest.mark.parametrize(("share", "expected"), [(1.5, False), (0.9, True)])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -135,10 +136,14 @@ def test_a_large_store_is_compared_when_it_is_read(tmp_path, items, monkeypatch)
         store.open(items[1])
 
 
-def test_a_label_that_was_read_for_the_fingerprint_is_not_read_again(tmp_path, items, monkeypatch):
-    first, second = (CaseStore(tmp_path / name, TABLE, PREPARATION) for name in ("first", "second"))
+@pytest.mark.parametrize("orientation", ["SPL", "ikj"])
+def test_a_label_that_was_read_for_the_fingerprint_is_not_read_again(orientation, tmp_path, items, monkeypatch):
+    preparation = replace(PREPARATION, orientation=orientation)
+    first, second = (CaseStore(tmp_path / name, TABLE, preparation) for name in ("first", "second"))
     first.prepare(items, progress=False)
-    fingerprint(items, TABLE, PREPARATION, progress=False, sources=second.sources)
+    for other in ("SPL", orientation):
+        read_as = replace(PREPARATION, orientation=other)
+        fingerprint(items, TABLE, read_as, progress=False, sources=second.sources)
     monkeypatch.setattr("tsfm.cases.cases.load_codes", lambda *call: pytest.fail("the label was read again"))
     assert second.prepare(items, progress=False).prepared == 3
     assert files_in(tmp_path / "first/one") == files_in(tmp_path / "second/one")

@@ -7,6 +7,7 @@ import torch
 from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
+from monai.optimizers import WarmupCosineSchedule
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import read_state
 from tsfm.training.curve import Curve, write_csv
@@ -224,20 +225,31 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     assert not list(tmp_path.glob(".*.partial")) and (tmp_path / "last.pt").exists()
 
 
-def test_an_extended_run_goes_on_with_the_longer_schedules_rate(tmp_path):
+def cosine(optimizer, epochs):
+    return WarmupCosineSchedule(optimizer, warmup_steps=1, t_total=epochs, warmup_multiplier=0.5, end_lr=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "short", "longer"),
+    [
+        (poly_schedule, [1, 0.5**0.9], [0.5**0.9, 0.25**0.9]),
+        (cosine, [0.5, 1], [0.75, 0.4]),  # (1 + cos(angle)) / 2 of 60 and 120 degrees, no less than 0.4
+    ],
+)
+def test_an_extended_run_goes_on_with_the_longer_schedules_rate(schedule, short, longer, tmp_path):
     def run(epochs):
         network = TSFM(**SMALL)
         trainer, step = engine_with(network)
         trainer.state.max_epochs = epochs
-        parts = {"optimizer": trainer.optimizer, "step": step, "lr_scheduler": poly_schedule(trainer.optimizer, epochs)}
+        parts = {"optimizer": trainer.optimizer, "step": step, "lr_scheduler": schedule(trainer.optimizer, epochs)}
         trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: parts["lr_scheduler"].step())
         curve = Curve(str(tmp_path))
         RunState(str(tmp_path), network, parts, curve, {}, [ITEM]).attach(trainer)
         trainer.run()
         return [row["lr"] for row in curve.rows]
 
-    assert run(2) == pytest.approx([0.01, 0.01 * 0.5**0.9])
-    assert run(4)[2:] == pytest.approx([0.01 * 0.5**0.9, 0.01 * 0.25**0.9])
+    assert run(2) == pytest.approx([0.01 * factor for factor in short])
+    assert run(4)[2:] == pytest.approx([0.01 * factor for factor in longer])
 
 
 def test_rows_with_other_columns_share_one_table(tmp_path):

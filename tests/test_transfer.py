@@ -316,6 +316,18 @@ def test_what_differs_from_the_pretraining_is_reported(checkpoint):
     assert "normalization" not in text  # MR is z-scored in both
 
 
+def test_another_orientation_order_and_rule_of_channels_are_reported(checkpoint):
+    own = describe(network(seed=1)).description
+    changed = {"orientation": "kji", "resample_first": True, "channels": [{"scheme": "none"}]}
+    task = {**own, "preparation": {**own["preparation"], **changed}}
+    lines = load_pretrained(network(seed=1), checkpoint, task=task).mismatches
+    assert [line for line in lines if "written by" not in line] == [
+        "orientation of the axes: SPL in the checkpoint, kji now",
+        "resampled before it is normalized: False in the checkpoint, True now",
+        "normalization of the channels: by modality in the checkpoint, none now",
+    ]
+
+
 def test_another_ct_window_is_reported_and_the_same_task_is_not(checkpoint):
     same = describe(network(seed=1)).description
     report = load_pretrained(network(seed=1), checkpoint, task=same)

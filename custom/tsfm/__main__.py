@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any
 
 import fire
+from fire.decorators import SetParseFns
 
 
 def pool(
@@ -160,6 +162,12 @@ def _plan() -> Callable[..., Any]:
     return plan
 
 
+def _as_said(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same command, whose texts stay texts: fire would make "LiTS, KiTS19" a tuple, and 2024 a number."""
+    texts = [key for key, one in signature(function).parameters.items() if one.annotation in ("str", "str | None")]
+    return SetParseFns(**dict.fromkeys(texts, lambda text: None if text == "None" else text))(function)
+
+
 def main() -> None:
     """Run one command; an error the user can mend is one message, not a traceback."""
     from .errors import end_plainly
@@ -168,7 +176,7 @@ def main() -> None:
     found, asked = commands(), sys.argv[1:2]
     names = asked if asked and asked[0] in found else found
     try:
-        fire.Fire({name: found[name]() for name in names}, name="tsfm")
+        fire.Fire({name: _as_said(found[name]()) for name in names}, name="tsfm")
     except (ValueError, OSError) as error:
         sys.exit(f"tsfm: {error}")
 

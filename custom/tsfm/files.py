@@ -18,7 +18,10 @@ PARTIAL = ".partial"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 ABANDONED_S = 86400
-"""Age at which another host's unfinished file is taken for abandoned, in seconds."""
+"""Age at which an unfinished file is taken for abandoned where its process cannot be asked for, in seconds."""
+
+ASKS = os.name != "nt"
+"""Whether a signal 0 asks if a process lives; on Windows it is a Ctrl-C."""
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: str = "") -> None:
@@ -114,10 +117,10 @@ def scratch_name() -> str:
 
 def is_abandoned(path: str | os.PathLike) -> bool:
     """Whether what lies at `path` under a `scratch_name` belongs to a process of this host that no longer lives, or is
-    a day old and another host's."""
+    a day old and another host's (on Windows: or this one's)."""
     parts = os.path.basename(path).lstrip(".").split(".partial")[0].rsplit("_", 2)
     try:
-        if len(parts) == 3 and parts[0] == socket.gethostname() and parts[1].isdigit():
+        if ASKS and len(parts) == 3 and parts[0] == socket.gethostname() and parts[1].isdigit():
             return not _alive(int(parts[1]))
         return time.time() - os.path.getmtime(path) > ABANDONED_S
     except OSError:  # gone already: another process sweeps too

@@ -127,19 +127,33 @@ def check_options(arguments: Sequence[str]) -> None:
 
 
 def _check_values(content: Mapping[str, Any], source: str) -> None:
-    """OptionError for values of the wrong type, and for a ``#``, which MONAI would turn into ``::``."""
+    """OptionError for values of the wrong type, and for those that `check_texts` refuses."""
     plain = {
         key.lstrip("+"): value
         for key, value in content.items()
         if not key.startswith("_") and not (isinstance(value, str) and value.startswith(SIGNS))
     }
     check(plain, "options", source, OptionError)
-    for key, value in plain.items():
-        if isinstance(value, str) and "#" in value:
-            raise OptionError(
-                f"{source}, {key}: {value!r} has a #, which MONAI reads as ::; give the file or folder another name, or a "
-                "link without it"
-            )
+    known = KINDS["options"]["properties"]  # other lists may name ids
+    check_texts({key: value for key, value in plain.items() if isinstance(value, str) or key in known}, source)
+
+
+def check_texts(content: Mapping[str, Any], source: str) -> None:
+    """OptionError for texts and paths, single or in lists, with a ``#``, which MONAI would turn into ``::``."""
+    for key, value in content.items():
+        for text in _texts(value):
+            if "#" in text and not text.startswith(SIGNS):
+                raise OptionError(
+                    f"{source}, {key}: {text!r} has a #, which MONAI reads as ::; give the file or folder another name, or "
+                    "a link without it"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, (str, os.PathLike)):
+        yield os.fspath(value)
+    elif isinstance(value, (list, tuple)):
+        yield from (text for one in value for text in _texts(one))
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:

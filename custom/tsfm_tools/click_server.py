@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,8 +22,14 @@ from monai.transforms import Compose, Invertd
 from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import read_grid, read_volume
 from tsfm.errors import first_cause
+from tsfm.inference.prediction import root_cause
 from tsfm.network.clicks import ClickError
 from tsfm.training.checkpoint import load_weights
+
+logger = logging.getLogger(__name__)
+
+LARGEST_BODY = 2**32
+"""Bytes of a request: a scan of 512x512x2000 voxels in float64."""
 
 NO_IMAGE = "No image uploaded"
 """The extension uploads its image again where a message holds this."""
@@ -87,21 +94,31 @@ class Session:
         """
         self.image = None
         wanted = voxels.T
-        alike = [path for path in self.files if read_grid(path).shape == wanted.shape]
-        for path in alike:
-            if np.allclose(read_volume(path).array[0], wanted, rtol=1e-5, atol=1e-3, equal_nan=True):
+        alike = 0
+        for path in self.files:
+            try:
+                if read_grid(path).shape != wanted.shape:
+                    continue
+                found = read_volume(path).array[0]
+            except Exception as error:  # one that cannot be read is no reason not to serve the others
+                logger.warning("%s is left out: %s", path, root_cause(error))
+                continue
+            alike += 1
+            if np.allclose(found, wanted, rtol=1e-5, atol=1e-3, equal_nan=True):
                 self.image = path
                 return self.forget()
         raise ClickError(
             f"the uploaded image of {'x'.join(map(str, wanted.shape))} voxels (I, J, K) is none of the {len(self.files)} images "
-            f"of this server ({len(alike)} have its size): start it with --images and the folder that Slicer loaded it from"
+            f"of this server ({alike} have its size): start it with --images and the folder that Slicer loaded it from"
         )
 
     def add_point(self, voxel: list[int], inside: bool) -> np.ndarray:
         """The target's mask (K, J, I) with one more click, at a voxel [k, j, i].
 
         Raises:
-            ClickError: no image yet, or a click outside of it (which is then forgotten).
+            ClickError: no image yet, or a click outside of it.
+
+        A click that led to an error is forgotten.
         """
         if self.image is None:
             raise ClickError(NO_IMAGE)
@@ -109,7 +126,7 @@ class Session:
         clicks.append(list(voxel)[::-1])
         try:
             found = self.requests(self.image, label=self.target, **self.clicks)
-        except ValueError:
+        except Exception:
             clicks.pop()
             raise
         holds = self.requests.table.map_membership()[:, self.requests.table.names.index(self.target)]
@@ -144,12 +161,13 @@ def serve(session: Session, host: str, port: int) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             try:
+                body = self.rfile.read(_length(self.headers.get("Content-Length", "0")))
                 with lock:
                     answer = _answer(session, self.path, body, self.headers.get("Content-Type", ""))
-            except (ValueError, KeyError, OSError) as error:  # said in the extension's window
-                answer = {"status": "error", "message": f"{error}"}
+            except Exception as error:  # said in the extension's window
+                logger.warning("%s: %s", self.path, root_cause(error), exc_info=not isinstance(error, ValueError))
+                answer = {"status": "error", "message": root_cause(error)}
             packed = isinstance(answer, bytes)
             content = answer if packed else json.dumps(answer).encode()
             self.send_response(200)
@@ -164,6 +182,13 @@ def serve(session: Session, host: str, port: int) -> ThreadingHTTPServer:
             pass
 
     return ThreadingHTTPServer((host, port), Handler)
+
+
+def _length(header: str) -> int:
+    """Bytes of a request's body, as its header says; ClickError for none that can be meant."""
+    if not header.isdecimal() or int(header) > LARGEST_BODY:
+        raise ClickError(f"a request of {header} bytes; expected at most {LARGEST_BODY}")
+    return int(header)
 
 
 def _answer(session: Session, path: str, body: bytes, kind: str) -> dict[str, str] | bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,8 @@ def find_images(
     Args:
         source: an image file, a DICOM folder, a folder (searched with its subfolders), a pattern with ``*``, a JSON
             datalist (paths are relative to it), or a list of such things or of items.
-        output_dir: where results will be written; with it, those that are already there are looked for.
+        output_dir: where results will be written; with it, those that are already there are looked for. Where it lies
+            inside of `source`, it is not searched for images.
         existing: what to do with cases whose result is there: "error", "skip" them (once all of `save` is there), or
             "overwrite".
         save: what will be written of each case, one or several of `OUTPUTS`.
@@ -82,7 +84,7 @@ def find_images(
     Raises:
         ValueError: clicks for a case that is not there.
         FileNotFoundError: nothing there, or no image in it.
-        FileExistsError: results are already there and `existing` is "error".
+        FileExistsError: results are already there and `existing` is "error"; a result would take an image's place.
         FileError: DICOM shall be written of images that are no DICOM series.
         OSError: `output_dir` cannot be written.
     """
@@ -92,7 +94,7 @@ def find_images(
     if not 0 <= part < parts:
         raise ValueError(f"part is {part} of {parts} parts; expected a number from 0 to parts - 1")
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
-    items = [item for one in sources for item in _items(one)]
+    items = [item for one in sources for item in _items(one, output_dir)]
     if not items:
         raise FileNotFoundError(
             f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders; check that it is what you meant"
@@ -113,6 +115,7 @@ def find_images(
     items = items[part::parts]
     if output_dir is not None:
         check_writable(output_dir, "--output_dir")
+        _check_apart(items, output_dir, save)
     if output_dir is None or existing == "overwrite":
         return items
     there = [[path.exists() for path in output_paths(output_dir, item["case"], save)] for item in items]
@@ -146,30 +149,59 @@ def saved_outputs(save: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _items(source: Any) -> list[dict[str, Any]]:
-    """Items for one source."""
+def _check_apart(items: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike, save: str | Sequence[str]) -> None:
+    """FileExistsError where a result would be written over an image."""
+    images = {os.path.realpath(os.fspath(path)) for item in items for path in paths_of(item["image"])}
+    for path in (path for item in items for path in output_paths(output_dir, item["case"], save)):
+        if os.path.realpath(path) in images:
+            raise FileExistsError(
+                f"{path} is an image, and a result of this name would be written over it: choose another --output_dir"
+            )
+
+
+def _items(source: Any, output_dir: str | os.PathLike | None = None) -> list[dict[str, Any]]:
+    """Items for one source; `output_dir` is left out where it lies below what is searched."""
     if isinstance(source, Mapping):
         return [dict(source)]
     path = os.path.expanduser(os.fspath(source))
     if os.path.isdir(path):
-        return [{"image": found, "root": path} for found in _in_folder(path)]
+        return [{"image": found, "root": path} for found in _in_folder(path, output_dir)]
     if os.path.isfile(path):
         return _from_datalist(path) if path.lower().endswith(".json") else [{"image": path}]
     found = sorted(glob.glob(path, recursive=True))
     if not found:
         raise FileNotFoundError(f"{source}: no such file or folder, and no file matches it as a pattern")
-    return [item for one in found for item in _items(one)]
+    searched = os.path.dirname(re.split(r"[*?[]", path)[0]) or "."
+    if output_dir is not None and os.path.realpath(output_dir) != os.path.realpath(searched):
+        found = [one for one in found if not (_lies_in(one, output_dir) and _lies_in(output_dir, searched))]
+    return [item for one in found for item in _items(one, output_dir)]
 
 
-def _in_folder(folder: str) -> list[str]:
-    """Image files and DICOM folders in a folder and below it, hidden ones left out.
+def _lies_in(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """Whether a path is a folder or lies below it, links followed."""
+    path, folder = (os.path.join(os.path.realpath(one), "") for one in (path, folder))
+    return path.startswith(folder)
 
-    A folder that cannot be listed is among them, so that it is reported as a case that fails; other files that cannot be
-    read are warned of.
+
+def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list[str]:
+    """Image files and DICOM folders in a folder and below it, hidden ones and `output_dir` left out.
+
+    Links to folders are followed, and each folder is searched once. A folder that cannot be listed is among what is found,
+    so that it is reported as a case that fails; other files that cannot be read are warned of.
     """
-    found, closed = [], []
-    for parent, folders, files in os.walk(folder, onerror=lambda error: closed.append(os.fspath(error.filename))):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    found, closed, seen = [], [], set() if output_dir is None else {os.path.realpath(output_dir)}
+    seen -= {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(
+        folder, onerror=lambda error: closed.append(os.fspath(error.filename)), followlinks=True
+    ):
+        if (place := os.path.realpath(parent)) in seen:
+            folders[:] = []
+            continue
+        seen.add(place)
+        links = {name: os.path.islink(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
+        folders[:] = sorted(
+            links, key=lambda name: (links[name], name)
+        )  # a folder goes by its own name, if it has one here
         visible = sorted(name for name in files if not name.startswith("."))
         images = [os.path.join(parent, name) for name in visible if name.lower().endswith(SUFFIXES)]
         others = [os.path.join(parent, name) for name in visible if not name.lower().endswith(SUFFIXES)]
@@ -181,7 +213,12 @@ def _in_folder(folder: str) -> list[str]:
 
 
 def _is_dicom(path: str) -> bool:
-    """Whether a file says that it is DICOM; a dead link, a pipe or a file without rights is none, with a warning."""
+    """Whether a file says that it is DICOM; a dead link, a pipe or a file without rights is none, with a warning.
+
+    The table of contents of a CD, DICOMDIR, is no image.
+    """
+    if os.path.basename(path).upper() == "DICOMDIR":
+        return False
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError("neither a file nor a folder")

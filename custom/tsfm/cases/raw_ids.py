@@ -30,6 +30,17 @@ def raw_values(table: LabelTable, dataset: str) -> dict[int, int]:
     return found
 
 
+def from_raw_ids(array: np.ndarray, table: LabelTable, dataset: str) -> np.ndarray:
+    """Label-map values of a map in the raw ids of `dataset`, the way back from `in_raw_ids`; other ids become 0.
+
+    Of several values with one id the first comes back.
+    """
+    values = np.zeros(np.shape(array), np.min_scalar_type(len(table.names)))
+    for value, raw in reversed(raw_values(table, dataset).items()):
+        values[array == raw] = value
+    return values
+
+
 def in_raw_ids(label_map: torch.Tensor, table: LabelTable, dataset: str) -> torch.Tensor:
     """A label map in the raw ids of `dataset`, with the smallest type that holds them; other values become 0."""
     ids = raw_values(table, dataset)

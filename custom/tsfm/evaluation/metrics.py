@@ -67,17 +67,22 @@ def _within(points: np.ndarray, others: np.ndarray, distance_mm: float) -> np.nd
     return np.isfinite(distance)
 
 
-def lesions(prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> list[dict[str, Any]]:
+def lesions(
+    prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float], upright: float = 1.0
+) -> list[dict[str, Any]]:
     """Detection lesion by lesion; a lesion is a component under 26-connectivity.
 
     A true lesion is *found* where it shares a voxel with the prediction, else *missed*; a predicted component that
     shares none with the truth is *false* (the rule of autoPET's false positive and false negative volumes).
 
+    Args:
+        upright: a voxel's volume over the product of its sides; less than 1 for a tilted gantry.
+
     Returns:
         One ``{"kind": "found" | "missed" | "false", "volume_ml", "covered"}`` per lesion; ``covered`` is the share of
         it that the other side covers. Largest first.
     """
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    voxel_ml = float(np.prod(spacing_mm)) * upright / 1000
     rows = []
     for mask, other, is_truth in ((truth, prediction, True), (prediction, truth, False)):
         components = cc3d.connected_components(mask, connectivity=26)

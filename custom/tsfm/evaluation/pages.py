@@ -18,7 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..cases.folders import paths_of
-from ..cases.volumes import RawVolume, on_grid_of, read_volume
+from ..cases.raw_ids import from_raw_ids
+from ..cases.volumes import RawVolume, as_label_map, on_grid_of, read_volume
 from ..labels import LabelTable, as_table
 from .label_maps import load_map, load_truth, match_predictions
 from .overlays import page_png, truth_map
@@ -66,6 +67,7 @@ def folder_page(
     targets: Sequence[str] | None = None,
     slices: int = 1,
     per_target: bool = False,
+    raw_ids: str | None = None,
 ) -> Path:
     """The page of best, median and worst case of an evaluated folder, or of each target's worst case.
 
@@ -75,6 +77,7 @@ def folder_page(
         items: the cases' pool items with ``image`` (the first channel is shown), ``label`` and, if known, ``modality``.
         targets: rank by these targets alone.
         per_target: a row for each target, in the slice that shows most of it; nothing else is painted there.
+        raw_ids: the data set in whose ids the predictions are; None where they are the table's values.
     """
     table, rows = as_table(table), load_rows(rows) if isinstance(rows, (str, Path)) else rows
     chosen = worst_cases(rows) if per_target else choose_cases(rows, targets)
@@ -89,6 +92,9 @@ def folder_page(
     for name, entry in chosen.items():
         pair, item = found[entry["dataset"], entry["case"]]
         prediction, affine = load_map(pair["prediction"])
+        if raw_ids is not None:
+            prediction = from_raw_ids(prediction, table, raw_ids)
+        prediction = as_label_map(prediction, len(table.names), str(pair["prediction"]))
         grid = RawVolume(prediction[None], affine, str(pair["prediction"]))
         image = on_grid_of(grid, read_volume(paths_of(item["image"])[0]), "image and prediction")
         truth, _ = load_truth(pair["label"], table, entry["dataset"], (prediction, affine, grid.source))
@@ -112,7 +118,7 @@ class CasePage:
     Args:
         output_dir: folder of ``cases.csv`` and of the saved label maps; the pictures go there too.
         items: the evaluated pool items.
-        table, dataset, modality, targets: as for :func:`folder_page`.
+        table, dataset, modality, targets, raw_ids: as for :func:`folder_page`.
     """
 
     def __init__(
@@ -123,9 +129,10 @@ class CasePage:
         dataset: str | None = None,
         modality: str = "CT",
         targets: Sequence[str] | None = None,
+        raw_ids: str | None = None,
     ) -> None:
         self.output_dir, self.items, self.table = Path(output_dir), items, table
-        self.settings = {"dataset": dataset, "modality": modality, "targets": targets}
+        self.settings = {"dataset": dataset, "modality": modality, "targets": targets, "raw_ids": raw_ids}
 
     def attach(self, engine: Engine) -> None:
         """Draw when the last case is done."""

@@ -92,7 +92,7 @@ def score_case(
             row["dice"] = 2 * tp / (2 * tp + fp + fn)
             row["nsd"] = surface_dice(*pair, spacing_mm, row["tolerance_mm"])
         if is_lesion(table, name):
-            row["lesions"] = lesions(*pair, spacing_mm) if pair else []
+            row["lesions"] = lesions(*pair, spacing_mm, upright) if pair else []
             kinds = [lesion["kind"] for lesion in row["lesions"]]
             row |= {f"lesions_{kind}": kinds.count(kind) for kind in ("found", "missed", "false")}
             row["lesions_true"] = row["lesions_found"] + row["lesions_missed"]

@@ -117,10 +117,11 @@ class CaseEvaluator(SupervisedEvaluator):
     """SupervisedEvaluator that survives a bad case, says how each went, and fails at the end if one did.
 
     Handlers see an empty list in ``state.batch`` and ``state.output`` for a case that failed. ``results`` holds one
-    dict per case: case, seconds (waiting for it included), and ml and quality per target, error, or why it was left.
+    dict per case: case, seconds (waiting for it included), and ml and quality per target, error, or why it was left. A
+    target that some version of the network paints, and the result does not, has 0 ml.
 
     Args:
-        table: label table or target names, to name the label map's values in the summary.
+        table: label table or target names, to tell the targets' volumes from the label map's values.
         annotated_only: paint a case with the targets that its data set ("dataset") annotates in `table`, as MultiTalent
             scores: what another data set would call these voxels does not cover them. The inferer is a `SlabInferer`.
         familiar: names what in an image the weights have not seen; the rows' "warnings".
@@ -143,7 +144,7 @@ class CaseEvaluator(SupervisedEvaluator):
         self.every, self.annotated = self.inferer, None
         if annotated_only:
             self.annotated = {dataset: table.annotated(dataset) for dataset in table.datasets}
-        self.names = table.names if isinstance(table, LabelTable) else tuple(table or ())
+        self.table = table or ()
         self.results: list[dict[str, Any]] = []
 
     def run(self, global_epoch: int = 1) -> None:
@@ -186,9 +187,11 @@ class CaseEvaluator(SupervisedEvaluator):
                 row |= self._strange(batchdata)
                 output = super()._iteration(engine, batchdata)
                 prediction = output[0].get("pred") if isinstance(output, list) and output else None
-                row["ml"] = {} if prediction is None else volumes_ml(prediction, self.names)
-                if quality := getattr(self.inferer, "quality", None):
-                    row["quality"] = {name: found for name, found in quality.items() if name in row["ml"]}
+                if getattr(self.inferer, "doubts", False):
+                    row["quality"] = self.inferer.quality
+                computed = getattr(self.inferer, "chosen", None)
+                row["ml"] = {} if prediction is None else volumes_ml(prediction, self.table, computed)
+                row["ml"] |= dict.fromkeys((name for name in row.get("quality", ()) if name not in row["ml"]), 0.0)
         except Exception as error:
             logger.debug("case %s", case, exc_info=True)
             row["error"] = root_cause(error)
@@ -240,16 +243,27 @@ def root_cause(error: BaseException) -> str:
     return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
 
 
-def volumes_ml(label_map: torch.Tensor, names: Sequence[str] = ()) -> dict[str, float]:
-    """Volume of each value of a label map (1, X, Y, Z) that occurs, in ml; values without a name are numbered."""
+def volumes_ml(
+    label_map: torch.Tensor, table: LabelTable | Sequence[str] = (), computed: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Volume of each target that occurs in a label map (1, X, Y, Z), in ml; values without a name are numbered.
+
+    Args:
+        table: label table, by which a target holds its parts and what lies inside; or the names of the values.
+        computed: the targets to report, others were not looked for; None for all.
+    """
     counts = np.zeros(65536, np.int64)
     for plane in np.asarray(label_map.detach().cpu())[0]:
         found = np.bincount(plane.ravel())
         counts[: len(found)] += found
     affine = np.asarray(label_map.affine) if isinstance(label_map, MetaTensor) else np.eye(4)
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-    values = np.flatnonzero(counts[1:]) + 1
-    return {names[v - 1] if v <= len(names) else str(v): float(counts[v] * voxel_ml) for v in values}
+    if isinstance(table, LabelTable):
+        voxels = dict(zip(table.names, counts[: len(table.names) + 1] @ table.map_membership(), strict=True))
+    else:
+        voxels = {table[v - 1] if v <= len(table) else str(v): counts[v] for v in np.flatnonzero(counts).tolist() if v}
+    wanted = voxels if computed is None else computed
+    return {name: float(count * voxel_ml) for name, count in voxels.items() if count and name in wanted}
 
 
 def format_results(results: Sequence[Mapping[str, Any]]) -> str:

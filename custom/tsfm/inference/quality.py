@@ -30,12 +30,17 @@ class Quality:
         targets: target -> (number among the network's outputs, number among a slab's channels).
         levels: target -> threshold as a logit.
         exclusive: softmax: the largest output wins, channel 0 of both is the background.
+        box: the part (S, P, L) of every window that lies in the image; the rest is padding, and counts nowhere.
     """
 
     def __init__(
-        self, targets: Mapping[str, tuple[int, int]], levels: Mapping[str, float], exclusive: bool = False
+        self,
+        targets: Mapping[str, tuple[int, int]],
+        levels: Mapping[str, float],
+        exclusive: bool = False,
+        box: Sequence[slice] = (slice(None),) * 3,
     ) -> None:
-        self.targets, self.levels, self.exclusive = dict(targets), levels, exclusive
+        self.targets, self.levels, self.exclusive, self.box = dict(targets), levels, exclusive, tuple(box)
         self.pairs = {name: [0, 0] for name in targets}  # sum n (n - 1), sum (K - 1) n
         self.bits = {name: [0.0, 0] for name in targets}
         self._votes: dict[str, Tensor] = {}
@@ -49,6 +54,7 @@ class Quality:
         if version.count == 1:
             return
         corners = [tuple(corner) for corner in version.corners]
+        logits = version.logits[(slice(None), slice(None), *self.box)]
         if version.number == 0 and self._last:
             if self._last[0] != corners:
                 self._count()
@@ -56,10 +62,10 @@ class Quality:
         if version.number == 0:
             self._votes, self._winners = {}, []
         if self.exclusive:
-            self._winners.append(version.logits.argmax(1).to(torch.int16))
+            self._winners.append(logits.argmax(1).to(torch.int16))
         else:
             for name, (output, _) in self.targets.items():
-                votes = (version.logits[:, output] > self.levels[name]).to(torch.uint8)
+                votes = (logits[:, output] > self.levels[name]).to(torch.uint8)
                 self._votes[name] = self._votes[name].add_(votes) if version.number else votes
         if version.number == version.count - 1:
             self._last = corners, self._of_winners() if self.exclusive else self._of_votes(version.count)
@@ -97,14 +103,16 @@ class Quality:
         self._last = None
 
     def see(self, slab: Slab) -> None:
-        """Take in averaged logits; the first slices may have come before."""
-        logits, self._done = slab.logits[:, max(self._done - slab.start, 0) :], slab.stop
+        """Take in averaged logits; the first slices may have come before. All or, where memory runs out, nothing counts."""
+        logits, seen = slab.logits[:, max(self._done - slab.start, 0) :], {}
         for name, (_, channel) in self.targets.items():
             found = logits[channel].float() - logits[0].float() if self.exclusive else logits[channel].float()
             found = found[found > (0.0 if self.exclusive else self.levels[name])]
             if found.numel():
-                self.bits[name][0] += float(binary_entropy(found).sum())
-                self.bits[name][1] += found.numel()
+                seen[name] = float(binary_entropy(found).sum()), found.numel()
+        for name, (bits, voxels) in seen.items():
+            self.bits[name] = [self.bits[name][0] + bits, self.bits[name][1] + voxels]
+        self._done = slab.stop
 
     def report(self) -> dict[str, dict[str, float | None]]:
         """Target -> ``agreement`` and ``entropy``."""
@@ -127,7 +135,7 @@ def binary_entropy(logits: Tensor) -> Tensor:
 def doubt(report: Mapping[str, Mapping[str, Any]], targets: Sequence[str] | None = None) -> float:
     """One number for a case, the larger the more doubtful: 1 - mean agreement, or mean entropy where there is one version.
 
-    Of the targets that were found; 0 where none was.
+    Of the targets that some version paints, even where their mean does not; 0 where none does.
     """
     rows = [row for name, row in report.items() if targets is None or name in targets]
     if not rows:

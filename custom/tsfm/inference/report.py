@@ -10,7 +10,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 
 from ..files import atomic_write, locked
-from ..schema import read_json
+from ..schema import FileError, read_json
 from .quality import doubt
 
 FILE = "report.json"
@@ -19,8 +19,11 @@ FILE = "report.json"
 class CaseReport:
     """Handler of a `prediction.CaseEvaluator`: keeps ``report.json`` in `output_dir` up to date, case by case.
 
-    ``{"cases": {case: {"seconds", "ml": {target: volume}, "quality": {target: {"agreement", "entropy"}}, "doubt"}}}``; a case
-    that failed has "error". Cases of earlier runs and of other processes into the same folder stay.
+    ``{"cases": {case: {"seconds", "ml": {target: volume}, "quality": {target: {"agreement", "entropy"}}, "doubt"}}}``; a
+    volume includes parts and what lies inside, and a case that failed has "error". Cases of earlier runs and of other processes into the same folder stay.
+
+    Raises:
+        FileError: another file of this name is there; as the run starts.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -28,6 +31,7 @@ class CaseReport:
 
     def attach(self, engine: Engine) -> None:
         """Connect to the evaluator."""
+        engine.add_event_handler(Events.STARTED, lambda _: read_report(self.path.parent))
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
 
     def _write(self, engine: Any) -> None:
@@ -46,6 +50,11 @@ class CaseReport:
 
 
 def read_report(output_dir: str | Path) -> dict[str, Mapping[str, Any]]:
-    """Case -> what ``report.json`` in a folder says; nothing where there is none."""
+    """Case -> what ``report.json`` in a folder says; nothing where there is none, FileError for another file of this name."""
     path = Path(output_dir, FILE)
-    return dict(read_json(path)["cases"]) if path.is_file() else {}
+    content = read_json(path) if path.is_file() else {"cases": {}}
+    if not isinstance(content, dict) or not isinstance(content.get("cases"), dict):
+        raise FileError(
+            f'{path} is no report of segmented cases, expected {{"cases": {{...}}}}: move it, or choose another --output_dir'
+        )
+    return content["cases"]

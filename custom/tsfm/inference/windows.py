@@ -81,19 +81,34 @@ class RollingAverage:
         self.mean, self.total, self.gaussian = (one.to(device) for one in (self.mean, self.total, self.gaussian))
         self.device = device
 
-    def add(self, logits: torch.Tensor, corner: Sequence[int]) -> None:
-        """Take in one window's logits (T, S, P, L), whose first voxel is `corner`."""
-        logits, (top, left) = logits.to(self.mean.device).permute(1, 2, 3, 0), corner[1:]
-        depth, height, width = logits.shape[:3]
-        box = (slice(1, None), slice(top, top + height), slice(left, left + width))
-        mean, total = self.mean[box], self.total[box]
-        total += self.gaussian
-        for s in range(depth):
-            share = (self.gaussian[s] / total[s])[..., None]
-            logit = logits[s].float().clamp(-_LARGEST, _LARGEST)
-            average = mean[s].float().lerp_(logit, share)
-            if mean.dtype != torch.float32:
-                mean[s] = average
+    def add(self, logits: torch.Tensor, corner: Sequence[int], channels: Sequence[int]) -> None:
+        """Take in these channels of one window's logits (T, S, P, L), all where it has no others; `corner` is its first voxel.
+
+        Where memory runs out, this and all that follows are averaged on the CPU.
+        """
+        logits = logits.to(CPU) if self.device == CPU else logits
+        some = None if len(channels) == len(logits) else torch.tensor(channels)
+        for s, plane in enumerate(logits.permute(1, 2, 3, 0)):
+            try:
+                self._add(plane, s, corner[1:], some)
+            except torch.OutOfMemoryError:
+                if self.device == CPU:
+                    raise
+                logger.warning("out of memory on %s: windows are averaged on the CPU from here on", self.device)
+                self.move(CPU)
+                self._add(plane, s, corner[1:], some)
+
+    def _add(self, plane: torch.Tensor, s: int, corner: Sequence[int], channels: torch.Tensor | None) -> None:
+        """Take in slice s (P, L, T) of a window: whole or, where memory runs out, not at all."""
+        plane, (top, left) = plane.to(self.mean.device), corner
+        where = (s + 1, slice(top, top + plane.shape[0]), slice(left, left + plane.shape[1]))
+        mean, total = self.mean[where], self.total[where] + self.gaussian[s]
+        plane = plane if channels is None else plane.index_select(2, channels.to(plane.device))
+        share, logit = (self.gaussian[s] / total)[..., None], plane.float().clamp(-_LARGEST, _LARGEST)
+        average = mean.float().lerp_(logit, share)
+        if mean.dtype != torch.float32:
+            self.mean[where] = average
+        self.total[where] = total
 
     def finish(self, until: int) -> Slab:
         """The mean of the slices before `until` that were not handed over yet, and one that was."""
@@ -199,20 +214,18 @@ class SlabInferer(Inferer):
         paint = [(self.channels.index(output), value) for output, value in values if output in self.channels]
         levels = self.levels if self.exclusive else [self.levels[i] for i in self.channels]
         painter = Painter(image.shape[1:], grid.shape, paint, levels, grid.thick, self.exclusive)
-        quality = self._observer = self._quality() if self.doubts else None
-        takers = [painter.add]
+        quality = self._observer = self._quality(image.shape[1:]) if self.doubts else None
+        takers = [painter.add, *([quality.see] if quality else [])]
         if self.probabilities is not None:
             channels = {self.outputs[channel]: number for number, channel in enumerate(self.channels)}
             self.probabilities.begin(image.shape[1:], grid, self.names, channels, self.exclusive)
             takers.append(self.probabilities.add)
         for slab in self.slabs(image, network, *args, **kwargs) if paint else ():
-            if quality:
-                quality.see(slab)
             for take in takers:
                 try:
                     take(slab)
                 except torch.OutOfMemoryError:
-                    logger.warning("out of memory on %s: this part is painted on the CPU", slab.logits.device)
+                    logger.warning("out of memory on %s: this part is done on the CPU", slab.logits.device)
                     take(Slab(slab.logits.to(CPU), slab.start))
         self._observer, self.quality = None, quality.report() if quality else {}
         label_map = painter.label_map[None, None]
@@ -228,7 +241,7 @@ class SlabInferer(Inferer):
         image = self._image(inputs)
         whole = torch.empty((len(self.channels), *image.shape[1:]))
         for slab in self.slabs(image, network, *args, **kwargs):
-            whole[:, slab.start : slab.stop] = slab.logits.float().cpu()
+            whole[:, slab.start : slab.stop] = slab.logits.cpu().float()
         return whole[None]
 
     def uncertainty(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> float:
@@ -247,7 +260,7 @@ class SlabInferer(Inferer):
     def slabs(self, image: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Iterator[Slab]:
         """Averaged logits of an image (C, S, P, L), finished slices first; a slab is valid until the next is asked for."""
         shape = image.shape[1:]
-        before = [max(patch - size, 0) // 2 for size, patch in zip(shape, self.roi_size, strict=True)]
+        before = self._before(shape)
         after = [max(patch - size, 0) - low for size, patch, low in zip(shape, self.roi_size, before, strict=True)]
         if any(after):
             image = torch.nn.functional.pad(
@@ -265,7 +278,7 @@ class SlabInferer(Inferer):
             for row, s in enumerate(starts[0]):
                 corners = list(itertools.product([s], *starts[1:]))
                 for one, corner in passes.logits(image, corners, self.roi_size, average, *args, **kwargs):
-                    average.add(one if len(self.channels) == len(one) else one[self.channels], corner)
+                    average.add(one, corner, self.channels)
                     progress.update()
                 until = starts[0][row + 1] if row + 1 < len(starts[0]) else image.shape[1]
                 slab = average.finish(until)
@@ -274,6 +287,10 @@ class SlabInferer(Inferer):
                 yield Slab(slab.logits[(slice(None), slice(top, bottom), *kept)], slab.start + top - before[0])
                 if until < image.shape[1]:
                     average.advance(until)
+
+    def _before(self, shape: Sequence[int]) -> list[int]:
+        """Voxels that an image (S, P, L) smaller than the window is padded with in front."""
+        return [max(patch - size, 0) // 2 for size, patch in zip(shape, self.roi_size, strict=True)]
 
     def _image(self, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.ndim != 5 or len(inputs) != 1:
@@ -291,11 +308,13 @@ class SlabInferer(Inferer):
             if watch:
                 watch(version)
 
-    def _quality(self) -> Quality:
-        """Of the targets that are painted."""
+    def _quality(self, shape: Sequence[int]) -> Quality:
+        """Of the targets that are painted, in an image (S, P, L)."""
+        sides = zip(self._before(shape), shape, self.roi_size, strict=True)
+        box = [slice(low, low + min(size, patch)) for low, size, patch in sides]
         outputs = {name: self.outputs.index(name) for name in self.chosen}
         targets = {name: (output, self.channels.index(output)) for name, output in outputs.items()}
-        return Quality(targets, dict(zip(self.names, self.levels, strict=True)), self.exclusive)
+        return Quality(targets, dict(zip(self.names, self.levels, strict=True)), self.exclusive, box)
 
     def _average(self, shape: Sequence[int], device: torch.device) -> RollingAverage:
         """The buffer, on the network's device where it takes at most half of the memory that is free there."""

@@ -101,10 +101,10 @@ _INSTRUCTIONS = {
 def autocast(device: torch.device, amp: bool = True, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
     """``torch.autocast``, switched off (float32) without `amp` and on devices that do not compute in `dtype`.
 
-    Before gradients are computed on a processor, its convolutions' are mended where they are wrong.
+    Before a processor computes, its convolutions are mended where they are wrong.
     """
-    if device.type == "cpu" and torch.is_grad_enabled():
-        mend_weight_gradients()
+    if device.type == "cpu":
+        mend_convolutions()
     return torch.autocast(device.type, dtype=dtype, enabled=amp and computes_in(device.type, dtype))
 
 
@@ -128,61 +128,93 @@ def computes_in(device_type: str, dtype: torch.dtype) -> bool:
 
 
 @lru_cache
-def mend_weight_gradients() -> bool:
-    """Where bfloat16 gives wrong weight gradients of flat convolutions, have them computed in float32 from now on.
+def mend_convolutions() -> bool:
+    """Where bfloat16 convolutions of some shapes are wrong, have those computed in float32 from now on.
 
-    oneDNN 3.12 (torch 2.13.0) on x86 with avx512_bf16 and without AMX leaves part of such a gradient uninitialised when
-    the input has fewer slices than the kernel is deep and the output more than one (3x3x3, padding 1, stride 1: two
-    slices); for 7x3x3 it corrupts the heap. It is mended below autograd, so for any network, compiled, checkpointed or
-    distributed. Other convolutions, forward passes, and processors on which `weight_gradient_is_wrong` finds nothing
-    stay as they are. Once it finds nothing under ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` either, torch has mended it, and
+    oneDNN 3.12 (torch 2.13.0) on x86 has two defects, whose memory is partly uninitialised or garbage:
+
+    - *narrow*: with AMX, output and weight gradient, where the output is one voxel wide along the last axis and the stride
+      there exceeds 1 (pytorch issue 169688; of transposed convolutions both gradients, where the input is so);
+    - *flat*: with avx512_bf16 and without AMX, the weight gradient, where the input has fewer slices than the kernel is deep and
+      the output more than one (3x3x3, padding 1, stride 1: two slices); for 7x3x3 it corrupts the heap.
+
+    Both are mended below autograd, so for any network, compiled, checkpointed or distributed; traced TorchScript, which has
+    ``_convolution`` in it, keeps its own. Other convolutions, and processors on which `wrong_convolutions` finds nothing, stay
+    as they are. Once it finds nothing there, nor under ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16``, torch has mended them, and
     this function can go.
 
     Returns:
         whether there was something to mend.
     """
-    if not weight_gradient_is_wrong():
+    if not (found := wrong_convolutions()):
         return False
-    logger.info("this processor's bfloat16 gradients of flat convolutions are wrong: those are computed in float32")
+    logger.info(
+        "this processor's bfloat16 is wrong for %s convolutions: computing those in float32", " and ".join(found)
+    )
+    _library.impl("convolution", _convolution, "CPU", with_keyset=True)
     _library.impl("convolution_backward", _convolution_backward, "CPU", with_keyset=True)
     return True
 
 
-def weight_gradient_is_wrong() -> bool:
-    """Compare a bfloat16 weight gradient over two slices with the float32 one (milliseconds).
+def wrong_convolutions() -> list[str]:
+    """Of "narrow" and "flat", which shapes are wrong in bfloat16, by comparison with float32 (milliseconds).
 
-    Where it is wrong, it is so whatever the memory held before: the kernel's first slice misses half of its sum. A
-    thread that is given one slice alone computes it right, so the batch has two images for each thread.
+    Where one is wrong, it is so whatever the memory held before: of a flat gradient the kernel's first slice misses half of
+    its sum. A thread that is given one slice alone computes it right, so the batch has two images for each thread.
     """
     images = 2 * torch.get_num_threads()
     image = torch.linspace(-1, 1, 16 * 2 * 4 * 4).reshape(1, 16, 2, 4, 4).repeat(images, 1, 1, 1, 1).bfloat16()
-    gradients = []
+    narrow, flat = [], []
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float32, torch.bfloat16):
-            kernel = torch.zeros(16, 16, 3, 3, 3, dtype=dtype, requires_grad=True)
-            (gradient,) = torch.autograd.grad(F.conv3d(image.to(dtype), kernel, padding=1).sum(), kernel)
-            gradients.append(gradient.float())
-    return not torch.allclose(*gradients, rtol=0.02, atol=0.02 * float(gradients[0].abs().max()))
+            kernel = torch.full((32, 16, 3, 3, 3), 0.125, dtype=dtype, requires_grad=True)
+            narrow.append(
+                F.conv3d(image.reshape(-1, 16, 4, 4, 2).to(dtype), kernel, stride=(1, 2, 2), padding=1).float()
+            )
+            output = F.conv3d(image.to(dtype), kernel, padding=1)
+            flat.append(torch.autograd.grad(output.sum(), kernel)[0].float())
+    pairs = {"narrow": narrow, "flat": flat}
+    scale = {name: float(one.detach().abs().max()) for name, (one, _) in pairs.items()}
+    return [name for name, two in pairs.items() if not torch.allclose(*two, rtol=0.02, atol=0.02 * scale[name])]
 
 
 _library = torch.library.Library("aten", "IMPL")
 
-_original = torch.library.get_kernel("aten::convolution_backward", "CPU")
+_originals = {
+    name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("convolution", "convolution_backward")
+}
+
+
+def _convolution(
+    keys: Any, image: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int,
+) -> Tensor:  # fmt: skip
+    """PyTorch's operator, in float32 where a narrow bfloat16 convolution (B,C,S,P,L) is wrong."""
+    options = (stride, padding, dilation, transposed, output_padding, groups)
+    original = _originals["convolution"]
+    if image.ndim == 5 and image.dtype == torch.bfloat16 and not transposed and stride[-1] > 1:
+        reach = dilation[-1] * (weight.shape[4] - 1)
+        if image.shape[4] + 2 * padding[-1] - reach - 1 < stride[-1]:
+            bias = None if bias is None else bias.float()
+            return original.call_boxed(keys, image.float(), weight.float(), bias, *options).to(image.dtype)
+    return original.call_boxed(keys, image, weight, bias, *options)
 
 
 def _convolution_backward(
     keys: Any, grad_output: Tensor, image: Tensor, weight: Tensor, bias_sizes: Any, stride: Any, padding: Any,
     dilation: Any, transposed: bool, output_padding: Any, groups: int, output_mask: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """PyTorch's operator, in float32 where the bfloat16 weight gradient of a convolution (B,C,S,P,L) is wrong."""
+    """PyTorch's operator, in float32 where gradients of a narrow or flat bfloat16 convolution (B,C,S,P,L) are wrong."""
     options = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask)
-    flat = image.ndim == 5 and image.dtype == torch.bfloat16 and output_mask[1]
-    if flat:
-        slices, made = (grad_output, image) if transposed else (image, grad_output)
-        flat = slices.shape[2] < weight.shape[2] and made.shape[2] > 1
-    if not flat:
-        return _original.call_boxed(keys, grad_output, image, weight, *options)
-    gradients = _original.call_boxed(keys, grad_output.float(), image.float(), weight.float(), *options)
+    original = _originals["convolution_backward"]
+    wrong = False
+    if image.ndim == 5 and image.dtype == torch.bfloat16:
+        wide, made = (grad_output, image) if transposed else (image, grad_output)
+        narrow = made.shape[4] == 1 and stride[-1] > 1
+        wrong = narrow or (output_mask[1] and wide.shape[2] < weight.shape[2] and made.shape[2] > 1)
+    if not wrong:
+        return original.call_boxed(keys, grad_output, image, weight, *options)
+    gradients = original.call_boxed(keys, grad_output.float(), image.float(), weight.float(), *options)
     return tuple(gradient if gradient is None else gradient.to(image.dtype) for gradient in gradients)
 
 

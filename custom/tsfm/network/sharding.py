@@ -25,6 +25,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from .cpu import computes_in
 from .tsfm_net import ResBlock
 
+UNITS = (ResBlock, TransformerBlock)
+"""What is gathered whole, one at a time; networks without such modules are one unit."""
+
 
 def shard(network: nn.Module, gather_dtype: str | None = None) -> nn.Module:
     """Split `network` over all processes: every ResBlock and Transformer layer is a unit, the rest is one more.
@@ -38,7 +41,7 @@ def shard(network: nn.Module, gather_dtype: str | None = None) -> nn.Module:
     if gather_dtype and computes_in(device, getattr(torch, gather_dtype)):
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, gather_dtype), reduce_dtype=torch.float32)
     for module in network.modules():
-        if isinstance(module, ResBlock | TransformerBlock):
+        if isinstance(module, UNITS):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     return fully_shard(network, mesh=mesh, mp_policy=policy)
 

@@ -169,8 +169,7 @@ class CaseStore:
 
     def _kept(self, item: Mapping[str, Any]) -> str:
         """Where the fingerprint may have kept the label codes of an item, so that its label is not read twice."""
-        own = self.preparation.orientation == "SPL"
-        return kept_path(self.sources, self._complete(item), self.table, self.preparation) if own else ""
+        return kept_path(self.sources, self._complete(item), self.table, self.preparation)
 
     def _ensure(self, item: Mapping[str, Any], path: str, kept: str) -> bool:
         """Prepare an item into its folder; whether it was there before."""

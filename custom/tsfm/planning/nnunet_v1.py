@@ -18,9 +18,7 @@ from .nnunet import Model, by_modality, rename
 
 CHECKPOINT = "model_final_checkpoint.model"
 
-TRAINER = re.compile(
-    r"nnUNetTrainerV2(_noMirroring|_DA5|_insaneDA|_noDataAugmentation|_SGD_.*|_Adam.*|_Loss_.*|_Mish)?"
-)
+TRAINER = re.compile(r"nnUNetTrainerV2(_noMirroring|_DA5|_insaneDA|_noDataAugmentation|_SGD_.*|_Adam.*|_Loss_.*)?")
 
 SCHEMES = {"CT": "ct", "CT2": "ct", "nonCT": "zscore", "noNorm": "none"}
 
@@ -55,12 +53,26 @@ def read_checkpoint(path: str, trainer: str = "") -> tuple[dict[str, Tensor], di
             f"{path}: trainer '{name}' is unknown, so its network and preprocessing may be its own; if it only trains "
             f"otherwise, say so: --trainer {name}"
         )
-    stage = max(plans["plans_per_stage"])
+    stage = _trained_stage(information, path)
     if stage and name.endswith("CascadeFullRes"):
         raise CheckpointError(f"{path} is the second stage of a cascade; import 3d_fullres")
     state = load_file(path)["state_dict"]
     description = describe(state, plans, plans["plans_per_stage"][stage], name, path)
     return rename(_as_version_2(state), description["network"], path), description
+
+
+def _trained_stage(information: Mapping[str, Any], path: str) -> int:
+    """Which of the plans' stages: the sixth of the trainer's arguments, left out where the plans have one only."""
+    stages, arguments = information["plans"]["plans_per_stage"], information.get("init") or ()
+    stage = arguments[5] if len(arguments) > 5 else None
+    if stage is None and len(stages) == 1:
+        (stage,) = stages
+    if stage not in list(stages):
+        raise CheckpointError(
+            f"{path}.pkl: the plans have the stages {sorted(stages)}, and the one that was trained is {stage}; expected one "
+            'of them as the sixth entry of "init", where nnU-Net keeps its trainer\'s arguments'
+        )
+    return stage
 
 
 def describe(
@@ -109,7 +121,7 @@ def describe(
         "patch_size": patch,
         "modalities": [preparation["default_modality"]],
         "trained_on": ["nnunet"],
-        "mirror_axes": "" if "noMirroring" in trainer else "SPL",
+        "mirror_axes": "" if re.search("noMirroring|noDataAugmentation", trainer) else "SPL",
         "activation": "softmax",
         "trained_by": f"nnU-Net 1, {trainer}",
     }

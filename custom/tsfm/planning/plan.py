@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from ..cases.cases import Preparation
@@ -53,7 +53,8 @@ def plan_preparation(
     `spacing_mm`: millimetres (S, P, L), ``"checkpoint"`` (as the pretrained weights expect) or ``"auto"`` (nnU-Net's
     target spacing for this data). `ct_normalization`: ``{"lower", "upper", "mean", "sd"}`` in HU, ``"checkpoint"``, or
     ``"fingerprint"``: percentiles and moments of the foreground of all CT of the pool (nnU-Net). Anything but CT is
-    z-scored. A fingerprint is measured once, by `num_workers` processes, and kept in `store_dir`.
+    z-scored. A fingerprint is measured once, by `num_workers` processes, and kept in `store_dir`. Orientation and order of
+    the steps are the pretrained weights', and with their normalization the rules of their channels.
     """
     if not pool.entries:  # items come from outside (MONAI Label): there is no data to plan by
         spacing_mm, ct_normalization = (
@@ -66,8 +67,9 @@ def plan_preparation(
                 f"{name} is 'checkpoint', but there are no pretrained weights: give --{name} or --pretrained"
             )
     spacing = known["spacing_mm"] if spacing_mm == "checkpoint" else spacing_mm
+    orientation = known.get("orientation", "SPL")
     if spacing == "auto":
-        found = pool_fingerprint(pool, store_dir, num_workers)
+        found = pool_fingerprint(pool, store_dir, num_workers, orientation)
         spacing = plan_spacing(found.spacings_mm, found.shapes)
         logger.info("target spacing by nnU-Net's rule: %s mm (S, P, L)", [round(float(side), 3) for side in spacing])
     masked = dict(known.get("masked", {}))
@@ -87,7 +89,7 @@ def plan_preparation(
     elif isinstance(ct_normalization, Mapping):
         intensity = {"CT": dict(ct_normalization)}
     elif ct_normalization == "fingerprint":
-        found = pool_fingerprint(pool, store_dir, num_workers)
+        found = pool_fingerprint(pool, store_dir, num_workers, orientation)
         masked |= {name: share for name, share in found.masked.items() if name != "CT"}
         if has_ct and "CT" not in found.intensity:
             raise PoolError(
@@ -101,13 +103,11 @@ def plan_preparation(
             f"ct_normalization is {ct_normalization!r}; expected 'checkpoint', 'fingerprint' or four numbers"
         )
     modality = known.get("default_modality") if not pool.entries else pool.cases[0]["modality"]
-    found = Preparation(tuple(spacing), intensity, in_channels, modality, masked)
-    if list(found.spacing_mm) != list(known.get("spacing_mm", ())):
-        return found
-    kept = {key: known[key] for key in ("orientation", "resample_first") if key in known}
-    if ct_normalization == "checkpoint" and len(known.get("channels", ())) == in_channels:
-        kept["channels"] = known["channels"]
-    return replace(found, **kept)
+    rules = known.get("channels", ()) if ct_normalization == "checkpoint" else ()
+    return Preparation(
+        tuple(spacing), intensity, in_channels, modality, masked, rules if len(rules) == in_channels else (), orientation,
+        known.get("resample_first", False),
+    )  # fmt: skip
 
 
 def downstream_network(
@@ -188,23 +188,26 @@ def record_sources(sources: Sources, pool: DatasetPool) -> None:
         sources.record(pool.cases, pool.table.to_dict()["targets"], pool.entries)
 
 
-def pool_fingerprint(pool: DatasetPool, store_dir: str, num_workers: int = 0) -> Fingerprint:
+def pool_fingerprint(pool: DatasetPool, store_dir: str, num_workers: int = 0, orientation: str = "SPL") -> Fingerprint:
     """The pool's fingerprint; what was measured of these very files before, by their bytes, is kept in `store_dir`.
+
+    Its axes are those of the `orientation` of a `Preparation`.
 
     Raises:
         PoolError: listing every case that cannot be used; the others need not be measured again.
     """
     with first_process_first("takes the fingerprint of the data"):
-        return _read_or_measure(pool, store_dir, num_workers)
+        return _read_or_measure(pool, store_dir, num_workers, orientation)
 
 
-def _read_or_measure(pool: DatasetPool, store_dir: str, num_workers: int) -> Fingerprint:
+def _read_or_measure(pool: DatasetPool, store_dir: str, num_workers: int, orientation: str) -> Fingerprint:
     sources = Sources(store_dir, raw_data=pool.kept_in is None)
     sources.look_at(pool.cases)
     try:
-        files = [[item["modality"], sources.identity(item)] for item in pool.cases]
-        path = os.path.join(store_dir, FOLDER, f"pool-{_pool_key(pool, FINGERPRINT_FORMAT, files)}.json")
-        kept = path if os.path.isfile(path) else _of_earlier_version(pool, store_dir)
+        turned = orientation != "SPL"
+        facts = [*([item["modality"], sources.identity(item)] for item in pool.cases), *[orientation] * turned]
+        path = os.path.join(store_dir, FOLDER, f"pool-{_pool_key(pool, FINGERPRINT_FORMAT, facts)}.json")
+        kept = path if os.path.isfile(path) else None if turned else _of_earlier_version(pool, store_dir)
     except CaseError:  # a file that is gone: listed below
         path = kept = None
     if kept:
@@ -212,8 +215,8 @@ def _read_or_measure(pool: DatasetPool, store_dir: str, num_workers: int) -> Fin
             return Fingerprint(**read_json(kept), failed=[])
         except (FileError, TypeError) as error:
             logger.warning("the kept fingerprint %s is damaged (%s): it is measured again", kept, error)
-    channels = Preparation((1.0, 1.0, 1.0), in_channels=count_channels(pool))
-    found = fingerprint(pool.cases, pool.table, channels, num_workers, progress=rank() == 0, sources=sources)
+    read_as = Preparation((1.0, 1.0, 1.0), in_channels=count_channels(pool), orientation=orientation)
+    found = fingerprint(pool.cases, pool.table, read_as, num_workers, progress=rank() == 0, sources=sources)
     record_sources(sources, pool)
     if found.failed:
         listed = "\n".join(f"  {message}" for _, message in found.failed)

@@ -73,7 +73,8 @@ def plan_run(
     description = None if pretrained is None else pretrained_description(pretrained)
     if not pool.entries:
         return _plan_of_weights(description, patch_size, spacing_mm, batch_size)
-    found = pool_fingerprint(pool, store_dir, num_workers)
+    orientation = ((description or {}).get("preparation") or {}).get("orientation", "SPL")
+    found = pool_fingerprint(pool, store_dir, num_workers, orientation)
     check_data(pool, found, fold)
     family = None if description is None else weights_family(description)
     if family is not None and network_size != "auto":

@@ -300,8 +300,19 @@ def _mismatches(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
             found.append(
                 f"spacing (S, P, L): {before['spacing_mm']} mm in the checkpoint, {after['spacing_mm']} mm now"
             )
+        for key, meaning, default in (
+            ("orientation", "orientation of the axes", "SPL"),
+            ("resample_first", "resampled before it is normalized", False),
+        ):
+            was, now = before.get(key, default), after.get(key, default)
+            if was != now:
+                found.append(f"{meaning}: {was} in the checkpoint, {now} now")
+        rules = [list(side.get("channels", ())) for side in (before, after)]
+        if rules[0] != rules[1]:
+            was, now = (", ".join(rule["scheme"] for rule in side) or "by modality" for side in rules)
+            found.append(f"normalization of the channels: {was} in the checkpoint, {now} now")
         was, now = before.get("intensity", {}), after.get("intensity", {})
-        for modality in sorted(modalities):
+        for modality in sorted(modalities) if not any(rules) else ():
             if was.get(modality) != now.get(modality):
                 shown = [values.get(modality, "z-score per case") for values in (was, now)]
                 found.append(f"normalization of {modality}: {shown[0]} in the checkpoint, {shown[1]} now")

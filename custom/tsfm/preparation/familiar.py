@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..names import modality_name
+
 FEATURES = {
     **{f"extent_{axis}": ("mm along {axis}", axis) for axis in "SPL"},
     **{f"voxel_{axis}": ("mm of voxel along {axis}", axis) for axis in "SPL"},
@@ -76,9 +78,10 @@ class Familiar:
 
     def warnings(self, image: np.ndarray, grid: Mapping[str, Any], modality: str | None = None) -> list[str]:
         """Sentences for a person; empty where the image is like those of the training, or nothing is known."""
-        modality = self.modality or modality or self.default
         if not self.known:
             return []
+        given = self.modality or modality
+        modality = modality_name(given) if given else self.default
         if modality not in self.known:
             return [f"it is {modality}; the weights saw {', '.join(sorted(self.known))}"]
         return unfamiliar(self.known[modality], features(image, grid))

@@ -32,7 +32,7 @@ from .resampling import (
 FINGERPRINT_VOXELS = 10**7
 """Foreground voxels that a fingerprint draws over all cases (nnU-Net draws 1e8; the percentiles agree to 1e-3)."""
 
-DAMAGED = (ValueError, OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 PACKED = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "nthreads": 1}
 
@@ -107,7 +107,7 @@ def fingerprint(
     progress: bool = True,
     sources: Sources | None = None,
 ) -> Fingerprint:
-    """Read all items once and gather nnU-Net 2's fingerprint. `preparation` gives in_channels and default modality.
+    """Read all items once and gather nnU-Net 2's fingerprint. `preparation` gives in_channels, orientation and default modality.
 
     With `sources` what was measured of a case is kept in the store (``fingerprints/``), also when the process is killed,
     and a case with the same bytes is not measured again. Workers start when it takes more than some seconds.
@@ -209,12 +209,14 @@ def kept_path(sources: Sources, item: Mapping[str, Any], table: LabelTable, prep
     structures = list(label) if isinstance(label, Mapping) else None
     rules = table.label_rules(item["dataset"])
     facts = [CASE_FORMAT, sources.identity(item), item["modality"], structures, rules, preparation.in_channels]
+    if preparation.orientation != "SPL":
+        facts.append(preparation.orientation)
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     return os.path.join(sources.store_dir, FOLDER, f"{name}.npz")
 
 
 def kept_codes(path: str) -> np.ndarray | None:
-    """The label codes (S, P, L) on the source grid that were read when the case was measured; None where none are kept."""
+    """The label codes on the source grid, in the preparation's orientation, that were read when the case was measured; None where none are kept."""
     try:
         with np.load(path) as file:
             return blosc2.ndarray_from_cframe(file["codes"].tobytes())[:]

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,9 +184,11 @@ class RunState:
             scatter_state(self.network, parts.pop("optimizer"), state["model"], state["parts"]["optimizer"])
         else:
             unwrap(self.network).load_state_dict(state["model"])
+        schedule = parts.pop("lr_scheduler", None)
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-        self._set_rates()
+        if schedule is not None:
+            _go_on(schedule, state["parts"]["lr_scheduler"])
         self.curve.load_state_dict(state["curve"])
         self.best = state["best"]
         engine.state.epoch = state["epoch"]
@@ -228,14 +231,6 @@ class RunState:
         for error in damaged:
             logger.warning("%s. Going on from %s, after epoch %d", error, newest, whole[newest])
         return newest
-
-    def _set_rates(self) -> None:
-        """Learning rates of the epoch to come by this run's schedule, which may be longer than the one that was saved."""
-        schedule = self.parts.get("lr_scheduler")
-        if schedule is not None:
-            groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            for group, base, factor in groups:
-                group["lr"] = base * factor(schedule.last_epoch)
 
     def save(self, engine: Any) -> None:
         """Write ``model.pt`` if this epoch is the best, and ``last.pt``, where it is this epoch's turn."""
@@ -316,6 +311,22 @@ def _read_run(path: str, checked: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no state of a training run")
     decode_description((state["shares"].get("model") if is_folder else state["model"]).get(EXTRA_STATE), path)
     return dict(state)
+
+
+def _go_on(schedule: Any, saved: Mapping[str, Any]) -> None:
+    """Let `schedule` go on after the epochs of the saved one, of which it may be a longer version, with its own rates.
+
+    So of a schedule that is a function of the epoch only the counters are taken.
+    """
+    if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        schedule.load_state_dict(saved)
+        return
+    schedule.last_epoch, schedule._step_count = saved["last_epoch"], saved["_step_count"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of get_lr, when nothing steps
+        schedule._last_lr = schedule.get_lr()
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def _digest(value: Any) -> str:

@@ -9,17 +9,48 @@ from typing import Any
 
 import numpy as np
 
-from .weight_files import SCALAR, CheckpointError
+from .weight_files import CheckpointError
 
-RECONSTRUCT = np.empty(0).__reduce__()[0]
+KINDS = "biufcSU"
+"""numpy's numbers and texts: types without pointers, whose bytes may be anything."""
+
+
+class _Type:
+    """A data type by its name and byte order; what else its pickle may say of fields and flags is refused."""
+
+    def __init__(self, name: str, align: bool = False, copy: bool = False) -> None:
+        self.type = np.dtype(name)
+        if self.type.kind not in KINDS:
+            raise pickle.UnpicklingError(f"it holds values of the type {name!r}")
+
+    def __setstate__(self, state: tuple) -> None:
+        _, order, *more = state
+        if any(part is not None for part in more[:3]):
+            raise pickle.UnpicklingError(f"it holds values of a type with {more[:3]}")
+        self.type = self.type.newbyteorder(order)
+
+
+class _Array(np.ndarray):
+    """An array that takes nothing but a shape, a `_Type` and bytes of exactly that size."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, is_fortran, content = state
+        array = np.frombuffer(content, kind.type).reshape(shape, order="F" if is_fortran else "C")
+        super().__setstate__(array.__reduce__()[2])
+
+
+def _scalar(kind: _Type, content: bytes) -> np.generic:
+    (value,) = np.frombuffer(content, kind.type)
+    return value
+
 
 ALLOWED = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): None,  # named by arrays, never called
+    ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
-    **{(f"numpy.{core}.multiarray", "scalar"): SCALAR for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): RECONSTRUCT for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(0) for core in ("core", "_core")},
 }
 
 

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..network.cpu import computes_in
-from ..network.sharding import is_sharded
-from ..network.tsfm_net import TSFM
+from ..network.networks import create_network
+from ..network.sharding import UNITS, is_sharded
 from .run_state import unwrap
 
 logger = logging.getLogger(__name__)
@@ -93,9 +93,7 @@ def walk(
         state["forward"] = False
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
         live.after_each()  # the last gradient comes after the last operation
-    units = [
-        sum(p.numel() for p in m.parameters()) for m in network.modules() if hasattr(m, "conv2") or hasattr(m, "attn")
-    ]
+    units = [sum(p.numel() for p in m.parameters()) for m in network.modules() if isinstance(m, UNITS)]
     weights, trained = (
         sum(p.numel() for p in network.parameters() if p.requires_grad or every) for every in (True, False)
     )
@@ -103,10 +101,10 @@ def walk(
 
 
 def _shell(network: nn.Module, kind: torch.dtype) -> nn.Module:
-    """A copy of `network` in training mode whose weights are on the meta device; a sharded TSFM is built anew."""
+    """A copy of `network` in training mode whose weights are on the meta device; a sharded one is built anew."""
     if is_sharded(network):
         with torch.device("meta"):
-            return TSFM(**network.description["network"]).to(kind).train()
+            return create_network(**network.description["network"]).to(kind).train()
     shapes: dict[int, Any] = {}  # what deepcopy takes in place of each weight
     for p in network.parameters():
         shapes[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=kind, device="meta"), p.requires_grad)

@@ -13,17 +13,18 @@ import cc3d
 import numpy as np
 from nibabel.orientations import aff2axcodes
 from tsfm.cases.cases import Preparation, check_image, load_codes
-from tsfm.cases.grids import spacing_of
+from tsfm.cases.grids import spacing_of, upright_share
 from tsfm.cases.sources import file_identity
 from tsfm.cases.volumes import RawVolume, read_volume, to_spl
 from tsfm.errors import CaseError
 from tsfm.files import atomic_write
 from tsfm.labels import LabelTable
+from tsfm.preparation.fingerprint import DAMAGED
 from tsfm.preparation.resampling import boxes_of, enclosing
 
 from .signature import describe_image
 
-FORMAT = 1  # of the kept files
+FORMAT = 2  # of the kept files
 
 SPECK_VOXELS = 3
 """Pieces of a label up to this size are specks."""
@@ -43,7 +44,7 @@ def measured(item: Mapping[str, Any], table: dict[str, Any], cache_dir: str) -> 
     try:
         with np.load(path) as kept:
             return {**json.loads(str(kept["facts"])), **{name: kept[name] for name in kept.files if name != "facts"}}
-    except (OSError, ValueError, KeyError, EOFError):  # not there, or damaged
+    except DAMAGED:  # or not there
         record = measure(item, LabelTable.from_dict(table))
     arrays = {name: value for name, value in record.items() if isinstance(value, np.ndarray)}
     facts = {name: value for name, value in record.items() if name not in arrays} | {"key": key}
@@ -70,7 +71,8 @@ def measure(item: Mapping[str, Any], table: LabelTable) -> dict[str, Any]:
     thinned = image.array[(slice(None), *(slice(None, None, max(1, n // 64)) for n in image.array.shape[1:]))]
     ends = [(float(channel.min()), float(channel.max())) for channel in image.array]
     middle = np.percentile(thinned.reshape(len(thinned), -1), (0.5, 50, 99.5), axis=1).T
-    targets = _targets(codes, table, item["dataset"], spacing)
+    voxel_ml = float(np.prod(spacing)) * upright_share(image.affine) / 1000
+    targets = _targets(codes, table, item["dataset"], spacing, voxel_ml)
     return {
         **{key: item[key] for key in ("dataset", "case", "modality")},
         "source": raw.source,
@@ -82,7 +84,7 @@ def measure(item: Mapping[str, Any], table: LabelTable) -> dict[str, Any]:
         "warnings": list(dict.fromkeys(str(one.message) for one in caught)),
         "complaint": complaint,
         "targets": targets,
-        "outside": _outside(codes, table, item["dataset"], spacing),
+        "outside": _outside(codes, table, item["dataset"], voxel_ml),
         **_form(codes, table, item["dataset"], spacing),
         **describe_image(image.array[0], spacing, item["modality"]),
     }
@@ -121,9 +123,10 @@ def _cut(codes: np.ndarray, boxes: list, positive: np.ndarray) -> tuple[tuple[sl
     return box, positive[codes[box]]
 
 
-def _targets(codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tuple[float, ...]) -> dict[str, Any]:
+def _targets(
+    codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tuple[float, ...], voxel_ml: float
+) -> dict[str, Any]:
     rows, boxes, result = rows_of(table, dataset), boxes_of(codes), {}
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
     for name in table.annotated(dataset):
         cut = _cut(codes, boxes, rows[:, table.names.index(name)] == 1)
         if cut is None:
@@ -145,7 +148,7 @@ def _targets(codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tup
     return result
 
 
-def _outside(codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tuple[float, ...]) -> list[dict[str, Any]]:
+def _outside(codes: np.ndarray, table: LabelTable, dataset: str, voxel_ml: float) -> list[dict[str, Any]]:
     rows, boxes, found = rows_of(table, dataset), boxes_of(codes), []
     annotated = table.annotated(dataset)
     for name in annotated:
@@ -170,8 +173,7 @@ def _outside(codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tup
         for piece in sorted(set(range(1, count + 1)) - touching):
             size = int(facts["voxel_counts"][piece])
             place = [int(x) for x in np.round(facts["centroids"][piece] + start)]
-            ml = size * float(np.prod(spacing_mm)) / 1000
-            found.append({"target": name, "parent": parent, "voxels": size, "ml": ml, "place": place})
+            found.append({"target": name, "parent": parent, "voxels": size, "ml": size * voxel_ml, "place": place})
     return found
 
 

@@ -18,7 +18,7 @@ import monai
 from tsfm.cases.pool import DatasetPool
 from tsfm.errors import first_cause
 from tsfm.files import atomic_write
-from tsfm.options import OptionError, check_options
+from tsfm.options import OptionError, check_options, check_texts
 from tsfm.planning.own_data import pretrained_description
 from tsfm.schema import FileError, nearest, read_json
 from tsfm.training.weight_files import CheckpointError
@@ -42,8 +42,12 @@ def run_bundle(bundle_dir: str | os.PathLike, configs: Sequence[str], **override
     """``python -m monai.bundle run`` in this process: `configs` are names in the bundle's configs folder, or paths.
 
     An error is raised as what it was before MONAI wrapped it.
+
+    Raises:
+        OptionError: an override, a path for example, with a ``#``.
     """
     folder = Path(bundle_dir) / "configs"
+    check_texts({**overrides, "bundle_root": str(bundle_dir)}, "options")
     try:
         monai.bundle.run(
             config_file=_config_paths(bundle_dir, configs),
@@ -88,6 +92,8 @@ class GridRunner:
         self.grid, self.overlays, self.settings = grid, list(overlays), dict(settings or {})
         self.dataset_dir, self.output_dir = Path(os.path.abspath(dataset_dir)), Path(os.path.abspath(output_dir))
         self.weights = {name: os.path.abspath(path) for name, path in (weights or {}).items()}
+        paths = {"dataset_dir": self.dataset_dir, "output_dir": self.output_dir, "weights": [*self.weights.values()]}
+        check_texts({**paths, "bundles_dir": grid.bundles_dir}, "options")
         if not self.dataset_dir.is_dir():
             raise FileError(f"--dataset_dir {self.dataset_dir} is no folder")
         for name, path in self.weights.items():

@@ -33,12 +33,18 @@ def figures(
         fits = column.epochs in (None, result["epochs"]) and column.dataset in grid.covers(result["dataset"])
         if result["row"] != row["id"] or not fits:
             continue
-        scores = result["scores"]
-        part = scores.get(column.dataset) or (next(iter(scores.values())) if len(scores) == 1 else {})
+        part = _scores(result, column)
         values = [part.get(target) for target in column.targets or part]
         if values and None not in values:
             found[result["seed"]] = float(np.mean(values))
     return found
+
+
+def _scores(result: Mapping[str, Any], column: Column) -> Mapping[str, float]:
+    """Target -> Dice on a column's data set; what was trained on a folder alone may call that data set otherwise."""
+    scores = result["scores"]
+    is_alone = len(scores) == 1 and column.dataset == result["dataset"]
+    return scores.get(column.dataset) or (next(iter(scores.values())) if is_alone else {})
 
 
 def is_asked(grid: Grid, row: Mapping[str, Any], column: Column) -> bool:
@@ -54,9 +60,7 @@ def is_scored(grid: Grid, row: Mapping[str, Any], column: Column, results: Seque
     if column.mean_of:
         return all(is_scored(grid, row, other, results) for other in grid.columns if other.name in column.mean_of)
     return any(
-        result["row"] == row["id"]
-        and column.epochs in (None, result["epochs"])
-        and result["scores"].get(column.dataset)
+        result["row"] == row["id"] and column.epochs in (None, result["epochs"]) and _scores(result, column)
         for result in results
     )
 

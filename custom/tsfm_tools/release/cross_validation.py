@@ -28,7 +28,7 @@ from tsfm.files import atomic_write, write_first
 from tsfm.inference.claims import Claims
 from tsfm.inference.postprocessing import apply
 from tsfm.names import plain_name
-from tsfm.options import OptionError, check_options
+from tsfm.options import OptionError, check_options, check_texts
 from tsfm.schema import FileError, read_json
 from tsfm.training.weight_files import CheckpointError
 
@@ -117,6 +117,8 @@ class CrossValidation:
         self.bundle, self.folder = os.path.abspath(bundle_dir), Path(os.path.abspath(output_dir))
         self.store = os.path.abspath(store_dir) if store_dir else str(self.folder / "store")
         self.dataset_dir, self.overlays, self.settings = os.path.abspath(dataset_dir), list(overlays), dict(settings)
+        paths = {"dataset_dir": self.dataset_dir, "output_dir": self.folder, "bundle_dir": self.bundle}
+        check_texts({**paths, "store_dir": self.store}, "options")
         if own := [f"--{key}" for key in self.settings if key.lstrip("+") in OWN]:
             raise OptionError(
                 f"{', '.join(own)}: a cross-validation sets this itself; its options are --folds, --output_dir"
@@ -194,6 +196,14 @@ class CrossValidation:
         asked["weights"] = [self._weights(fold) for fold in self.folds]
         if not self.claims.take("table"):
             return f"another process is making {table} and the release"
+        try:
+            self._make(table, made, asked)
+        finally:
+            self.claims.free("table")
+        return table.read_text(encoding="utf-8")
+
+    def _make(self, table: Path, made: Path, asked: Mapping[str, Any]) -> None:
+        """What `finish` says, unless it is there and made from what is `asked`."""
         if not table.is_file() or _known(made) != asked:
             items = [item for items in self.held_out.values() for item in items]
             evaluate_folder(self.folder / "held_out", items, self.pool.table, self.folder / "scores")
@@ -205,15 +215,13 @@ class CrossValidation:
             said = f"{len(self.folds)} folds of {os.path.basename(self.dataset_dir)} ({len(items)} cases)"
             released = release(
                 self.bundle, [str(self._fold(fold) / "model.pt") for fold in self.folds], str(self.folder / "release"),
-                name=asked["name"], metrics=str(self.folder / "scores/summary.json"), data_license=data_license,
-                trained_on=trained_on or said, overlays=self._own_overlays(),
+                name=asked["name"], metrics=str(self.folder / "scores/summary.json"), data_license=asked["data_license"],
+                trained_on=asked["trained_on"] or said, overlays=self._own_overlays(),
                 inference={"postprocessing_plan": steps if plan["steps"] else None, "displayable_configs#mirroring": True},
             )  # fmt: skip
             text = self._table(pairs, plan, released)
             atomic_write(table, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
             self._write(made, asked)
-        self.claims.free("table")
-        return table.read_text(encoding="utf-8")
 
     # ---- parts ------------------------------------------------------------------------------------------------
 
