@@ -13,8 +13,8 @@ from tsfm.cases.folders import stem
 from tsfm.cases.grids import grid_difference
 from tsfm.evaluation.evaluation import CaseScores, evaluate_folder
 from tsfm.evaluation.score_files import ScoreWriter
-from tsfm.evaluation.scores import count_voxels, score_case
-from tsfm.evaluation.tables import format_scores, load_rows, summarize
+from tsfm.evaluation.scores import COLUMNS, count_voxels, score_case
+from tsfm.evaluation.tables import format_scores, load_rows, markdown_scores, summarize
 from tsfm.inference.prediction import CaseEvaluator, FailedCases
 from tsfm.labels import LabelTable
 
@@ -372,3 +372,11 @@ def test_scores_are_one_line_per_target_over_all_data_sets():
     liver, tumor = format_scores(summary).splitlines()
     assert liver.split() == ["liver", "Dice", "0.80", "in", "3", "cases"]
     assert tumor.endswith("2 of 3 found, 1 false")
+
+
+def test_one_case_has_no_standard_deviation():
+    row = dict.fromkeys(COLUMNS) | {"case": "a", "dataset": "d", "target": "t", "status": "ok", "tolerance_mm": 2.0}
+    row |= {"dice": 0.5, "nsd": 0.25, "volume_predicted_ml": 1.0, "volume_true_ml": 1.0}
+    assert "0.5000 ± -" in markdown_scores(summarize([row])) and "0.0000" not in markdown_scores(summarize([row]))
+    assert "in 1 case" in format_scores(summarize([row])) and "cases" not in format_scores(summarize([row]))
+    assert "0.5000 ± 0.0000" in markdown_scores(summarize([row, row | {"case": "b"}]))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tsfm.cases.folders import PoolError
 from tsfm.cases.pool import DatasetPool, complete_items, is_bare, sampling_weights
+from tsfm.planning.own_data import dataset_pool
 from tsfm_tools.phantoms import layouts as phantoms
 
 PAPER_POOL = Path(__file__).parents[1] / "bundles/tsfm_pretrain/configs/pool.json"
@@ -225,3 +226,17 @@ def test_summary_says_what_was_found(all_ten):
     assert summary["targets"]["kidney_tumor"] == ["kits21"]
     assert summary["datasets"]["msd_liver"]["labels"] == {"0": "background", "1": "liver", "2": "liver_tumor"}
     assert sum(entry["sampling_share"] for entry in summary["datasets"].values()) == pytest.approx(1)
+
+
+def test_labels_without_an_image_are_named_and_images_without_a_label_refused_with_advice_that_fits(tmp_path, caplog):
+    for path in ("mr/a.nii.gz", "mr/b.nii.gz", "masks/a.nii.gz", "masks/b.nii.gz", "masks/lone.nii.gz"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    settings = {"images": "mr", "labels": "masks", "label_ids": {"1": "sarcoma"}, "modality": "MR"}
+    assert [item["case"] for item in dataset_pool(str(tmp_path), **settings).cases] == ["a", "b"]
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1 and str(tmp_path / "masks/lone.nii.gz") in warned[0] and "a.nii.gz" not in warned[0]
+    (tmp_path / "masks/b.nii.gz").unlink()
+    with pytest.raises(PoolError, match="unlabelled") as error:
+        dataset_pool(str(tmp_path), **settings).cases  # noqa: B018
+    assert str(tmp_path / "masks/b.nii.gz") in str(error.value) and "--allow_missing" not in str(error.value)

@@ -23,7 +23,7 @@ LABEL_MAP = "label_map"
 
 TARGET_FIELDS = {*RELATIONS, "lesion", "tolerance_mm", "display", "snomed", "_desc_"}
 
-LESION_ENDINGS = ("tumor", "lesion", "cyst", "cancer", "metastasis")
+LESION_ENDINGS = ("tumor", "tumour", "lesion", "cyst", "cancer", "metastasis")
 
 
 class LabelError(ValueError):

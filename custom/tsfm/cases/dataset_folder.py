@@ -15,7 +15,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..names import case_names, modality_name, unknown_names
@@ -93,6 +93,8 @@ def read_dataset(
     if absent:
         shown = "\n    ".join(absent[:10])
         raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
+    if recorded is None and entry.get("format") != "msd":
+        _warn_of_lone_labels(folder, entry, pairs)
     if unlabelled:
         logger.info("%s: %d cases without a label file are left out", entry["name"], unlabelled)
     if not items:
@@ -136,6 +138,21 @@ def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any
             label = _resolve(folder, entry["label"], case)
         pairs.append((case, channels if isinstance(entry["image"], list) else first, label))
     return pairs
+
+
+def _warn_of_lone_labels(folder: str, entry: Mapping[str, Any], pairs: Sequence[tuple[str, Any, Any]]) -> None:
+    """Name the label files that belong to no image; patterns that a single label file cannot answer are not looked at."""
+    pattern = entry["label"]
+    if "{case}" not in pattern or "{structure}" in pattern or "*" in pattern:
+        return
+    known = {os.path.normpath(path) for _, image, label in pairs for path in (*paths_of(image), *paths_of(label))}
+    lone = [path for path in map(os.path.normpath, _match(folder, pattern).values()) if path not in known]
+    if lone:
+        more = f" and {len(lone) - 10} more" if len(lone) > 10 else ""
+        logger.warning(
+            "%s: labels without an image (%s) are not used: %s%s", entry["name"],
+            " + ".join(paths_of(entry["image"])), ", ".join(lone[:10]), more,
+        )  # fmt: skip
 
 
 def _match(folder: str, pattern: str) -> dict[str, str]:

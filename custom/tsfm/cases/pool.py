@@ -117,6 +117,11 @@ class DatasetPool:
         found, missing = self.scan
         listing = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
         if missing and not self.allow_missing:
+            if len(self.entries) == 1:
+                raise PoolError(
+                    f"{listing.strip()}\nPut the files in place, or move away the images that have no label; a pool file "
+                    '(--pool_file, docs/datasets.md) can leave cases out: "exclude" with their names, or "unlabelled": "skip"'
+                )
             raise PoolError(
                 f"{len(missing)} of {len(self.chosen)} data sets of {self.source} are not there:\n{listing}\n"
                 "Put them in place, name the ones to use (--datasets \"['a','b']\"), or ask for training on those that "

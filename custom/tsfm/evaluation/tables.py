@@ -52,7 +52,7 @@ def format_scores(summary: dict[str, Any]) -> str:
         scored = [(entry["dice"]["mean"], entry["cases"]) for entry in entries if entry["dice"]]
         cases = sum(count for _, count in scored)
         dice = f"{sum(mean * count for mean, count in scored) / cases:.2f}" if cases else "-"
-        line = f"{target:14} Dice {dice} in {cases} cases"
+        line = f"{target:14} Dice {dice} in {cases} case{'s' * (cases != 1)}"
         counts = [entry["lesions"] for entry in entries if "lesions" in entry]
         if counts:
             found, true, false = (sum(count[key] for count in counts) for key in ("found", "true", "false"))
@@ -112,8 +112,8 @@ def markdown_scores(summary: Mapping[str, Any]) -> str:
             lesions = entry.get("lesions")
             tolerance = "/".join(f"{value:g}" for value in entry["tolerance_mm"])
             lines.append([
-                f"{dataset}: {target}", entry["cases"], entry["empty_truth"], _with_spread(entry["dice"]),
-                f"{entry['dice']['median']:.4f}" if entry["dice"] else "-", _with_spread(entry["nsd"]), tolerance,
+                f"{dataset}: {target}", entry["cases"], entry["empty_truth"], _with_spread(entry["dice"], entry["cases"]),
+                f"{entry['dice']['median']:.4f}" if entry["dice"] else "-", _with_spread(entry["nsd"], entry["cases"]), tolerance,
                 f"{lesions['found']}/{lesions['true']}" if lesions else "-",
                 f"{lesions['false_per_case']:.2f}" if lesions else "-",
                 _false_positives(entry),
@@ -133,8 +133,11 @@ def _false_positives(entry: Mapping[str, Any]) -> str:
     return f"{found['cases']}/{entry['empty_truth']} = {found['share']:.0%}{volumes}"
 
 
-def _with_spread(statistics: Mapping[str, float] | None) -> str:
-    return f"{statistics['mean']:.4f} ± {statistics['sd']:.4f}" if statistics else "-"
+def _with_spread(statistics: Mapping[str, float] | None, cases: int) -> str:
+    """Mean and sd; one case has no sd."""
+    if not statistics:
+        return "-"
+    return f"{statistics['mean']:.4f} ± {statistics['sd']:.4f}" if cases > 1 else f"{statistics['mean']:.4f} ± -"
 
 
 def table1(

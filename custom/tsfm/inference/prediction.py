@@ -269,7 +269,8 @@ def volumes_ml(
 def format_results(results: Sequence[Mapping[str, Any]]) -> str:
     """A table of cases: seconds and ml per target, or the error."""
     width = max(len("case"), *(len(row["case"]) for row in results))
-    lines = [f"{'case':{width}}  seconds  result (how far mirrored versions or folds agree, as Dice)"]
+    told = any(_agreement(row, name) for row in results for name in row.get("ml", {}))
+    lines = [f"{'case':{width}}  seconds  result{' (how far mirrored versions or folds agree, as Dice)' * told}"]
     for row in results:
         found = [f"{name} {value:.1f} ml{_agreement(row, name)}" for name, value in row.get("ml", {}).items()]
         ml = ", ".join(found) or "nothing found"
