@@ -35,9 +35,6 @@ NIFTI = (".nii.gz", ".nii")
 SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
 """Endings of files that the reader takes; DICOM is told by its content."""
 
-DETACHED = (".mhd", ".nhdr")
-"""Headers whose voxels are in a file beside them."""
-
 DICOM = (".dcm", ".ima")
 
 
