@@ -202,11 +202,27 @@ def test_bare_items_train_the_weights_that_the_bundle_ships(with_validation, pre
         **{key: SHORT[key] for key in ("num_workers", "checkpointing", "device", "iterations_per_epoch", "val_iterations")},
         "train#trainer#max_epochs": 1, "train#dataset#data": items[:2], "validate#dataset#data": items[2:] if with_validation else [],
     }  # fmt: skip
+    weights = bundle / "models/model.pt"
+    loader = {
+        "_target_": "CheckpointLoader",
+        "load_path": str(weights),
+        "load_dict": {"model": "$@network"},
+        "strict": False,
+    }
+    handlers = json.loads((bundle / "configs/train.json").read_text())["train"]["handlers"]
+    settings["train#handlers"] = [loader, *handlers]
+    known = read_state(weights)[1]
     for _ in range(2):  # a second request is a run of its own, not the resumption of the first
-        before = (bundle / "models/model.pt").read_bytes()
+        before = weights.read_bytes()
         experiments.run_bundle(bundle, ["train.json"], **settings)
-        assert (bundle / "models/model.pt").read_bytes() != before
-    assert len(read_state(bundle / "models/model.pt")[1]["targets"]) == 31
+        assert weights.read_bytes() != before
+    found = read_state(weights)[1]
+    assert found["trained_on"] == sorted({"label_map", *known["trained_on"]}) and len(found["targets"]) == 31
+    assert set(found["trained_targets"]) == {
+        *known["trained_targets"],
+        *(list(found["targets"])[value - 1] for value in (7, 25)),
+    }
+    assert set(found["modalities"]) >= set(known["modalities"]) and found["dataset_labels"] == known["dataset_labels"]
     assert bool(curve(bundle / "output")[0]["val_mean_dice"]) == with_validation
     assert (bundle / "models/model_previous.pt").is_file()
 

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from tsfm.cases.raw_ids import raw_values
 from tsfm.labels import LABEL_MAP, LabelError, LabelTable
 
 TARGETS = {
@@ -43,6 +44,24 @@ def test_a_label_is_positive_for_its_target_and_every_annotated_ancestor(table):
     assert tumor == {"kidney": 1, "kidney_left": -1, "kidney_right": -1, "liver": -1, "kidney_tumor": 1}
     left = row(table, "amos22", 3)
     assert left == {"kidney": 1, "kidney_left": 1, "kidney_right": 0, "liver": 0, "kidney_tumor": -1}
+
+
+def test_a_tumor_inside_a_whole_does_not_say_in_which_part(table):
+    both = LabelTable(
+        TARGETS, [{"name": "both", "labels": {"1": "kidney_left", "2": "kidney_right", "3": "kidney_tumor"}}]
+    )
+    assert row(both, "both", 3) == {
+        "kidney": 1, "kidney_left": -1, "kidney_right": -1, "liver": -1, "kidney_tumor": 1,
+    }  # fmt: skip
+    assert row(both, "both", 1) == {
+        "kidney": 1, "kidney_left": 1, "kidney_right": 0, "liver": -1, "kidney_tumor": 0,
+    }  # fmt: skip
+    assert raw_values(both, "both") == {2: 1, 3: 2, 5: 3}
+    named = {"1": "kidney_left", "2": "kidney_right", "3": ["kidney_tumor", "kidney_left"]}
+    assert row(LabelTable(TARGETS, [{"name": "named", "labels": named}]), "named", 3)["kidney_right"] == 0
+    drawn = table.with_maps({"map.nii.gz": ["kidney_left", "kidney_right", "kidney_tumor"]})
+    dataset = drawn.dataset_of({"image": "i", "label": "map.nii.gz"})
+    assert [row(drawn, dataset, 5)[side] for side in ("kidney_left", "kidney_right")] == [-1, -1]
 
 
 def test_a_whole_is_annotated_when_all_its_parts_are(table):
@@ -113,7 +132,14 @@ def test_channel_def_lists_the_label_map_from_one_to_n(table):
 
 def test_bare_items_belong_to_the_only_data_set_or_hold_the_label_map(table):
     assert table.bare_dataset == LABEL_MAP
-    assert row(table, LABEL_MAP, 5) == {"kidney": 1, "kidney_left": 0, "kidney_right": 0, "liver": 0, "kidney_tumor": 1}
+    assert row(table, LABEL_MAP, 2) == {"kidney": 1, "kidney_left": 1, "kidney_right": 0, "liver": 0, "kidney_tumor": 0}
+    assert row(table, LABEL_MAP, 5) == {
+        "kidney": 1,
+        "kidney_left": -1,
+        "kidney_right": -1,
+        "liver": 0,
+        "kidney_tumor": 1,
+    }
     assert LabelTable(TARGETS, DATASETS[:1]).bare_dataset == "kits21"
 
 

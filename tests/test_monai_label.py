@@ -22,6 +22,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai_label_server import LABEL_PYTHON, Server, form, free_port, staged, write_studies
 from tsfm.labels import LabelTable
+from tsfm.training.checkpoint import read_description
 from tsfm_tools.click_server import ClickRequests
 from tsfm_tools.release.import_nnunet import import_nnunet
 
@@ -38,8 +39,8 @@ def server(request, tmp_path_factory):
     own_app = request.param == "tsfm_finetune"
     targets = MANY if own_app else TARGETS
     raw = {"1": "organ", "2": "tumor"}
-    if own_app:  # the server's labels are 1 organ, 2 tumor, 3 ... all the same
-        raw = {"1": "tumor", "4": "organ", **{str(10 + number): name for number, name in enumerate(list(MANY)[2:])}}
+    if own_app:  # the server's labels are 1 organ, 2 tumor, 3 ... all the same; structure 3 was never trained
+        raw = {"1": "tumor", "4": "organ", **{str(10 + number): name for number, name in enumerate(list(MANY)[3:])}}
     bundle = staged(request.param, LabelTable(targets, [{"name": "mine", "labels": raw}]), root)
     write_studies(root / "studies", root / ("submitted" if own_app else "studies/labels/final"))
     running = Server(bundle, root, own_app)
@@ -56,7 +57,7 @@ def test_a_label_and_train_round_with_a_real_server(server):
     assert info["type"] == "segmentation" and info["dimension"] == 3
     assert info["labels"] == {name: value for value, name in enumerate(targets, start=1)}
     assert info["config"]["model_filename"] == ["model.pt"]
-    assert info["config"]["targets"] == ["all", *targets]
+    assert info["config"]["targets"] == ["all", *(name for name in targets if name != "structure_3")]
 
     reference = nib.load(root / "studies/case2.nii.gz")
     for options in ({"normalize_as": "CT"}, {"mirroring": True, "targets": "organ"}, {"threshold": 0.9999}):
@@ -89,6 +90,7 @@ def test_a_label_and_train_round_with_a_real_server(server):
         kept = torch.load(weights.with_name("model_previous.pt"), weights_only=True)
         assert torch.equal(kept["stem.weight"], before["stem.weight"])
         if server.name == "tsfm_finetune":
+            assert read_description(weights)["trained_on"] == ["label_map", "mine"]
             _only_the_drawn_and_named_targets_learned(before, after)
             _the_menu_offers_the_weights_before(server, root, result)
         result = np.asarray(server.infer("case2", root / "again.nii.gz").dataobj)
@@ -110,10 +112,11 @@ def _only_the_drawn_and_named_targets_learned(before: dict, after: dict) -> None
 
 
 def _the_menu_offers_the_weights_before(server: Server, root: Path, result: np.ndarray) -> None:
-    files = json.loads(server.request("/info/"))["models"][server.name]["config"]["model_filename"]
-    assert files == ["model.pt", "model_previous.pt"]
-    earlier = server.infer("case2", root / "earlier.nii.gz", model_filename="model_previous.pt")
-    assert np.array_equal(np.asarray(earlier.dataobj), result)
+    options = json.loads(server.request("/info/"))["models"][server.name]["config"]
+    assert options["model_filename"] == ["model.pt", "model_previous.pt"] and options["targets"] == ["all", *MANY]
+    earlier = np.asarray(server.infer("case2", root / "earlier.nii.gz", model_filename="model_previous.pt").dataobj)
+    known = (earlier != 3) & (result != 3)  # structure 3 is computed since the first training
+    assert np.array_equal(earlier[known], result[known]) and known.any()
 
 
 def _the_most_uncertain_image_comes_first(server: Server, root: Path) -> None:
@@ -305,3 +308,12 @@ def test_an_imported_nnunet_answers_under_its_own_label_names(promptable):
     found = server.infer("case3", root / "nnunet.nii.gz", model="toy")
     expected = ClickRequests(imported, device="cpu")(str(root / "studies/case3.nii.gz"))
     assert (np.asarray(found.dataobj) == expected).mean() > 0.999 and set(np.unique(expected)) == {0, 1, 2}
+
+
+def test_the_only_image_without_a_label_can_be_asked_for_twice_in_a_second(promptable):
+    server, root, _ = promptable
+    server.info()
+    for image in ("case0", "case1", "case2", "damaged", "series"):
+        server.submit(image, root / "labels/case0.nii.gz")
+    answers = [json.loads(server.request("/activelearning/random", b"{}"))["id"] for _ in range(5)]
+    assert answers == ["case3"] * 5

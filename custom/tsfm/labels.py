@@ -288,12 +288,19 @@ class LabelTable:
             if raw in rules["ignore"]:
                 continue
             annotated = {self.names.index(name) for name in self.annotated(dataset)}
-            positive: set[int] = set()
-            for name in rules["labels"].get(raw, ()):
-                target = self.names.index(name)
-                positive |= {target, *self.ancestors(target)}
-            self.targets[code, sorted(annotated)] = 0
+            named = [self.names.index(name) for name in rules["labels"].get(raw, ())]
+            positive = {one for target in named for one in (target, *self.ancestors(target))}
+            self.targets[code, sorted(annotated - self._left_open(positive))] = 0
             self.targets[code, sorted(annotated & positive)] = 1
+
+    def _left_open(self, positive: set[int]) -> set[int]:
+        """Parts of what a target lies inside, where none of them is named: a tumor of the kidney may be in either."""
+        hosts = [self._entries[self.names[target]].get("inside") for target in positive]
+        groups = [{self.names.index(part) for part in self._all_parts(host)} for host in hosts if host]
+        return {part for group in groups if not group & positive for part in group}
+
+    def _all_parts(self, name: str) -> list[str]:
+        return [one for part in self.parts(name) for one in (part, *self._all_parts(part))]
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ def raw_values(table: LabelTable, dataset: str) -> dict[int, int]:
     """Label-map value -> raw id of `dataset`, for the values that one of its ids stands for.
 
     A value stands for its target and all that contain it; the id stands for the same among those that `dataset`
-    annotates (of several such ids the first).
+    annotates, as far as the id says it (of several such ids the first).
 
     Raises:
         LabelError: a data set that the table does not know, or that names structures instead of ids.
@@ -24,7 +24,7 @@ def raw_values(table: LabelTable, dataset: str) -> dict[int, int]:
     member, found = table.map_membership()[:, known], {}
     rows = table.targets[table.offset(dataset) : table.offset(dataset) + len(ids)][:, known]
     for value in range(1, len(table.names) + 1):
-        same = np.flatnonzero((rows == member[value]).all(1))
+        same = np.flatnonzero(((rows == member[value]) | (rows < 0)).all(1) & (rows == 1).any(1))
         if member[value].any() and same.size:
             found[value] = int(ids[same[0]])
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,9 +114,8 @@ def describe_network(
     """Give `network` the description that travels with its weights.
 
     `items` are the training items: their modalities, data sets, annotated targets and licences are written down, beside the
-    licences of what the weights that `network` starts from have seen; where these were trained for the same targets
-    (`goes_on`), beside their data sets and targets too. `mirror_axes` are those along which training mirrors, and
-    inference may.
+    licences of what the weights that `network` starts from have seen. Label maps from a server (bare items) add to what weights
+    for the same targets say of themselves (`goes_on`). `mirror_axes` are those along which training mirrors, and inference may.
 
     Raises:
         CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation.
@@ -135,7 +134,7 @@ def describe_network(
             f"{preparation.in_channels}"
         )
     declared, before = table.to_dict(), network.description
-    if list(before.get("targets", ())) != list(table.names):
+    if list(before.get("targets", ())) != list(table.names) or all("dataset" in item for item in items):
         before = {"licences": before.get("licences", {})}
     datasets = {table.dataset_of(item) for item in items}
     taught = {name for dataset in datasets if table.knows(dataset) for name in table.annotated(dataset)}
@@ -144,19 +143,22 @@ def describe_network(
         format=1,
         version=__version__,
         targets=declared["targets"],
-        dataset_labels=declared["datasets"],
+        dataset_labels=declared["datasets"] or before.get("dataset_labels", []),
         preparation=preparation.to_dict(),
         patch_size=[int(size) for size in patch_size],
-        modalities=sorted({item.get("modality", preparation.default_modality) for item in items}),
-        trained_on=sorted(
-            {item.get("dataset", table.bare_dataset) for item in items} | {*before.get("trained_on", ())}
-        ),
+        modalities=_more(before, "modalities", (item.get("modality", preparation.default_modality) for item in items)),
+        trained_on=_more(before, "trained_on", (item.get("dataset", table.bare_dataset) for item in items)),
         trained_targets=[name for name in table.names if name in taught],
         mirror_axes=mirror_axes,
         licences=all_licences(before.get("licences", {}), licences_of(items)),
     )
     check_description(network.description, "this run", CheckpointError)
     return network
+
+
+def _more(before: Mapping[str, Any], key: str, names: Iterable[str]) -> list[str]:
+    """The names, and those that were there before, sorted."""
+    return sorted({*names, *before.get(key, ())})
 
 
 def start_from(network: DescribedNetwork, path: str | os.PathLike | None, licence: str = "any") -> DescribedNetwork:
@@ -175,10 +177,12 @@ def start_from(network: DescribedNetwork, path: str | os.PathLike | None, licenc
 
 
 def goes_on(network: DescribedNetwork, description: Mapping[str, Any]) -> None:
-    """Let `network` remember what the weights that it starts from were trained on: the next training may have the same targets."""
+    """Let `network` remember what the weights that it starts from were trained on, for `describe_network` to add to."""
     if {"targets", "dataset_labels"} <= description.keys():
         network.description.update(
             targets=description["targets"],
+            dataset_labels=description["dataset_labels"],
+            modalities=description.get("modalities", []),
             trained_on=description.get("trained_on", []),
             trained_targets=trained_targets(description),
         )

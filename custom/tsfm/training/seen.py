@@ -19,6 +19,9 @@ LIMIT = 64
 class DescribeImages:
     """Handler: when the run starts, writes the ranges of the training images' statistics into the network's description.
 
+    The rest of the description is that of this run again, if a handler before this one loaded weights with theirs (MONAI Label's
+    `CheckpointLoader`).
+
     Args:
         network: its description is completed (``familiar``).
         store: the prepared cases.
@@ -27,6 +30,7 @@ class DescribeImages:
 
     def __init__(self, network: nn.Module, store: CaseStore, items: Sequence[Mapping[str, Any]]) -> None:
         self.network, self.store, self.items = network, store, list(items)
+        self.description = dict(unwrap(network).description)
 
     def attach(self, engine: Engine) -> None:
         """Connect to the trainer."""
@@ -38,10 +42,12 @@ class DescribeImages:
         kinds: dict[str, list[Mapping[str, Any]]] = {}
         for item in self.items:
             kinds.setdefault(item.get("modality") or default, []).append(item)
-        unwrap(self.network).description["familiar"] = {
+        familiar = {
             modality: ranges([self._features(item) for item in items[:: -(-len(items) // LIMIT)]])
             for modality, items in sorted(kinds.items())
         }
+        network = unwrap(self.network)
+        network.description = {**self.description, "network": network.description["network"], "familiar": familiar}
 
     def _features(self, item: Mapping[str, Any]) -> dict[str, float]:
         case = self.store.open(item)

@@ -40,6 +40,9 @@ class InferTask(BundleInferTask):
     `shared`: a task with the same bundle and the same network in memory, so that what it computed is known to both.
     """
 
+    _offered: int | None = None
+    """Time of the weights whose targets are offered."""
+
     def __init__(self, path: str, conf: dict[str, str], shared: InferTask | None = None, **options: Any) -> None:
         with torch.device("meta"):  # what a network is; its weights come with the first request
             super().__init__(path, {**conf, "preload": "false"}, **options)
@@ -50,8 +53,15 @@ class InferTask(BundleInferTask):
                 self._get_network(device, None)
 
     def config(self) -> dict[str, Any]:
-        """The options of a request; weights that a training left are among them."""
+        """The options of a request; weights that a training left, and targets that it taught, are among them."""
+        from tsfm.training.checkpoint import read_description, trained_targets
+
         self._config["model_filename"] = weight_files(self.bundle_path)
+        path = os.path.join(self.bundle_path, "models", "model.pt")
+        if self._offered != os.stat(path).st_mtime_ns and "targets" in self._config:
+            self._offered = os.stat(path).st_mtime_ns
+            trained = trained_targets(read_description(path), self.bundle_config.get("raw_ids"))
+            self._config["targets"] = ["all", *trained]
         return super().config()
 
     def checked(self, request: dict[str, Any]) -> dict[str, Any]:

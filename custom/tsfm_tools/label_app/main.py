@@ -87,6 +87,16 @@ def _is_bundle(folder: str) -> bool:
     )
 
 
+class AnyImage(Random):
+    """MONAI Label's random choice, whose weights, seconds since an image was shown, must not all be zero."""
+
+    def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, Any] | None:
+        try:
+            return super().__call__(request, datastore)
+        except ValueError:  # every image that is left was shown within this second
+            return First()(request, datastore)
+
+
 class MyApp(MONAILabelApp):
     """See this module. MONAI Label takes the class of main.py that names MONAILabelApp among its own bases."""
 
@@ -126,7 +136,7 @@ class MyApp(MONAILabelApp):
     def init_strategies(self) -> dict[str, Any]:
         about = "The image the network is least sure about"
         own = {key: Epistemic(key=key, desc=about) for key in self.init_scoring_methods()}
-        return {"random": Random(), "first": First(), **own}
+        return {"random": AnyImage(), "first": First(), **own}
 
     def init_scoring_methods(self) -> dict[str, Any]:
         if not strtobool(self.conf.get("scoring", "true")):
