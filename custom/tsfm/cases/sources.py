@@ -137,7 +137,7 @@ class Sources:
 
     def path(self, dataset: str) -> str:
         """Where a data set's files are recorded."""
-        return os.path.join(self.store_dir, folder_name(dataset), "sources.json")
+        return os.path.join(self.store_dir, dataset_folder(dataset), "sources.json")
 
     def look_at(self, items: Sequence[Mapping[str, Any]]) -> list[list[list[Any]]]:
         """Find out the identity of many complete items, many files at once; an empty one where files cannot be read."""
@@ -221,6 +221,12 @@ def with_recorded_licence(store_dir: str | os.PathLike | None, entry: Mapping[st
 def folder_name(name: str) -> str:
     """A name that any file system takes."""
     return re.sub(r"[^\w.-]+", "_", str(name)).strip(".") or "_"
+
+
+def dataset_folder(name: str) -> str:
+    """A data set's folder in a store, which no other data set has: where its name had to be changed, a digest tells."""
+    plain = folder_name(name)
+    return plain if plain == name else f"{plain}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
 def _channels(item: Mapping[str, Any]) -> int | None:
