@@ -12,8 +12,10 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -23,11 +25,11 @@ from tsfm.cases import sources
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import PoolError
 from tsfm.cases.pool import DatasetPool
-from tsfm.errors import CaseError
+from tsfm.errors import CaseError, CaseWarning
 from tsfm.labels import LabelTable
 from tsfm.patches import store as store_module
 from tsfm.patches.store import CaseStore
-from tsfm.patches.stored_case import StoreError, quantize, sample_foreground
+from tsfm.patches.stored_case import StoreError, files_of, quantize, sample_foreground
 from tsfm.planning import plan
 from tsfm.preparation.fingerprint import fingerprint
 from tsfm.preparation.parallel import WorkerDied, run_all
@@ -325,6 +327,17 @@ def test_levels_keep_the_range_and_a_constant_channel_survives():
     levels, steps = quantize(image)
     back = np.stack([channel * step + low for channel, (low, step) in zip(levels, steps, strict=True)])
     assert np.abs(back - image).max() < 17 * 5e-5 and levels.dtype == np.uint16
+
+
+def test_one_hot_voxel_that_takes_the_levels_from_the_rest_is_warned_of():
+    image = np.random.default_rng(0).normal(0, 1, (1, 20, 20, 20)).astype(np.float32)
+    prepared = SimpleNamespace(image=image, codes=np.zeros(image.shape[1:], np.uint8), properties={"source": "mr.nii"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files_of(prepared)
+    image[0, 10, 10, 10] = 5000  # 16383 levels over about 5000 standard deviations: 15 for 4.6 of them
+    with pytest.warns(CaseWarning, match="mr.nii: channel 0.* reaches 5000 .* leaves 15 gray levels"):
+        files_of(prepared)
 
 
 # ---- workers -----------------------------------------------------------------------------------------------------
