@@ -335,7 +335,16 @@ def square_or_die(number):
         os.kill(os.getpid(), signal.SIGKILL)
     if number == 5:
         raise CaseError("five is bad")
+    if number == 6:
+        raise MemoryError
     return number**2
+
+
+def test_data_sets_of_similar_names_have_folders_of_their_own(tmp_path):
+    names = ["kits 21", "kits_21", "kits/21"]
+    folders = [os.path.basename(os.path.dirname(sources.Sources(tmp_path).path(name))) for name in names]
+    assert folders[1] == "kits_21" and len(set(folders)) == 3
+    assert all(folder.startswith("kits_21") and folder.isascii() for folder in folders)
 
 
 def die(*job):
@@ -345,7 +354,8 @@ def die(*job):
 def test_a_dying_worker_costs_its_own_job_only():
     results = dict(run_all(square_or_die, [(n,) for n in range(7)], num_workers=2))
     assert isinstance(results[3], WorkerDied) and isinstance(results[5], CaseError)
-    assert [results[n] for n in (0, 1, 2, 4, 6)] == [0, 1, 4, 16, 36]
+    assert isinstance(results[6], CaseError) and "6 does not fit into memory" in str(results[6])
+    assert [results[n] for n in (0, 1, 2, 4)] == [0, 1, 4, 16]
     died = dict(run_all(die, [(object(), {"case": "a", "image": "a.nii.gz"})], num_workers=1))[0]
     assert "case a (a.nii.gz)" in str(died)
 
