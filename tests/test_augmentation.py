@@ -25,6 +25,7 @@ from tsfm.patches.augmentation import (
     resample_patch,
     seed_transforms,
     source_box,
+    thick_patch_axis,
 )
 from tsfm.patches.dataset import plain_tensors
 
@@ -256,7 +257,9 @@ def test_thick_slices_are_degraded_in_their_plane_only():
     per_slice = torch.arange(5.0)[None, :, None, None].expand(1, 5, 16, 16)
     assert torch.allclose(transform({"image": per_slice})["image"], per_slice)
     sagittal = per_slice.transpose(1, 3)
-    assert torch.allclose(transform({"image": sagittal})["image"], sagittal)
+    assert torch.allclose(transform({"image": sagittal, "spacing_mm": (1.0, 1.0, 4.0)})["image"], sagittal)
+    slab = sagittal.expand(1, 16, 16, 5)  # as few voxels, none of them thicker than others: nnU-Net degrades it in 3D
+    assert not torch.allclose(transform({"image": slab, "spacing_mm": (1.0, 1.0, 1.0)})["image"], slab)
     cube = torch.arange(16.0)[None, :, None, None].expand(1, 16, 16, 16)
     assert not torch.allclose(transform({"image": cube})["image"], cube)
 
@@ -264,9 +267,9 @@ def test_thick_slices_are_degraded_in_their_plane_only():
 # ---- rotation and scaling ---------------------------------------------------------------------------------------
 
 
-def spatial_draws(patch_size, count=20000):
+def spatial_draws(patch_size, count=20000, spacing_mm=(1.0, 1.0, 1.0)):
     rng, spatial = np.random.default_rng(2), RandRotateScale()
-    return [spatial.draw(rng, patch_size) for _ in range(count)]
+    return [spatial.draw(rng, patch_size, spacing_mm) for _ in range(count)]
 
 
 def test_rotation_and_scaling_are_drawn_independently_as_one_matrix():
@@ -306,10 +309,23 @@ def test_patches_with_thick_slices_turn_and_scale_in_their_plane_only():
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_the_slices_may_lie_along_any_axis(axis):
     patch = np.insert([160, 112], axis, 32)
-    matrices = np.array([matrix for matrix in spatial_draws(patch, 2000) if matrix is not None])
+    spacing = np.insert([1.0, 1.0], axis, 5.0)
+    matrices = np.array([matrix for matrix in spatial_draws(patch, 2000, spacing) if matrix is not None])
     alone = np.eye(3)[axis]
     assert np.allclose(matrices[:, axis], alone) and np.allclose(matrices[:, :, axis], alone)
     assert np.abs(matrices - np.eye(3)).max() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("patch", "spacing", "axis"),
+    [
+        ((160, 160, 40), (1, 1, 1), None), ((224, 48, 224), (1.2, 0.8, 0.8), None), ((40, 160, 160), (1, 1, 1), 0),
+        ((20, 64, 64), (5, 1, 1), 0), ((64, 20, 64), (1, 5, 1), 1), ((28, 64, 64), (5, 1, 1), None),
+    ],
+)  # fmt: skip
+def test_slices_are_thick_by_their_voxels_and_not_by_the_side_that_is_short(patch, spacing, axis):
+    """nnU-Net: ``max(patch) / patch[0] > 3`` after the axis of the largest spacing was turned to the front."""
+    assert thick_patch_axis(patch, spacing) == axis
 
 
 @pytest.mark.parametrize("seed", range(4))

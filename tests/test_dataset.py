@@ -15,6 +15,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import DataLoader as MonaiDataLoader
 from monai.engines import Trainer
+from monai.transforms import RandFlipd, RandGaussianNoised
 from torch.utils.data import DataLoader
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
@@ -150,6 +151,28 @@ def test_more_than_256_codes_are_kept():
     data = [{"image": "x", "label": "x", "dataset": "d149"}]
     label = PatchDataset(data, MemoryStore(), table, (8, 8, 8))[0]["label"]
     assert set(label.unique().tolist()) == {298, 299}
+
+
+def test_what_lies_outside_of_a_mask_stays_zero_after_all_transforms():
+    """nnU-Net's MaskImageTransform, its last, for channels whose z-score looked at the non-zero region only."""
+
+    class Masked(MemoryStore):
+        preparation = Preparation((1.0, 1.0, 1.0), masked={"MR": True})
+
+        def open(self, item):
+            case = super().open(item)
+            case.image[:, :10] = 0
+            return case
+
+    noise = [RandFlipd(["image", "label"], 1.0, 0), RandGaussianNoised("image", 1.0, std=1.0)]
+    data = [{**items()[0], "modality": "MR"}]
+    for store, still in ((Masked(), True), (MemoryStore(), False)):
+        dataset = PatchDataset(data, store, TABLE, (20, 24, 28), noise)
+        sample = dataset[Draw(0, 1, False)]
+        assert sample["label"].shape == (1, 20, 24, 28) and set(sample) == {"image", "label", "dataset", "case"}
+        assert (
+            bool((sample["image"][:, 10:] == 0).all()) == still and (sample["image"][:, :10] != 0).float().mean() > 0.99
+        )
 
 
 def test_no_case_stays_in_memory():

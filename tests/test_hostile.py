@@ -340,6 +340,21 @@ def test_every_writer_sweeps_what_dead_processes_left(tmp_path):
     sweep(tmp_path / "absent")
 
 
+def test_another_containers_files_are_kept_for_a_day(tmp_path, monkeypatch):
+    """One host name, other process numbers: that a number is dead here says nothing."""
+    own = scratch_name().replace(f"_{os.getpid()}_", "_999999999_")
+    monkeypatch.setattr("tsfm.files._numbering", lambda: "0badcafe")
+    theirs, old = (tmp_path / f".{name}{PARTIAL}" for name in (own, own[:-1]))
+    mine = tmp_path / f".{scratch_name().replace(f'_{os.getpid()}_', '_999999999_')}{PARTIAL}"
+    for path in (theirs, old, mine):
+        path.touch()
+    os.utime(old, (1, 1))
+    sweep(tmp_path)
+    assert [*tmp_path.iterdir()] == [theirs]
+    monkeypatch.setattr("tsfm.files._numbering", lambda: "")
+    assert "-" not in scratch_name().rsplit("_", 1)[1]
+
+
 def test_where_a_process_cannot_be_asked_for_age_decides(tmp_path, monkeypatch):
     """Signal 0 is Ctrl-C on Windows."""
     monkeypatch.setattr("tsfm.files.ASKS", False)
@@ -445,6 +460,10 @@ def test_a_slip_in_an_overlay_is_refused(tmp_path, overlay, message):
         (["--train#trainr#max_epochs", "4"], "did you mean 'trainer'"),
         (["--amp", "no"], "True or False"),
         (["--fold", "first"], '"all"'),
+        (["--epochs", "1e3"], '"epochs" is 1000.0, expected a whole number'),
+        (["--batch_size", "2.0"], '"batch_size" is 2.0, expected a whole number'),
+        (["--patch_size", "[16, 16, 32.0]"], "is 32.0, expected a whole number"),
+        (["--seed", "True"], '"seed" is true, expected a whole number'),
     ],
 )
 def test_a_slip_on_the_command_line_is_refused(options, message):

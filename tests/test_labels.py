@@ -167,6 +167,8 @@ def test_nested_regions_are_declared_in_a_few_lines():
         ({"a": {"colour": "red"}}, [], "unknown fields"),
         ({"background": {}}, [], "background"),
         ({"a": {}}, [{"name": "x", "labels": {"1": "b"}}], "not among the targets"),
+        ({"a": {}}, [{"name": "x", "labels": {"²": "a"}}], "'x': the raw id '²' is no whole number"),
+        ({"a": {}}, [{"name": "x", "labels": {"--5": "a"}}], "'--5' is no whole number"),
         ({"a": {}}, [{"name": "x", "labels": {"0": "a"}}], "raw id 0 is the background"),
         ({"a": {}}, [{"name": "x", "labels": {"1": "a"}, "ignore": [1]}], "both uses and ignores"),
         ({"a": {}}, [{"name": "x", "labels": {}}, {"name": "x", "labels": {}}], "share a name"),

@@ -236,7 +236,7 @@ def test_labels_go_to_a_dicomweb_server_and_come_back_by_name(server, tmp_path):
         second.info()
         (item,) = json.loads(second.request("/datastore/?output=train"))
         back = nib.load(item["label"])
-        assert np.array_equal(np.asarray(back.dataobj), drawn)
+        np.testing.assert_array_equal(np.asarray(back.dataobj), drawn)
         np.testing.assert_allclose(back.affine, nib.load(item["image"]).affine, atol=1e-3)
     finally:
         for process in (pacs, first.process, second.process):

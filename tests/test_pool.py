@@ -43,6 +43,24 @@ def test_cases_without_a_label_file_are_left_out_where_the_data_set_says_so(tmp_
         DatasetPool(one_dataset(**layout, unlabelled="keep"), tmp_path)
 
 
+def test_a_decathlon_case_may_have_one_file_per_channel(tmp_path):
+    touch(tmp_path, "own/i/a_0.nii.gz", "own/i/a_1.nii.gz", "own/l/a.nii.gz")
+    listed = {"image": ["./i/a_0.nii.gz", "./i/a_1.nii.gz"], "label": "./l/a.nii.gz"}
+    (tmp_path / "own/dataset.json").write_text(json.dumps({"labels": {"1": "a"}, "training": [listed]}))
+    (item,) = DatasetPool(one_dataset(format="msd"), tmp_path).cases
+    assert item["image"] == [str(tmp_path / f"own/i/a_{channel}.nii.gz") for channel in range(2)]
+    assert item["label"] == str(tmp_path / "own/l/a.nii.gz")
+
+
+def test_only_stars_of_a_pattern_are_wildcards(tmp_path):
+    names = ("scan[1]/ct.nii.gz", "scan[1]/seg_x.nii.gz", "scan1/ct.nii.gz", "scan1/seg_y.nii.gz")
+    touch(tmp_path / "own[2]", *names)
+    layout = {"folder": "own[2]", "image": "{case}/ct.nii.gz", "label": "{case}/seg*.nii.gz"}
+    cases = DatasetPool(one_dataset(**layout), tmp_path).cases
+    found = {item["case"]: os.path.basename(item["label"]) for item in cases}
+    assert found == {"scan[1]": "seg_x.nii.gz", "scan1": "seg_y.nii.gz"}
+
+
 @pytest.fixture(scope="module")
 def all_ten(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ten")

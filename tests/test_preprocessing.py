@@ -73,6 +73,7 @@ def test_the_thick_axis_is_resampled_apart_only_where_one_axis_alone_is_thick():
     assert thick_axis((1, 1, 1), (1, 4, 1)) == 1
     assert thick_axis((3, 1, 1), (1, 1, 1)) is None
     assert thick_axis((0.2, 1.2, 1.2), (1, 1, 4)) is None
+    assert thick_axis((1.25, 0.3, 1.25 + 1e-7), (1, 1, 1)) is None
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])

@@ -7,12 +7,15 @@ import warnings
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import write_dicom
+from monai.data import MetaTensor
 from monai.transforms import LoadImaged, Orientation
 from tsfm.cases.cases import Preparation, load_case
 from tsfm.cases.sources import file_identity
 from tsfm.cases.volumes import Reader, read_volume, to_spl
 from tsfm.errors import CaseError, CaseWarning
+from tsfm.inference.prediction import write_label_map
 from tsfm.labels import LabelTable
 
 TABLE = LabelTable(
@@ -151,6 +154,29 @@ def test_the_sform_wins_over_the_qform_with_a_warning(tmp_path):
         read_volume(save(tmp_path / "agree.nii", HU))
 
 
+def test_a_quaternion_that_rounding_made_too_long_is_read_as_itk_reads_it(tmp_path):
+    half_turn = np.array([[0, 1, 0], [1, 0, 0], [0, 0, -1.0]])  # about the line between x and y
+    image = nib.Nifti1Image(HU, None)
+    image.header["pixdim"][:4], image.header["qform_code"], image.header["vox_offset"] = 1, 1, 352
+
+    def write(excess, s_code=0):
+        image.header["quatern_b"] = image.header["quatern_c"] = np.sqrt((1 + excess) / 2)
+        image.header.set_sform(np.diag([1.0, 1, 1, 1]), s_code)
+        (tmp_path / "q.nii").write_bytes(image.header.binaryblock + b"\0" * 4 + HU.tobytes("F"))
+        return str(tmp_path / "q.nii")
+
+    for excess in (0, 5e-7, 5e-6):
+        volume = read_volume(write(excess))
+        np.testing.assert_allclose(volume.affine[:3, :3], half_turn, atol=1e-5)
+        grid = MetaTensor(torch.zeros(1, *SHAPE), volume.affine, {"filename_or_obj": volume.source})
+        write_label_map(grid, tmp_path / "out.nii.gz")
+        np.testing.assert_allclose(nib.load(tmp_path / "out.nii.gz").affine, volume.affine, atol=1e-6)
+    with pytest.raises(CaseError, match=r"q.nii: the qform's quaternion .*0.7106.* longer than 1"):
+        read_volume(write(0.01))
+    with pytest.warns(CaseWarning, match="quaternion .* the sform used"):
+        np.testing.assert_array_equal(read_volume(write(0.01, s_code=1)).affine, np.eye(4))
+
+
 def test_a_header_without_orientation_is_warned_of(tmp_path):
     image = nib.Nifti1Image(HU, None)
     nib.save(image, tmp_path / "image.nii")
@@ -181,6 +207,22 @@ def test_image_and_label_in_different_axis_order_but_one_place_fit(case, tmp_pat
     nib.save(turned, tmp_path / "turned.nii.gz")
     same = load_case({**case, "label": str(tmp_path / "turned.nii.gz")}, TABLE, CT)
     np.testing.assert_array_equal(same.codes, load_case(case, TABLE, CT).codes)
+
+
+@pytest.mark.parametrize("degrees", [45, -45, 135])
+def test_image_and_label_on_one_grid_halfway_between_two_axes_fit(case, tmp_path, degrees):
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    affine = np.array([[1, 0, 0, -3], [0, c, -2 * s, 5], [0, s, 2 * c, 7], [0, 0, 0, 1]])
+    label = np.asarray(nib.load(case["label"]).dataobj)
+    image, exact = save(tmp_path / "ct.nii", HU, affine), save(tmp_path / "exact.nii", label, affine)
+    expected = load_case({**case, "image": image, "label": exact}, TABLE, CT).codes
+    assert expected.any()
+    for nudge in (-1e-5, 1e-5):
+        nudged = affine.copy()
+        nudged[1, 1] += nudge
+        near = save(tmp_path / "near.nii", label, nudged)
+        found = load_case({**case, "image": image, "label": near}, TABLE, CT).codes
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_whole_numbers_saved_as_floats_are_labels(case, tmp_path):

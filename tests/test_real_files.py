@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, LoadImaged, Orientationd
 from tsfm.cases.cases import Preparation, load_case
 from tsfm.cases.folders import find_images
-from tsfm.cases.sources import file_identity
+from tsfm.cases.sources import Sources, file_identity
 from tsfm.cases.volumes import Reader, read_grid, read_volume
 from tsfm.errors import CaseError, CaseWarning
 from tsfm.evaluation.evaluation import evaluate_folder
@@ -454,13 +454,17 @@ def test_a_compression_that_the_name_denies_says_rename(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(1.0000001, r"1.00000011920.*, 1.2e-07 beside 1"), (1.5, "1.5, 0.5 beside 2"), (3e9, "3000000000")],
+    [(1.0000001, r"1.00000011920.*, 1.2e-07 beside 1"), (1.5, "1.5, 0.5 beside 2")],
 )
 def test_a_label_that_is_no_whole_number_shows_what_differs(tmp_path, value, shown):
     label = np.zeros(SHAPE, np.float32)
     label[3, 4, 5] = value
     item = {"image": str(save(tmp_path / "i.nii")), "label": str(save(tmp_path / "l.nii", label)), "dataset": "one"}
     with pytest.raises(CaseError, match=f"l.nii: 1 voxels are not whole .*{shown}"):
+        load_case(item, TABLE, CT)
+    label[3, 4, 5] = 3e9
+    save(tmp_path / "l.nii", label)
+    with pytest.raises(CaseError, match=r"l\.nii: 1 voxels are beyond 32 bits, for example 3000000000;"):
         load_case(item, TABLE, CT)
 
 
@@ -523,6 +527,53 @@ def test_voxels_beside_a_header_are_part_of_a_cases_identity(tmp_path):
     os.utime(tmp_path / "a.raw", ns=(1, 1))
     assert [os.path.basename(path) for path, *_ in before] == ["a.mhd", "a.raw"]
     assert file_identity({"image": str(tmp_path / "a.mhd")}) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "files"),
+    [
+        ("a.mhd", "ObjectType = Image\nElementDataFile = voxels of a.raw\n", ["voxels of a.raw"]),
+        ("a.mhd", "ElementDataFile = LOCAL\nELEMENTDATAFILE = b\n", []),
+        ("a.mhd", "ElementDataFile = LIST\ns1.raw\ns 2.raw\n", ["s1.raw", "s 2.raw"]),
+        ("a.mhd", "ElementDataFile = s%02d.raw 3 7 2\n", ["s03.raw", "s05.raw", "s07.raw"]),
+        ("a.nhdr", "NRRD0004\nencoding: gzip\ndata file: sub/ö.gz\n", ["sub/ö.gz"]),
+        ("a.nrrd", "NRRD0004\ndatafile: LIST 2\nx\ny\n", ["x", "y"]),
+        ("a.nhdr", "NRRD0004\ndata file: %d.raw 2 1 -1 2\n\n", ["2.raw", "1.raw"]),
+        ("a.nrrd", "NRRD0004\nencoding: raw\n\ndata file: x\n", []),
+    ],
+)
+def test_the_files_of_a_header_are_those_that_it_names(tmp_path, name, header, files):
+    paths = [tmp_path / one for one in (name, *files)]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(header, "utf-8")
+    (tmp_path / "a.raw").touch()
+    assert [path for path, *_ in file_identity({"image": str(paths[0])})] == [str(path) for path in paths]
+    if files:
+        paths[-1].unlink()
+        with pytest.raises(CaseError, match="cannot be read"):
+            file_identity({"image": str(paths[0])})
+
+
+def test_equal_headers_of_other_voxels_are_other_cases(tmp_path):
+    for case, value in (("a", 1), ("b", 2)):
+        (tmp_path / case).mkdir()
+        sitk.WriteImage(as_sitk(np.full(SHAPE, value, np.int16), AFFINE), str(tmp_path / case / "ct.mhd"))
+        header = tmp_path / case / "ct.mhd"
+        (tmp_path / case / "ct.raw").rename(tmp_path / case / "v.raw")
+        header.write_text(header.read_text().replace("ct.raw", "v.raw"))
+        assert (read_volume(header).array == value).all()
+    sources = Sources(tmp_path / "store")
+    first, second = (
+        sources.identity({"image": str(tmp_path / case / "ct.mhd"), "dataset": "d", "case": case}) for case in "ab"
+    )
+    assert first[0] == second[0] and first[1] != second[1]
+
+
+def test_a_folder_beside_the_slices_is_no_part_of_a_cases_identity(tmp_path):
+    (tmp_path / "series/thumbs").mkdir(parents=True)
+    (tmp_path / "series/1.dcm").touch()
+    assert [os.path.basename(path) for path, *_ in file_identity({"image": str(tmp_path / "series")})] == ["1.dcm"]
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,11 @@ def test_a_slip_in_a_datalist_is_named(tmp_path, content, message):
     assert "list.json" in str(error.value) and message in str(error.value)
 
 
+def test_an_item_without_an_image_says_what_it_has():
+    with pytest.raises(FileError, match=r"no \"image\"; it has \['img'\]"):
+        find_images([{"img": "a.nii.gz"}])
+
+
 @pytest.mark.parametrize(
     ("splits", "message"),
     [

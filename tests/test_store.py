@@ -12,8 +12,10 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -23,11 +25,11 @@ from tsfm.cases import sources
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import PoolError
 from tsfm.cases.pool import DatasetPool
-from tsfm.errors import CaseError
+from tsfm.errors import CaseError, CaseWarning
 from tsfm.labels import LabelTable
 from tsfm.patches import store as store_module
 from tsfm.patches.store import CaseStore
-from tsfm.patches.stored_case import StoreError, quantize, sample_foreground
+from tsfm.patches.stored_case import StoreError, files_of, quantize, sample_foreground
 from tsfm.planning import plan
 from tsfm.preparation.fingerprint import fingerprint
 from tsfm.preparation.parallel import WorkerDied, run_all
@@ -327,6 +329,17 @@ def test_levels_keep_the_range_and_a_constant_channel_survives():
     assert np.abs(back - image).max() < 17 * 5e-5 and levels.dtype == np.uint16
 
 
+def test_one_hot_voxel_that_takes_the_levels_from_the_rest_is_warned_of():
+    image = np.random.default_rng(0).normal(0, 1, (1, 20, 20, 20)).astype(np.float32)
+    prepared = SimpleNamespace(image=image, codes=np.zeros(image.shape[1:], np.uint8), properties={"source": "mr.nii"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files_of(prepared)
+    image[0, 10, 10, 10] = 5000  # 16383 levels over about 5000 standard deviations: 15 for 4.6 of them
+    with pytest.warns(CaseWarning, match="mr.nii: channel 0.* reaches 5000 .* leaves 15 gray levels"):
+        files_of(prepared)
+
+
 # ---- workers -----------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +348,16 @@ def square_or_die(number):
         os.kill(os.getpid(), signal.SIGKILL)
     if number == 5:
         raise CaseError("five is bad")
+    if number == 6:
+        raise MemoryError
     return number**2
+
+
+def test_data_sets_of_similar_names_have_folders_of_their_own(tmp_path):
+    names = ["kits 21", "kits_21", "kits/21"]
+    folders = [os.path.basename(os.path.dirname(sources.Sources(tmp_path).path(name))) for name in names]
+    assert folders[1] == "kits_21" and len(set(folders)) == 3
+    assert all(folder.startswith("kits_21") and folder.isascii() for folder in folders)
 
 
 def die(*job):
@@ -345,7 +367,8 @@ def die(*job):
 def test_a_dying_worker_costs_its_own_job_only():
     results = dict(run_all(square_or_die, [(n,) for n in range(7)], num_workers=2))
     assert isinstance(results[3], WorkerDied) and isinstance(results[5], CaseError)
-    assert [results[n] for n in (0, 1, 2, 4, 6)] == [0, 1, 4, 16, 36]
+    assert isinstance(results[6], CaseError) and "6 does not fit into memory" in str(results[6])
+    assert [results[n] for n in (0, 1, 2, 4)] == [0, 1, 4, 16]
     died = dict(run_all(die, [(object(), {"case": "a", "image": "a.nii.gz"})], num_workers=1))[0]
     assert "case a (a.nii.gz)" in str(died)
 

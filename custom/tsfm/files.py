@@ -8,8 +8,10 @@ import shutil
 import socket
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -110,17 +112,32 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
+@lru_cache
+def _numbering() -> str:
+    """Eight digits that processes share which number processes alike: the running kernel's, and the container's.
+
+    Containers may have one host name; what the system does not tell is left out.
+    """
+    facts = []
+    with suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return f"{zlib.crc32(' '.join(facts).encode()):08x}" if facts else ""
+
+
 def scratch_name() -> str:
     """A name for something unfinished that says whose it is (see `is_abandoned`)."""
-    return f"{socket.gethostname()}_{os.getpid()}_{uuid.uuid4().hex}"
+    return f"{socket.gethostname()}_{os.getpid()}_{'-'.join(filter(None, (_numbering(), uuid.uuid4().hex)))}"
 
 
 def is_abandoned(path: str | os.PathLike) -> bool:
     """Whether what lies at `path` under a `scratch_name` belongs to a process of this host that no longer lives, or is
-    a day old and another host's (on Windows: or this one's)."""
+    a day old and another host's or container's, or from before a restart (on Windows: or this one's)."""
     parts = os.path.basename(path).lstrip(".").split(".partial")[0].rsplit("_", 2)
     try:
-        if ASKS and len(parts) == 3 and parts[0] == socket.gethostname() and parts[1].isdigit():
+        own = len(parts) == 3 and parts[0] == socket.gethostname() and parts[1].isdigit()
+        if ASKS and own and parts[2].rpartition("-")[0] in ("", _numbering()):
             return not _alive(int(parts[1]))
         return time.time() - os.path.getmtime(path) > ABANDONED_S
     except OSError:  # gone already: another process sweeps too

@@ -312,10 +312,11 @@ def _check_names(names: Sequence[str]) -> None:
 
 def _dataset_rules(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Normalise one data set's declaration: ids as integers where they are numbers, targets as tuples."""
-    name, labels, numeric = entry["name"], {}, 0
+    name, labels = entry["name"], {}
     for raw, targets in entry["labels"].items():
         is_number = str(raw).lstrip("-").isdigit()
-        numeric += is_number
+        if is_number and not str(raw).removeprefix("-").isdecimal():
+            raise LabelError(f"data set '{name}': the raw id {str(raw)!r} is no whole number; write it like \"2\"")
         key = int(raw) if is_number else str(raw)
         if key == 0:
             if targets == "background":

@@ -36,9 +36,9 @@ def _kind(types: str | list[str], description: str, **more: Any) -> dict[str, An
     return {"type": types, "description": description, **more}
 
 
-COUNT = _kind("integer", "a whole number from 1", minimum=1)
+COUNT = _kind("int", "a whole number from 1", minimum=1)
 
-INDEX = _kind("integer", "a whole number from 0", minimum=0)
+INDEX = _kind("int", "a whole number from 0", minimum=0)
 
 RATE = _kind("number", "a number from 0", minimum=0)
 
@@ -59,12 +59,12 @@ KINDS["options"] = _kind(
     "an object of ids",
     properties={
         **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval", "parts"), COUNT),
-        "batch_size": _kind(["integer", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
+        "batch_size": _kind(["int", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
         **dict.fromkeys(("seed", "warmup_epochs", "part"), INDEX),
         "num_workers": _kind(
-            ["integer", "object"], "a whole number from 0", minimum=0, anyOf=[{"type": "integer"}, {"required": ["_target_"]}]
+            ["int", "object"], "a whole number from 0", minimum=0, anyOf=[{"type": "int"}, {"required": ["_target_"]}]
         ),
-        "save_interval": _kind(["integer", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
+        "save_interval": _kind(["int", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
         "checkpointing": _kind(["boolean", "string"], "true, false or auto (on a command line: True or False)", pattern=AUTO),
         "learning_rate": RATE,
         **dict.fromkeys(("head_learning_rate", "encoder_learning_rate"), RATE_OR_NONE),
@@ -72,7 +72,7 @@ KINDS["options"] = _kind(
         **dict.fromkeys(("bundle_root", "output_dir", "store_dir", "ckpt_dir", "splits_file"), PATH),
         "checkpoint": _kind(["string", "array", "null"], "a weight file, or a list of folds' weight files"),
         "dataset_dir": _kind(["string", "array"], "a path (a name of digits alone: ./2024), or a list of them"),
-        "fold": _kind(["integer", "string"], 'a fold\'s number from 0, or "all"', minimum=0, pattern=r"\A(all|\d+)\Z"),
+        "fold": _kind(["int", "string"], 'a fold\'s number from 0, or "all"', minimum=0, pattern=r"\A(all|\d+)\Z"),
         "mirror_axes": _kind("string", "some of the letters S, P, L, each once", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
         "amp_dtype": _kind("string", "bfloat16, float16 or (inference) auto", enum=["bfloat16", "float16", "auto"]),
         "licence": _kind("string", "any, commercial or permissive", enum=["any", "commercial", "permissive"]),

@@ -156,7 +156,9 @@ def _validator(kind: str) -> Any:
     names = FormatChecker(())
     names.checks("name")(is_plain_name)
     names.checks("snomed")(lambda text: is_snomed(text) and is_plain_name(text))
-    return extend(newest, {"mistyped": mistyped})(KINDS[kind], format_checker=names)
+    # JSON's integer may be 2.0, which counts nothing in Python
+    types = newest.TYPE_CHECKER.redefine("int", lambda _, one: isinstance(one, int) and not isinstance(one, bool))
+    return extend(newest, {"mistyped": mistyped}, type_checker=types)(KINDS[kind], format_checker=names)
 
 
 def _kind(types: str | Sequence[str], description: str, **more: Any) -> dict[str, Any]:

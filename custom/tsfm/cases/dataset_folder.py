@@ -112,15 +112,18 @@ def declared_licence(dataset_dir: str, entry: Mapping[str, Any]) -> str | Mappin
     return found if isinstance(found, str) else None
 
 
-def _msd_pairs(folder: str) -> list[tuple[str, str, str]]:
+def _msd_pairs(folder: str) -> list[tuple[str, Any, str]]:
     declared = read_json(os.path.join(folder, "dataset.json"), "dataset.json", PoolError)
     listed = [
-        tuple(os.path.normpath(os.path.join(folder, entry[key])) for key in ("image", "label"))
+        [[os.path.normpath(os.path.join(folder, one)) for one in paths_of(entry[key])] for key in ("image", "label")]
         for entry in declared.get("training", [])
     ]
-    plain = [stem(image) for image, _ in listed]
-    names = case_names(plain, [os.path.relpath(image, folder) for image, _ in listed])
-    return [(name, image, label) for name, (image, label) in zip(names, listed, strict=True)]
+    firsts = [images[0] for images, _ in listed]
+    names = case_names([stem(first) for first in firsts], [os.path.relpath(first, folder) for first in firsts])
+    return [
+        (name, images if len(images) > 1 else images[0], label)
+        for name, (images, [label]) in zip(names, listed, strict=True)
+    ]
 
 
 def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -161,7 +164,7 @@ def _match(folder: str, pattern: str) -> dict[str, str]:
     expression = re.escape(head) + "(?P<case>[^/]+?)" + "(?P=case)".join(re.escape(part) for part in rest)
     expression = expression.replace(r"\*", "[^/]*")
     found: dict[str, str] = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern.replace("{case}", "*")))):
+    for path in sorted(glob.glob(_wildcards(folder, pattern, "*"))):
         relative = os.path.relpath(path, folder).replace(os.sep, "/")
         match = re.fullmatch(expression, relative)
         if match is None or os.path.basename(path).startswith("."):
@@ -173,11 +176,16 @@ def _match(folder: str, pattern: str) -> dict[str, str]:
     return found
 
 
+def _wildcards(folder: str, pattern: str, case: str) -> str:
+    """What glob looks for: of the pattern's characters only ``*`` is a wildcard."""
+    return os.path.join(glob.escape(folder), glob.escape(pattern).replace("[*]", "*").replace("{case}", case))
+
+
 def _resolve(folder: str, pattern: str, case: str) -> str:
     path = os.path.join(folder, pattern.replace("{case}", case))
-    if "*" not in path:
+    if "*" not in pattern:
         return os.path.normpath(path)
-    matches = sorted(glob.glob(path))
+    matches = sorted(glob.glob(_wildcards(folder, pattern, glob.escape(case))))
     if len(matches) > 1:
         raise PoolError(f"{len(matches)} files fit {path}: {matches[:3]}")
     return matches[0] if matches else path

@@ -35,9 +35,6 @@ NIFTI = (".nii.gz", ".nii")
 SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
 """Endings of files that the reader takes; DICOM is told by its content."""
 
-DETACHED = (".mhd", ".nhdr")
-"""Headers whose voxels are in a file beside them."""
-
 DICOM = (".dcm", ".ima")
 
 
@@ -85,7 +82,7 @@ def find_images(
         ValueError: clicks for a case that is not there.
         FileNotFoundError: nothing there, or no image in it.
         FileExistsError: results are already there and `existing` is "error"; a result would take an image's place.
-        FileError: DICOM shall be written of images that are no DICOM series.
+        FileError: DICOM shall be written of images that are no DICOM series; an item without an "image".
         OSError: `output_dir` cannot be written.
     """
     if existing not in EXISTING:
@@ -162,6 +159,8 @@ def _check_apart(items: Sequence[Mapping[str, Any]], output_dir: str | os.PathLi
 def _items(source: Any, output_dir: str | os.PathLike | None = None) -> list[dict[str, Any]]:
     """Items for one source; `output_dir` is left out where it lies below what is searched."""
     if isinstance(source, Mapping):
+        if not source.get("image"):
+            raise FileError(f'an item has no "image"; it has {list(source)}')
         return [dict(source)]
     path = os.path.expanduser(os.fspath(source))
     if os.path.isdir(path):

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import inv_ornt_aff, io_orientation
 
 from ..errors import CaseError, CaseWarning
 
@@ -53,8 +53,11 @@ def grid_difference(shape: Sequence[int], affine, other_shape: Sequence[int], ot
 
 
 def turn_to(affine: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """nibabel's orientation transform that gives an array with `affine` the axes of one with the affine `wanted`."""
-    return ornt_transform(io_orientation(affine), io_orientation(wanted))
+    """nibabel's orientation transform that gives an array with `affine` the axes of one with the affine `wanted`.
+
+    One axis is matched with another, not each named on its own: at 45 degrees rounding would decide the names.
+    """
+    return io_orientation(np.linalg.inv(wanted) @ affine)
 
 
 def turn_array(array: np.ndarray, turn: np.ndarray) -> np.ndarray:

@@ -28,6 +28,9 @@ UNIT_NAMES = {0: "no unit", 1: "metres", 2: "millimetres", 3: "micrometres"}
 DEFLATE_LIMIT = 1100
 """Gzip makes nothing more than 1032 times smaller, so a header that asks for more bytes is wrong."""
 
+QUATERNION_EXCESS = 1e-5
+"""How far float32 puts the squared length of a qform's quaternion above 1 in files that mean half a turn."""
+
 _PIECE = 1 << 20
 
 
@@ -69,6 +72,16 @@ def open_nifti(path: str) -> Opened:
         affine[:3] *= UNITS_MM.get(unit, 1.0)
     name = f"its unit says {UNIT_NAMES.get(unit, unit)}"
     return Opened(int(np.prod(shape[3:])), tuple(shape[:3]), affine, name, lambda: _voxels(path, header))
+
+
+def header_of(path: str):
+    """nibabel's header of a .nii or .nii.gz, with its extensions; its quaternion is readable."""
+    with _stream(path) as file:
+        kind = type(_raw_header(file.read(540), path))
+        file.seek(0)
+        header = kind.from_fileobj(file)
+    _mend_quaternion(header, path)
+    return header
 
 
 def unit_mm(header) -> float:
@@ -143,8 +156,33 @@ def gray(voxels: np.ndarray, path: str) -> np.ndarray:
     return red.astype(np.float32)
 
 
+def _mend_quaternion(header, path: str) -> None:
+    """Make a NIfTI header's quaternion (b, c, d) readable: a length over 1 is float32's rounding of half a turn.
+
+    Up to `QUATERNION_EXCESS` it is cut to 1, as ITK does. Beyond, the qform is left out where there is an sform.
+
+    Raises:
+        CaseError: such a quaternion without an sform.
+    """
+    names = ("quatern_b", "quatern_c", "quatern_d")
+    quaternion = np.array([header[name] for name in names], float)
+    excess = float(quaternion @ quaternion) - 1
+    if not header["qform_code"] or not excess > 0:
+        return
+    if excess < QUATERNION_EXCESS:
+        for name, value in zip(names, quaternion / np.sqrt(1 + excess), strict=True):
+            header[name] = value
+        return
+    found = f"{path}: the qform's quaternion (b, c, d) is {quaternion.round(6).tolist()}, longer than 1"
+    if not header["sform_code"]:
+        raise CaseError(f"{found}, which is no rotation; correct the header, or convert the image again")
+    warn(f"{found}; the qform is left out and the sform used")
+    header["qform_code"] = 0
+
+
 def _affine(header, raw, path: str) -> np.ndarray:
     """The sform where the header has one, else the qform, else the voxel sizes alone; disagreement is warned of."""
+    _mend_quaternion(header, path)
     affine, shape = np.array(header.get_best_affine(), float), header.get_data_shape()[:3]
     (sform, s_code), (qform, q_code) = header.get_sform(coded=True), header.get_qform(coded=True)
     odd = {name: int(raw[name]) for name in ("sform_code", "qform_code") if not 0 <= int(raw[name]) <= 5}

@@ -6,7 +6,6 @@ It also keeps what was declared of the data set, so that a run needs neither fil
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
@@ -19,7 +18,8 @@ from typing import Any
 from ..errors import CaseError
 from ..files import atomic_write
 from ..schema import FileError, read_json
-from .folders import DETACHED, PoolError, paths_of
+from .folders import NIFTI, SUFFIXES, PoolError, paths_of
+from .packed import data_files
 from .volumes import read_grid
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def file_digest(path: str) -> str:
 
 
 def file_identity(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """(absolute path, size, mtime in ns) of every file behind an item, DICOM folders listed file by file.
+    """(absolute path, size, mtime in ns) of every file behind an item: those of a DICOM folder, and those that hold the
+    voxels of a header.
 
     Raises:
         CaseError: a file that does not exist.
@@ -62,20 +63,22 @@ def file_identity(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     paths = [*paths_of(item["image"]), *([] if label is None else paths_of(label))]
     found = []
     for path in map(os.path.abspath, paths):
-        inside = [path]
-        if os.path.isdir(path):
-            inside = sorted(os.path.join(path, name) for name in os.listdir(path))
-        elif path.lower().endswith(DETACHED):
-            inside += sorted(glob.glob(f"{glob.escape(path[: path.rindex('.')])}.*raw*"))
-        for file in inside:
-            try:
+        try:
+            for file in _files_behind(path):
                 state = os.stat(file)
-            except OSError as error:
-                raise CaseError(
-                    f"{file}: cannot be read ({error.strerror}); check the data folder and the datalist"
-                ) from error
-            found.append((file, state.st_size, state.st_mtime_ns))
+                found.append((file, state.st_size, state.st_mtime_ns))
+        except OSError as error:
+            raise CaseError(
+                f"{error.filename}: cannot be read ({error.strerror}); check the data folder and the datalist"
+            ) from error
     return found
+
+
+def _files_behind(path: str) -> list[str]:
+    if os.path.isdir(path):
+        inside = sorted(os.path.join(path, name) for name in os.listdir(path))
+        return [file for file in inside if not os.path.isdir(file)]
+    return [path, *(data_files(path) if path.lower().endswith(SUFFIXES) and not path.lower().endswith(NIFTI) else ())]
 
 
 class Sources:
@@ -134,7 +137,7 @@ class Sources:
 
     def path(self, dataset: str) -> str:
         """Where a data set's files are recorded."""
-        return os.path.join(self.store_dir, folder_name(dataset), "sources.json")
+        return os.path.join(self.store_dir, dataset_folder(dataset), "sources.json")
 
     def look_at(self, items: Sequence[Mapping[str, Any]]) -> list[list[list[Any]]]:
         """Find out the identity of many complete items, many files at once; an empty one where files cannot be read."""
@@ -218,6 +221,12 @@ def with_recorded_licence(store_dir: str | os.PathLike | None, entry: Mapping[st
 def folder_name(name: str) -> str:
     """A name that any file system takes."""
     return re.sub(r"[^\w.-]+", "_", str(name)).strip(".") or "_"
+
+
+def dataset_folder(name: str) -> str:
+    """A data set's folder in a store, which no other data set has: where its name had to be changed, a digest tells."""
+    plain = folder_name(name)
+    return plain if plain == name else f"{plain}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
 def _channels(item: Mapping[str, Any]) -> int | None:

@@ -108,6 +108,11 @@ def as_whole_numbers(array: np.ndarray, source: str = "label map") -> np.ndarray
     wrong = array != whole
     if wrong.any():
         example = float(array[wrong].flat[0])
+        if np.isfinite(array[wrong]).all() and not np.any(array[wrong] % 1):
+            raise CaseError(
+                f"{source}: {int(wrong.sum())} voxels are beyond 32 bits, for example {example:.0f}; a label map holds ids: "
+                "pair the right file, or save it with smaller ones, as integers"
+            )
         apart = f", {abs(example - round(example)):.2g} beside {round(example)}" if np.isfinite(example) else ""
         raise CaseError(
             f"{source}: {int(wrong.sum())} voxels are not whole (no whole number: {example!r}{apart}); a label map holds "

@@ -20,7 +20,7 @@ from monai.engines import SupervisedEvaluator
 
 from ..cases.folders import NIFTI, OUTPUT_SUFFIX, output_paths, paths_of, stem
 from ..cases.grids import is_upright
-from ..cases.nifti import unit_mm
+from ..cases.nifti import header_of, unit_mm
 from ..errors import first_cause
 from ..files import atomic_write
 from ..labels import LabelTable
@@ -293,7 +293,7 @@ def write_label_map(label_map: torch.Tensor, path: str | os.PathLike) -> None:
     array = np.asarray(label_map.detach().cpu())[0]
     affine = np.asarray(label_map.affine, float) if isinstance(label_map, MetaTensor) else np.eye(4)
     source = _source(label_map)
-    header = nib.load(source).header.copy() if source.lower().endswith(NIFTI) else None
+    header = header_of(source) if source.lower().endswith(NIFTI) else None
     if header is not None:
         header.set_data_shape(array.shape)
         affine = np.diag([*[1 / unit_mm(header)] * 3, 1]) @ affine

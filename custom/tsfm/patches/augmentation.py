@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.transforms import AdjustContrast, MapTransform, Randomizable, RandomizableTransform, Transform
 
-THICK_RATIO = 3  # nnU-Net: a patch whose longest side is more than 3 times its shortest is augmented slice by slice
+THICK_RATIO = 3  # nnU-Net: a patch whose longest side has more than 3 times its slices is augmented slice by slice
 
 SLAB = 8  # output slices resampled at a time: their sampling grid stays in the processor's cache
 
 
-def thick_patch_axis(patch_size: Sequence[int]) -> int | None:
+def thick_patch_axis(patch_size: Sequence[int], spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> int | None:
     """Axis across whose slices a patch is not rotated, scaled or degraded, or None (nnU-Net's rule).
 
-    nnU-Net turns the axis with the thickest voxels to the front; here axes stay, and it is the patch's shortest.
+    It is the axis of the thickest voxels (the first of several), which nnU-Net turns to the front, whichever side of the
+    patch is the shortest.
     """
-    axis = int(np.argmin(patch_size))
+    axis = int(np.argmax(spacing_mm))
     return axis if max(patch_size) / patch_size[axis] > THICK_RATIO else None
 
 
@@ -56,10 +57,12 @@ class RandRotateScale:
         self.scale_prob = scale_prob
         self.scale_range = tuple(scale_range)
 
-    def draw(self, rng: np.random.Generator, patch_size: Sequence[int]) -> np.ndarray | None:
+    def draw(
+        self, rng: np.random.Generator, patch_size: Sequence[int], spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)
+    ) -> np.ndarray | None:
         """Matrix (3, 3) from patch to case voxel offsets about the patch centre, or None where nothing was drawn."""
         rotate, scale = rng.random() < self.rotation_prob, rng.random() < self.scale_prob
-        thick = thick_patch_axis(patch_size)
+        thick = thick_patch_axis(patch_size, spacing_mm)
         matrix = np.eye(3)
         if rotate:
             limit = np.deg2rad(self.rotation_degrees if thick is None else 180.0)
@@ -158,7 +161,8 @@ class RandPerChanneld(RandomizableTransform, MapTransform):
         transform: a MONAI array transform that always acts (``prob`` 1 where it has one).
         prob: probability that the image is touched at all.
         channel_prob: then, probability of each channel.
-        thick_in_plane: show slices alone, as channels one voxel thick, to the transform where the patch has thick slices.
+        thick_in_plane: show slices alone, as channels one voxel thick, to the transform where the patch has thick slices
+            (by the item's ``spacing_mm``, which `PatchDataset` gives).
 
     Example:
         ``RandPerChanneld("image", RandSimulateLowResolution(prob=1.0), prob=0.25, channel_prob=0.5)``
@@ -194,11 +198,13 @@ class RandPerChanneld(RandomizableTransform, MapTransform):
             chosen = self.R.random_sample(len(d[key])) < self.channel_prob
             if chosen.any():
                 channels = d[key].split(1)
-                d[key] = torch.cat([self._apply(c) if hit else c for c, hit in zip(channels, chosen, strict=True)])
+                spacing = d.get("spacing_mm", (1.0, 1.0, 1.0))
+                thick = thick_patch_axis(d[key].shape[1:], spacing) if self.thick_in_plane else None
+                pairs = zip(channels, chosen, strict=True)
+                d[key] = torch.cat([self._apply(c, thick) if hit else c for c, hit in pairs])
         return d
 
-    def _apply(self, channel: torch.Tensor) -> torch.Tensor:
-        thick = thick_patch_axis(channel.shape[1:]) if self.thick_in_plane else None
+    def _apply(self, channel: torch.Tensor, thick: int | None) -> torch.Tensor:
         if thick is not None:
             return self.transform(channel.transpose(0, thick + 1)).transpose(0, thick + 1)
         return self.transform(channel)

@@ -17,7 +17,10 @@ from monai.transforms import Compose
 from torch.utils.data import Dataset, DistributedSampler
 
 from ..cases.pool import complete_items, sampling_weights
+from ..preparation.preprocessing import channel_rules
 from .augmentation import RandRotateScale, resample_patch, seed_transforms, source_box
+
+ZERO = 1e-3  # standard deviations: what the store's levels make of a 0 is no further from it
 
 
 class Draw(NamedTuple):
@@ -129,6 +132,7 @@ class PatchDataset(Dataset):
         self.transform = transform if isinstance(transform, Compose) or transform is None else Compose(transform)
         self.spatial = spatial
         self.seed = seed
+        self.spacing_mm = tuple(store.preparation.spacing_mm)
         # torch knows few operations for uint16
         self.label_dtype = torch.uint8 if np.dtype(table.code_dtype) == np.uint8 else torch.int32
 
@@ -141,16 +145,33 @@ class PatchDataset(Dataset):
         item = self.data[draw.case]
         rng = np.random.default_rng(draw.seed)
         case = self.store.open(item)
-        matrix = None if self.spatial is None else self.spatial.draw(rng, self.patch_size)
+        matrix = None if self.spatial is None else self.spatial.draw(rng, self.patch_size, self.spacing_mm)
         origin = patch_origin(case.shape, self.patch_size, case.foreground if draw.foreground else {}, rng)
         image, codes = self._read(case, origin, matrix)
         label = codes.to(self.label_dtype) + self.table.offset(item["dataset"])
         sample = {"image": image, "label": label, "dataset": item["dataset"], "case": item["case"]}
-        if self.transform is not None:
-            seed_transforms(self.transform, int(rng.integers(2**32)))
-            with plain_tensors():
-                sample = self.transform(sample)
-        return sample
+        if self.transform is None:
+            return sample
+        seed_transforms(self.transform, int(rng.integers(2**32)))
+        return self._transformed(sample, item["modality"])
+
+    def _transformed(self, sample: dict[str, Any], modality: str) -> dict[str, Any]:
+        """Transform a sample; channels that were z-scored inside a mask stay 0 outside of it (nnU-Net's MaskImageTransform).
+
+        The masks go through the flips as further channels of the label.
+        """
+        image, label = sample["image"], sample["label"]
+        rules = channel_rules(self.store.preparation, modality, len(image))
+        masked = [channel for channel, rule in enumerate(rules) if rule.get("masked")]
+        if masked:
+            sample = {**sample, "label": torch.cat([label, (image[masked].abs() < ZERO).to(label.dtype)])}
+        with plain_tensors():
+            made = dict(self.transform({**sample, "spacing_mm": self.spacing_mm}))
+        del made["spacing_mm"]
+        for channel, outside in zip(masked, made["label"][1:], strict=True):
+            made["image"][channel].masked_fill_(outside.bool(), 0)
+        made["label"] = made["label"][:1]
+        return made
 
     def _read(self, case: Any, origin: np.ndarray, matrix: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (C, S, P, L) and local codes (1, S, P, L) of a patch; 0 and background (code 0) outside the case."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..cases.cases import Preparation
 from ..cases.pool import complete_items
-from ..cases.sources import Sources, file_identity, folder_name, missing_in
+from ..cases.sources import Sources, dataset_folder, file_identity, folder_name, missing_in
 from ..errors import CaseError
 from ..files import is_abandoned
 from ..labels import LabelTable
@@ -115,7 +115,7 @@ class CaseStore:
         return self._paths[known_as]
 
     def _path(self, item: Mapping[str, Any], key: str) -> str:
-        return os.path.join(self.store_dir, folder_name(item["dataset"]), f"{folder_name(item['case'])}-{key}")
+        return os.path.join(self.store_dir, dataset_folder(item["dataset"]), f"{folder_name(item['case'])}-{key}")
 
     def open(self, item: Mapping[str, Any]) -> StoredCase:
         """The stored case; prepares it on first touch.

@@ -19,6 +19,7 @@ from typing import Any
 import blosc2
 import numpy as np
 
+from ..cases.grids import warn
 from ..errors import CaseError
 from ..files import scratch_name
 from ..labels import LabelTable
@@ -30,6 +31,9 @@ FORMAT = 2
 LEVELS = 2**14 - 1
 """Steps between a channel's smallest and largest value: voxels are stored as uint16 levels. Rounding errs by at most
 3e-5 of the range, where float16 errs by up to 5e-4, and takes no more space."""
+
+ENOUGH_LEVELS = 1000
+"""With fewer levels for 98% of a channel's voxels, its outliers are warned of."""
 
 CHUNK = (64, 64, 64)
 
@@ -161,6 +165,7 @@ def files_of(prepared) -> dict[str, bytes]:
     if codes is None:
         raise CaseError(f"{prepared.properties['source']}: no label in this item; the store holds labelled cases")
     levels, steps = quantize(prepared.image)
+    _warn_of_outliers(prepared.image, steps, prepared.properties["source"])
     voxels, spans = sample_foreground(codes)
     files = {"image.b2nd": _compress(levels), "codes.b2nd": _compress(codes), "foreground.npy": _npy(voxels)}
     index = {"format": FORMAT, "properties": prepared.properties, "steps": steps, "foreground": spans}
@@ -179,6 +184,19 @@ def quantize(image: np.ndarray) -> tuple[np.ndarray, list[tuple[float, float]]]:
             np.rint((plane - np.float32(low)) / np.float32(step), out=target, casting="unsafe")
         steps.append((low, step))
     return levels, steps
+
+
+def _warn_of_outliers(image: np.ndarray, steps: Sequence[tuple[float, float]], source: str) -> None:
+    """Warn where a few extreme voxels stretch a channel's range so far that the others share few levels."""
+    for number, (channel, (_, step)) in enumerate(zip(image, steps, strict=True)):
+        values = channel.reshape(-1)
+        low, middle, high = np.percentile(values[:: max(1, values.size // 100_000)], (1, 50, 99))
+        if 0 < (used := (high - low) / step) < ENOUGH_LEVELS:
+            extreme = float(max(values.min(), values.max(), key=lambda value: abs(value - middle)))
+            warn(
+                f"{source}: channel {number}, as prepared, reaches {extreme:.4g} while 98% of it lie between {low:.4g} "
+                f"and {high:.4g}, which leaves {used:.0f} gray levels for these; correct the outliers in the image"
+            )
 
 
 def _compress(array: np.ndarray) -> bytes:

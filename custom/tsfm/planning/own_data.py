@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cases.folders import PoolError
+from ..cases.folders import PoolError, paths_of
 from ..cases.licences import check_weights
 from ..cases.pool import DatasetPool
 from ..cases.sources import Sources, recorded_pool
@@ -135,7 +135,8 @@ def _declared_files(content: Mapping[str, Any], path: str) -> dict[str, Any]:
     folder = os.path.dirname(path)
     training = content.get("training")
     if training:
-        first = os.path.join(folder, training[0]["image"] if isinstance(training[0], Mapping) else str(training[0]))
+        images = training[0]["image"] if isinstance(training[0], Mapping) else str(training[0])
+        first = os.path.join(folder, paths_of(images)[0])
         if os.path.isfile(first) or not os.path.isfile(re.sub(r"(\.nii(\.gz)?)$", r"_0000\1", first)):
             return {"format": "msd"}
     elif not os.path.isdir(os.path.join(folder, "imagesTr")):

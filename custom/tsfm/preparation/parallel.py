@@ -13,6 +13,8 @@ from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
+from ..errors import CaseError
+
 
 class WorkerDied(RuntimeError):
     """A worker process ended without an answer; most often the system killed it for its memory."""
@@ -29,7 +31,8 @@ def available_workers(most: int = 12) -> int:
 
 
 def run_all(function: Callable, jobs: Sequence[tuple], num_workers: int = 0) -> Iterator[tuple[int, Any]]:
-    """(index, result) of `function(*jobs[index])` as they come; a ValueError raised by a job is its result.
+    """(index, result) of `function(*jobs[index])` as they come; a ValueError raised by a job is its result, and so is a
+    CaseError where memory does not suffice for it.
 
     With workers (one thread each) a job whose worker dies gets a WorkerDied, and the others go on: whatever
     was in flight is tried again, one process per job, to find the one that kills. Other errors end the whole run.
@@ -124,3 +127,8 @@ def _guarded(function: Callable, job: tuple) -> Any:
         return function(*job)
     except ValueError as error:
         return error
+    except MemoryError as error:
+        return CaseError(
+            f"{_name(job)} does not fit into memory ({error or 'out of memory'}): free some, try fewer workers, or look at "
+            "this case"
+        )

@@ -96,15 +96,22 @@ def filled_mask(image: np.ndarray) -> np.ndarray:
     return components[1:-1, 1:-1, 1:-1] != components[0, 0, 0]
 
 
+def channel_rules(
+    preparation: Preparation, modality: str, channels: int, cropped_share: float = 1.0
+) -> Sequence[Mapping[str, Any]]:
+    """How each channel of a case is normalised, in the form of `Preparation.channels`."""
+    masked = {"scheme": "zscore", "masked": preparation.masked.get(modality, cropped_share < MASKED_BELOW)}
+    rule = {"scheme": "ct", **preparation.intensity[modality]} if modality in preparation.intensity else masked
+    return preparation.channels or [rule] * channels
+
+
 def normalize(image: torch.Tensor, preparation: Preparation, modality: str, cropped_share: float = 1.0) -> torch.Tensor:
     """Normalise float (C, S, P, L) in place on the cropped source grid, and return it.
 
     Listed modalities (CT) are clipped to [lower, upper], shifted by mean and divided by sd. Others are z-scored per
     channel; `cropped_share` (what the crop kept of the volume) then decides on the mask where the plan does not.
     """
-    masked = {"scheme": "zscore", "masked": preparation.masked.get(modality, cropped_share < MASKED_BELOW)}
-    rule = {"scheme": "ct", **preparation.intensity[modality]} if modality in preparation.intensity else masked
-    rules = preparation.channels or [rule] * len(image)
+    rules = channel_rules(preparation, modality, len(image), cropped_share)
     mask = None
     if any(rule.get("masked") for rule in rules):
         mask = torch.from_numpy(filled_mask(image.cpu().numpy())).to(image.device)

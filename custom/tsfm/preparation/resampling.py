@@ -38,11 +38,11 @@ def new_shape(shape: Sequence[int], spacing_mm: Sequence[float], target_mm: Sequ
 def thick_axis(spacing_mm: Sequence[float], target_mm: Sequence[float]) -> int | None:
     """Axis that nnU-Net resamples apart (in-plane spline, nearest across), or None.
 
-    The source spacing decides first, then the target's. Two equally thick axes count as none.
+    The source spacing decides first, then the target's. Two equally thick axes (to 1e-5) count as none.
     """
     for spacing in (spacing_mm, target_mm):
         if max(spacing) / min(spacing) > ANISOTROPY:
-            axes = [axis for axis, side in enumerate(spacing) if side == max(spacing)]
+            axes = [axis for axis, side in enumerate(spacing) if np.isclose(side, max(spacing))]
             return axes[0] if len(axes) == 1 else None
     return None
 

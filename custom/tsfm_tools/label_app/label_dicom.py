@@ -74,7 +74,7 @@ class NamedSegments(DICOMWebDatastore):
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Store a label map, its segments named by their values."""
         names = {value: name for name, value in self.values.items()}
-        held = np.unique(sitk.GetArrayViewFromImage(sitk.ReadImage(label_filename))).tolist()
+        held = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(label_filename))).tolist()
         shown = [{"name": names.get(int(value), f"value {value}"), "model_name": "TSFM"} for value in held if value]
         return super().save_label(image_id, label_filename, label_tag, {**label_info, "label_info": shown})
 
