@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -231,10 +229,9 @@ def two_process_data(case):
 CASES = [("same", "sum"), ("different", "sum"), ("different", "mean"), ("nothing on one", "mean")]
 
 
-def worker(rank, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def worker(rank, meeting, queue):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     mine = slice(rank, rank + 1)
     results = []
     for case, reduction in CASES:
@@ -253,14 +250,12 @@ def worker(rank, port, queue):
 
 
 @pytest.fixture(scope="module")
-def two_processes():
+def two_processes(tmp_path_factory):
     """What each of two gloo processes found for every case."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    meeting = tmp_path_factory.mktemp("meeting") / "file"
     context = _context()  # a fork of a process that has run autograd or OpenMP may hang
     queue = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, queue), daemon=True) for rank in range(2)]
+    processes = [context.Process(target=worker, args=(rank, meeting, queue), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     results = [queue.get(timeout=300) for _ in processes]

@@ -73,11 +73,11 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
     with screen.quiet():
         table = transfer_table(
             str(checkpoint), str(new_data), str(out / "transfer"), str(finetune), EPOCHS, overlays=OVERLAYS,
-            name="kits19 phantoms",
+            name="kits19 phantoms", seeds=(seed,),
         )  # fmt: skip
     screen.say(table)
 
-    best = out / f"transfer/cells/pretrained-{max(EPOCHS)}epochs-seed0/model.pt"
+    best = out / f"transfer/cells/pretrained-{max(EPOCHS)}epochs-seed{seed}/model.pt"
     case = sorted(new_data.glob("case_*/imaging.nii.gz"))[0]
     inference = {"checkpoint": best, "dataset_dir": case, "output_dir": out / "predictions", "existing": "overwrite"}
     _bundle_step(screen, "Segment an image with the fine-tuned weights", finetune, ["inference.json"], inference)

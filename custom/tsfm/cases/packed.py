@@ -16,7 +16,7 @@ _HEADER_BYTES = 1 << 16
 
 _PIECE = 1 << 20
 
-_LIST = re.compile(rb"^(?:ElementDataFile|data ?file) *[:=] *LIST\b[^\n]*\n", re.MULTILINE | re.IGNORECASE)
+_LIST = re.compile(rb"^(?:ElementDataFile|data ?file)[ \t]*[:=][ \t]*LIST\b[^\n]*\n", re.MULTILINE | re.IGNORECASE)
 
 _PATTERN = re.compile(r"([^\s%]*%\d*[di][^\s%]*) +(-?\d+) +(-?\d+)(?: +(-?[1-9]\d*))?(?: +\d+)?")
 """Files numbered from a first to a last by a step, and (NRRD) how many axes each holds."""
@@ -35,10 +35,11 @@ def _header(path: str) -> _Header:
     with open(path, "rb") as file:
         head = file.read(_HEADER_BYTES)
     nrrd = head.startswith(b"NRRD")
-    end = re.search(rb"\r?\n\r?\n" if nrrd else rb"^ElementDataFile *= *[^\n]*\n?", head, re.MULTILINE)
+    end = re.search(rb"\r?\n\r?\n" if nrrd else rb"^ElementDataFile[ \t]*[=:][^\n]*\n?", head, re.MULTILINE)
     text = head[: end.end() if end else None].decode("utf-8", "surrogateescape")
     field = {
-        key.strip().lower(): value.strip() for key, value in re.findall(r"^([\w ]+?) *[:=](.*)$", text, re.MULTILINE)
+        key.strip().lower(): value.strip()
+        for key, value in re.findall(r"^([\w ]+?)[ \t]*[:=](.*)$", text, re.MULTILINE)
     }
     name = field.get("data file", field.get("datafile", "")) if nrrd else field.get("elementdatafile", "")
     return _Header(nrrd, field, "" if not nrrd and name.upper() == "LOCAL" else name, end and end.end())

@@ -100,7 +100,7 @@ class TrainTask(BundleTrainTask):
 
     def config(self) -> dict[str, Any]:
         """The options of a request to train."""
-        return {**super().config(), "annotated": [self.rule, *({"drawn", "all"} - {self.rule})]}
+        return {**super().config(), "annotated": [self.rule, *(word for word in ("drawn", "all") if word != self.rule)]}
 
     def named(self, request: dict[str, Any]) -> str:
         """What the request says about the targets that its labels annotate, as one text."""

@@ -222,19 +222,16 @@ class GridRunner:
     def _published(self, run: Run) -> dict[str, dict[str, float]]:
         """The scores of a network that is not trained here."""
         weights = self.weights[run.row["weights"]]
-        chosen = {key: self.settings[key] for key in ("fold", "device") if key in self.settings}
+        chosen = {key: self.settings[key] for key in ("fold", "device", "splits_file") if key in self.settings}
         settings = self._settings(run, {"pretrained": weights, "seed": run.seed, **chosen}, [])
         record = self._kept(run, settings)
         if not record:
-            splits, scores = (
-                self.settings.get("splits_file"),
-                self._prompted if run.row.get("prompted") else self._zero_shot,
-            )
-            record = {"settings": settings, "scores": scores(run, weights, splits_file=splits, **chosen)}
+            scores = self._prompted if run.row.get("prompted") else self._zero_shot
+            record = {"settings": settings, "scores": scores(run, weights, **chosen)}
             self._write(run, record)
         return record["scores"]
 
-    def _prompted(self, run: Run, weights: str, splits_file: Any, **chosen: Any) -> dict[str, dict[str, float]]:
+    def _prompted(self, run: Run, weights: str, splits_file: Any = None, **chosen: Any) -> dict[str, dict[str, float]]:
         pool = DatasetPool(self.grid.pool(run.dataset), self.folder_of(run.dataset), splits_file=splits_file)
         return prompted_scores(weights, pool, seed=run.seed, **chosen)
 

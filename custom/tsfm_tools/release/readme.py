@@ -55,7 +55,7 @@ def readme_parts(
     return {
         "weights": weights_table(description, metadata, parameters, trained_on),
         "training": training_table(train, description, checkpoint),
-        "performance": performance(metadata),
+        "performance": performance(metadata, description["network"].get("count", 1)),
         "system": system_table(parameters, description["patch_size"]),
     }
 
@@ -143,16 +143,22 @@ def _facts_of_run(checkpoint: str) -> dict[str, str]:
         return {}
 
 
-def performance(metadata: Mapping[str, Any]) -> str:
-    """The scores that the release was given, or that it was given none."""
+def performance(metadata: Mapping[str, Any], folds: int = 1) -> str:
+    """The scores that the release was given, or that it was given none; those of several folds are not the ensemble's."""
     scores = _scores(metadata)
     if not scores:
         return "These weights were not evaluated: `release --metrics summary.json` puts an evaluation's Dice here."
     mean = sum(map(float, scores.values())) / len(scores)
-    return (
+    text = (
         f"Mean Dice over {len(scores)} targets: {mean:.3f}, in the evaluation that this release was made with; each target's "
-        "stands in the table above, its mean over the cases of the data sets that annotate it."
+        "stands in the table above, the mean of its data sets' means."
     )
+    if folds > 1:
+        text += (
+            f" After a cross-validation each case was scored with the one of the {folds} networks that had not seen it, before "
+            "post-processing; the ensemble that this bundle holds was not scored."
+        )
+    return text
 
 
 def system_table(parameters: int, patch_size: Any) -> str:
