@@ -143,7 +143,7 @@ def check_image(image, preparation: Preparation, modality: str, source: str) -> 
     if modality == "CT" and not (HU_RANGE[0] < lowest < -50 and 50 < highest < HU_RANGE[1]):
         warnings.warn(
             f"{source}: intensities from {lowest:g} to {highest:g} cannot be Hounsfield units (air -1000, water 0, "
-            "bone up to 2000): check slope and intercept, or the item's modality",
+            "bone up to 2000): check slope and intercept, or the modality (--modality MR, or the item's)",
             CaseWarning,
             stacklevel=2,
         )

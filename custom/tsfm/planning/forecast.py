@@ -65,7 +65,17 @@ def in_words(step_seconds: float, iterations: int, steps: int) -> str:
     """Seconds per step and epoch and hours for `steps` steps, validation not included."""
     return (
         f"measured: {step_seconds:.2f} s a step, {step_seconds * iterations:.0f} s an epoch of {iterations} steps, "
-        f"{step_seconds * steps / 3600:.2g} h for {steps} steps (validation comes on top)"
+        f"{_duration(step_seconds * steps)} for {steps} steps (validation comes on top)"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.2g} h"
+        if seconds >= 1800
+        else f"{seconds / 60:.2g} min"
+        if seconds >= 60
+        else f"{seconds:.0f} s"
     )
 
 
