@@ -74,6 +74,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tsfm.network import cpu as precision
 
+torch.manual_seed(0)
 CONV, UP, CPU = nn.Conv3d, nn.ConvTranspose3d, torch.device("cpu")
 
 class Recomputed(nn.Sequential):
@@ -110,12 +111,11 @@ def error(context):
         found[name] = float(errors.nan_to_num(torch.inf).max())  # Python's max would pass over a NaN
     return found
 
-torch.manual_seed(0)
 print(json.dumps([precision.wrong_convolutions(), error(lambda: torch.autocast("cpu", torch.bfloat16)),
                   error(lambda: precision.autocast(CPU)), precision.wrong_convolutions()]))
 """
-WRONG = {"flat": ("3x3x3", 0.3), "narrow": ("narrow", 0.3)}
-"""What `wrong_convolutions` finds: a layer that is wrong then, and at least how much."""
+WRONG = {"flat": ("3x3x3", "in plane stride", "5x5x5"), "narrow": ("narrow", "narrow, transposed")}
+"""What `wrong_convolutions` finds, and layers of which at least one is far off then."""
 
 
 @pytest.mark.parametrize("threads", ["1", "2"])
@@ -131,6 +131,7 @@ def test_convolutions_in_bfloat16_are_those_of_float32(instructions, threads):
     found, before, after, left = json.loads(done.stdout)
     assert before["three slices"] < 0.02 and before["wide"] < 0.02
     for kind in found:
-        layer, least = WRONG[kind]
-        assert before[layer] > least, f"the probe finds {kind} convolutions wrong, which are not"
+        assert max(before[layer] for layer in WRONG[kind]) > 0.3, (
+            f"the probe finds {kind} convolutions wrong, which are not"
+        )
     assert not left and {name: value for name, value in after.items() if not value < 0.1} == {}  # rounding: .04
