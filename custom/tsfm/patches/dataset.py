@@ -20,8 +20,6 @@ from ..cases.pool import complete_items, sampling_weights
 from ..preparation.preprocessing import channel_rules
 from .augmentation import RandRotateScale, resample_patch, seed_transforms, source_box
 
-ZERO = 1e-3  # standard deviations: what the store's levels make of a 0 is no further from it
-
 
 class Draw(NamedTuple):
     """One sample to be made: the case's index, the seed of all its random numbers, and whether it shows foreground."""
@@ -153,18 +151,19 @@ class PatchDataset(Dataset):
         if self.transform is None:
             return sample
         seed_transforms(self.transform, int(rng.integers(2**32)))
-        return self._transformed(sample, item["modality"])
+        return self._transformed(sample, item["modality"], case.steps)
 
-    def _transformed(self, sample: dict[str, Any], modality: str) -> dict[str, Any]:
+    def _transformed(self, sample: dict[str, Any], modality: str, steps: Sequence[float]) -> dict[str, Any]:
         """Transform a sample; channels that were z-scored inside a mask stay 0 outside of it (nnU-Net's MaskImageTransform).
 
-        The masks go through the flips as further channels of the label.
+        A 0 was stored within half a step of it. The masks go through the flips as further channels of the label.
         """
         image, label = sample["image"], sample["label"]
         rules = channel_rules(self.store.preparation, modality, len(image))
         masked = [channel for channel, rule in enumerate(rules) if rule.get("masked")]
         if masked:
-            sample = {**sample, "label": torch.cat([label, (image[masked].abs() < ZERO).to(label.dtype)])}
+            zero = torch.stack([image[channel].abs() <= 0.51 * steps[channel] for channel in masked])
+            sample = {**sample, "label": torch.cat([label, zero.to(label.dtype)])}
         with plain_tensors():
             made = dict(self.transform({**sample, "spacing_mm": self.spacing_mm}))
         del made["spacing_mm"]

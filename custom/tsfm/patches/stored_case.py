@@ -65,6 +65,7 @@ class StoredCase:
         index = read_index(path)
         self.properties: dict[str, Any] = index["properties"]
         self._foreground, self._steps = index["foreground"], index["steps"]
+        self.steps: tuple[float, ...] = tuple(step for _, step in self._steps)  # between a channel's stored values
         self.channels: int = len(self._steps)
         self.shape: tuple[int, int, int] = tuple(self.properties["shape"])
 
