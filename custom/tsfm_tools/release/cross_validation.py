@@ -46,6 +46,10 @@ OWN = (
 )
 """Ids that a cross-validation sets itself in every run."""
 
+SCORED = (
+    "Each case was scored by the fold that held it out, before post-processing; the ensemble itself was not scored."
+)
+
 
 def cross_validate(
     dataset_dir: str,
@@ -215,7 +219,7 @@ class CrossValidation:
             said = f"{len(self.folds)} folds of {os.path.basename(self.dataset_dir)} ({len(items)} cases)"
             released = release(
                 self.bundle, [str(self._fold(fold) / "model.pt") for fold in self.folds], str(self.folder / "release"),
-                name=asked["name"], metrics=str(self.folder / "scores/summary.json"), data_license=asked["data_license"],
+                name=asked["name"], metrics=str(self.folder / "scores/summary.json"), metrics_of=SCORED, data_license=asked["data_license"],
                 trained_on=asked["trained_on"] or said, overlays=self._own_overlays(),
                 inference={"postprocessing_plan": steps if plan["steps"] else None, "displayable_configs#mirroring": True},
             )  # fmt: skip

@@ -49,13 +49,14 @@ def readme_parts(
     train: Mapping[str, Any],
     checkpoint: str,
     trained_on: str | None = None,
+    metrics_of: str = "",
 ) -> dict[str, str]:
     """Name -> Markdown of the README's parts; `train` is the merged train.json, `checkpoint` where the weights came from."""
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return {
         "weights": weights_table(description, metadata, parameters, trained_on),
         "training": training_table(train, description, checkpoint),
-        "performance": performance(metadata, description["network"].get("count", 1)),
+        "performance": performance(metadata, metrics_of),
         "system": system_table(parameters, description["patch_size"]),
     }
 
@@ -143,22 +144,16 @@ def _facts_of_run(checkpoint: str) -> dict[str, str]:
         return {}
 
 
-def performance(metadata: Mapping[str, Any], folds: int = 1) -> str:
-    """The scores that the release was given, or that it was given none; those of several folds are not the ensemble's."""
+def performance(metadata: Mapping[str, Any], metrics_of: str = "") -> str:
+    """The scores that the release was given, and of what, or that it was given none."""
     scores = _scores(metadata)
     if not scores:
         return "These weights were not evaluated: `release --metrics summary.json` puts an evaluation's Dice here."
     mean = sum(map(float, scores.values())) / len(scores)
-    text = (
+    return (
         f"Mean Dice over {len(scores)} targets: {mean:.3f}, in the evaluation that this release was made with; each target's "
-        "stands in the table above, the mean of its data sets' means."
+        f"stands in the table above, the mean of its data sets' means. {metrics_of}".rstrip()
     )
-    if folds > 1:
-        text += (
-            f" After a cross-validation each case was scored with the one of the {folds} networks that had not seen it, before "
-            "post-processing; the ensemble that this bundle holds was not scored."
-        )
-    return text
 
 
 def system_table(parameters: int, patch_size: Any) -> str:

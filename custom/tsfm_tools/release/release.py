@@ -59,6 +59,7 @@ def release(
     changelog: str | None = None,
     base_url: str = "",
     metrics: str | None = None,
+    metrics_of: str = "",
     trained_on: str | None = None,
     overlays: Sequence[str] = (),
     data_license: str | None = None,
@@ -79,6 +80,7 @@ def release(
         version: by default that of ``metadata.json``.
         changelog: what is new in `version`; needed where ``metadata.json`` says nothing about it.
         base_url: where the files will be downloadable; goes into ``large_files.yml`` and ``model_info.json``.
+        metrics_of: a sentence for the README, where `metrics` are not of these weights as they are released.
         metrics: ``summary.json`` of an evaluation of these weights, for metadata and README; without it they say that the
             weights were not evaluated.
         trained_on: a sentence on what the weights were trained on and what they cannot do, for metadata and README.
@@ -128,7 +130,7 @@ def release(
     shown = display_name or _display_name(name, bundle_dir, metadata)
     fill_metadata(metadata, description, shown, trained_on, sum(tensor.numel() for tensor in tensors.values()))
     first = checkpoint if isinstance(checkpoint, str) else checkpoint[0]
-    parts = readme_parts(description, metadata, tensors, configs.get("train.json", {}), first, trained_on)
+    parts = readme_parts(description, metadata, tensors, configs.get("train.json", {}), first, trained_on, metrics_of)
     bundle = os.path.join(output_dir, name)
     _refuse_to_lose(bundle, bundle_dir, checkpoint)
     with _replaced(bundle) as folder:
