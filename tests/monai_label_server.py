@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -18,7 +17,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from conftest import write_dicom
+from conftest import free_port, write_dicom
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
@@ -119,12 +118,6 @@ class Server:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def form(fields: dict[str, tuple[str | None, bytes]]) -> tuple[bytes, str]:

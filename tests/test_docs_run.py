@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +26,7 @@ from typing import NamedTuple
 import nnunet_models
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, warm
+from conftest import ROOT, TINY, environment, free_port, warm
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
 from tsfm.network.networks import STUNet
@@ -177,12 +176,6 @@ def write_weights(path: Path) -> None:
     preparation = Preparation(tuple(TINY["spacing_mm"]), ct)
     describe_network(network, table, preparation, TINY["patch_size"], [{"modality": "CT", "dataset": "msd_liver"}])
     save_weights(network, path)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -19,8 +19,9 @@ import nnunet_models
 import numpy as np
 import pytest
 import torch
+from conftest import free_port
 from monai.bundle import ConfigParser
-from monai_label_server import LABEL_PYTHON, Server, form, free_port, staged, write_studies
+from monai_label_server import LABEL_PYTHON, Server, form, staged, write_studies
 from tsfm.labels import LabelTable
 from tsfm.training.checkpoint import read_description
 from tsfm_tools.click_server import ClickRequests

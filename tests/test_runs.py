@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, bundle_command, environment, pretrain_options, run_bundle, warm
+from conftest import ROOT, bundle_command, environment, free_port, pretrain_options, run_bundle, warm
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import read_state
 
@@ -123,9 +122,7 @@ def test_one_flipped_bit_in_a_prepared_case_stops_a_run_before_its_first_step(ph
 
 def torchrun(overlays, agents=1, **options):
     """Two gloo processes on the CPU, under one agent of torchrun or, as on two machines, under two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     running, outputs = [], []
     for agent in range(agents):
         nodes = ["--nnodes=2", f"--node_rank={agent}", "--master_addr=127.0.0.1", f"--master_port={port}"]
