@@ -198,9 +198,8 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
             continue
         seen.add(place)
         links = {name: os.path.islink(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
-        folders[:] = sorted(
-            links, key=lambda name: (links[name], name)
-        )  # a folder goes by its own name, if it has one here
+        # links last: a folder goes by its own name, if it has one here
+        folders[:] = sorted(links, key=lambda name: (links[name], name))
         visible = sorted(name for name in files if not name.startswith("."))
         images = [os.path.join(parent, name) for name in visible if name.lower().endswith(SUFFIXES)]
         others = [os.path.join(parent, name) for name in visible if not name.lower().endswith(SUFFIXES)]

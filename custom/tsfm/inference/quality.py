@@ -44,9 +44,8 @@ class Quality:
         self.pairs = {name: [0, 0] for name in targets}  # sum n (n - 1), sum (K - 1) n
         self.bits = {name: [0.0, 0] for name in targets}
         self._votes: dict[str, Tensor] = {}
-        self._last: tuple[list, dict[str, list[int]]] | None = (
-            None  # a batch that may begin again, and how often n voted
-        )
+        # the corners of a batch that may begin again, and what it adds to the pairs
+        self._last: tuple[list, dict[str, tuple[int, int]]] | None = None
         self._done = 0
 
     def watch(self, version: Version) -> None:

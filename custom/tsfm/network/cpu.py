@@ -131,7 +131,7 @@ def computes_in(device_type: str, dtype: torch.dtype) -> bool:
 def mend_convolutions() -> bool:
     """Where bfloat16 convolutions of some shapes are wrong, have those computed in float32 from now on.
 
-    oneDNN 3.12 (torch 2.13.0) on x86 has two defects, whose memory is partly uninitialised or garbage:
+    oneDNN 3.12 (torch 2.13.0) on x86 has two defects, which leave garbage or memory that nothing was written to:
 
     - *narrow*: with AMX, output and weight gradient, where the output is one voxel wide along the last axis and the stride
       there exceeds 1 (pytorch issue 169688; of transposed convolutions both gradients, where the input is so);

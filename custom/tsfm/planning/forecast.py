@@ -70,13 +70,9 @@ def in_words(step_seconds: float, iterations: int, steps: int) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.2g} h"
-        if seconds >= 1800
-        else f"{seconds / 60:.2g} min"
-        if seconds >= 60
-        else f"{seconds:.0f} s"
-    )
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.2g} min" if seconds < 1800 else f"{seconds / 3600:.2g} h"
 
 
 def time_steps(network: nn.Module, plan: Plan, in_channels: int, device: torch.device, amp: bool = True) -> float:
