@@ -86,6 +86,7 @@ def test_folds_are_trained_scored_and_released_and_nothing_is_done_twice(phantom
 
     assert [step["target"] for step in steps][:1] == ["all foreground"] and "kept of all foreground" in table
     released = out / "release/two_folds"
+    assert cross_validation.SCORED in (released / "docs/README.md").read_text(encoding="utf-8")
     inference = json.loads((released / "configs/inference.json").read_text())
     pool = CrossValidation(data, str(out), BUNDLE, [0, 1], [tiny], {}).pool
     plan = determine(

@@ -40,10 +40,8 @@ logger = logging.getLogger(__name__)
 
 PLANNED = ("spacing_mm", "patch_size", "batch_size", "network_size")
 
-OWN = (
-    *("fold", "dataset_dir", "output_dir", "ckpt_dir", "bundle_root", "config_file", "meta_file"),
-    *("logging_file", "run_id", "init_id", "final_id"),
-)
+OWN = ("fold", "dataset_dir", "output_dir", "ckpt_dir", "bundle_root", "config_file", "meta_file", "logging_file")
+OWN += ("run_id", "init_id", "final_id")
 """Ids that a cross-validation sets itself in every run."""
 
 SCORED = (
