@@ -45,7 +45,9 @@ def tsfm(path):
     import numpy as np
     import torch
     from tsfm.inference.painting import export_logits
+    from tsfm.network.cpu import keep_freed_memory
 
+    keep_freed_memory()  # as inference.json does
     logits = torch.from_numpy(np.load(path))
     started = time.perf_counter()
     label_map = export_logits(logits, SOURCE_SHAPE, exclusive=True)
