@@ -185,7 +185,7 @@ def test_a_flat_kernel_grows_without_changing_a_number_and_shrinks_to_its_sum(tm
         ({"features": (8, 16, 32)}, r"stem.weight: checkpoint \(4, 1, 3, 3, 3\), network \(8, 1, 3, 3, 3\)"),
         ({"features": (4, 8), "depths_down": (1, 1), "depths_up": (1,), "strides": ((2, 2, 2),)}, "not in the network"),
         ({"depths_down": (1, 1, 2)}, r"encoder.2.1.conv1.weight \(16, 16, 3, 3, 3\): not in the checkpoint"),
-        ({"skip": "concat"}, "skip: checkpoint add, network concat"),
+        ({"skip": "add"}, "skip: checkpoint concat, network add"),
         ({"num_layers": 1}, "num_layers: checkpoint 2, network 1"),
         ({"hidden_size": 24}, r"bottleneck.project_in.weight: checkpoint \(12, 16\), network \(24, 16\)"),
     ],

@@ -6,14 +6,14 @@
 | B     | ResBlock              | IN-LeakyReLU-Conv twice plus the input (pre-activation); several are stacked per level   |
 | C     | Down                  | a ResBlock with stride: the sides halve, the channels double                             |
 | D     | TransformerBottleneck | ViT-Base on the voxels of the lowest level                                              |
-| E     | Up                    | interpolation and a 1x1x1 convolution that halves the channels, plus the skip            |
+| E     | Up                    | interpolation and a 1x1x1 convolution that halves the channels, beside the skip          |
 | F     | Head                  | IN-LeakyReLU and a 1x1x1 convolution to one logit per target                             |
 
 The paper leaves open, and this file chooses:
 - A and F are not described: A is one convolution; F ends the pre-activation stream, so it normalizes first.
-- Skips are added (`skip`), as in SegResNet: the residual stream runs from the stem to the head. Concatenated, as in nnU-Net
-  and STU-Net, the first convolution of each decoder level costs twice as much (7.6 instead of 6.8 TMAC for the
-  paper's patch, 1.636 instead of 1.596 billion parameters).
+- Skips are concatenated (`skip`), as in nnU-Net and STU-Net. Added, as in SegResNet, the first convolution of each decoder
+  level costs half as much (6.8 instead of 7.6 TMAC for the paper's patch, 1.596 instead of 1.636 billion parameters);
+  docs/results.md compares them.
 - The shortcut of C is a convolution whose kernel is its stride, so that no voxel of the stream is skipped.
 - D adds its output to its input: without it (`bottleneck=False`) the convolutional weights keep their meaning.
 - E interpolates with `interpolation` ("nearest" by default). Its 1x1x1 convolution comes first: it mixes channels only and
@@ -42,7 +42,7 @@ LEAKY_SLOPE = 0.01  # nnU-Net's LeakyReLU
 
 SKIPS = ("add", "concat")
 
-DEFAULT_SKIP = "add"  # of new networks; weights that say nothing were trained with "add"
+DEFAULT_SKIP = "concat"  # of new networks; weights that say nothing were trained with "add"
 
 INITIAL_PROBABILITY = 0.1  # of every target in an untrained network: most voxels are in no target
 
