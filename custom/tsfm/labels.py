@@ -62,6 +62,9 @@ class LabelTable:
         self._check_targets()
         self._build_codes()
 
+    advice = 'Add them to its "labels", name them under "ignore", or set "others": "background".'
+    """What to do about ids that a data set does not list; where labels are declared elsewhere, a pool says so here."""
+
     # ---- targets and their tree -------------------------------------------------------------------------------
 
     def entry(self, name: str) -> dict[str, Any]:
@@ -205,8 +208,7 @@ class LabelTable:
         if unknown and self._rules(dataset)["others"] != "background":
             raise LabelError(
                 f"{source or 'label map'}: holds the ids {unknown} (id: voxels), which the label table of data set "
-                f"'{dataset}' does not list; it lists {list(ids)}. Add them to its \"labels\", name them under "
-                '"ignore", or set "others": "background".'
+                f"'{dataset}' does not list; it lists {list(ids)}. {self.advice}"
             )
         local = {value: (0 if value in unknown else ids.index(value)) for value in found.tolist()}
         if lookup is not None:
@@ -221,10 +223,8 @@ class LabelTable:
             rules = self._datasets[name]
             labels = {str(raw): list(names) for raw, names in rules["labels"].items()}
             entry: dict[str, Any] = {"name": name, "labels": labels}
-            if rules["ignore"]:
-                entry["ignore"] = list(rules["ignore"])
-            if rules["others"]:
-                entry["others"] = rules["others"]
+            entry |= {"ignore": list(rules["ignore"])} if rules["ignore"] else {}
+            entry |= {"others": rules["others"]} if rules["others"] else {}
             datasets.append(entry)
         targets = {
             name: {key: value for key, value in entry.items() if key != "_desc_"}

@@ -16,9 +16,10 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ..names import case_names, modality_name, unknown_names
+from ..names import case_names, counted, modality_name, unknown_names
 from ..schema import read_json
 from .folders import PoolError, paths_of, stem
 
@@ -65,7 +66,7 @@ def read_dataset(
     Raises:
         PoolError: a folder that is not there, files that are missing, no case.
     """
-    folder = os.path.join(dataset_dir, entry.get("folder", ""))
+    folder = os.fspath(Path(dataset_dir, entry.get("folder", "")))
     if recorded is not None:
         pairs = [(case, files["image"], files["label"]) for case, files in recorded.items()]
     elif not os.path.isdir(folder):
@@ -96,7 +97,7 @@ def read_dataset(
     if recorded is None and entry.get("format") != "msd":
         _warn_of_lone_labels(folder, entry, pairs)
     if unlabelled:
-        logger.info("%s: %d cases without a label file are left out", entry["name"], unlabelled)
+        logger.info("%s: left out without a label file: %s", entry["name"], counted(unlabelled, "case"))
     if not items:
         raise PoolError(f"folder {folder} holds no case in the layout {_layout(entry)}")
     return items
@@ -106,7 +107,7 @@ def declared_licence(dataset_dir: str, entry: Mapping[str, Any]) -> str | Mappin
     """A data set's licence as the pool file declares it, else as its own ``dataset.json`` does, else None."""
     if entry.get("licence"):
         return entry["licence"]
-    path = os.path.join(dataset_dir, entry.get("folder", ""), "dataset.json")
+    path = os.fspath(Path(dataset_dir, entry.get("folder", ""), "dataset.json"))
     content = read_json(path, error=PoolError) if os.path.isfile(path) else {}
     found = (content.get("licence") or content.get("license")) if isinstance(content, Mapping) else None
     return found if isinstance(found, str) else None

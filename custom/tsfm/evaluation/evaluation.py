@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from ..cases.grids import spacing_of, upright_share
 from ..inference.prediction import CaseEvaluator, case_name
 from ..labels import LabelTable, as_table
+from ..names import counted
 from .label_maps import load_map, load_truth, match_predictions
 from .score_files import ScoreWriter
 from .scores import only_dataset, score_case
@@ -93,8 +94,8 @@ class CaseScores:
         rows = [row for row in engine.failed if row["case"] not in known] if is_told else []
         self._writer.failed += [{"case": row["case"], "error": row["error"]} for row in rows]
         self.summary = self._writer.finish(parts[1:], engine.protocol if is_told else None)
-        cases, table = self.summary["cases"], format_scores(self.summary)
-        logger.info("Scores of %d cases in %s\n%s", cases, self.output_dir, table)
+        cases, table = counted(self.summary["cases"], "case"), format_scores(self.summary)
+        logger.info("Scores of %s in %s\n%s", cases, self.output_dir, table)
         if self._writer.failed and not is_told:
             raise RuntimeError(failure_text(self._writer.failed))
 
@@ -149,4 +150,6 @@ def _voxel(affine: np.ndarray) -> dict[str, Any]:
 
 def failure_text(failed: Sequence[Mapping[str, str]]) -> str:
     """One message that names every case that could not be scored."""
-    return f"{len(failed)} case(s) could not be scored: " + "; ".join(f"{f['case']}: {f['error']}" for f in failed)
+    return f"{counted(len(failed), 'case')} could not be scored: " + "; ".join(
+        f"{f['case']}: {f['error']}" for f in failed
+    )

@@ -105,6 +105,16 @@ def channel_rules(
     return preparation.channels or [rule] * channels
 
 
+def rule_in_words(rule: Mapping[str, Any], unit: str = "") -> str:
+    """A rule of `Preparation.channels` for a terminal."""
+    if rule["scheme"] == "ct":
+        shown = {key: f"{rule[key]:.4g}" for key in ("lower", "upper", "mean", "sd")}
+        return "clipped to {lower} to {upper}{unit}, less {mean}, divided by {sd}".format(**shown, unit=unit)
+    masked = ", of its nonzero part" * bool(rule.get("masked"))
+    words = {"zscore": f"z-score of each case and channel{masked}", "01": "scaled to 0 to 1", "rgb": "divided by 255"}
+    return words.get(rule["scheme"], "as they are")
+
+
 def normalize(image: torch.Tensor, preparation: Preparation, modality: str, cropped_share: float = 1.0) -> torch.Tensor:
     """Normalise float (C, S, P, L) in place on the cropped source grid, and return it.
 
@@ -303,7 +313,7 @@ class PrepareImaged(MapTransform, InvertibleTransform):
             found, shape, cropped = tuple(tensor.shape[1:]), tuple(record["shape"]), tuple(record["cropped_shape"])
             if found not in (shape, cropped):
                 raise ValueError(
-                    f"{key}: shape {found}; expected the prepared grid {shape} or the cropped one {cropped}"
+                    f"{key}: shape {found} (S, P, L); expected the prepared grid {shape} or the cropped one {cropped}"
                 )
             plain = nearest(tensor.as_tensor(), cropped)
             full = plain.new_zeros((len(plain), *record["source_shape"]))
