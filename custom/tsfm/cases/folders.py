@@ -129,6 +129,13 @@ def find_images(
             f"{len(done)} of {len(items)} results are already in {output_dir}, for example {done[0]['case']}: set "
             '"existing" to "skip" to keep them and do the rest, or to "overwrite"'
         )
+    if done:
+        logger.info(
+            "%d of %d results are in %s and stay, whatever weights and options made them",
+            len(done),
+            len(items),
+            output_dir,
+        )
     return [item for item in items if item not in done]
 
 
