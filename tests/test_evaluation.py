@@ -175,8 +175,9 @@ def folder_of_cases(tmp_path, count=3):
     return tmp_path / "out", tmp_path / "labels"
 
 
-def test_a_folder_gives_rows_lesions_summary_and_tables(table, tmp_path):
+def test_a_folder_gives_rows_lesions_summary_and_tables(table, tmp_path, caplog):
     out, labels = folder_of_cases(tmp_path)
+    save(out / "case_9.nii.gz", np.zeros((2, 3, 4), np.uint8))
     summary = evaluate_folder(out, labels, table, tmp_path / "scores", dataset="kits")
     rows = load_rows(tmp_path / "scores" / "cases.csv")
     assert [(row["case"], row["target"]) for row in rows[:2]] == [("case_0", "kidney"), ("case_0", "kidney_tumor")]
@@ -191,6 +192,7 @@ def test_a_folder_gives_rows_lesions_summary_and_tables(table, tmp_path):
     lesions = load_rows(tmp_path / "scores" / "lesions.csv")
     counted = sum(row["lesions_true"] + row["lesions_false"] for row in rows if row["target"] == "kidney_tumor")
     assert len(lesions) == counted > 0
+    assert "1 label maps have no truth" in caplog.text and "case_9.nii.gz" in caplog.text
     assert "mean Dice for tumor" in (tmp_path / "scores" / "scores.md").read_text()
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == [
         "cases.csv", "lesions.csv", "scores.md", "summary.json",

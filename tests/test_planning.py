@@ -204,6 +204,10 @@ def test_any_other_order_of_files_is_named_by_patterns(tmp_path):
     masks = {"labels": "{case}/masks/{structure}.nii.gz", "label_ids": {"liver": "liver"}}
     pool = own_data.dataset_pool(str(tmp_path), images=several[0], **masks)
     assert pool.cases[0]["label"] == {"liver": str(tmp_path / "P 1/masks/liver.nii.gz")}
+    touch(tmp_path / "flat", "a.nii", "a_seg.nii", "b.nii", "b_seg.nii")
+    assert list(pairs_of(tmp_path / "flat", images="{case}.nii", labels="{case}_seg.nii")) == ["a", "b"]
+    with pytest.raises(PoolError, match="holds no case in the layout"):
+        pairs_of(tmp_path / "flat", images="{case}.nii", labels="{case}.nii")
     with pytest.raises(PoolError, match="--labels labels is none"):
         pairs_of(tmp_path, images=several)
     with pytest.raises(PoolError, match="say how the files lie"):

@@ -81,9 +81,11 @@ def read_dataset(
     if unknown and recorded is None:
         raise PoolError(f'{folder}: "exclude" names cases that are not there: {unknown}')
     items, absent, unlabelled = [], [], 0
+    labels = {os.path.normpath(path) for *_, label in pairs for path in paths_of(label)}
     skips = entry.get("unlabelled") == "skip"
     for case, image, label in sorted(pairs, key=lambda pair: pair[0]):
-        if case in excluded:
+        # in one folder "{case}.nii.gz" fits the labels of "{case}_seg.nii.gz", too
+        if case in excluded or os.path.normpath(paths_of(image)[0]) in labels:
             continue
         paths = [*paths_of(image), *paths_of(label)]
         if recorded is None and skips and not any(os.path.isfile(path) for path in paths_of(label)):

@@ -16,7 +16,7 @@ from ..cases.grids import spacing_of, upright_share
 from ..cases.raw_ids import from_raw_ids, raw_values
 from ..inference.prediction import CaseEvaluator, FailedCases, case_name
 from ..labels import LabelTable, as_table
-from .label_maps import load_map, load_truth, match_predictions
+from .label_maps import label_maps_in, load_map, load_truth, match_predictions
 from .score_files import ScoreWriter
 from .scores import only_dataset, score_case
 from .tables import format_scores
@@ -128,6 +128,8 @@ def evaluate_folder(
     if raw_ids is not None:
         raw_values(table, raw_ids)  # a data set without ids is refused
     pairs = match_predictions(predictions, labels, dataset)
+    if others := sorted({*label_maps_in(predictions)} - {pair["prediction"] for pair in pairs}):
+        logger.warning("%d label maps have no truth and are not scored, for example %s", len(others), others[0])
     writer = ScoreWriter(output_dir, table)
     for pair in pairs:
         try:

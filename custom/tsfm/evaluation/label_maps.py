@@ -75,7 +75,7 @@ def match_predictions(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of {what}s")
     files: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.rglob("[!.]*") if p.name.lower().endswith(SUFFIXES)):
+    for path in label_maps_in(folder):
         name = stem(path)
         first = [name.removesuffix("_0000")] if what == "image" else []
         for key in dict.fromkeys((ENDINGS.sub("", name), name, *first)):
@@ -98,6 +98,11 @@ def match_predictions(
     if problems:
         raise ValueError(f"{what}s and truths do not fit:\n  " + "\n  ".join(problems))
     return pairs
+
+
+def label_maps_in(folder: str | Path) -> list[Path]:
+    """The files of a folder and of those in it that could be label maps, sorted."""
+    return sorted(path for path in Path(folder).rglob("[!.]*") if path.name.lower().endswith(SUFFIXES))
 
 
 def _truths(labels: str | Path | Sequence[Mapping[str, Any]], dataset: str | None) -> list[dict[str, Any]]:
