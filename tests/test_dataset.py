@@ -284,8 +284,8 @@ def test_workers_that_are_spawned_as_on_macos_and_windows_give_the_same_batches(
     store = CaseStore(tmp_path / "store", TABLE, Preparation((1.5, 1.0, 1.0), {}, default_modality="MR"))
     data = PatchDataset(cases, store, TABLE, (8, 16, 16), augmentation(), RandRotateScale(0.5, 30, 0.5))
     sampler = PoolSampler(cases, 2, 2, seed=4)
-    spawned = MonaiDataLoader(data, 2, sampler=sampler, num_workers=1, multiprocessing_context="spawn")
-    for one, other in zip(MonaiDataLoader(data, 2, sampler=sampler), spawned, strict=True):
+    spawned = MonaiDataLoader(data, batch_size=2, sampler=sampler, num_workers=1, multiprocessing_context="spawn")
+    for one, other in zip(MonaiDataLoader(data, batch_size=2, sampler=sampler), spawned, strict=True):
         assert torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
 
 
