@@ -67,7 +67,7 @@ def batches_tsfm(folder, patch):
 
     store, items = _tsfm_store(folder)
     transforms = json.loads((ROOT / "tests/fixtures/augmentation.json").read_text())
-    transforms = ConfigParser({"transforms": transforms}).get_parsed_content("transforms")
+    transforms = ConfigParser({"transforms": transforms, "mirror_axes": "SPL"}).get_parsed_content("transforms")
     dataset = PatchDataset(items, store, store.table, patch, transforms, RandRotateScale())
     epoch = 0
     while True:
