@@ -245,6 +245,12 @@ def test_others_label_maps_are_scored_by_a_dataset_json_and_in_its_own_ids(tmp_p
         evaluate_folder(*folders, raw_ids="brain")
 
 
+def test_a_folder_is_not_compared_with_itself(table, tmp_path):
+    _, labels = folder_of_cases(tmp_path, 1)
+    with pytest.raises(ValueError, match="predictions and for the labels"):
+        evaluate_folder(labels, labels, table, tmp_path / "scores", dataset="kits")
+
+
 def test_images_of_nnunets_names_are_found_and_called_images(tmp_path):
     _, labels = folder_of_cases(tmp_path, 2)
     for number in range(2):

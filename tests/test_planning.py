@@ -189,6 +189,15 @@ def test_two_folders_pair_by_what_their_names_do_not_share(tmp_path, image, labe
     }
 
 
+def test_folders_that_a_dataset_json_overrules_are_named(tmp_path, caplog):
+    touch(tmp_path, "imagesTr/a.nii", "labelsTr/a.nii")
+    listed = [{"image": "./imagesTr/a.nii", "label": "./labelsTr/a.nii"}]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"1": "liver"}, "training": listed}))
+    assert list(pairs_of(tmp_path)) == ["a"] and not caplog.records
+    assert list(pairs_of(tmp_path, images="ct")) == ["a"]
+    assert "--images and --labels are no patterns" in caplog.text
+
+
 def test_files_of_macos_in_a_list_are_left_out(tmp_path, caplog):
     touch(tmp_path, *(f"{kind}/{name}.nii" for kind in ("imagesTr", "labelsTr") for name in ("a", "._a")))
     listed = [{"image": f"./imagesTr/{name}.nii", "label": f"./labelsTr/{name}.nii"} for name in ("._a", "a")]

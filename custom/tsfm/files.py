@@ -165,12 +165,14 @@ def check_writable(folder: str | os.PathLike, option: str) -> None:
         nearest = os.path.dirname(nearest)
     trial = os.path.join(nearest, f".{scratch_name()}{PARTIAL}")
     try:
-        Path(trial).touch()
-        os.remove(trial)
+        Path(trial).write_bytes(bytes(4096))  # a full disk still takes names
     except OSError as error:
         raise OSError(
             f"{os.path.abspath(folder)} cannot be written ({error.strerror or error}); choose another folder ({option})"
         ) from None
+    finally:
+        with suppress(OSError):
+            os.remove(trial)
 
 
 def _alive(pid: int) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import check_writable
 from ..labels import LabelTable, is_lesion
 from .scores import COLUMNS
 from .tables import markdown_scores, score_notes, summarize, table1
@@ -28,6 +29,7 @@ class ScoreWriter:
 
     def __init__(self, output_dir: str | Path, table: LabelTable, rank: int = 0) -> None:
         self.folder, self.table, self.rank = Path(output_dir), table, rank
+        check_writable(self.folder, "--output_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []

@@ -74,6 +74,10 @@ def dataset_pool(
             label_ids, targets, ignored = declared_labels(content, declared)
             entry |= {"ignore": ignored} if ignored else {}
         entry |= patterns or _declared_files(content, declared)
+        if not patterns and (images, labels) != ("images", "labels"):
+            logger.warning(
+                "%s says where the files are: --images and --labels are no patterns and have no effect", declared
+            )
         entry["modality"] = modality or _declared_modality(content, declared)
     elif patterns or os.path.isdir(os.path.join(dataset_dir, images)):
         if not label_ids:
