@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..console import FOR_THE_LOG
+
 logger = logging.getLogger(__name__)
 
 LAYOUT = torch.channels_last_3d
@@ -194,8 +196,9 @@ def mend_convolutions() -> bool:
     if not (found := wrong_convolutions()):
         return False
     logger.info(
-        "this processor's bfloat16 is wrong for %s convolutions: computing those in float32", " and ".join(found)
-    )
+        "this processor's bfloat16 is wrong for %s convolutions: computing those in float32", " and ".join(found),
+        extra=FOR_THE_LOG,
+    )  # fmt: skip
     _library.impl("convolution", _convolution, "CPU", with_keyset=True)
     _library.impl("convolution_backward", _convolution_backward, "CPU", with_keyset=True)
     return True
