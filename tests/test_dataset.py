@@ -36,6 +36,7 @@ class MemoryCase:
     def __init__(self, image, codes):
         self.image, self.codes, self.boxes = image, codes, []
         self.shape, self.channels, self.steps = codes.shape, len(image), (0.0,) * len(image)
+        self.cropped_share = 1.0
         self.foreground = {int(code): np.argwhere(codes == code) for code in np.unique(codes) if code > 0}
 
     def read_image(self, box):
@@ -167,9 +168,17 @@ def test_what_lies_outside_of_a_mask_stays_zero_after_all_transforms():
             )  # a 0 as a store's levels give it back, the range being wide
             return case
 
+    class Cropped(Masked):  # no plan says anything of the mask: the case does
+        preparation = Preparation((1.0, 1.0, 1.0))
+
+        def open(self, item):
+            case = super().open(item)
+            case.cropped_share = 0.7
+            return case
+
     noise = [RandFlipd(["image", "label"], 1.0, 0), RandGaussianNoised("image", 1.0, std=1.0)]
     data = [{**items()[0], "modality": "MR"}]
-    for store, still in ((Masked(), True), (MemoryStore(), False)):
+    for store, still in ((Masked(), True), (Cropped(), True), (MemoryStore(), False)):
         dataset = PatchDataset(data, store, TABLE, (20, 24, 28), noise)
         sample = dataset[Draw(0, 1, False)]
         assert sample["label"].shape == (1, 20, 24, 28) and set(sample) == {"image", "label", "dataset", "case"}
