@@ -90,7 +90,8 @@ def _fitted_pool(pool: Mapping[str, Any], description: Mapping[str, Any]) -> dic
             "modality": modalities[0],
         }
         datasets.append({**known.get(entry["name"], layout), **entry, "labels": labels})
-    return {**pool, "targets": description["targets"], "datasets": datasets}
+    about = "The targets and data sets that the weights of this release know. A data set of your own is one more entry."
+    return {"_desc_": about, "targets": description["targets"], "datasets": datasets}
 
 
 def fill_metadata(
