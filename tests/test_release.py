@@ -280,6 +280,7 @@ def test_metadata_describes_these_weights(staged):
     )
     assert config(staged, "metadata.json")["eval_metrics"] == {"mean_dice": "not evaluated"}
     assert data["outputs"]["pred"]["num_channels"] == 2
+    assert data["outputs"]["pred"]["value_range"] == []  # logits have none
     assert data["outputs"]["pred"]["channel_def"] == {"0": "background", "1": "kidney", "2": "kidney_tumor"}
 
 

@@ -137,7 +137,7 @@ def _fill_format(data: dict[str, Any], description: Mapping[str, Any], modalitie
     data["outputs"].setdefault("pred", {}).update(
         num_channels=len(table.names),
         spatial_shape=patch,
-        value_range=[0, len(table.names)],
+        value_range=[],  # logits
         channel_def=table.channel_def(),
     )
 
