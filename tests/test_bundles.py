@@ -27,7 +27,15 @@ BUNDLES = (PRETRAIN, FINETUNE)
 AS_A_WHOLE = {"network_def", "parameters", "in_channels", "planned"}
 TRAIN_DIFFERS = {
     *("_desc_", "pool_file", "epochs", "learning_rate", "patch_size", "spacing_mm", "batch_size", "network_def"),
-    *("settings#pool", "pool#_target_", "parameters", "optimizer#weight_decay", "patch", "batch"),
+    *(
+        "settings#pool",
+        "settings#warmup_epochs",
+        "pool#_target_",
+        "parameters",
+        "optimizer#weight_decay",
+        "patch",
+        "batch",
+    ),
     *("network_size", "planned", "preparation#spacing_mm", "train#handlers"),
     *("loaded_network#_target_", "described_network#network"),
 }
@@ -36,16 +44,16 @@ ONLY_PRETRAIN_TRAINS = {
     *("initial_weights", "loaded_network#path", "loaded_network#licence", "settings#initial_weights"),
 }
 ONLY_FINETUNE_TRAINS = {
-    *("images", "labels", "label_ids", "regions", "modality", "from_scratch", "freeze", "warmup_epochs"),
+    *("images", "labels", "label_ids", "regions", "modality", "from_scratch", "freeze"),
     *(f"pretrained#{key}" for key in ("_target_", "dataset_dir", "ckpt_dir", "raw_data")),
     *("head_learning_rate", "encoder_learning_rate", "in_channels", "loss#reduction"),
     *("plan", "memory_gb", "step_seconds"),
     *(f"loaded_network#{key}" for key in ("pool", "preparation", "pretrained", "output_dir")),
     *(f"frozen_network#{key}" for key in ("_target_", "network", "what")),
-    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs", "clicks")),
+    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "clicks")),
     *(f"settings#{key}" for key in ("head_learning_rate", "encoder_learning_rate")),
     *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
-    *("preparation#in_channels", "preparation#pretrained", "lr_scheduler#warmup_epochs"),
+    *("preparation#in_channels", "preparation#pretrained"),
 }
 EVALUATE_DIFFERS = {"pool_file", "pool#_target_"}
 ONLY_PRETRAIN_EVALUATES = {"datasets", "allow_missing", "pool#datasets", "pool#allow_missing"}
@@ -298,6 +306,7 @@ def test_the_metadata_names_every_package_that_tsfm_imports(bundle):
 def test_the_declared_network_has_1600_million_parameters():
     declared = {key: value for key, value in config(PRETRAIN, "train.json")["network_def"].items() if key[0] != "_"}
     declared |= {"out_channels": 31, "img_size": [112, 160, 192], "deep_supervision": True, "checkpointing": True}
+    assert declared.pop("plan") == "@planned" and config(PRETRAIN, "train.json")["network_size"] is None
     with torch.device("meta"):
         network = create_network(**declared)
     assert 1.56e9 < sum(parameter.numel() for parameter in network.parameters()) < 1.64e9

@@ -278,6 +278,17 @@ def test_patches_come_from_the_real_store_prepared_on_first_touch_by_any_worker(
     assert organ.mean() > (0 - 63.4) / 175.5 and air.mean() < (-800 - 63.4) / 175.5
 
 
+def test_workers_that_are_spawned_as_on_macos_and_windows_give_the_same_batches(tmp_path):
+    """Whatever a worker needs is pickled: store, table, sampler's draws, every transform of train.json."""
+    cases = [write_case(tmp_path, number) for number in range(2)]
+    store = CaseStore(tmp_path / "store", TABLE, Preparation((1.5, 1.0, 1.0), {}, default_modality="MR"))
+    data = PatchDataset(cases, store, TABLE, (8, 16, 16), augmentation(), RandRotateScale(0.5, 30, 0.5))
+    sampler = PoolSampler(cases, 2, 2, seed=4)
+    spawned = MonaiDataLoader(data, batch_size=2, sampler=sampler, num_workers=1, multiprocessing_context="spawn")
+    for one, other in zip(MonaiDataLoader(data, batch_size=2, sampler=sampler), spawned, strict=True):
+        assert torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
+
+
 # ---- the sampler ------------------------------------------------------------------------------------------------
 
 

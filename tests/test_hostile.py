@@ -339,6 +339,9 @@ def test_every_writer_sweeps_what_dead_processes_left(tmp_path):
     for path in (*dead, alive, *elsewhere):
         path.touch()
     os.utime(elsewhere[1], (1, 1))
+    folder = tmp_path / f".{host}_999999999_{number}{PARTIAL}.before"
+    folder.mkdir()
+    (folder / "model.pt").touch()
     atomic_write(tmp_path / "a.txt", lambda temporary: Path(temporary).write_text("a"))
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", alive.name, elsewhere[0].name}
     sweep(tmp_path / "absent")

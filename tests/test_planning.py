@@ -150,6 +150,89 @@ def test_two_folders_with_a_file_per_channel(tmp_path):
     assert pool.cases[0]["case"] == "case_0007" and len(pool.cases[0]["image"]) == 3
 
 
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def pairs_of(folder, **options):
+    """Case -> (images, label) of a folder's pool, relative to it."""
+    pool = own_data.dataset_pool(str(folder), **{"label_ids": {"1": "liver"}, **options})
+    return {
+        item["case"]: tuple(
+            [str(Path(path).relative_to(folder)) for path in ([paths] if isinstance(paths, str) else paths)]
+            for paths in (item["image"], item["label"])
+        )
+        for item in pool.cases
+    }
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "case"),
+    [
+        ("hip_00{}_img.nii.gz", "hip_00{}_seg.nii.gz", "hip_00{}"),
+        ("hip_0{}1.NII.GZ", "hip_0{}1-label.nii.gz", "hip_0{}1"),
+        ("volume-{}.nii", "segmentation-{}.nii", "{}"),
+        ("img000{}.mhd", "label000{}.nrrd", "000{}"),
+        ("a.b {}.nrrd", "a.b {}.seg.nrrd", "a.b {}"),
+    ],
+)
+def test_two_folders_pair_by_what_their_names_do_not_share(tmp_path, image, label, case):
+    for number in (1, 2, 12):
+        touch(tmp_path, f"images/{image.format(number)}", f"labels/{label.format(number)}")
+        touch(tmp_path, f"images/._{image.format(number)}", "images/.DS_Store", "labels/ages.csv")
+    assert pairs_of(tmp_path) == {
+        case.format(number): ([f"images/{image.format(number)}"], [f"labels/{label.format(number)}"])
+        for number in (1, 2, 12)
+    }
+
+
+def test_files_of_macos_in_a_list_are_left_out(tmp_path, caplog):
+    touch(tmp_path, *(f"{kind}/{name}.nii" for kind in ("imagesTr", "labelsTr") for name in ("a", "._a")))
+    listed = [{"image": f"./imagesTr/{name}.nii", "label": f"./labelsTr/{name}.nii"} for name in ("._a", "a")]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"1": "liver"}, "training": listed}))
+    assert list(pairs_of(tmp_path)) == ["a"] and "1 files of macOS" in caplog.text
+
+
+def test_any_other_order_of_files_is_named_by_patterns(tmp_path):
+    for patient in ("P 1", "ü"):
+        touch(tmp_path, *(f"{patient}/{name}.nii.gz" for name in ("T1", "T2", "seg", "masks/liver")))
+    several, one = ["{case}/T1.nii.gz", "{case}/T2.nii.gz"], "{case}/seg.nii.gz"
+    found = pairs_of(tmp_path, images=several, labels=one)
+    assert found["ü"] == (["ü/T1.nii.gz", "ü/T2.nii.gz"], ["ü/seg.nii.gz"]) and len(found) == 2
+    masks = {"labels": "{case}/masks/{structure}.nii.gz", "label_ids": {"liver": "liver"}}
+    pool = own_data.dataset_pool(str(tmp_path), images=several[0], **masks)
+    assert pool.cases[0]["label"] == {"liver": str(tmp_path / "P 1/masks/liver.nii.gz")}
+    touch(tmp_path / "flat", "a.nii", "a_seg.nii", "b.nii", "b_seg.nii")
+    assert list(pairs_of(tmp_path / "flat", images="{case}.nii", labels="{case}_seg.nii")) == ["a", "b"]
+    with pytest.raises(PoolError, match="holds no case in the layout"):
+        pairs_of(tmp_path / "flat", images="{case}.nii", labels="{case}.nii")
+    with pytest.raises(PoolError, match="--labels labels is none"):
+        pairs_of(tmp_path, images=several)
+    with pytest.raises(PoolError, match="say how the files lie"):
+        pairs_of(tmp_path)
+
+
+def test_no_image_of_a_folder_is_left_out_without_a_word(tmp_path, caplog):
+    touch(tmp_path, "images/a.nii.gz", "images/b.nii", "labels/a.nii.gz", "labels/b.nii.gz")
+    with pytest.raises(PoolError, match=r"several endings \(1 \.nii\.gz, 1 \.nii\)"):
+        pairs_of(tmp_path)
+    (tmp_path / "images/b.nii").unlink()
+    touch(tmp_path, "images/c/ct.nii.gz", "images/d_0001.nii.gz", "labels/d.nii.gz")
+    patterns = {"images": "images/{case}.nii.gz", "labels": "labels/{case}.nii.gz"}
+    with pytest.raises(PoolError, match=r"labels/d_0001\.nii\.gz"):
+        pairs_of(tmp_path, **patterns)
+    assert list(pairs_of(tmp_path, images="images/{case}_0001.nii.gz", labels="labels/{case}.nii.gz")) == ["d"]
+    assert "images of other names (images/{case}_0001.nii.gz) are not used" in caplog.text
+    (tmp_path / "labels/a.nii.gz").rename(tmp_path / "labels/x.nii.gz")
+    (tmp_path / "images/d_0001.nii.gz").unlink()
+    (tmp_path / "labels/d.nii.gz").unlink()
+    (tmp_path / "labels/b.nii.gz").rename(tmp_path / "labels/y z.nii.gz")
+    with pytest.raises(PoolError, match="say what belongs together"):
+        pairs_of(tmp_path)
+
+
 def test_a_number_that_is_the_cases_own_is_no_channel(tmp_path):
     for name in ("case_0000", "case_0001"):
         write(tmp_path, name)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import fire
@@ -60,30 +61,34 @@ def evaluate(
     dataset: str | None = None,
     tolerances_mm: float | dict[str, float] | None = None,
     images: str | None = None,
+    raw_ids: str | None = None,
 ) -> None:
     """Score a folder of label maps against the truth: Dice, surface Dice and lesions over annotated targets only.
 
     Args:
         predictions: folder of label maps with values 1..N.
         labels: folder of label files of the same names.
-        pool_file: the pool file that says what the labels' ids mean.
+        pool_file: the pool file, or ``dataset.json`` (MSD, nnU-Net), that says what the labels' ids mean.
         output_dir: for cases.csv, lesions.csv, summary.json and scores.md.
         dataset: the data set of the labels, where the pool file declares several.
         tolerances_mm: of the surface Dice, one number or target -> number.
         images: folder of NIfTI images of the same names; with it, page.png shows the best, median and worst case.
+        raw_ids: the data set in whose own ids the predictions are (``brats2020`` for 1, 2, 4), in place of 1..N.
     """
+    from .cases.dataset_folder import label_table
     from .evaluation.evaluation import evaluate_folder
     from .evaluation.label_maps import match_predictions
     from .evaluation.pages import folder_page
 
-    shown = match_predictions(images, labels, dataset) if images else []
-    evaluate_folder(predictions, labels, pool_file, output_dir, dataset, tolerances_mm)
+    shown = match_predictions(images, labels, dataset, "image") if images else []
+    table = label_table(pool_file)
+    evaluate_folder(predictions, labels, table, output_dir, dataset, tolerances_mm, raw_ids)
     if shown:
         items = [
             {key: pair[key] for key in ("case", "dataset", "label")} | {"image": pair["prediction"]} for pair in shown
         ]
         page, rows = os.path.join(output_dir, "page.png"), os.path.join(output_dir, "cases.csv")
-        folder_page(page, rows, predictions, items, pool_file, dataset)
+        folder_page(page, rows, predictions, items, table, dataset, raw_ids=raw_ids)
     with open(os.path.join(output_dir, "scores.md"), encoding="utf-8") as file:
         print(file.read())
 
@@ -94,17 +99,19 @@ def postprocessing(predictions: str, labels: str, pool_file: str, output_file: s
     Give the file to inference with ``--postprocessing_plan``.
 
     Args:
-        predictions: folder of label maps, as evaluate.json leaves them.
+        predictions: folder of label maps, as evaluate.json leaves them (values 1..N in the targets' order).
         labels: folder of label files of the same names.
-        pool_file: the pool file that says what the labels' ids mean.
+        pool_file: the pool file, or ``dataset.json`` (MSD, nnU-Net), that says what the labels' ids mean.
         output_file: where the plan goes (JSON).
         dataset: the data set of the labels, where the pool file declares several.
     """
+    from .cases.dataset_folder import label_table
     from .evaluation.label_maps import match_predictions
     from .evaluation.postprocessing_plan import determine
-    from .labels import as_table
+    from .files import check_writable
 
-    table = as_table(pool_file)
+    check_writable(os.path.dirname(os.path.abspath(output_file)), "--output_file")
+    table = label_table(pool_file)
     pairs = match_predictions(predictions, labels, dataset)
     plan = determine([pair["prediction"] for pair in pairs], [pair["label"] for pair in pairs], table, dataset)
     _write_json(output_file, plan)
@@ -140,8 +147,10 @@ def page(run_dir: str | None = None, evaluation_dir: str | None = None, output_f
 def _write_json(path: str, content: Any) -> None:
     import json
 
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=4)
+    from .files import atomic_write
+
+    text = json.dumps(content, indent=4)
+    atomic_write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 COMMANDS = {function.__name__: function for function in (pool, describe, evaluate, postprocessing, curve, page)}

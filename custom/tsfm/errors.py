@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from types import FrameType, TracebackType
+from typing import Any
 
 from .options import check_options
 
@@ -29,6 +31,12 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two records of settings, for a message: ``epochs: was 1, is 2``; empty where nothing does."""
+    pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
+    return "; ".join(f"{key}: was {old}, is {new}" for key, (old, new) in pairs.items() if old != new)
 
 
 def first_cause(error: BaseException) -> BaseException:
@@ -74,7 +82,8 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
     if isinstance(cause, KeyboardInterrupt):
         by = f" by {signal.Signals(cause.number).name}" if isinstance(cause, Stopped) else ""
         print(
-            f"\nInterrupted{by}. The same command goes on after the last epoch or case that was finished.",
+            f"\nInterrupted{by}. What was finished is kept. The same command goes on after the last epoch, fold or run that was "
+            "finished; inference does with --existing skip.",
             file=sys.stderr,
             flush=True,
         )

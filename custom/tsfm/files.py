@@ -145,11 +145,11 @@ def is_abandoned(path: str | os.PathLike) -> bool:
 
 
 def sweep(folder: str | os.PathLike) -> None:
-    """Remove the files that `atomic_write` left unfinished in `folder` when its process was killed."""
+    """Remove what was left unfinished in `folder`, under a `scratch_name`, when its process was killed."""
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
         if name.startswith(".") and PARTIAL in name and is_abandoned(path):
-            Path(path).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
 
 
 def check_writable(folder: str | os.PathLike, option: str) -> None:

@@ -203,10 +203,12 @@ class LabelTable:
             lookup = None
         unknown = {int(value): int(counts[value]) for value in found.tolist() if value not in ids}
         if unknown and self._rules(dataset)["others"] != "background":
+            shown, rest = dict(list(unknown.items())[:8]), len(unknown) - 8
+            more = f" and {rest} more (an image in place of a label map?)" if rest > 0 else ""
             raise LabelError(
-                f"{source or 'label map'}: holds the ids {unknown} (id: voxels), which the label table of data set "
-                f"'{dataset}' does not list; it lists {list(ids)}. Add them to its \"labels\", name them under "
-                '"ignore", or set "others": "background".'
+                f"{source or 'label map'}: holds the ids {shown}{more} (id: voxels), which the label table of data set "
+                f"'{dataset}' does not list; it lists {list(ids)}. Add them to its \"labels\" (dataset.json, --label_ids, pool "
+                'file), or in a pool file name them under "ignore" or set "others": "background".'
             )
         local = {value: (0 if value in unknown else ids.index(value)) for value in found.tolist()}
         if lookup is not None:
@@ -226,11 +228,8 @@ class LabelTable:
             if rules["others"]:
                 entry["others"] = rules["others"]
             datasets.append(entry)
-        targets = {
-            name: {key: value for key, value in entry.items() if key != "_desc_"}
-            for name, entry in self._entries.items()
-        }
-        return {"targets": targets, "datasets": datasets}
+        plain = {name: {k: v for k, v in entry.items() if k != "_desc_"} for name, entry in self._entries.items()}
+        return {"targets": plain, "datasets": datasets}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> LabelTable:

@@ -116,7 +116,7 @@ def as_whole_numbers(array: np.ndarray, source: str = "label map") -> np.ndarray
         apart = f", {abs(example - round(example)):.2g} beside {round(example)}" if np.isfinite(example) else ""
         raise CaseError(
             f"{source}: {int(wrong.sum())} voxels are not whole (no whole number: {example!r}{apart}); a label map holds "
-            "ids: resample it with nearest neighbor, and save it as integers"
+            "ids: resample it with nearest neighbor and save it as integers, or pair the right file"
         )
     return whole
 

@@ -13,9 +13,10 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
 from ..cases.grids import spacing_of, upright_share
-from ..inference.prediction import CaseEvaluator, case_name
+from ..cases.raw_ids import from_raw_ids, raw_values
+from ..inference.prediction import CaseEvaluator, FailedCases, case_name
 from ..labels import LabelTable, as_table
-from .label_maps import load_map, load_truth, match_predictions
+from .label_maps import label_maps_in, load_map, load_truth, match_predictions
 from .score_files import ScoreWriter
 from .scores import only_dataset, score_case
 from .tables import format_scores
@@ -106,6 +107,7 @@ def evaluate_folder(
     output_dir: str | Path,
     dataset: str | None = None,
     tolerances_mm: Mapping[str, float] | float | None = None,
+    raw_ids: str | None = None,
 ) -> dict[str, Any]:
     """Score a folder of label maps against their truths; writes the files of `ScoreWriter`, returns the summary.
 
@@ -115,19 +117,27 @@ def evaluate_folder(
         labels: folder of label files, or pool items with ``label`` and, if they have them, ``case`` and ``dataset``.
         table: the label table, its dict, or the path of a pool.json.
         dataset: data set of items that name none (default: the table's only one).
+        raw_ids: the data set in whose own ids the predictions are; None where they are the table's values.
 
     Raises:
         FileNotFoundError: predictions that are missing, all named at once, before any case is scored.
-        ValueError: grids that differ, all named at once.
-        RuntimeError: at the end, when cases could not be scored; the others' results are written.
+        ValueError: grids that differ, all named at once; `raw_ids` that are no data set's.
+        FailedCases: at the end, when cases could not be scored; the others' results are written.
     """
     table = as_table(table)
+    if raw_ids is not None:
+        raw_values(table, raw_ids)  # a data set without ids is refused
     pairs = match_predictions(predictions, labels, dataset)
+    if others := sorted({*label_maps_in(predictions)} - {pair["prediction"] for pair in pairs}):
+        logger.warning("%d label maps have no truth and are not scored, for example %s", len(others), others[0])
     writer = ScoreWriter(output_dir, table)
     for pair in pairs:
         try:
             owner = pair["dataset"] or only_dataset(table)
             prediction, affine = load_map(pair["prediction"])
+            if raw_ids is not None:
+                table.encode(raw_ids, prediction, str(pair["prediction"]))  # refuses ids that mean nothing
+                prediction = from_raw_ids(prediction, table, raw_ids)
             truth, _ = load_truth(pair["label"], table, owner, (prediction, affine, str(pair["prediction"])))
             settings = {"tolerances_mm": tolerances_mm, "case": pair["case"]}
             writer.add(score_case(prediction, truth, table, owner, **_voxel(affine), **settings))
@@ -135,7 +145,7 @@ def evaluate_folder(
             writer.fail(pair["case"], error)
     summary = writer.finish()
     if writer.failed:
-        raise RuntimeError(failure_text(writer.failed))
+        raise FailedCases(failure_text(writer.failed))
     return summary
 
 

@@ -95,13 +95,15 @@ class CaseStore:
         return self._key(item, self.sources.identity(item))
 
     def _key(self, item: Mapping[str, Any], files: Sequence[Any]) -> str:
-        label = item.get("label")
+        label, preparation = item.get("label"), self.preparation.to_dict()
+        if preparation["resample_first"]:
+            preparation["mask"] = "resampled"  # told apart from what was stored when it was taken afterwards
         facts = {
             "format": FORMAT,
             "files": files,
             "structures": list(label) if isinstance(label, Mapping) else None,
             "modality": item["modality"],
-            "preparation": self.preparation.to_dict(),
+            "preparation": preparation,
             "labels": self.table.label_rules(item["dataset"]),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]

@@ -17,10 +17,10 @@ from ..cases.folders import PoolError
 from ..cases.pool import DatasetPool
 from ..preparation.fingerprint import Fingerprint, fit_patch, plan_spacing
 from ..schema import FileError, read_json
-from .families import SWIN_STRIDES, Family
+from .families import FAMILIES, SWIN_STRIDES, Family
 from .own_data import pretrained_description
 from .plan import pool_fingerprint
-from .planner import Budget, Plan, PlanError, coarse_spacing, plan
+from .planner import MIN_BATCH, Budget, Plan, PlanError, coarse_spacing, plan
 from .turns import rank
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,12 @@ def plan_run(
             raise
         logger.warning("these weights exceed %s on a CPU: planning by nnU-Net's 8 GB instead", budget)
         result = planned(spacing, patch, Budget(memory_gb=8))
+    if decided := _decided(family, network_size, patch, numbers["batch_size"]):
+        budget = None
+        if asked := [
+            f"--{k} {v:g}" for k, v in (("memory_gb", memory_gb), ("step_seconds", step_seconds)) if v is not None
+        ]:
+            logger.warning("%s: without effect, since %s", " and ".join(asked), decided)
     warn_of_small_structures(pool, found, result.spacing_mm)
     if description is not None:
         warn_of_distance(description, pool, result.spacing_mm)
@@ -225,6 +231,14 @@ def _spacing(asked: Sequence[float] | str, found: Fingerprint, description: Mapp
     if asked not in ("auto", "coarse"):
         raise ValueError(f"spacing_mm is {asked!r}; expected 'auto', 'coarse', 'checkpoint' or three numbers (S, P, L)")
     return list(plan_spacing(found.spacings_mm, found.shapes))
+
+
+def _decided(family: Family | None, network_size: str, patch: Sequence[int] | None, batch_size: int | None) -> str:
+    """Why no budget is looked at; empty where one is."""
+    family = family or FAMILIES.get(network_size)
+    if family is not None and family.kind == "fixed":
+        return f"{family.name} has a patch of its own, and a batch of {MIN_BATCH}: --patch_size, --batch_size"
+    return "network, patch and batch are given" if family is not None and patch and batch_size else ""
 
 
 def _budget(memory_gb: float | None, step_seconds: float | None, device: str | torch.device) -> Budget:

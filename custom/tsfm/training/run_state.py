@@ -24,6 +24,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ..cases.pool import is_bare
+from ..errors import changes
 from ..files import PARTIAL, atomic_write, check_writable
 from ..network.sharding import gather_model, gather_state, is_sharded, scatter_state, set_shares, take_shares
 from .checkpoint import EXTRA_STATE, decode_description, save_weights
@@ -159,15 +160,10 @@ class RunState:
         if source is None:
             return
         state = _read_run(source, checked=True)
-        changed = {
-            key: (state["settings"].get(key), self.settings.get(key))
-            for key in {*state["settings"], *self.settings}
-            if state["settings"].get(key) != self.settings.get(key)
-        }
-        if changed:
-            listing = "; ".join(f"{key}: was {old}, is {new}" for key, (old, new) in sorted(changed.items()))
+        if changed := changes(state["settings"], self.settings):
+            others = ": cases were added, removed or renamed" if "cases: was" in changed else ""
             raise CheckpointError(
-                f"{self.output_dir} holds a run with other settings ({listing}). Give this run its own --output_dir, "
+                f"{self.output_dir} holds a run with other settings ({changed}){others}. Give this run its own --output_dir, "
                 "or use the settings of the run that is there to go on with it."
             )
         if state["epoch"] > engine.state.max_epochs:

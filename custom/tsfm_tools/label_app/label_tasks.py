@@ -179,4 +179,4 @@ class UncertaintyScoring(ScoringMethod):
         data["device"] = name_to_device(request.get("device", "cuda"))
         data = self.task.run_pre_transforms(data, self.task.pre_transforms(data))
         network = self.task._get_network(data["device"], data)
-        return self.task.inferer(data).uncertainty(data["image"][None].to(data["device"]), network)
+        return self.task.inferer(data).uncertainty(data["image"][None], network)  # windows go to the device one by one

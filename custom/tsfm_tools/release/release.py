@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 import tsfm
 from tsfm.cases.licences import licence_list
+from tsfm.files import PARTIAL, atomic_write, scratch_name, sweep
 from tsfm.schema import read_json
 from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
@@ -159,16 +159,18 @@ def release(
     listing = os.path.join(output_dir, "model_info.json")
     known = read_json(listing) if os.path.isfile(listing) else {}
     known[os.path.basename(path).removesuffix(".zip")] = entry
-    _write_json(listing, dict(sorted(known.items())))
+    atomic_write(listing, lambda temporary: _write_json(temporary, dict(sorted(known.items()))))
     return path
 
 
 @contextmanager
 def _replaced(folder: str) -> Iterator[str]:
     """A new folder to fill, which takes the place of `folder` at the end of the block, or is gone if that fails."""
-    parent, name = os.path.split(os.path.abspath(folder))
+    parent = os.path.dirname(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+    sweep(parent)
+    scratch = os.path.join(parent, f".{scratch_name()}{PARTIAL}")
+    os.mkdir(scratch, 0o700)
     try:
         yield scratch
         os.chmod(scratch, 0o755)
