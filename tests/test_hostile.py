@@ -1,5 +1,6 @@
 """Weight files of strangers, damage at rest, bad moments and command lines: refused or survived, and said how."""
 
+import errno
 import json
 import os
 import random
@@ -313,6 +314,17 @@ def test_folders_that_cannot_be_written_are_found_before_the_work(tmp_path):
     before = sorted(os.listdir(tmp_path))
     check_writable(tmp_path / "new/er", "--output_dir")
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_full_disk_that_still_takes_names_is_found_before_the_work(tmp_path, monkeypatch):
+    def write(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(OSError, match=r"new cannot be written \(No space left on device\).*--output_dir"):
+        check_writable(tmp_path / "new", "--output_dir")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])

@@ -109,6 +109,8 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def _size(count: int) -> str:
+    if count < 2**17:
+        return f"{count} bytes"
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
@@ -163,12 +165,14 @@ def check_writable(folder: str | os.PathLike, option: str) -> None:
         nearest = os.path.dirname(nearest)
     trial = os.path.join(nearest, f".{scratch_name()}{PARTIAL}")
     try:
-        Path(trial).touch()
-        os.remove(trial)
+        Path(trial).write_bytes(bytes(4096))  # a full disk still takes names
     except OSError as error:
         raise OSError(
             f"{os.path.abspath(folder)} cannot be written ({error.strerror or error}); choose another folder ({option})"
         ) from None
+    finally:
+        with suppress(OSError):
+            os.remove(trial)
 
 
 def _alive(pid: int) -> bool:

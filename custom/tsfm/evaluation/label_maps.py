@@ -74,6 +74,8 @@ def match_predictions(
     folder = Path(predictions)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of {what}s")
+    if isinstance(labels, (str, Path)) and Path(labels).is_dir() and folder.samefile(labels):
+        raise ValueError(f"{folder} is given for the {what}s and for the labels; a map compared with itself agrees")
     files: dict[str, list[Path]] = {}
     for path in label_maps_in(folder):
         name = stem(path)

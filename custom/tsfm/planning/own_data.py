@@ -62,7 +62,9 @@ def dataset_pool(
     if pool_file is not None or kept_in is not None:
         content = recorded_pool(kept_in, name) if pool_file is None else pool_file
         return DatasetPool(content, dataset_dir, kept_in=kept_in, **options)
-    declared = os.path.join(dataset_dir, "dataset.json")
+    declared = os.path.abspath(os.path.join(dataset_dir, "dataset.json"))
+    source = declared if os.path.isfile(declared) else os.path.dirname(declared)
+    labels_in = f"--label_ids (now {dict(label_ids)})" if label_ids else f'"labels" of {declared}'
     entry: dict[str, Any] = {"name": name, "folder": "."}
     targets: dict[str, Any] = {}
     patterns = _patterns(images, labels)
@@ -72,6 +74,10 @@ def dataset_pool(
             label_ids, targets, ignored = declared_labels(content, declared)
             entry |= {"ignore": ignored} if ignored else {}
         entry |= patterns or _declared_files(content, declared)
+        if not patterns and (images, labels) != ("images", "labels"):
+            logger.warning(
+                "%s says where the files are: --images and --labels are no patterns and have no effect", declared
+            )
         entry["modality"] = modality or _declared_modality(content, declared)
     elif patterns or os.path.isdir(os.path.join(dataset_dir, images)):
         if not label_ids:
@@ -90,7 +96,8 @@ def dataset_pool(
         )
     named = {name: {} for names in label_ids.values() for name in ([names] if isinstance(names, str) else names)}
     entry["labels"] = {str(raw): names for raw, names in label_ids.items()}
-    return DatasetPool({"targets": regions or targets or named, "datasets": [entry]}, dataset_dir, **options)
+    content = {"targets": regions or targets or named, "datasets": [entry]}
+    return DatasetPool(content, dataset_dir, source=source, labels_in=labels_in, **options)
 
 
 def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
