@@ -110,6 +110,14 @@ def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
     return read_grid(first["image"]).channels
 
 
+def default_pretrained(dataset_dir: str, ckpt_dir: str, raw_data: bool = True) -> str | None:
+    """The weights that a training begins with where none are named.
+
+    None, so from nothing, for a data set in a folder or in the store; the bundle's own for items that a server hands in.
+    """
+    return None if os.path.isdir(dataset_dir) or not raw_data else os.path.join(ckpt_dir, "model.pt")
+
+
 def pretrained_description(pretrained: str | None) -> dict[str, Any]:
     """What travels with the pretrained weights; CheckpointError with the way out where there are none."""
     if pretrained is None:
