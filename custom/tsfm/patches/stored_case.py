@@ -72,8 +72,6 @@ class StoredCase:
         self.steps: tuple[float, ...] = tuple(step for _, step in self._steps)  # between stored values; 0: as they were
         self.channels: int = len(self._steps)
         self.shape: tuple[int, int, int] = tuple(self.properties["shape"])
-        cropped, source = (np.prod(self.properties[key], dtype=float) for key in ("cropped_shape", "source_shape"))
-        self.cropped_share = float(cropped / source)  # of the volume, as `preprocessing.channel_rules` wants it
 
     def read_image(self, box: Box | None = None) -> np.ndarray:
         """float32 (C, s, p, l)."""
@@ -87,6 +85,12 @@ class StoredCase:
     def read_codes(self, box: Box | None = None) -> np.ndarray:
         """Local label codes (s, p, l)."""
         return self._read("codes.b2nd", self._slices(box))
+
+    @property
+    def cropped_share(self) -> float:
+        """What the crop kept of the volume, as `preprocessing.channel_rules` asks for it."""
+        cropped, source = (np.prod(self.properties[key], dtype=float) for key in ("cropped_shape", "source_shape"))
+        return float(cropped / source)
 
     @cached_property
     def foreground(self) -> dict[int, np.ndarray]:
