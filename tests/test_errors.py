@@ -43,6 +43,22 @@ def test_texts_of_a_command_stay_texts_and_other_values_are_read(monkeypatch):
     assert said == [("2024", "LiTS, KiTS19", [0, 1], {"epochs": 3}), ("1e5", None, None, {})]
 
 
+def test_a_command_says_what_it_cannot_do_without(monkeypatch):
+    def words_of(*words):
+        monkeypatch.setattr("sys.argv", ["tsfm", *words])
+        with pytest.raises(SystemExit) as end:
+            command_line.main()
+        return str(end.value)
+
+    said = words_of("pool", "--dataset_dir", "/data")
+    assert said.startswith("tsfm: pool needs --pool_file (the JSON that declares data sets,")
+    assert said.endswith("all options: python -m tsfm pool --help")
+    said = words_of("evaluate", "out", "--pool-file=pool.json", "truth")
+    assert "needs --output_dir (for cases.csv" in said and " and " not in said.partition("(")[0]
+    assert words_of("pool", "--help") == "0"
+    assert "no.json" in words_of("pool", "no.json"), "what is given without its name counts"
+
+
 def test_other_programs_are_left_alone():
     check_options(["pytest", "--anything"])
 

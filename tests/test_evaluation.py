@@ -20,6 +20,7 @@ from tsfm.evaluation.scores import COLUMNS, count_voxels, score_case
 from tsfm.evaluation.tables import format_scores, load_rows, markdown_scores, summarize
 from tsfm.inference.prediction import CaseEvaluator, FailedCases
 from tsfm.labels import LabelError, LabelTable
+from tsfm.names import counted
 
 TARGETS = {
     "kidney": {"tolerance_mm": 3.0},
@@ -192,8 +193,10 @@ def test_a_folder_gives_rows_lesions_summary_and_tables(table, tmp_path, caplog)
     lesions = load_rows(tmp_path / "scores" / "lesions.csv")
     counted = sum(row["lesions_true"] + row["lesions_false"] for row in rows if row["target"] == "kidney_tumor")
     assert len(lesions) == counted > 0
-    assert "1 label maps have no truth" in caplog.text and "case_9.nii.gz" in caplog.text
-    assert "mean Dice for tumor" in (tmp_path / "scores" / "scores.md").read_text()
+    assert "label maps without a truth, which are not scored: 1" in caplog.text and "case_9.nii.gz" in caplog.text
+    text = (tmp_path / "scores" / "scores.md").read_text()
+    assert "mean Dice for tumor" in text
+    assert '"-" stands for lesions where a target is none (its name ends in none of tumor,' in text.splitlines()[-1]
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == [
         "cases.csv", "lesions.csv", "scores.md", "summary.json",
     ]  # fmt: skip
@@ -213,7 +216,7 @@ def test_all_grids_that_differ_are_named_before_anything_is_scored(table, tmp_pa
     flipped = AFFINE @ np.diag([-1, 1, 1, 1])
     save(out / "case_0" / "case_0_seg.nii.gz", case_of("kits", 0)[0], flipped)
     save(out / "case_2" / "case_2_seg.nii.gz", np.zeros((3, 4, 5), np.uint8))
-    with pytest.raises(ValueError, match=r"(?s)case_0: affines.*case_2: shape \(3, 4, 5\) against"):
+    with pytest.raises(ValueError, match=r"(?s)case_0: affines.*case_2: shape \(3, 4, 5\) along \(L, A, S\) against"):
         evaluate_folder(out, labels, table, tmp_path / "scores", dataset="kits")
 
 
@@ -404,7 +407,8 @@ def test_grids_are_compared_in_millimeters_at_the_corners():
     tilted = AFFINE.copy()
     tilted[0, 2] += 0.05
     assert "0.95 mm" in grid_difference(shape, AFFINE, shape, tilted)
-    assert "shape" in grid_difference(shape, AFFINE, (100, 100, 21), AFFINE)
+    text = grid_difference(shape, AFFINE, (100, 100, 21), AFFINE)
+    assert text == "shape (100, 100, 20) along (L, A, S) against (100, 100, 21) along (L, A, S)"
 
 
 def test_stems():
@@ -427,4 +431,5 @@ def test_one_case_has_no_standard_deviation():
     row |= {"dice": 0.5, "nsd": 0.25, "volume_predicted_ml": 1.0, "volume_true_ml": 1.0}
     assert "0.5000 ± -" in markdown_scores(summarize([row])) and "0.0000" not in markdown_scores(summarize([row]))
     assert "in 1 case" in format_scores(summarize([row])) and "cases" not in format_scores(summarize([row]))
+    assert (counted(0, "case"), counted(1, "case"), counted(2, "case")) == ("0 cases", "1 case", "2 cases")
     assert "0.5000 ± 0.0000" in markdown_scores(summarize([row, row | {"case": "b"}]))

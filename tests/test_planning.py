@@ -17,11 +17,12 @@ from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import PoolError
 from tsfm.cases.pool import DatasetPool
 from tsfm.errors import first_cause
-from tsfm.labels import LabelTable
+from tsfm.labels import LabelError, LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning import own_data
 from tsfm.planning import plan as planning
 from tsfm.planning.forecast import Forecast
+from tsfm.planning.forecast import plan as show_plan
 from tsfm.planning.parts import freeze
 from tsfm.planning.plan_run import plan_run
 from tsfm.planning.planner import PlanError
@@ -122,7 +123,7 @@ def test_nnunets_second_layout_has_a_file_per_channel_and_no_list(tmp_path):
     assert own_data.count_channels(pool) == 2 and pool.table.names == ("liver",)
     assert pool.table.label_rules(tmp_path.name.lower().strip("_"))["ignore"] == [2]
     (tmp_path / "imagesTr/x_002_0001.nii.gz").unlink()
-    with pytest.raises(PoolError, match=r"x_002_0001\.nii\.gz"):
+    with pytest.raises(PoolError, match=rf"{tmp_path}/imagesTr/x_002_0001\.nii\.gz"):
         _ = own_data.dataset_pool(str(tmp_path)).cases
 
 
@@ -247,6 +248,22 @@ def test_a_number_that_is_the_cases_own_is_no_channel(tmp_path):
         write(tmp_path, name)
     pool = own_data.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
     assert [item["case"] for item in pool.cases] == ["case_0000", "case_0001"]
+
+
+def test_ids_that_are_not_listed_are_to_be_named_where_this_layout_names_them(folders, tmp_path):
+    def advice(pool):
+        with pytest.raises(LabelError, match=r"holds the ids \{7: 1\}") as error:
+            pool.table.encode(pool.table.datasets[0], np.array([0, 1, 7]))
+        return str(error.value).partition("it lists")[2]
+
+    two_folders = own_data.dataset_pool(str(folders), label_ids={"1": "liver"})
+    assert "Name them in --label_ids (now {'1': 'liver'})" in advice(two_folders)
+    nnunet = nnunet_folder(tmp_path / "nnunet", labels={"background": 0, "liver": 1})
+    assert f'Name them in "labels" of {tmp_path}/nnunet/dataset.json' in advice(nnunet)
+    assert "--label_ids" in advice(own_data.dataset_pool(str(tmp_path / "nnunet"), label_ids={"1": "liver"}))
+    declared = {"targets": {"liver": {}}, "datasets": [{"name": "x", "image": "{case}", "label": "{case}"}]}
+    declared["datasets"][0]["labels"] = {"1": "liver"}
+    assert 'under "ignore", or set "others"' in advice(DatasetPool(declared, tmp_path))
 
 
 def test_what_is_missing_is_named(tmp_path, weights):
@@ -489,9 +506,21 @@ def test_a_plan_is_taken_back_from_its_file(pool, tmp_path):
         plan_run(pool, str(tmp_path), plan_file=str(tmp_path / "no.json"))
 
 
+def test_the_printed_plan_names_modality_and_normalization(folders, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    options = {"label_ids": {"1": "liver"}, "step_seconds": 0.05, "timed": False, "device": "cpu"}
+    show_plan(str(folders), ct_normalization=CT, **options)
+    assert "  images    2 CT cases, clipped to -100 to 300 HU, less 50, divided by 80\n" in capsys.readouterr().out
+    assert "images: 2 CT cases, clipped" in caplog.text, "a run's console has it too"
+    show_plan(str(folders), modality="MR", **options)
+    assert "  images    2 MR cases, z-score of each case and channel\n" in capsys.readouterr().out
+
+
 def test_data_of_which_nothing_can_be_learned_is_refused_before_the_work(folders, tmp_path):
     absent = own_data.dataset_pool(str(folders), label_ids={"1": "liver", "3": "cyst"})
-    with pytest.raises(PoolError, match=r"of the 2 cases none has a voxel of the labels 3 \(cyst\)"):
+    with pytest.raises(
+        PoolError, match=r"of the 2 cases none has a voxel of the labels 3 \(cyst\).*out of --label_ids"
+    ):
         plan_run(absent, str(tmp_path))
     (folders / "images/b.nii.gz").unlink()
     single = own_data.dataset_pool(str(folders), label_ids={"1": "liver"})

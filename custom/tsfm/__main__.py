@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import fire
 from fire.decorators import SetParseFns
+from fire.docstrings import parse
 
 
 def pool(
@@ -25,7 +27,7 @@ def pool(
     """Print what a pool file finds below `dataset_dir`: data sets, cases, modalities, labels, targets, shares, missing.
 
     Args:
-        pool_file: the pool file.
+        pool_file: the JSON that declares data sets, as the pretraining bundle's configs/pool.json does the paper's ten.
         dataset_dir: folder that holds the data sets' folders.
         datasets: only these.
         fold: also print how many cases of each data set train and validate in this fold.
@@ -109,13 +111,14 @@ def postprocessing(predictions: str, labels: str, pool_file: str, output_file: s
     from .evaluation.label_maps import match_predictions
     from .evaluation.postprocessing_plan import determine
     from .files import check_writable
+    from .names import counted
 
     check_writable(os.path.dirname(os.path.abspath(output_file)), "--output_file")
     table = label_table(pool_file)
     pairs = match_predictions(predictions, labels, dataset)
     plan = determine([pair["prediction"] for pair in pairs], [pair["label"] for pair in pairs], table, dataset)
     _write_json(output_file, plan)
-    print(f"{len(plan['steps'])} steps, written to {output_file}")
+    print(f"{counted(len(plan['steps']), 'step')}, written to {output_file}")
 
 
 def curve(curve_file: str, output_file: str) -> None:
@@ -171,6 +174,22 @@ def _plan() -> Callable[..., Any]:
     return plan
 
 
+def _missing(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
+    """What a command cannot do without and these words do not give: ``--name (what it is)``; nothing where they ask for help."""
+    flags = [word for word in words if word.startswith("-") and not word[1:2].isdigit()]
+    if any(flag in ("--", "--help") or not flag.startswith("--") for flag in flags):
+        return []
+    plain = [
+        word for before, word in pairwise(["", *words]) if word not in flags and (before not in flags or "=" in before)
+    ]
+    given = {flag[2:].split("=")[0].replace("-", "_") for flag in flags}
+    required = [
+        name for name, one in signature(function).parameters.items() if one.default is one.empty and one.kind < 2
+    ]
+    about = {one.name: (one.description or "").rstrip(".") for one in parse(function.__doc__ or "").args or ()}
+    return [f"--{name} ({about.get(name, name)})" for name in [n for n in required if n not in given][len(plain) :]]
+
+
 def _as_said(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same command, whose texts stay texts: fire would make "LiTS, KiTS19" a tuple, and 2024 a number."""
     texts = [key for key, one in signature(function).parameters.items() if one.annotation in ("str", "str | None")]
@@ -185,7 +204,10 @@ def main() -> None:
     found, asked = commands(), sys.argv[1:2]
     names = asked if asked and asked[0] in found else found
     try:
-        fire.Fire({name: _as_said(found[name]()) for name in names}, name="tsfm")
+        functions = {name: found[name]() for name in names}
+        if names is asked and (missing := _missing(functions[asked[0]], sys.argv[2:])):
+            sys.exit(f"tsfm: {asked[0]} needs {' and '.join(missing)}; all options: python -m tsfm {asked[0]} --help")
+        fire.Fire({name: _as_said(function) for name, function in functions.items()}, name="tsfm")
     except (ValueError, OSError) as error:
         sys.exit(f"tsfm: {error}")
 

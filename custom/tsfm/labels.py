@@ -62,6 +62,9 @@ class LabelTable:
         self._check_targets()
         self._build_codes()
 
+    advice = 'Add them to its "labels", or in a pool file name them under "ignore", or set "others": "background".'
+    """What to do about ids that a data set does not list; where labels are declared elsewhere, a pool says so here."""
+
     # ---- targets and their tree -------------------------------------------------------------------------------
 
     def entry(self, name: str) -> dict[str, Any]:
@@ -207,8 +210,7 @@ class LabelTable:
             more = f" and {rest} more (an image in place of a label map?)" if rest > 0 else ""
             raise LabelError(
                 f"{source or 'label map'}: holds the ids {shown}{more} (id: voxels), which the label table of data set "
-                f"'{dataset}' does not list; it lists {list(ids)}. Add them to its \"labels\" (dataset.json, --label_ids, pool "
-                'file), or in a pool file name them under "ignore" or set "others": "background".'
+                f"'{dataset}' does not list; it lists {list(ids)}. {self.advice}"
             )
         local = {value: (0 if value in unknown else ids.index(value)) for value in found.tolist()}
         if lookup is not None:
@@ -223,10 +225,8 @@ class LabelTable:
             rules = self._datasets[name]
             labels = {str(raw): list(names) for raw, names in rules["labels"].items()}
             entry: dict[str, Any] = {"name": name, "labels": labels}
-            if rules["ignore"]:
-                entry["ignore"] = list(rules["ignore"])
-            if rules["others"]:
-                entry["others"] = rules["others"]
+            entry |= {"ignore": list(rules["ignore"])} if rules["ignore"] else {}
+            entry |= {"others": rules["others"]} if rules["others"] else {}
             datasets.append(entry)
         plain = {name: {k: v for k, v in entry.items() if k != "_desc_"} for name, entry in self._entries.items()}
         return {"targets": plain, "datasets": datasets}

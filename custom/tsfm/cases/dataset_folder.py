@@ -16,10 +16,11 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..labels import LabelTable, as_table
-from ..names import case_names, modality_name, plain_name, plain_names, unknown_names
+from ..names import case_names, counted, modality_name, plain_name, plain_names, unknown_names
 from ..schema import read_json
 from .folders import SUFFIXES, PoolError, paths_of, stem
 
@@ -68,7 +69,7 @@ def read_dataset(
     Raises:
         PoolError: a folder that is not there, files that are missing, no case.
     """
-    folder = os.path.join(dataset_dir, entry.get("folder", ""))
+    folder = os.fspath(Path(dataset_dir, entry.get("folder", "")))
     if recorded is not None:
         pairs = [(case, files["image"], files["label"]) for case, files in recorded.items()]
     elif not os.path.isdir(folder):
@@ -101,7 +102,7 @@ def read_dataset(
     if recorded is None and entry.get("format") != "msd":
         _warn_of_unused_files(folder, entry, pairs)
     if unlabelled:
-        logger.info("%s: %d cases without a label file are left out", entry["name"], unlabelled)
+        logger.info("%s: left out without a label file: %s", entry["name"], counted(unlabelled, "case"))
     if not items:
         raise PoolError(f"folder {folder} holds no case in the layout {_layout(entry)}")
     return items
@@ -111,7 +112,7 @@ def declared_licence(dataset_dir: str, entry: Mapping[str, Any]) -> str | Mappin
     """A data set's licence as the pool file declares it, else as its own ``dataset.json`` does, else None."""
     if entry.get("licence"):
         return entry["licence"]
-    path = os.path.join(dataset_dir, entry.get("folder", ""), "dataset.json")
+    path = os.fspath(Path(dataset_dir, entry.get("folder", ""), "dataset.json"))
     content = read_json(path, error=PoolError) if os.path.isfile(path) else {}
     found = (content.get("licence") or content.get("license")) if isinstance(content, Mapping) else None
     return found if isinstance(found, str) else None
@@ -124,7 +125,9 @@ def label_table(path: str) -> LabelTable:
         return as_table(path)
     labels, targets, ignored = declared_labels(content, path)
     name = plain_name(os.path.basename(os.path.dirname(os.path.abspath(path)))) or "data"
-    return LabelTable(targets, [{"name": name, "labels": labels, "ignore": ignored}])
+    table = LabelTable(targets, [{"name": name, "labels": labels, "ignore": ignored}])
+    table.advice = f'Name them in "labels" of {path}.'
+    return table
 
 
 def declared_labels(content: Mapping[str, Any], path: str) -> tuple[dict[str, Any], dict[str, Any], list[int]]:

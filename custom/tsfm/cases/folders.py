@@ -279,7 +279,7 @@ def _from_datalist(path: str) -> list[dict[str, Any]]:
             raise FileError(f'{path}: entry {number} has no "image"; it has {list(item)}')
         image = item["image"]
         several = isinstance(image, (list, tuple))
-        item["image"] = [os.path.join(base, one) for one in image] if several else os.path.join(base, image)
+        item["image"] = [os.fspath(Path(base, one)) for one in image] if several else os.fspath(Path(base, image))
         items.append(item)
     return items
 

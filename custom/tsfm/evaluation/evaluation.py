@@ -16,6 +16,7 @@ from ..cases.grids import spacing_of, upright_share
 from ..cases.raw_ids import from_raw_ids, raw_values
 from ..inference.prediction import CaseEvaluator, FailedCases, case_name
 from ..labels import LabelTable, as_table
+from ..names import counted
 from .label_maps import label_maps_in, load_map, load_truth, match_predictions
 from .score_files import ScoreWriter
 from .scores import only_dataset, score_case
@@ -94,8 +95,8 @@ class CaseScores:
         rows = [row for row in engine.failed if row["case"] not in known] if is_told else []
         self._writer.failed += [{"case": row["case"], "error": row["error"]} for row in rows]
         self.summary = self._writer.finish(parts[1:], engine.protocol if is_told else None)
-        cases, table = self.summary["cases"], format_scores(self.summary)
-        logger.info("Scores of %d cases in %s\n%s", cases, self.output_dir, table)
+        cases, table = counted(self.summary["cases"], "case"), format_scores(self.summary)
+        logger.info("Scores of %s in %s\n%s", cases, self.output_dir, table)
         if self._writer.failed and not is_told:
             raise RuntimeError(failure_text(self._writer.failed))
 
@@ -129,7 +130,7 @@ def evaluate_folder(
         raw_values(table, raw_ids)  # a data set without ids is refused
     pairs = match_predictions(predictions, labels, dataset)
     if others := sorted({*label_maps_in(predictions)} - {pair["prediction"] for pair in pairs}):
-        logger.warning("%d label maps have no truth and are not scored, for example %s", len(others), others[0])
+        logger.warning("label maps without a truth, which are not scored: %d, for example %s", len(others), others[0])
     writer = ScoreWriter(output_dir, table)
     for pair in pairs:
         try:
@@ -159,4 +160,6 @@ def _voxel(affine: np.ndarray) -> dict[str, Any]:
 
 def failure_text(failed: Sequence[Mapping[str, str]]) -> str:
     """One message that names every case that could not be scored."""
-    return f"{len(failed)} case(s) could not be scored: " + "; ".join(f"{f['case']}: {f['error']}" for f in failed)
+    return f"{counted(len(failed), 'case')} could not be scored: " + "; ".join(
+        f"{f['case']}: {f['error']}" for f in failed
+    )

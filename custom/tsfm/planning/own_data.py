@@ -62,7 +62,9 @@ def dataset_pool(
     if pool_file is not None or kept_in is not None:
         content = recorded_pool(kept_in, name) if pool_file is None else pool_file
         return DatasetPool(content, dataset_dir, kept_in=kept_in, **options)
-    declared = os.path.join(dataset_dir, "dataset.json")
+    declared = os.path.abspath(os.path.join(dataset_dir, "dataset.json"))
+    source = declared if os.path.isfile(declared) else os.path.dirname(declared)
+    labels_in = f"--label_ids (now {dict(label_ids)})" if label_ids else f'"labels" of {declared}'
     entry: dict[str, Any] = {"name": name, "folder": "."}
     targets: dict[str, Any] = {}
     patterns = _patterns(images, labels)
@@ -94,7 +96,8 @@ def dataset_pool(
         )
     named = {name: {} for names in label_ids.values() for name in ([names] if isinstance(names, str) else names)}
     entry["labels"] = {str(raw): names for raw, names in label_ids.items()}
-    return DatasetPool({"targets": regions or targets or named, "datasets": [entry]}, dataset_dir, **options)
+    content = {"targets": regions or targets or named, "datasets": [entry]}
+    return DatasetPool(content, dataset_dir, source=source, labels_in=labels_in, **options)
 
 
 def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
@@ -105,6 +108,14 @@ def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
     if pool.kept_in is not None:
         return Sources(pool.kept_in).of(first["dataset"])["channels"]
     return read_grid(first["image"]).channels
+
+
+def default_pretrained(dataset_dir: str, ckpt_dir: str, raw_data: bool = True) -> str | None:
+    """The weights that a training begins with where none are named.
+
+    None, so from nothing, for a data set in a folder or in the store; the bundle's own for items that a server hands in.
+    """
+    return None if os.path.isdir(dataset_dir) or not raw_data else os.path.join(ckpt_dir, "model.pt")
 
 
 def pretrained_description(pretrained: str | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import nn
 from ..cases.pool import is_bare
 from ..errors import changes
 from ..files import PARTIAL, atomic_write, check_writable
+from ..names import counted
 from ..network.sharding import gather_model, gather_state, is_sharded, scatter_state, set_shares, take_shares
 from .checkpoint import EXTRA_STATE, decode_description, save_weights
 from .curve import Curve
@@ -168,7 +169,8 @@ class RunState:
             )
         if state["epoch"] > engine.state.max_epochs:
             raise CheckpointError(
-                f"{self.output_dir}: the run there has {state['epoch']} epochs, {engine.state.max_epochs} were asked for"
+                f"{self.output_dir}: the run there has {counted(state['epoch'], 'epoch')}, {engine.state.max_epochs} were asked for: "
+                "give at least as many --epochs, or this run its own --output_dir"
             )
         parts = dict(self.parts)
         if "model" not in state:
@@ -191,6 +193,13 @@ class RunState:
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         done = " (the run is complete)" if state["epoch"] == engine.state.max_epochs else ""
         logger.info("resuming after epoch %d of %d from %s%s", state["epoch"], engine.state.max_epochs, source, done)
+        before = state.get("epochs", engine.state.max_epochs)  # what earlier versions wrote does not say it
+        if before != engine.state.max_epochs:
+            logger.info(
+                "%s of %d asked for before done, %d asked for now: the learning rate goes on as in a run of %d epochs, with %.3g next",
+                counted(state["epoch"], "epoch"), before, engine.state.max_epochs, engine.state.max_epochs,
+                self.parts["optimizer"].param_groups[0]["lr"],
+            )  # fmt: skip
 
     def _choose(self) -> str | None:
         """Path of the newest state that is whole, which the first process looks for; None where there is none at all."""
@@ -241,6 +250,7 @@ class RunState:
             self.best = average
         state = {
             "epoch": engine.state.epoch,
+            "epochs": engine.state.max_epochs,
             "parts": {name: part.state_dict() for name, part in self.parts.items() if name != "optimizer"},
             "curve": self.curve.state_dict(),
             "best": self.best,

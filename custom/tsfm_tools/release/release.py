@@ -120,7 +120,9 @@ def release(
     for overlay in ["clicks.json", *overlays] if takes_clicks else overlays:
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
+        about = configs["train.json"].get("_desc_", "")
         configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
+        configs["train.json"]["_desc_"] = f"{about} In this release {overlay} is merged into it.".strip()
     if takes_clicks:
         configs["train.json"]["click_sigma"] = description["click_sigma"]
     for config in (configs[file] for file in ("inference.json", "evaluate.json") if file in configs):
@@ -130,14 +132,15 @@ def release(
     shown = display_name or _display_name(name, bundle_dir, metadata)
     fill_metadata(metadata, description, shown, trained_on, sum(tensor.numel() for tensor in tensors.values()))
     first = checkpoint if isinstance(checkpoint, str) else checkpoint[0]
-    parts = readme_parts(description, metadata, tensors, configs.get("train.json", {}), first, trained_on, metrics_of)
+    seen, train = licences_seen(description, configs), configs.get("train.json", {})
+    parts = readme_parts(description, metadata, tensors, train, first, seen, trained_on, metrics_of)
     bundle = os.path.join(output_dir, name)
     _refuse_to_lose(bundle, bundle_dir, checkpoint)
     with _replaced(bundle) as folder:
         _copy_bundle(bundle_dir, folder)
         for file, content in configs.items():
             _write_json(os.path.join(folder, "configs", file), content)
-        licenses = _read_text(data_license) if data_license else licence_list(licences_seen(description, configs))
+        licenses = _read_text(data_license) if data_license else licence_list(seen)
         os.makedirs(os.path.join(folder, "docs"), exist_ok=True)
         with open(os.path.join(folder, "docs", "data_license.txt"), "w", encoding="utf-8") as file:
             file.write(licenses)
