@@ -812,6 +812,23 @@ class TestFindImages:
             find_images(tmp_path, tmp_path, existing)
         assert [item["case"] for item in find_images(tmp_path / "b.nrrd", tmp_path, existing)] == ["b"]
 
+    @pytest.mark.parametrize("pattern", ["", "**/*"])
+    def test_results_of_earlier_runs_are_no_images(self, tmp_path, pattern):
+        self.touch(
+            tmp_path, "a.nrrd", "b/ct.nii", "a.nii.gz", "before/ct.nii.gz", "before/ct_uncertainty.nii.gz", "x.nii"
+        )
+        for folder, case in ((tmp_path, "a"), (tmp_path / "before", "ct")):
+            (folder / "report.json").write_text(json.dumps({"cases": {case: {"seconds": 1.0}}}))
+        (tmp_path / "b/report.json").write_text("[]")
+        for out in (tmp_path, tmp_path / "new"):
+            cases = [item["case"] for item in find_images(str(tmp_path / pattern), out, "overwrite")]
+            assert sorted(cases) == ["a", "ct", "x"]
+
+    def test_images_of_formats_that_are_not_read_are_named(self, tmp_path, caplog):
+        self.touch(tmp_path, "a.nii", "b.img", "b.hdr", "c.mgz", "ages.csv")
+        assert [item["case"] for item in find_images(tmp_path)] == ["a"]
+        assert "3 files in" in caplog.text and "for example b.hdr" in caplog.text
+
     def test_links_to_folders_are_followed_and_each_folder_is_searched_once(self, tmp_path):
         self.touch(tmp_path, "in/p1/a.nii", "in/p3/c.nii", "else/b.nii")
         for link, place in (("in/p2", "else"), ("in/p0", "in/p3"), ("in/p1/loop", "in"), ("else/back", "in/p1")):

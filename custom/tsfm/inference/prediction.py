@@ -63,6 +63,11 @@ def chosen_flag(choice: bool | str) -> bool:
     return known[str(choice).lower()]
 
 
+def chosen_axes(choice: bool | str, description: Mapping[str, Any]) -> bool | str:
+    """Axes along which windows are mirrored: for True those of the weights' training, else what `choice` says."""
+    return description.get("mirror_axes", "SPL") if choice is True else choice
+
+
 class CaseDataset(Dataset):
     """MONAI's Dataset, but a case whose transforms fail gives ``{"case", "error"}`` in place of an exception.
 

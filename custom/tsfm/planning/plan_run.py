@@ -128,9 +128,8 @@ def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | No
     strides = " ".join("".join(map(str, stride)) for stride in plan.strides)
     kernels = " ".join("".join(map(str, kernel)) for kernel in plan.kernel_sizes)
     size = f", {plan.parameters / 1e6:.3g} million parameters" if plan.parameters else ""
-    cost = (
-        f"{plan.memory_gb:g} GB on a GPU, {plan.step_seconds:g} s a step on one CPU core" if plan.memory_gb else "none"
-    )
+    memory = f"{plan.memory_gb:g} GB" if plan.memory_gb >= 1 else f"{plan.memory_gb * 1000:g} MB"
+    cost = f"{memory} on a GPU, {plan.step_seconds:g} s a step on one CPU core" if plan.memory_gb else "none"
     return "\n".join(
         (
             f"plan{f' for {budget}' if budget else ''} (S, P, L):",
@@ -183,7 +182,7 @@ def check_data(pool: DatasetPool, found: Fingerprint, fold: int | str) -> None:
     if absent:
         raise PoolError(
             f"{pool.source}: of the {len(pool.cases)} cases none has a voxel of the labels {', '.join(absent)}: nothing could "
-            "be learned of them; check the label files, or take them out of the labels (dataset.json, --label_ids, pool file)"
+            f"be learned of them; check the label files, or take them out of {pool.labels_in}"
         )
 
 
@@ -207,7 +206,10 @@ def warn_of_distance(description: Mapping[str, Any], pool: DatasetPool, spacing_
     """Say in which way pretrained weights are far from the data: no common target, no common modality, spacing."""
     targets, modalities = list(description.get("targets", ())), list(description.get("modalities", ()))
     if targets and not set(targets) & set(pool.table.names):
-        logger.warning("the weights know none of the targets %s: all heads start anew", list(pool.table.names))
+        logger.warning(
+            "the weights know none of the targets %s: the body of the network is kept, all heads start anew",
+            list(pool.table.names),
+        )
     new = sorted({item["modality"] for item in pool.cases} - set(modalities))
     if modalities and new:
         logger.warning("the weights saw %s only, the data has %s", ", ".join(modalities), ", ".join(new))

@@ -314,7 +314,7 @@ class PrepareImaged(MapTransform, InvertibleTransform):
             found, shape, cropped = tuple(tensor.shape[1:]), tuple(record["shape"]), tuple(record["cropped_shape"])
             if found not in (shape, cropped):
                 raise ValueError(
-                    f"{key}: shape {found}; expected the prepared grid {shape} or the cropped one {cropped}"
+                    f"{key}: shape {found} (S, P, L); expected the prepared grid {shape} or the cropped one {cropped}"
                 )
             plain = nearest(tensor.as_tensor(), cropped)
             full = plain.new_zeros((len(plain), *record["source_shape"]))

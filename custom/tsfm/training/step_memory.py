@@ -213,10 +213,14 @@ def fit_memory(
         inner.compile()
     found = {"checkpointing": choice, "gb": round(needed / 1e9, 2), "device_gb": round(room / 1e9, 1)}
     logger.info(
-        "a step needs about %.1f GB of %.1f GB (%s); %s", needed / 1e9, room / 1e9, device,
+        "a step needs about %s of %s (%s); %s", _memory(needed), _memory(room), device,
         "activations are recomputed" if choice else "activations are kept",
     )  # fmt: skip
     return found
+
+
+def _memory(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _refusal(inner, needed, room, device, patch_size, batch_size, choice, processes) -> str:
@@ -226,7 +230,7 @@ def _refusal(inner, needed, room, device, patch_size, batch_size, choice, proces
     if not is_sharded(inner):
         advice.append("several GPUs with configs/fsdp_train.json")
     return (
-        f"one training step needs about {needed / 1e9:.1f} GB, {device} has {room / 1e9:.1f} GB: {weights / 1e6:.0f} million "
+        f"one training step needs about {_memory(needed)}, {device} has {_memory(room)}: {weights / 1e6:.3g} million "
         f"weights, batch {batch_size} of {'x'.join(map(str, patch_size))} voxels, activations "
         f"{'recomputed' if choice else 'kept'}, {processes} process(es). Try {', '.join(advice)}"
     )

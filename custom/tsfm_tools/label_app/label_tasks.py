@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 import torch
-from label_checks import check_inference
+from label_checks import FINAL, check_inference
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.tasks.infer.bundle import BundleInferTask
@@ -17,9 +17,6 @@ from monailabel.tasks.train.bundle import BundleTrainTask
 from monailabel.utils.others.generic import device_list, device_map, name_to_device, strtobool
 
 logger = logging.getLogger(__name__)
-
-FINAL = "final"
-"""The tag of labels that were submitted."""
 
 
 def devices() -> list[str]:
