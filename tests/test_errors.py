@@ -3,6 +3,7 @@ import json
 import pytest
 from tsfm import __main__ as command_line
 from tsfm.errors import CaseError, first_cause
+from tsfm.errors import _show as show
 from tsfm.options import OptionError, check_options
 
 
@@ -67,6 +68,22 @@ def test_an_error_made_for_the_user_is_not_unwrapped():
     inner, wrapped = CaseError("a.nii.gz ends too early: copy it again"), RuntimeError("component failed")
     inner.__cause__, wrapped.__cause__ = EOFError("compressed file ended"), inner
     assert first_cause(wrapped) is inner
+
+
+@pytest.mark.parametrize(("place", "number"), [("tsfm.cases.folders", ()), ("elsewhere", ()), ("tsfm.files", (13,))])
+def test_what_the_package_says_of_files_needs_no_traceback(place, number, capsys):
+    try:
+        exec(
+            "raise FileExistsError(*words)",
+            {"__name__": place, "words": (*number, "a.nii.gz is there: choose another folder")},
+        )
+    except FileExistsError as error:
+        wrapped = RuntimeError("component failed")
+        wrapped.__cause__ = error
+        show(type(wrapped), wrapped, None)
+    said = capsys.readouterr().err
+    assert said.rstrip().endswith("a.nii.gz is there: choose another folder")
+    assert ("component failed" in said) == (place == "elsewhere" or bool(number))
 
 
 def test_the_first_cause_is_found():

@@ -90,9 +90,22 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
         if isinstance(cause, Stopped):
             sys.exit(128 + cause.number)  # as a shell counts; for SIGINT Python itself does so
         return
-    if type(cause).__module__.split(".")[0] == OWN_MODULE:  # an error made for the user: the way to it says nothing
+    if _is_said_here(cause) or type(cause).__module__.split(".")[0] == OWN_MODULE:  # the way to it says nothing
         print(f"\nThis run stopped because of\n{type(cause).__name__}: {cause}", file=sys.stderr, flush=True)
         return
     sys.__excepthook__(kind, error, trace)
     if cause is not error:
         print(f"\nThis run stopped because of\n{type(cause).__name__}: {cause}", file=sys.stderr, flush=True)
+
+
+def _is_said_here(error: BaseException) -> bool:
+    """Whether an OSError was raised by this package in words of its own: it has no number of the system's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return (
+        isinstance(error, OSError)
+        and error.errno is None
+        and place.split(".")[0] in (OWN_MODULE, f"{OWN_MODULE}_tools")
+    )

@@ -26,6 +26,10 @@ ASKS = os.name != "nt"
 """Whether a signal 0 asks if a process lives; on Windows it is a Ctrl-C."""
 
 
+class FullDisk(OSError):
+    """A disk or quota that is full, with the path, what was written and what is free."""
+
+
 def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: str = "") -> None:
     """Call ``write(temporary)`` and move the result to `path`; on any failure nothing is left and `path` is as before.
 
@@ -33,7 +37,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: 
     look at it.
 
     Raises:
-        OSError: the folder cannot be written or its disk is full, with the path, what was written and what is free.
+        OSError: the folder cannot be written; FullDisk: its disk is full.
     """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
@@ -46,7 +50,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: 
         written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
         Path(temporary).unlink(missing_ok=True)
         if is_full(error):
-            raise OSError(errno.ENOSPC, full_message(path, written)) from error
+            raise FullDisk(errno.ENOSPC, full_message(path, written)) from error
         raise
 
 

@@ -70,6 +70,15 @@ class InferTask(BundleInferTask):
         """Whether MONAI Label's clients send it clicks."""
         return self.type == InferType.DEEPEDIT
 
+    def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
+        """The label map of one image, which stays where it is: a GPU that does not hold it takes window after window."""
+        network = self._get_network(device, data)
+        with torch.no_grad():
+            data[self.output_label_key] = self.inferer(data)(data[self.input_key][None], network)[0]
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        return data
+
     def _get_network(self, device: str, data: dict[str, Any] | None) -> torch.nn.Module:
         """The network with the weights that the request names, loaded again only where the file is another one."""
         from tsfm.training.checkpoint import build_network, load_weights, read_description
