@@ -113,8 +113,6 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def _size(count: int) -> str:
-    if count < 2**17:
-        return f"{count} bytes"
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
