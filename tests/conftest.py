@@ -4,13 +4,16 @@ import atexit
 import functools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from warm import Warm
 
@@ -36,6 +39,14 @@ TINY = {
     "network_def#num_heads": 2,
     "network_def#mlp_dim": 48,
 }
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test begins with the same random numbers, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @functools.cache

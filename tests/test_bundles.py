@@ -1,8 +1,10 @@
 """What the bundles declare: the two share everything they can, and hold what MONAI and the paper ask for."""
 
+import ast
 import copy
 import json
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import torch
 from conftest import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.transforms import RandFlipd
-from tsfm.inference.prediction import chosen_flag, chosen_modality, chosen_targets
+from tsfm.inference.prediction import chosen_axes, chosen_flag, chosen_modality, chosen_targets
+from tsfm.inference.probabilities import Probabilities, kept_probabilities
 from tsfm.labels import LabelTable
 from tsfm.network.networks import create_network
+from tsfm.planning.own_data import default_pretrained
 from tsfm_tools.release.fitting import merge_overlay
 
 PRETRAIN, FINETUNE = (ROOT / "bundles" / name for name in ("tsfm_pretrain", "tsfm_finetune"))
@@ -23,7 +27,15 @@ BUNDLES = (PRETRAIN, FINETUNE)
 AS_A_WHOLE = {"network_def", "parameters", "in_channels", "planned"}
 TRAIN_DIFFERS = {
     *("_desc_", "pool_file", "epochs", "learning_rate", "patch_size", "spacing_mm", "batch_size", "network_def"),
-    *("settings#pool", "pool#_target_", "parameters", "optimizer#weight_decay", "patch", "batch"),
+    *(
+        "settings#pool",
+        "settings#warmup_epochs",
+        "pool#_target_",
+        "parameters",
+        "optimizer#weight_decay",
+        "patch",
+        "batch",
+    ),
     *("network_size", "planned", "preparation#spacing_mm", "train#handlers"),
     *("loaded_network#_target_", "described_network#network"),
 }
@@ -32,15 +44,16 @@ ONLY_PRETRAIN_TRAINS = {
     *("initial_weights", "loaded_network#path", "loaded_network#licence", "settings#initial_weights"),
 }
 ONLY_FINETUNE_TRAINS = {
-    *("images", "labels", "label_ids", "regions", "modality", "pretrained", "from_scratch", "freeze", "warmup_epochs"),
+    *("images", "labels", "label_ids", "regions", "modality", "from_scratch", "freeze"),
+    *(f"pretrained#{key}" for key in ("_target_", "dataset_dir", "ckpt_dir", "raw_data")),
     *("head_learning_rate", "encoder_learning_rate", "in_channels", "loss#reduction"),
     *("plan", "memory_gb", "step_seconds"),
     *(f"loaded_network#{key}" for key in ("pool", "preparation", "pretrained", "output_dir")),
     *(f"frozen_network#{key}" for key in ("_target_", "network", "what")),
-    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "warmup_epochs", "clicks")),
+    *(f"settings#{key}" for key in ("pretrained", "from_scratch", "freeze", "clicks")),
     *(f"settings#{key}" for key in ("head_learning_rate", "encoder_learning_rate")),
     *(f"pool#{key}" for key in ("images", "labels", "label_ids", "regions", "modality", "pretrained")),
-    *("preparation#in_channels", "preparation#pretrained", "lr_scheduler#warmup_epochs"),
+    *("preparation#in_channels", "preparation#pretrained"),
 }
 EVALUATE_DIFFERS = {"pool_file", "pool#_target_"}
 ONLY_PRETRAIN_EVALUATES = {"datasets", "allow_missing", "pool#datasets", "pool#allow_missing"}
@@ -196,6 +209,13 @@ def test_knobs_and_the_ids_of_monai_and_monai_label_stand_there_literally(bundle
     assert "@device." not in json.dumps(inference) and "Invertd" in json.dumps(inference["postprocessing"])
 
 
+def test_a_gpu_computes_two_windows_at_a_time():
+    """That takes a quarter less time on an H100 (docs/gpu.md); where two do not fit, one goes at a time."""
+    for device, expected in (("cuda", 2), ("cpu", 1), (torch.device("cuda", 1), 2)):
+        parser = ConfigParser({**config(PRETRAIN, "inference.json"), "device": device})
+        assert parser.get_parsed_content("sw_batch_size") == expected
+
+
 def test_an_inference_that_names_a_targets_choice_says_so_in_one_place():
     """The knobs of the command line and of 3D Slicer are one: the plain ids read the displayable ones."""
     inference = config(PRETRAIN, "inference.json")
@@ -213,6 +233,16 @@ def test_a_choice_of_targets_and_modality_is_what_slicer_or_the_command_line_sen
     assert [chosen_flag(text) for text in ("false", "False", False, 0, "true", True)] == [False] * 4 + [True] * 2
     with pytest.raises(ValueError, match="'maybe' is neither true nor false"):
         chosen_flag("maybe")
+
+
+def test_what_configs_leave_open_follows_from_weights_outputs_and_data(tmp_path):
+    assert chosen_axes(True, {"mirror_axes": "SP"}) == "SP" and chosen_axes(True, {}) == "SPL"
+    assert chosen_axes(False, {"mirror_axes": "SP"}) is False and chosen_axes("L", {"mirror_axes": "SP"}) == "L"
+    assert kept_probabilities(tmp_path, "label_map") is kept_probabilities(tmp_path, ["label_map", "dicom_seg"]) is None
+    for save in ("probabilities", ["label_map", "uncertainty"]):
+        assert isinstance(kept_probabilities(tmp_path, save), Probabilities)
+    assert default_pretrained(str(tmp_path), "models") is default_pretrained("gone", "models", raw_data=False) is None
+    assert Path(default_pretrained(str(tmp_path / "gone"), "models")) == Path("models/model.pt")
 
 
 def test_pretraining_declares_the_papers_numbers():
@@ -255,9 +285,28 @@ def test_the_label_maps_table_in_the_metadata_is_the_pools(bundle):
     assert list(pred["channel_def"]) == [str(value) for value in range(len(table.names) + 1)]
 
 
+DISTRIBUTIONS = {"ignite": "pytorch-ignite", "cc3d": "connected-components-3d"}  # where the import has another name
+OPTIONAL = {"highdicom", "pydicom"}  # for --save dicom_seg, with a sentence where they are absent
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_the_metadata_names_every_package_that_tsfm_imports(bundle):
+    imported = set()
+    for path in (ROOT / "custom/tsfm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names.append(node.module)
+            imported |= {name.split(".")[0] for name in names}
+    packages = imported - set(sys.stdlib_module_names) - {"tsfm", "torch", "monai", "numpy"} - OPTIONAL
+    declared = config(bundle, "metadata.json")["required_packages_version"]
+    assert {DISTRIBUTIONS.get(name, name) for name in packages} - set(declared) == set()
+
+
 def test_the_declared_network_has_1600_million_parameters():
     declared = {key: value for key, value in config(PRETRAIN, "train.json")["network_def"].items() if key[0] != "_"}
     declared |= {"out_channels": 31, "img_size": [112, 160, 192], "deep_supervision": True, "checkpointing": True}
+    assert declared.pop("plan") == "@planned" and config(PRETRAIN, "train.json")["network_size"] is None
     with torch.device("meta"):
         network = create_network(**declared)
     assert 1.56e9 < sum(parameter.numel() for parameter in network.parameters()) < 1.64e9

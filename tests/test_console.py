@@ -14,11 +14,12 @@ library = logging.getLogger("a.library")
 library.propagate = False
 library.addHandler(logging.StreamHandler(sys.stdout))
 from tqdm import tqdm
-from tsfm.console import quiet
+from tsfm.console import FOR_THE_LOG, quiet
 from tsfm.errors import CaseWarning
 folder = sys.argv[1]
 quiet(folder)
 logging.getLogger("tsfm.training.curve").info("epoch 1/2: loss 0.5")
+logging.getLogger("tsfm.network.cpu").info("a processor's defect is mended", extra=FOR_THE_LOG)
 if "make" in sys.argv:
     os.mkdir(folder)
 library.info("settings: 1")
@@ -51,7 +52,9 @@ def test_the_screen_shows_what_a_user_needs_and_the_log_everything(run):
     ]  # fmt: skip
     assert error == ""
     text = log.read_text()
-    assert all(word in text for word in ("out make", "epoch 1/2", "settings: 1", "deprecated", "old numpy", "tilted"))
+    assert all(
+        word in text for word in ("out make", "epoch 1/2", "settings: 1", "deprecated", "old numpy", "tilted", "defect")
+    )
     assert "WARNING ignite: deprecated" in text and "training:" not in text
 
 

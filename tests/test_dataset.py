@@ -36,6 +36,7 @@ class MemoryCase:
     def __init__(self, image, codes):
         self.image, self.codes, self.boxes = image, codes, []
         self.shape, self.channels, self.steps = codes.shape, len(image), (0.0,) * len(image)
+        self.cropped_share = 1.0
         self.foreground = {int(code): np.argwhere(codes == code) for code in np.unique(codes) if code > 0}
 
     def read_image(self, box):
@@ -167,9 +168,17 @@ def test_what_lies_outside_of_a_mask_stays_zero_after_all_transforms():
             )  # a 0 as a store's levels give it back, the range being wide
             return case
 
+    class Cropped(Masked):  # no plan says anything of the mask: the case does
+        preparation = Preparation((1.0, 1.0, 1.0))
+
+        def open(self, item):
+            case = super().open(item)
+            case.cropped_share = 0.7
+            return case
+
     noise = [RandFlipd(["image", "label"], 1.0, 0), RandGaussianNoised("image", 1.0, std=1.0)]
     data = [{**items()[0], "modality": "MR"}]
-    for store, still in ((Masked(), True), (MemoryStore(), False)):
+    for store, still in ((Masked(), True), (Cropped(), True), (MemoryStore(), False)):
         dataset = PatchDataset(data, store, TABLE, (20, 24, 28), noise)
         sample = dataset[Draw(0, 1, False)]
         assert sample["label"].shape == (1, 20, 24, 28) and set(sample) == {"image", "label", "dataset", "case"}
@@ -276,6 +285,17 @@ def test_patches_come_from_the_real_store_prepared_on_first_touch_by_any_worker(
     assert plain["label"][0, 4, 4, 4] == TABLE.offset("first") + 1
     organ, air = plain["image"][plain["label"] == 1], plain["image"][plain["label"] == 0]
     assert organ.mean() > (0 - 63.4) / 175.5 and air.mean() < (-800 - 63.4) / 175.5
+
+
+def test_workers_that_are_spawned_as_on_macos_and_windows_give_the_same_batches(tmp_path):
+    """Whatever a worker needs is pickled: store, table, sampler's draws, every transform of train.json."""
+    cases = [write_case(tmp_path, number) for number in range(2)]
+    store = CaseStore(tmp_path / "store", TABLE, Preparation((1.5, 1.0, 1.0), {}, default_modality="MR"))
+    data = PatchDataset(cases, store, TABLE, (8, 16, 16), augmentation(), RandRotateScale(0.5, 30, 0.5))
+    sampler = PoolSampler(cases, 2, 2, seed=4)
+    spawned = MonaiDataLoader(data, batch_size=2, sampler=sampler, num_workers=1, multiprocessing_context="spawn")
+    for one, other in zip(MonaiDataLoader(data, batch_size=2, sampler=sampler), spawned, strict=True):
+        assert torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
 
 
 # ---- the sampler ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import json
 import pytest
 from tsfm import __main__ as command_line
 from tsfm.errors import CaseError, first_cause
+from tsfm.errors import _show as show
 from tsfm.options import OptionError, check_options
 
 
@@ -42,6 +43,22 @@ def test_texts_of_a_command_stay_texts_and_other_values_are_read(monkeypatch):
     assert said == [("2024", "LiTS, KiTS19", [0, 1], {"epochs": 3}), ("1e5", None, None, {})]
 
 
+def test_a_command_says_what_it_cannot_do_without(monkeypatch):
+    def words_of(*words):
+        monkeypatch.setattr("sys.argv", ["tsfm", *words])
+        with pytest.raises(SystemExit) as end:
+            command_line.main()
+        return str(end.value)
+
+    said = words_of("pool", "--dataset_dir", "/data")
+    assert said.startswith("tsfm: pool needs --pool_file (the JSON that declares data sets,")
+    assert said.endswith("all options: python -m tsfm pool --help")
+    said = words_of("evaluate", "out", "--pool-file=pool.json", "truth")
+    assert "needs --output_dir (for cases.csv" in said and " and " not in said.partition("(")[0]
+    assert words_of("pool", "--help") == "0"
+    assert "no.json" in words_of("pool", "no.json"), "what is given without its name counts"
+
+
 def test_other_programs_are_left_alone():
     check_options(["pytest", "--anything"])
 
@@ -51,6 +68,22 @@ def test_an_error_made_for_the_user_is_not_unwrapped():
     inner, wrapped = CaseError("a.nii.gz ends too early: copy it again"), RuntimeError("component failed")
     inner.__cause__, wrapped.__cause__ = EOFError("compressed file ended"), inner
     assert first_cause(wrapped) is inner
+
+
+@pytest.mark.parametrize(("place", "number"), [("tsfm.cases.folders", ()), ("elsewhere", ()), ("tsfm.files", (13,))])
+def test_what_the_package_says_of_files_needs_no_traceback(place, number, capsys):
+    try:
+        exec(
+            "raise FileExistsError(*words)",
+            {"__name__": place, "words": (*number, "a.nii.gz is there: choose another folder")},
+        )
+    except FileExistsError as error:
+        wrapped = RuntimeError("component failed")
+        wrapped.__cause__ = error
+        show(type(wrapped), wrapped, None)
+    said = capsys.readouterr().err
+    assert said.rstrip().endswith("a.nii.gz is there: choose another folder")
+    assert ("component failed" in said) == (place == "elsewhere" or bool(number))
 
 
 def test_the_first_cause_is_found():

@@ -1,6 +1,7 @@
 """Scores of whole cases and folders against loops over voxels, SimpleITK and hand-made files."""
 
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -9,14 +10,17 @@ import SimpleITK as sitk
 import torch
 from monai.data import DataLoader, MetaTensor
 from monai.engines import SupervisedEvaluator
+from tsfm.cases.dataset_folder import label_table
 from tsfm.cases.folders import stem
 from tsfm.cases.grids import grid_difference
 from tsfm.evaluation.evaluation import CaseScores, evaluate_folder
+from tsfm.evaluation.label_maps import match_predictions
 from tsfm.evaluation.score_files import ScoreWriter
 from tsfm.evaluation.scores import COLUMNS, count_voxels, score_case
 from tsfm.evaluation.tables import format_scores, load_rows, markdown_scores, summarize
 from tsfm.inference.prediction import CaseEvaluator, FailedCases
-from tsfm.labels import LabelTable
+from tsfm.labels import LabelError, LabelTable
+from tsfm.names import counted
 
 TARGETS = {
     "kidney": {"tolerance_mm": 3.0},
@@ -172,8 +176,9 @@ def folder_of_cases(tmp_path, count=3):
     return tmp_path / "out", tmp_path / "labels"
 
 
-def test_a_folder_gives_rows_lesions_summary_and_tables(table, tmp_path):
+def test_a_folder_gives_rows_lesions_summary_and_tables(table, tmp_path, caplog):
     out, labels = folder_of_cases(tmp_path)
+    save(out / "case_9.nii.gz", np.zeros((2, 3, 4), np.uint8))
     summary = evaluate_folder(out, labels, table, tmp_path / "scores", dataset="kits")
     rows = load_rows(tmp_path / "scores" / "cases.csv")
     assert [(row["case"], row["target"]) for row in rows[:2]] == [("case_0", "kidney"), ("case_0", "kidney_tumor")]
@@ -188,7 +193,10 @@ def test_a_folder_gives_rows_lesions_summary_and_tables(table, tmp_path):
     lesions = load_rows(tmp_path / "scores" / "lesions.csv")
     counted = sum(row["lesions_true"] + row["lesions_false"] for row in rows if row["target"] == "kidney_tumor")
     assert len(lesions) == counted > 0
-    assert "mean Dice for tumor" in (tmp_path / "scores" / "scores.md").read_text()
+    assert "label maps without a truth, which are not scored: 1" in caplog.text and "case_9.nii.gz" in caplog.text
+    text = (tmp_path / "scores" / "scores.md").read_text()
+    assert "mean Dice for tumor" in text
+    assert '"-" stands for lesions where a target is none (its name ends in none of tumor,' in text.splitlines()[-1]
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == [
         "cases.csv", "lesions.csv", "scores.md", "summary.json",
     ]  # fmt: skip
@@ -208,8 +216,51 @@ def test_all_grids_that_differ_are_named_before_anything_is_scored(table, tmp_pa
     flipped = AFFINE @ np.diag([-1, 1, 1, 1])
     save(out / "case_0" / "case_0_seg.nii.gz", case_of("kits", 0)[0], flipped)
     save(out / "case_2" / "case_2_seg.nii.gz", np.zeros((3, 4, 5), np.uint8))
-    with pytest.raises(ValueError, match=r"(?s)case_0: affines.*case_2: shape \(3, 4, 5\) against"):
+    with pytest.raises(ValueError, match=r"(?s)case_0: affines.*case_2: shape \(3, 4, 5\) along \(L, A, S\) against"):
         evaluate_folder(out, labels, table, tmp_path / "scores", dataset="kits")
+
+
+def test_others_label_maps_are_scored_by_a_dataset_json_and_in_its_own_ids(tmp_path):
+    """nnU-Net writes regions as the ids of its labels, which are not the targets' numbers."""
+    labels = {"background": 0, "whole tumor": [1, 2, 4], "tumor core": [1, 4], "enhancing": [4], "ignore": 9}
+    (tmp_path / "Dataset001_Brain").mkdir()
+    declared = tmp_path / "Dataset001_Brain/dataset.json"
+    declared.write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
+    table = label_table(str(declared))
+    assert table.names == ("whole_tumor", "tumor_core", "enhancing") and table.datasets[0] == "dataset001_brain"
+    raw = np.zeros((6, 6, 6), np.uint8)
+    raw[1:5, 1:5, 1:5], raw[2:4, 2:4, 1:5], raw[2, 2, 2], raw[5, 5, 5] = 2, 1, 4, 9
+    found = np.where(raw == 9, 0, raw)
+    found[2, 2, 3] = 2  # one of the core's 16 voxels is missed
+    save(tmp_path / "labels/a.nii.gz", raw)
+    save(tmp_path / "out/a.nii.gz", found)
+    folders = (tmp_path / "out", tmp_path / "labels", table, tmp_path / "scores")
+    scores = evaluate_folder(*folders, raw_ids="dataset001_brain")["datasets"]["dataset001_brain"]
+    dice = {name: entry["dice"]["mean"] for name, entry in scores.items()}
+    assert dice == pytest.approx({"whole_tumor": 1.0, "tumor_core": 2 * 15 / 31, "enhancing": 1.0})
+    save(tmp_path / "out/a.nii.gz", np.full((6, 6, 6), 3, np.uint8))
+    with pytest.raises(FailedCases, match=r"ids \{3: 216\}"):
+        evaluate_folder(*folders, raw_ids="dataset001_brain")
+    with pytest.raises(LabelError, match="unknown data set 'brain'"):
+        evaluate_folder(*folders, raw_ids="brain")
+
+
+def test_a_folder_is_not_compared_with_itself(table, tmp_path):
+    _, labels = folder_of_cases(tmp_path, 1)
+    with pytest.raises(ValueError, match="predictions and for the labels"):
+        evaluate_folder(labels, labels, table, tmp_path / "scores", dataset="kits")
+
+
+def test_images_of_nnunets_names_are_found_and_called_images(tmp_path):
+    _, labels = folder_of_cases(tmp_path, 2)
+    for number in range(2):
+        for channel in range(2):
+            save(tmp_path / "images" / f"case_{number}_000{channel}.nii.gz", case_of("kits", number)[0])
+    found = match_predictions(tmp_path / "images", labels, "kits", "image")
+    assert [Path(pair["prediction"]).name for pair in found] == ["case_0_0000.nii.gz", "case_1_0000.nii.gz"]
+    (tmp_path / "images/case_1_0000.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="no image for 1 of 2 cases: case_1"):
+        match_predictions(tmp_path / "images", labels, "kits", "image")
 
 
 def test_one_bad_truth_is_reported_and_the_others_are_scored(table, tmp_path):
@@ -217,7 +268,7 @@ def test_one_bad_truth_is_reported_and_the_others_are_scored(table, tmp_path):
     save(labels / "case_1.nii.gz", np.full((10, 12, 8), 77, np.uint8))
     whole = (labels / "case_2.nii.gz").read_bytes()
     (labels / "case_2.nii.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RuntimeError, match=r"2 case.*case_1.*77.*case_2"):
+    with pytest.raises(FailedCases, match=r"2 case.*case_1.*77.*case_2"):
         evaluate_folder(out, labels, table, tmp_path / "scores", dataset="kits")
     assert {row["case"] for row in load_rows(tmp_path / "scores" / "cases.csv")} == {"case_0"}
     assert len(json.loads((tmp_path / "scores" / "summary.json").read_text())["failed"]) == 2
@@ -356,7 +407,8 @@ def test_grids_are_compared_in_millimeters_at_the_corners():
     tilted = AFFINE.copy()
     tilted[0, 2] += 0.05
     assert "0.95 mm" in grid_difference(shape, AFFINE, shape, tilted)
-    assert "shape" in grid_difference(shape, AFFINE, (100, 100, 21), AFFINE)
+    text = grid_difference(shape, AFFINE, (100, 100, 21), AFFINE)
+    assert text == "shape (100, 100, 20) along (L, A, S) against (100, 100, 21) along (L, A, S)"
 
 
 def test_stems():
@@ -379,4 +431,5 @@ def test_one_case_has_no_standard_deviation():
     row |= {"dice": 0.5, "nsd": 0.25, "volume_predicted_ml": 1.0, "volume_true_ml": 1.0}
     assert "0.5000 ± -" in markdown_scores(summarize([row])) and "0.0000" not in markdown_scores(summarize([row]))
     assert "in 1 case" in format_scores(summarize([row])) and "cases" not in format_scores(summarize([row]))
+    assert (counted(0, "case"), counted(1, "case"), counted(2, "case")) == ("0 cases", "1 case", "2 cases")
     assert "0.5000 ± 0.0000" in markdown_scores(summarize([row, row | {"case": "b"}]))

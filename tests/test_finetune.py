@@ -262,7 +262,7 @@ def test_a_start_from_nothing_needs_no_file_and_says_so(tmp_path, capsys):
     assert (
         "starts from nothing" in output
         and "plan for 0.05 s a step" in output
-        and re.search(r"\d (h|min|s) for \d+ steps", output)
+        and re.search(r"\d (h|min|s) for 1 step \(", output)
     )
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     _, description = read_state(tmp_path / "run/model.pt")

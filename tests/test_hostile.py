@@ -1,5 +1,6 @@
 """Weight files of strangers, damage at rest, bad moments and command lines: refused or survived, and said how."""
 
+import errno
 import json
 import os
 import random
@@ -315,6 +316,17 @@ def test_folders_that_cannot_be_written_are_found_before_the_work(tmp_path):
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_a_full_disk_that_still_takes_names_is_found_before_the_work(tmp_path, monkeypatch):
+    def write(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(OSError, match=r"new cannot be written \(No space left on device\).*--output_dir"):
+        check_writable(tmp_path / "new", "--output_dir")
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
 def test_a_full_disk_is_named_with_path_and_sizes(tmp_path, name):
     """The limit on file size stands in for the full disk, which torch and safetensors report each in its own way."""
@@ -339,6 +351,9 @@ def test_every_writer_sweeps_what_dead_processes_left(tmp_path):
     for path in (*dead, alive, *elsewhere):
         path.touch()
     os.utime(elsewhere[1], (1, 1))
+    folder = tmp_path / f".{host}_999999999_{number}{PARTIAL}.before"
+    folder.mkdir()
+    (folder / "model.pt").touch()
     atomic_write(tmp_path / "a.txt", lambda temporary: Path(temporary).write_text("a"))
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", alive.name, elsewhere[0].name}
     sweep(tmp_path / "absent")

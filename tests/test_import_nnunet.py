@@ -138,11 +138,21 @@ def test_trainers_of_version_1_without_mirroring_and_with_another_nonlinearity(t
         read_folder(models.write_version_1(tmp_path / "mish", state, "nnUNetTrainerV2_Mish"))
 
 
+def test_version_1s_statistics_per_case_within_a_window_are_refused(tmp_path):
+    path = models.write_version_1(
+        tmp_path / "m", models.generic_unet_state(models.unet()), normalization_schemes={0: "CT2"}
+    )
+    with pytest.raises(CheckpointError, match="normalization 'CT2' is unknown"):
+        read_folder(path)
+
+
 BAD_PLANS = {
     "previous_stage": ("3d_lowres", "second stage of a cascade"),
     "patch_size": ([64, 64], "two-dimensional"),
     "preprocessor_name": ("MyPreprocessor", "MyPreprocessor"),
     "resampling_fn_data": ("resample_torch_fornnunet", "resample_torch_fornnunet"),
+    "resampling_fn_data_kwargs": ({"is_seg": False, "order": 1}, "resampling of data .*'order': 1"),
+    "resampling_fn_probabilities_kwargs": ({"is_seg": False, "order": 3}, "resampling of probabilities .*'order': 3"),
     "normalization_schemes": (["MyNormalization"], "MyNormalization"),
 }
 

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from monai.data import MetaTensor, ThreadDataLoader
 from monai.transforms import Compose, EnsureTyped, Invertd, LoadImaged, Orientationd, SaveImaged
 from skimage.transform import resize
@@ -305,6 +306,52 @@ class TestSlabInferer:
         monkeypatch.setattr(*place, scarce)
         assert torch.equal(inferer(image, convolution()), expected) and len(calls) > 3
         assert inferer.quality == quality
+
+    @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+    def test_uncertainty_goes_on_on_the_cpu_where_memory_runs_out(self, activation, monkeypatch):
+        calls, image = [], prepared((40, 20, 25), (63, 31, 17))
+
+        def scarce(logits):
+            calls.append(logits)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return binary_entropy(logits)
+
+        inferer = SlabInferer((16, 12, 10), ["a", "b"], amp=False, progress=False, activation=activation)
+        network = convolution(3 if activation == "softmax" else 2)
+        expected = inferer.uncertainty(image, network)
+        monkeypatch.setattr("tsfm.inference.windows.binary_entropy", scarce)
+        assert inferer.uncertainty(image, network) == expected > 0 and len(calls) > 3
+
+    def test_an_image_that_a_gpu_does_not_hold_stays_on_the_cpu(self, monkeypatch, caplog):
+        """Moving it, and padding it to a window: the fake GPU ("cpu:0") takes windows alone."""
+        gpu, pad, moved, padded = torch.device("cpu", 0), torch.nn.functional.pad, [], []
+
+        def prepare(batch, device, non_blocking=False, **kwargs):
+            moved.append(device)
+            if device == gpu:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return batch["image"].to(device), None
+
+        def scarce(tensor, margins):
+            padded.append(margins)
+            if len(padded) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return pad(tensor, margins)
+
+        image, network = prepared((6, 20, 25), (6, 20, 25)), convolution()
+        inferer = SlabInferer((16, 12, 10), TREE, amp=False, progress=False)
+        expected, maps = inferer(image, network), []
+        engine = CaseEvaluator(
+            device=gpu, val_data_loader=[{"image": image, "case": ["one"]}], network=network, inferer=inferer, table=TREE,
+            prepare_batch=prepare, decollate=False,
+        )  # fmt: skip
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: maps.append(engine.state.output["pred"]))
+        monkeypatch.setattr(torch.nn.functional, "pad", scarce)
+        engine.run()
+        assert torch.equal(maps[0], expected) and moved == [gpu, CPU] and len(padded) == 2
+        said = [record.message for record in caplog.records if "out of memory" in record.message]
+        assert len(said) == 2 and all("the image is left to the CPU" in text for text in said)
 
     def test_entropy_that_runs_out_of_memory_half_way_counts_once(self, monkeypatch):
         slab, calls = Slab(torch.randn(2, 4, 8, 8), 0), []
@@ -764,6 +811,23 @@ class TestFindImages:
         with pytest.raises(FileExistsError, match=r"a\.nii\.gz is an image.*another --output_dir"):
             find_images(tmp_path, tmp_path, existing)
         assert [item["case"] for item in find_images(tmp_path / "b.nrrd", tmp_path, existing)] == ["b"]
+
+    @pytest.mark.parametrize("pattern", ["", "**/*"])
+    def test_results_of_earlier_runs_are_no_images(self, tmp_path, pattern):
+        self.touch(
+            tmp_path, "a.nrrd", "b/ct.nii", "a.nii.gz", "before/ct.nii.gz", "before/ct_uncertainty.nii.gz", "x.nii"
+        )
+        for folder, case in ((tmp_path, "a"), (tmp_path / "before", "ct")):
+            (folder / "report.json").write_text(json.dumps({"cases": {case: {"seconds": 1.0}}}))
+        (tmp_path / "b/report.json").write_text("[]")
+        for out in (tmp_path, tmp_path / "new"):
+            cases = [item["case"] for item in find_images(str(tmp_path / pattern), out, "overwrite")]
+            assert sorted(cases) == ["a", "ct", "x"]
+
+    def test_images_of_formats_that_are_not_read_are_named(self, tmp_path, caplog):
+        self.touch(tmp_path, "a.nii", "b.img", "b.hdr", "c.mgz", "ages.csv")
+        assert [item["case"] for item in find_images(tmp_path)] == ["a"]
+        assert "3 files in" in caplog.text and "for example b.hdr" in caplog.text
 
     def test_links_to_folders_are_followed_and_each_folder_is_searched_once(self, tmp_path):
         self.touch(tmp_path, "in/p1/a.nii", "in/p3/c.nii", "else/b.nii")

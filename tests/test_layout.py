@@ -89,6 +89,22 @@ def test_normalization_is_that_of_numpy_in_double_precision(dtype, affine):
     torch.testing.assert_close(y.double(), torch.from_numpy(exact), rtol=tolerance, atol=tolerance)
 
 
+@torch.no_grad()
+def test_normalization_of_a_million_voxels_far_from_zero_is_still_exact():
+    """One float32 that adds them all up puts the mean a standard deviation beside its place."""
+    x = (torch.randn(1, 2, 64, 128, 128) + 99).contiguous(memory_format=LAYOUT)
+    exact = x.double()
+    exact = (exact - exact.mean((2, 3, 4), keepdim=True)) / exact.std((2, 3, 4), correction=0, keepdim=True)
+    torch.testing.assert_close(instance_norm(x, None, None, 1e-5).double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_normalization_is_its_slope(monkeypatch):
+    monkeypatch.setattr("tsfm.network.cpu.BLOCK_ROWS", 7)
+    x = (torch.randn(2, 3, 2, 3, 4, dtype=torch.float64) + 2).contiguous(memory_format=LAYOUT).requires_grad_()
+    scale = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, scale: instance_norm(x, *scale, 1e-5), (x, scale))
+
+
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 def test_the_inferer_gives_the_same_label_map_in_either_layout(amp):
     """In bfloat16 (where the processor has it), but for voxels whose logit is 0 up to rounding."""

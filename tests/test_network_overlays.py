@@ -55,6 +55,48 @@ def test_every_overlay_declares_its_network_and_recipe_in_both_bundles(bundle, o
     assert rates[:3] == pytest.approx([best / 3, 2 * best / 3, best]) or not warmed, "no epoch learns nothing"
 
 
+@pytest.mark.parametrize("bundle", ["tsfm_pretrain", "tsfm_finetune"])
+@pytest.mark.parametrize("overlay", [[], ["swinunetr.json"]])
+def test_a_warm_up_that_is_asked_for_is_taken_by_every_schedule(overlay, bundle, phantom_pool, tmp_path):
+    for warmup, expected in ((4, [0.2, 0.4, 0.6, 0.8, 1.0]), (0, [1.0])):
+        parser = parsed(bundle, ["train.json", *overlay], phantom_pool, tmp_path, epochs=50, warmup_epochs=warmup)
+        parser["optimizer"] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+        optimizer, schedule = (parser.get_parsed_content(key) for key in ("optimizer", "lr_scheduler"))
+        rates = []
+        for _ in range(7):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert rates[: len(expected)] == pytest.approx(expected) and rates[6] < rates[5] < 1
+
+
+def test_a_network_size_alone_names_the_pretrainings_network_and_what_replaces_it_is_said(
+    phantom_pool, tmp_path, caplog
+):
+    for overlays, features in (([], [8, 16, 32, 64, 80, 80]), (["small.json"], [16, 32, 64, 128])):
+        parser = parsed("tsfm_pretrain", ["train.json", *overlays], phantom_pool, tmp_path, network_size="tsfm_s")
+        caplog.clear()
+        with torch.device("meta"):
+            network = parser.get_parsed_content("network_def")
+        assert network.description["network"]["features"] == features
+        assert ("network: depths_down, depths_up, features" in caplog.text) == bool(overlays)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "settings", "said"),
+    [
+        ("swinunetr.json", {"memory_gb": 24, "step_seconds": 2}, "--memory_gb 24 and --step_seconds 2: without effect"),
+        ("swinunetr.json", {}, ""),
+        ("tsfm_s.json", {"memory_gb": 24, "patch_size": [16, 32, 32]}, ""),
+        ("tsfm_s.json", {"memory_gb": 24, "patch_size": [16, 32, 32], "batch_size": 2}, "patch and batch are given"),
+    ],
+)
+def test_a_budget_that_nothing_looks_at_is_named(overlay, settings, said, phantom_pool, tmp_path, caplog):
+    parser = parsed("tsfm_finetune", ["train.json", overlay], phantom_pool, tmp_path, **settings)
+    parser.get_parsed_content("planned")
+    assert (said in caplog.text) if said else "without effect" not in caplog.text
+
+
 @pytest.mark.parametrize("order", [["small.json", "stunet.json"], ["stunet.json", "small.json"]])
 def test_overlays_combine_with_the_laptops_in_any_order(order, phantom_pool, tmp_path):
     pytest.importorskip("medim")

@@ -6,10 +6,14 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 
+import fire
 import nibabel as nib
 import numpy as np
 import pytest
+from tsfm_tools import demo
+from tsfm_tools.commands import phantoms as phantoms_command
 from tsfm_tools.phantoms import layouts as phantoms
 
 POOL_FILE = os.path.join(os.path.dirname(__file__), "..", "bundles", "tsfm_pretrain", "configs", "pool.json")
@@ -200,6 +204,21 @@ def test_kits19_and_abdomenct1k(tmp_path):
     assert ids(tmp_path / "a" / "Mask" / "Case_00001.nii.gz") == {0, 1, 2, 3, 4}
     image, _ = ras(tmp_path / "a" / "AbdomenCT-1K-ImagePart1" / "Case_00001_0000.nii.gz")
     assert image.min() == -1024
+
+
+def test_the_commands_that_the_demo_prints_write_its_phantoms(tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise InterruptedError
+
+    for name, value in {"SIZE": (16, 24, 24), "POOL_CASES": 1, "DOWNSTREAM_CASES": 1, "DatasetPool": stop}.items():
+        monkeypatch.setattr(demo, name, value)
+    with pytest.raises(InterruptedError):
+        demo.demo(str(tmp_path / "demo"), seed=3)
+    printed = capsys.readouterr().out.replace(str(tmp_path / "demo"), str(tmp_path / "again"))
+    for line in [line for line in printed.splitlines() if "tsfm phantoms" in line]:
+        fire.Fire(phantoms_command, command=shlex.split(line.partition("tsfm phantoms")[2]))
+    for name in ("pool", "kits19"):
+        assert digest(tmp_path / "again" / name) == digest(tmp_path / "demo" / name) != {}
 
 
 def test_the_pool_file_reads_every_layout(ten):

@@ -17,11 +17,12 @@ from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import PoolError
 from tsfm.cases.pool import DatasetPool
 from tsfm.errors import first_cause
-from tsfm.labels import LabelTable
+from tsfm.labels import LabelError, LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning import own_data
 from tsfm.planning import plan as planning
 from tsfm.planning.forecast import Forecast
+from tsfm.planning.forecast import plan as show_plan
 from tsfm.planning.parts import freeze
 from tsfm.planning.plan_run import plan_run
 from tsfm.planning.planner import PlanError
@@ -122,7 +123,7 @@ def test_nnunets_second_layout_has_a_file_per_channel_and_no_list(tmp_path):
     assert own_data.count_channels(pool) == 2 and pool.table.names == ("liver",)
     assert pool.table.label_rules(tmp_path.name.lower().strip("_"))["ignore"] == [2]
     (tmp_path / "imagesTr/x_002_0001.nii.gz").unlink()
-    with pytest.raises(PoolError, match=r"x_002_0001\.nii\.gz"):
+    with pytest.raises(PoolError, match=rf"{tmp_path}/imagesTr/x_002_0001\.nii\.gz"):
         _ = own_data.dataset_pool(str(tmp_path)).cases
 
 
@@ -150,11 +151,119 @@ def test_two_folders_with_a_file_per_channel(tmp_path):
     assert pool.cases[0]["case"] == "case_0007" and len(pool.cases[0]["image"]) == 3
 
 
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def pairs_of(folder, **options):
+    """Case -> (images, label) of a folder's pool, relative to it."""
+    pool = own_data.dataset_pool(str(folder), **{"label_ids": {"1": "liver"}, **options})
+    return {
+        item["case"]: tuple(
+            [str(Path(path).relative_to(folder)) for path in ([paths] if isinstance(paths, str) else paths)]
+            for paths in (item["image"], item["label"])
+        )
+        for item in pool.cases
+    }
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "case"),
+    [
+        ("hip_00{}_img.nii.gz", "hip_00{}_seg.nii.gz", "hip_00{}"),
+        ("hip_0{}1.NII.GZ", "hip_0{}1-label.nii.gz", "hip_0{}1"),
+        ("volume-{}.nii", "segmentation-{}.nii", "{}"),
+        ("img000{}.mhd", "label000{}.nrrd", "000{}"),
+        ("a.b {}.nrrd", "a.b {}.seg.nrrd", "a.b {}"),
+    ],
+)
+def test_two_folders_pair_by_what_their_names_do_not_share(tmp_path, image, label, case):
+    for number in (1, 2, 12):
+        touch(tmp_path, f"images/{image.format(number)}", f"labels/{label.format(number)}")
+        touch(tmp_path, f"images/._{image.format(number)}", "images/.DS_Store", "labels/ages.csv")
+    assert pairs_of(tmp_path) == {
+        case.format(number): ([f"images/{image.format(number)}"], [f"labels/{label.format(number)}"])
+        for number in (1, 2, 12)
+    }
+
+
+def test_folders_that_a_dataset_json_overrules_are_named(tmp_path, caplog):
+    touch(tmp_path, "imagesTr/a.nii", "labelsTr/a.nii")
+    listed = [{"image": "./imagesTr/a.nii", "label": "./labelsTr/a.nii"}]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"1": "liver"}, "training": listed}))
+    assert list(pairs_of(tmp_path)) == ["a"] and not caplog.records
+    assert list(pairs_of(tmp_path, images="ct")) == ["a"]
+    assert "--images and --labels are no patterns" in caplog.text
+
+
+def test_files_of_macos_in_a_list_are_left_out(tmp_path, caplog):
+    touch(tmp_path, *(f"{kind}/{name}.nii" for kind in ("imagesTr", "labelsTr") for name in ("a", "._a")))
+    listed = [{"image": f"./imagesTr/{name}.nii", "label": f"./labelsTr/{name}.nii"} for name in ("._a", "a")]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"1": "liver"}, "training": listed}))
+    assert list(pairs_of(tmp_path)) == ["a"] and "1 files of macOS" in caplog.text
+
+
+def test_any_other_order_of_files_is_named_by_patterns(tmp_path):
+    for patient in ("P 1", "ü"):
+        touch(tmp_path, *(f"{patient}/{name}.nii.gz" for name in ("T1", "T2", "seg", "masks/liver")))
+    several, one = ["{case}/T1.nii.gz", "{case}/T2.nii.gz"], "{case}/seg.nii.gz"
+    found = pairs_of(tmp_path, images=several, labels=one)
+    assert found["ü"] == (["ü/T1.nii.gz", "ü/T2.nii.gz"], ["ü/seg.nii.gz"]) and len(found) == 2
+    masks = {"labels": "{case}/masks/{structure}.nii.gz", "label_ids": {"liver": "liver"}}
+    pool = own_data.dataset_pool(str(tmp_path), images=several[0], **masks)
+    assert pool.cases[0]["label"] == {"liver": str(tmp_path / "P 1/masks/liver.nii.gz")}
+    touch(tmp_path / "flat", "a.nii", "a_seg.nii", "b.nii", "b_seg.nii")
+    assert list(pairs_of(tmp_path / "flat", images="{case}.nii", labels="{case}_seg.nii")) == ["a", "b"]
+    with pytest.raises(PoolError, match="holds no case in the layout"):
+        pairs_of(tmp_path / "flat", images="{case}.nii", labels="{case}.nii")
+    with pytest.raises(PoolError, match="--labels labels is none"):
+        pairs_of(tmp_path, images=several)
+    with pytest.raises(PoolError, match="say how the files lie"):
+        pairs_of(tmp_path)
+
+
+def test_no_image_of_a_folder_is_left_out_without_a_word(tmp_path, caplog):
+    touch(tmp_path, "images/a.nii.gz", "images/b.nii", "labels/a.nii.gz", "labels/b.nii.gz")
+    with pytest.raises(PoolError, match=r"several endings \(1 \.nii\.gz, 1 \.nii\)"):
+        pairs_of(tmp_path)
+    (tmp_path / "images/b.nii").unlink()
+    touch(tmp_path, "images/c/ct.nii.gz", "images/d_0001.nii.gz", "labels/d.nii.gz")
+    patterns = {"images": "images/{case}.nii.gz", "labels": "labels/{case}.nii.gz"}
+    with pytest.raises(PoolError, match=r"labels/d_0001\.nii\.gz"):
+        pairs_of(tmp_path, **patterns)
+    assert list(pairs_of(tmp_path, images="images/{case}_0001.nii.gz", labels="labels/{case}.nii.gz")) == ["d"]
+    assert "images of other names (images/{case}_0001.nii.gz) are not used" in caplog.text
+    (tmp_path / "labels/a.nii.gz").rename(tmp_path / "labels/x.nii.gz")
+    (tmp_path / "images/d_0001.nii.gz").unlink()
+    (tmp_path / "labels/d.nii.gz").unlink()
+    (tmp_path / "labels/b.nii.gz").rename(tmp_path / "labels/y z.nii.gz")
+    with pytest.raises(PoolError, match="say what belongs together"):
+        pairs_of(tmp_path)
+
+
 def test_a_number_that_is_the_cases_own_is_no_channel(tmp_path):
     for name in ("case_0000", "case_0001"):
         write(tmp_path, name)
     pool = own_data.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
     assert [item["case"] for item in pool.cases] == ["case_0000", "case_0001"]
+
+
+def test_ids_that_are_not_listed_are_to_be_named_where_this_layout_names_them(folders, tmp_path):
+    def advice(pool):
+        with pytest.raises(LabelError, match=r"holds the ids \{7: 1\}") as error:
+            pool.table.encode(pool.table.datasets[0], np.array([0, 1, 7]))
+        return str(error.value).partition("it lists")[2]
+
+    two_folders = own_data.dataset_pool(str(folders), label_ids={"1": "liver"})
+    assert "Name them in --label_ids (now {'1': 'liver'})" in advice(two_folders)
+    nnunet = nnunet_folder(tmp_path / "nnunet", labels={"background": 0, "liver": 1})
+    assert f'Name them in "labels" of {tmp_path}/nnunet/dataset.json' in advice(nnunet)
+    assert "--label_ids" in advice(own_data.dataset_pool(str(tmp_path / "nnunet"), label_ids={"1": "liver"}))
+    declared = {"targets": {"liver": {}}, "datasets": [{"name": "x", "image": "{case}", "label": "{case}"}]}
+    declared["datasets"][0]["labels"] = {"1": "liver"}
+    assert 'under "ignore", or set "others"' in advice(DatasetPool(declared, tmp_path))
 
 
 def test_what_is_missing_is_named(tmp_path, weights):
@@ -397,9 +506,21 @@ def test_a_plan_is_taken_back_from_its_file(pool, tmp_path):
         plan_run(pool, str(tmp_path), plan_file=str(tmp_path / "no.json"))
 
 
+def test_the_printed_plan_names_modality_and_normalization(folders, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    options = {"label_ids": {"1": "liver"}, "step_seconds": 0.05, "timed": False, "device": "cpu"}
+    show_plan(str(folders), ct_normalization=CT, **options)
+    assert "  images    2 CT cases, clipped to -100 to 300 HU, less 50, divided by 80\n" in capsys.readouterr().out
+    assert "images: 2 CT cases, clipped" in caplog.text, "a run's console has it too"
+    show_plan(str(folders), modality="MR", **options)
+    assert "  images    2 MR cases, z-score of each case and channel\n" in capsys.readouterr().out
+
+
 def test_data_of_which_nothing_can_be_learned_is_refused_before_the_work(folders, tmp_path):
     absent = own_data.dataset_pool(str(folders), label_ids={"1": "liver", "3": "cyst"})
-    with pytest.raises(PoolError, match=r"of the 2 cases none has a voxel of the labels 3 \(cyst\)"):
+    with pytest.raises(
+        PoolError, match=r"of the 2 cases none has a voxel of the labels 3 \(cyst\).*out of --label_ids"
+    ):
         plan_run(absent, str(tmp_path))
     (folders / "images/b.nii.gz").unlink()
     single = own_data.dataset_pool(str(folders), label_ids={"1": "liver"})

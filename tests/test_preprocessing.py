@@ -145,6 +145,19 @@ def test_the_mask_is_used_where_cropping_removed_more_than_a_quarter(island):
     assert torch.equal(tensor[0], torch.from_numpy(image.astype(np.float32))), "the input was overwritten"
 
 
+def test_resampled_before_it_is_normalised_a_masked_channel_is_nnunet_1s():
+    """Against its rule: the mask is resampled, too (linear, from a half on), and what is outside of it is 0."""
+    image = NNUNET["island"].astype(np.float32)
+    preparation = Preparation(CT.spacing_mm, masked={"MR": True}, resample_first=True)
+    found, grid = prepare_image(torch.from_numpy(image)[None], (1.5, 0.7, 0.7), preparation, "MR")
+    cropped = image[tuple(slice(*side) for side in grid.crop)].astype(float)
+    zoom = {"zoom": np.divide(grid.shape, cropped.shape), "mode": "nearest", "grid_mode": True}
+    mask = ndimage.zoom(ndimage.binary_fill_holes(cropped).astype(float), order=1, **zoom) >= 0.5
+    resampled = ndimage.zoom(cropped, order=3, **zoom).clip(cropped.min(), cropped.max())
+    expected = np.where(mask, (resampled - resampled[mask].mean()) / resampled[mask].std(), 0)
+    np.testing.assert_allclose(found[0], expected, atol=1e-4 * np.ptp(expected))
+
+
 def test_channels_share_one_crop_and_are_normalised_apart():
     image = np.zeros((2, 10, 10, 10), np.float32)
     image[0, 2:5, 3:6, 4:7] = np.random.default_rng(0).normal(100, 20, (3, 3, 3))

@@ -252,7 +252,8 @@ def test_a_missing_file(case):
 
 def test_a_label_of_another_shape_or_place(case, tmp_path):
     small = save(tmp_path / "small.nii", np.zeros((9, 8, 6), np.uint8))
-    refused({**case, "label": small}, r"small.nii: shape \(6, 8, 9\), but .*image.nii.gz has \(7, 8, 9\)")
+    found = r"small.nii: shape \(6, 8, 9\) along \(S, P, L\), but .*image.nii.gz has \(7, 8, 9\) along \(S, P, L\)"
+    refused({**case, "label": small}, found)
     shifted = AFFINE.copy()
     shifted[0, 3] += 0.5
     moved = save(tmp_path / "moved.nii", np.zeros(SHAPE, np.uint8), shifted)

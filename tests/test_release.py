@@ -230,9 +230,8 @@ def test_an_overlay_becomes_part_of_the_staged_training(source, checkpoint, tmp_
         release.release(str(source), str(checkpoint), str(tmp_path / "dist"), overlays=["short.json"], zipped=False)
     )
     train = config(staged, "train.json")
-    assert (
-        train["iterations"] == 25 and train["network_def"]["features"] == NETWORK["features"] and "_desc_" not in train
-    )
+    assert train["iterations"] == 25 and train["network_def"]["features"] == NETWORK["features"]
+    assert train["_desc_"] == "In this release short.json is merged into it."
     with pytest.raises(ReleaseError, match=r"no configs/long\.json"):
         release.release(str(source), str(checkpoint), str(tmp_path / "dist"), overlays=["long.json"], zipped=False)
 
@@ -248,7 +247,10 @@ def test_the_data_licenses_are_those_of_the_weights(source, checkpoint, tmp_path
         str(source), str(checkpoint), str(tmp_path / "dist")
     )  # without a file: what travels with the weights
     assert "- mine: not declared" in (staged / "docs/data_license.txt").read_text()
-    assert "licences of that data | mine say nothing" in (staged / "docs/README.md").read_text()
+    assert (
+        "licences of that data | Commercial use is not known to be permitted by mine."
+        in (staged / "docs/README.md").read_text()
+    )
     (staged / "docs/data_license.txt").write_text("theirs: CC0")
     assert _run(staged, "data licenses")[0] == "FAIL"
 
@@ -278,6 +280,7 @@ def test_metadata_describes_these_weights(staged):
     )
     assert config(staged, "metadata.json")["eval_metrics"] == {"mean_dice": "not evaluated"}
     assert data["outputs"]["pred"]["num_channels"] == 2
+    assert data["outputs"]["pred"]["value_range"] == []  # logits have none
     assert data["outputs"]["pred"]["channel_def"] == {"0": "background", "1": "kidney", "2": "kidney_tumor"}
 
 
@@ -299,6 +302,7 @@ def test_a_data_set_without_a_layout_gets_a_plain_one_that_the_pool_reads(source
 def test_the_readme_names_every_target_and_keeps_its_text(staged):
     text = (staged / "docs/README.md").read_text()
     assert "| 2 | kidney_tumor | kidney | mine | not evaluated |" in text
+    assert "| network | TSFM |" in text and "every other modality: z-score" in text
     assert "none yet" not in text and text.rstrip().endswith("# License")
 
 

@@ -46,7 +46,13 @@ def run(tmp_path):
         "versions": {"torch": "2.13"},
     }
     (folder / "run.json").write_text(json.dumps(record))
-    (folder / "plan.json").write_text(json.dumps({"patch_size": [96, 96, 96], "spacing_mm": [2.5, 1, 1], "note": None}))
+    plan = {
+        "patch_size": [96, 96, 96],
+        "spacing_mm": [2.5, 0.84765625, 0.84765625],
+        "parameters": 16_543_210,
+        "note": None,
+    }
+    (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "model.pt").write_bytes(b"weights")
     return folder
 
@@ -69,7 +75,8 @@ def test_the_page_of_a_run_shows_its_files_and_needs_none(run):
     found = Reader(run_page(run))
     assert all(source.startswith("data:image/png;base64,") for source in found.sources) and len(found.sources) == 1
     assert "3 epochs, last loss 0.333; Dice on patches of held-out cases (moving average) at best 0.300" in found.text
-    assert "patch size [96, 96, 96]" in re.sub(r"\s+", " ", found.text)
+    text = re.sub(r"\s+", " ", found.text)
+    assert "patch size [96, 96, 96] spacing mm [2.5, 0.8477, 0.8477] parameters 16.5 million" in text
     assert "cd /data && python -m monai.bundle run --config_file '['\"'\"'a b.json'\"'\"']' --epochs 3" in found.text
     assert "<b>tumor</b>" in found.text and "b" not in found.tags
 

@@ -91,7 +91,9 @@ def test_a_step_that_cannot_fit_is_refused_with_advice(monkeypatch):
     network = TSFM(**TINY)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
     monkeypatch.setattr(tsfm.training.step_memory, "device_bytes", lambda device: 1_000_000)
-    with pytest.raises(ValueError, match=r"needs about .* GB, cpu has 0.0 GB.*--param_dtype bfloat16.*fsdp_train.json"):
+    with pytest.raises(
+        ValueError, match=r"needs about [\d.]+ MB, cpu has 1 MB.*--param_dtype bfloat16.*fsdp_train.json"
+    ):
         fit_memory(network, optimizer, PATCH, 2, "auto")
     with pytest.raises(ValueError, match="expected true, false or 'auto'"):
         fit_memory(network, optimizer, PATCH, 2, "always")
@@ -118,3 +120,21 @@ def test_workers_are_shared_among_the_processes_of_one_machine(monkeypatch):
     assert available_workers() == 8
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert available_workers() == 12
+
+
+@pytest.mark.parametrize("name", ["nnunet", "swinunetr", "stunet"])
+def test_the_baselines_recompute_too_where_a_step_would_not_fit(name, monkeypatch):
+    pytest.importorskip({"nnunet": "dynamic_network_architectures", "stunet": "medim"}.get(name, "monai"))
+    tiny = {"features": [4, 8, 12], "strides": [[2, 2, 2]] * 2, "feature_size": 12, "out_channels": 2}
+    network = create_network(name, img_size=[32, 32, 64], **tiny)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    kept, recomputed = (walk(network, 1, (32, 32, 64), 1, choice, False) for choice in (False, True))
+    sizes = [peak_bytes(steps, choice, amp=False) for steps, choice in ((kept, False), (recomputed, True))]
+    assert sizes[1] < sizes[0]
+    for room, expected in ((10 * sizes[0], False), ((sizes[0] + sizes[1]) / 2 / 0.9, True)):
+        monkeypatch.setattr(tsfm.training.step_memory, "device_bytes", lambda device, room=room: room)
+        found = fit_memory(network, optimizer, (32, 32, 64), 1, "auto", amp=False)
+        switches = [
+            getattr(m, s) for m in network.modules() for s in ("checkpointing", "use_checkpoint") if hasattr(m, s)
+        ]
+        assert found["checkpointing"] is expected and switches and set(switches) == {expected}

@@ -29,7 +29,7 @@ from tsfm.errors import CaseError, CaseWarning
 from tsfm.labels import LabelTable
 from tsfm.patches import store as store_module
 from tsfm.patches.store import CaseStore
-from tsfm.patches.stored_case import StoreError, files_of, quantize, sample_foreground
+from tsfm.patches.stored_case import StoredCase, StoreError, files_of, quantize, sample_foreground, write_folder
 from tsfm.planning import plan
 from tsfm.preparation.fingerprint import fingerprint
 from tsfm.preparation.parallel import WorkerDied, run_all
@@ -338,6 +338,31 @@ def test_one_hot_voxel_that_takes_the_levels_from_the_rest_is_warned_of():
     image[0, 10, 10, 10] = 5000  # 16383 levels over about 5000 standard deviations: 15 for 4.6 of them
     with pytest.warns(CaseWarning, match="mr.nii: channel 0.* reaches 5000 .* leaves 15 gray levels"):
         files_of(prepared)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.001], ids=["half", "few voxels"])
+def test_gray_levels_that_an_outlier_would_merge_are_stored_as_they_are(share, tmp_path):
+    random = np.random.default_rng(0)
+    image = np.where(random.random((2, 30, 40, 50)) < share, random.integers(1, 9, (2, 30, 40, 50)), 0) * np.float32(
+        1e-3
+    )
+    image[1] += random.normal(0, 1, image.shape[1:])  # a channel for which levels would do
+    codes = np.zeros(image.shape[1:], np.uint8)
+    properties = {"source": "mr.nii", "shape": codes.shape, "dataset": "one", "empty_label": True}
+
+    def stored(name):
+        files = files_of(SimpleNamespace(image=image.astype(np.float32), codes=codes, properties=properties))
+        write_folder(str(tmp_path), str(tmp_path / name), files)
+        return StoredCase(str(tmp_path / name), TABLE)
+
+    plain = stored("plain")
+    assert all(plain.steps) and len(np.unique(plain.read_image()[0])) == 9, "few levels that differ stay apart"
+    image[0, 0, 0, 0] = 1e3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaseWarning)
+        exact = stored("exact")
+    assert exact.steps == (0.0, 0.0) and np.array_equal(exact.read_image(), image.astype(np.float32))
+    assert np.array_equal(exact.read_image(((0, 3), (2, 9), (1, 4))), image[:, :3, 2:9, 1:4].astype(np.float32))
 
 
 # ---- workers -----------------------------------------------------------------------------------------------------

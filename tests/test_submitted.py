@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +18,8 @@ from tsfm.network.loss import PartialLabelLoss
 from tsfm.network.tsfm_net import TSFM
 from tsfm.patches.dataset import Draw, PatchDataset
 from tsfm.patches.store import CaseStore
-from tsfm.training.checkpoint import describe_network, read_description, save_weights, trained_targets
+from tsfm.training.checkpoint import describe_network, goes_on, read_description, save_weights, trained_targets
+from tsfm.training.seen import DescribeImages
 
 TINY = {"features": [4, 8], "depths_down": [1, 1], "depths_up": [1], "strides": [[2, 2, 2]], "img_size": [8, 8, 8]}
 TINY |= {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16}
@@ -131,3 +133,26 @@ def test_weights_that_learn_from_label_maps_offer_what_they_knew_before_too(bund
     maps, loss = (parser.get_parsed_content(key) for key in ("map_table", "click_table" if clicks else "map_table"))
     assert annotated(maps, items["both"]) == {"liver", "liver_tumor"}
     assert np.array_equal(loss.targets[: len(maps.targets)], maps.targets)
+
+
+@pytest.mark.parametrize(
+    ("bare", "before", "expected"),
+    [
+        (True, {"CT": {"p50": [-2.0, 0.25]}, "MR": {"p50": [0.0, 1.0]}}, {"CT": [-2.0, 0.5], "MR": [0.0, 1.0]}),
+        (False, {"CT": {"p50": [-2.0, 0.25]}, "MR": {"p50": [0.0, 1.0]}}, {"CT": [0.5, 0.5]}),
+        (True, {}, {}),  # a few cases do not stand for all that weights saw which do not say it
+        (True, None, {"CT": [0.5, 0.5]}),  # a start from nothing
+    ],
+)
+def test_label_maps_widen_what_weights_have_seen_and_a_fine_tuning_replaces_it(bare, before, expected, table):
+    image, grid = np.full((1, 4, 4, 4), 0.5, np.float32), {"spacing_mm": (2, 2, 2), "source_spacing_mm": (1, 1, 1)}
+    case = SimpleNamespace(read_image=lambda: image, properties=grid)
+    store = SimpleNamespace(preparation=Preparation((2.0, 2.0, 2.0)), open=lambda item: case)
+    items = [{"image": "i", "label": "l", **({} if bare else {"dataset": "msd_lung", "modality": "CT"})}]
+    network, weights = (TSFM(1, len(NAMES), **TINY) for _ in range(2))
+    if before is not None:
+        known = describe_network(weights, table, store.preparation, [8, 8, 8]).description
+        goes_on(network, {**known, "familiar": before} if before else known)
+    describe_network(network, table, store.preparation, [8, 8, 8], items)
+    DescribeImages(network, store, items).describe()
+    assert {kind: row["p50"] for kind, row in network.description["familiar"].items()} == expected

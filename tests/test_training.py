@@ -236,7 +236,9 @@ def cosine(optimizer, epochs):
         (cosine, [0.5, 1], [0.75, 0.4]),  # (1 + cos(angle)) / 2 of 60 and 120 degrees, no less than 0.4
     ],
 )
-def test_an_extended_run_goes_on_with_the_longer_schedules_rate(schedule, short, longer, tmp_path):
+def test_an_extended_run_goes_on_with_the_longer_schedules_rate_and_says_so(schedule, short, longer, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+
     def run(epochs):
         network = TSFM(**SMALL)
         trainer, step = engine_with(network)
@@ -249,7 +251,11 @@ def test_an_extended_run_goes_on_with_the_longer_schedules_rate(schedule, short,
         return [row["lr"] for row in curve.rows]
 
     assert run(2) == pytest.approx([0.01 * factor for factor in short])
+    assert "asked for" not in caplog.text
     assert run(4)[2:] == pytest.approx([0.01 * factor for factor in longer])
+    said = next(message for message in caplog.messages if "asked for now" in message)
+    assert said.startswith("2 epochs of 2 asked for before done, 4 asked for now")
+    assert said.endswith(f"as in a run of 4 epochs, with {0.01 * longer[0]:.3g} next")
 
 
 def test_rows_with_other_columns_share_one_table(tmp_path):

@@ -352,6 +352,13 @@ def test_the_report_is_printed_and_saved(checkpoint, tmp_path, capsys):
     assert f"{totals['new']['percent']:.2f}" in text
 
 
+def test_weights_that_share_no_target_keep_the_body_and_the_report_says_so(checkpoint):
+    text = str(load_pretrained(network(("prostate",), seed=1), checkpoint))
+    assert "no target is shared: the body of the network (all but its heads) keeps what was pretrained, 100%" in text
+    assert "its heads, one output per target, start anew for prostate" in text
+    assert "no target is shared" not in str(load_pretrained(network(("prostate", "liver"), seed=1), checkpoint))
+
+
 def test_the_result_can_be_saved_and_read_strictly(checkpoint, tmp_path):
     other = network(("kidney", "spleen"), seed=1, img_size=(16, 16, 32))
     load_pretrained(other, checkpoint)

@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from inspect import signature
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import fire
 from fire.decorators import SetParseFns
+from fire.docstrings import parse
 
 
 def pool(
@@ -24,7 +27,7 @@ def pool(
     """Print what a pool file finds below `dataset_dir`: data sets, cases, modalities, labels, targets, shares, missing.
 
     Args:
-        pool_file: the pool file.
+        pool_file: the JSON that declares data sets, as the pretraining bundle's configs/pool.json does the paper's ten.
         dataset_dir: folder that holds the data sets' folders.
         datasets: only these.
         fold: also print how many cases of each data set train and validate in this fold.
@@ -60,30 +63,34 @@ def evaluate(
     dataset: str | None = None,
     tolerances_mm: float | dict[str, float] | None = None,
     images: str | None = None,
+    raw_ids: str | None = None,
 ) -> None:
     """Score a folder of label maps against the truth: Dice, surface Dice and lesions over annotated targets only.
 
     Args:
         predictions: folder of label maps with values 1..N.
         labels: folder of label files of the same names.
-        pool_file: the pool file that says what the labels' ids mean.
+        pool_file: the pool file, or ``dataset.json`` (MSD, nnU-Net), that says what the labels' ids mean.
         output_dir: for cases.csv, lesions.csv, summary.json and scores.md.
         dataset: the data set of the labels, where the pool file declares several.
         tolerances_mm: of the surface Dice, one number or target -> number.
         images: folder of NIfTI images of the same names; with it, page.png shows the best, median and worst case.
+        raw_ids: the data set in whose own ids the predictions are (``brats2020`` for 1, 2, 4), in place of 1..N.
     """
+    from .cases.dataset_folder import label_table
     from .evaluation.evaluation import evaluate_folder
     from .evaluation.label_maps import match_predictions
     from .evaluation.pages import folder_page
 
-    shown = match_predictions(images, labels, dataset) if images else []
-    evaluate_folder(predictions, labels, pool_file, output_dir, dataset, tolerances_mm)
+    shown = match_predictions(images, labels, dataset, "image") if images else []
+    table = label_table(pool_file)
+    evaluate_folder(predictions, labels, table, output_dir, dataset, tolerances_mm, raw_ids)
     if shown:
         items = [
             {key: pair[key] for key in ("case", "dataset", "label")} | {"image": pair["prediction"]} for pair in shown
         ]
         page, rows = os.path.join(output_dir, "page.png"), os.path.join(output_dir, "cases.csv")
-        folder_page(page, rows, predictions, items, pool_file, dataset)
+        folder_page(page, rows, predictions, items, table, dataset, raw_ids=raw_ids)
     with open(os.path.join(output_dir, "scores.md"), encoding="utf-8") as file:
         print(file.read())
 
@@ -94,21 +101,24 @@ def postprocessing(predictions: str, labels: str, pool_file: str, output_file: s
     Give the file to inference with ``--postprocessing_plan``.
 
     Args:
-        predictions: folder of label maps, as evaluate.json leaves them.
+        predictions: folder of label maps, as evaluate.json leaves them (values 1..N in the targets' order).
         labels: folder of label files of the same names.
-        pool_file: the pool file that says what the labels' ids mean.
+        pool_file: the pool file, or ``dataset.json`` (MSD, nnU-Net), that says what the labels' ids mean.
         output_file: where the plan goes (JSON).
         dataset: the data set of the labels, where the pool file declares several.
     """
+    from .cases.dataset_folder import label_table
     from .evaluation.label_maps import match_predictions
     from .evaluation.postprocessing_plan import determine
-    from .labels import as_table
+    from .files import check_writable
+    from .names import counted
 
-    table = as_table(pool_file)
+    check_writable(os.path.dirname(os.path.abspath(output_file)), "--output_file")
+    table = label_table(pool_file)
     pairs = match_predictions(predictions, labels, dataset)
     plan = determine([pair["prediction"] for pair in pairs], [pair["label"] for pair in pairs], table, dataset)
     _write_json(output_file, plan)
-    print(f"{len(plan['steps'])} steps, written to {output_file}")
+    print(f"{counted(len(plan['steps']), 'step')}, written to {output_file}")
 
 
 def curve(curve_file: str, output_file: str) -> None:
@@ -140,8 +150,10 @@ def page(run_dir: str | None = None, evaluation_dir: str | None = None, output_f
 def _write_json(path: str, content: Any) -> None:
     import json
 
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=4)
+    from .files import atomic_write
+
+    text = json.dumps(content, indent=4)
+    atomic_write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 COMMANDS = {function.__name__: function for function in (pool, describe, evaluate, postprocessing, curve, page)}
@@ -162,6 +174,22 @@ def _plan() -> Callable[..., Any]:
     return plan
 
 
+def _missing(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
+    """What a command cannot do without and these words do not give: ``--name (what it is)``; nothing where they ask for help."""
+    flags = [word for word in words if word.startswith("-") and not word[1:2].isdigit()]
+    if any(flag in ("--", "--help") or not flag.startswith("--") for flag in flags):
+        return []
+    plain = [
+        word for before, word in pairwise(["", *words]) if word not in flags and (before not in flags or "=" in before)
+    ]
+    given = {flag[2:].split("=")[0].replace("-", "_") for flag in flags}
+    required = [
+        name for name, one in signature(function).parameters.items() if one.default is one.empty and one.kind < 2
+    ]
+    about = {one.name: (one.description or "").rstrip(".") for one in parse(function.__doc__ or "").args or ()}
+    return [f"--{name} ({about.get(name, name)})" for name in [n for n in required if n not in given][len(plain) :]]
+
+
 def _as_said(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same command, whose texts stay texts: fire would make "LiTS, KiTS19" a tuple, and 2024 a number."""
     texts = [key for key, one in signature(function).parameters.items() if one.annotation in ("str", "str | None")]
@@ -176,7 +204,10 @@ def main() -> None:
     found, asked = commands(), sys.argv[1:2]
     names = asked if asked and asked[0] in found else found
     try:
-        fire.Fire({name: _as_said(found[name]()) for name in names}, name="tsfm")
+        functions = {name: found[name]() for name in names}
+        if names is asked and (missing := _missing(functions[asked[0]], sys.argv[2:])):
+            sys.exit(f"tsfm: {asked[0]} needs {' and '.join(missing)}; all options: python -m tsfm {asked[0]} --help")
+        fire.Fire({name: _as_said(function) for name, function in functions.items()}, name="tsfm")
     except (ValueError, OSError) as error:
         sys.exit(f"tsfm: {error}")
 

@@ -18,6 +18,9 @@ OWN = ("tsfm", "tsfm_tools")
 
 LOG = "run.log"
 
+FOR_THE_LOG = {"for_the_log": True}
+"""``extra`` of a record of this package about which a user can do nothing: it goes to the log alone."""
+
 
 def quiet(output_dir: str | os.PathLike) -> None:
     """A bundle's ``initialize`` calls this: the screen for people, ``run.log`` in `output_dir` for everything.
@@ -52,8 +55,9 @@ def quiet(output_dir: str | os.PathLike) -> None:
 
 
 def is_for_the_screen(record: logging.LogRecord) -> bool:
-    """Whether a record is one of this package's, or says that something failed."""
-    return record.name.split(".")[0] in OWN or record.levelno >= logging.ERROR
+    """Whether a record is one of this package's, and not for the log alone, or says that something failed."""
+    own = record.name.split(".")[0] in OWN and not getattr(record, "for_the_log", False)
+    return own or record.levelno >= logging.ERROR
 
 
 def is_warning(record: logging.LogRecord) -> bool:

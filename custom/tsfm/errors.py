@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from types import FrameType, TracebackType
+from typing import Any
 
 from .options import check_options
 
@@ -29,6 +31,12 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two records of settings, for a message: ``epochs: was 1, is 2``; empty where nothing does."""
+    pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
+    return "; ".join(f"{key}: was {old}, is {new}" for key, (old, new) in pairs.items() if old != new)
 
 
 def first_cause(error: BaseException) -> BaseException:
@@ -74,16 +82,30 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
     if isinstance(cause, KeyboardInterrupt):
         by = f" by {signal.Signals(cause.number).name}" if isinstance(cause, Stopped) else ""
         print(
-            f"\nInterrupted{by}. The same command goes on after the last epoch or case that was finished.",
+            f"\nInterrupted{by}. What was finished is kept. The same command goes on after the last epoch, fold or run that was "
+            "finished; inference does with --existing skip.",
             file=sys.stderr,
             flush=True,
         )
         if isinstance(cause, Stopped):
             sys.exit(128 + cause.number)  # as a shell counts; for SIGINT Python itself does so
         return
-    if type(cause).__module__.split(".")[0] == OWN_MODULE:  # an error made for the user: the way to it says nothing
+    if _is_said_here(cause) or type(cause).__module__.split(".")[0] == OWN_MODULE:  # the way to it says nothing
         print(f"\nThis run stopped because of\n{type(cause).__name__}: {cause}", file=sys.stderr, flush=True)
         return
     sys.__excepthook__(kind, error, trace)
     if cause is not error:
         print(f"\nThis run stopped because of\n{type(cause).__name__}: {cause}", file=sys.stderr, flush=True)
+
+
+def _is_said_here(error: BaseException) -> bool:
+    """Whether an OSError was raised by this package in words of its own: it has no number of the system's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return (
+        isinstance(error, OSError)
+        and error.errno is None
+        and place.split(".")[0] in (OWN_MODULE, f"{OWN_MODULE}_tools")
+    )

@@ -26,6 +26,10 @@ ASKS = os.name != "nt"
 """Whether a signal 0 asks if a process lives; on Windows it is a Ctrl-C."""
 
 
+class FullDisk(OSError):
+    """A disk or quota that is full, with the path, what was written and what is free."""
+
+
 def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: str = "") -> None:
     """Call ``write(temporary)`` and move the result to `path`; on any failure nothing is left and `path` is as before.
 
@@ -33,7 +37,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: 
     look at it.
 
     Raises:
-        OSError: the folder cannot be written or its disk is full, with the path, what was written and what is free.
+        OSError: the folder cannot be written; FullDisk: its disk is full.
     """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
@@ -46,7 +50,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: 
         written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
         Path(temporary).unlink(missing_ok=True)
         if is_full(error):
-            raise OSError(errno.ENOSPC, full_message(path, written)) from error
+            raise FullDisk(errno.ENOSPC, full_message(path, written)) from error
         raise
 
 
@@ -145,11 +149,11 @@ def is_abandoned(path: str | os.PathLike) -> bool:
 
 
 def sweep(folder: str | os.PathLike) -> None:
-    """Remove the files that `atomic_write` left unfinished in `folder` when its process was killed."""
+    """Remove what was left unfinished in `folder`, under a `scratch_name`, when its process was killed."""
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
         if name.startswith(".") and PARTIAL in name and is_abandoned(path):
-            Path(path).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
 
 
 def check_writable(folder: str | os.PathLike, option: str) -> None:
@@ -163,12 +167,14 @@ def check_writable(folder: str | os.PathLike, option: str) -> None:
         nearest = os.path.dirname(nearest)
     trial = os.path.join(nearest, f".{scratch_name()}{PARTIAL}")
     try:
-        Path(trial).touch()
-        os.remove(trial)
+        Path(trial).write_bytes(bytes(4096))  # a full disk still takes names
     except OSError as error:
         raise OSError(
             f"{os.path.abspath(folder)} cannot be written ({error.strerror or error}); choose another folder ({option})"
         ) from None
+    finally:
+        with suppress(OSError):
+            os.remove(trial)
 
 
 def _alive(pid: int) -> bool:

@@ -62,6 +62,9 @@ class LabelTable:
         self._check_targets()
         self._build_codes()
 
+    advice = 'Add them to its "labels", or in a pool file name them under "ignore", or set "others": "background".'
+    """What to do about ids that a data set does not list; where labels are declared elsewhere, a pool says so here."""
+
     # ---- targets and their tree -------------------------------------------------------------------------------
 
     def entry(self, name: str) -> dict[str, Any]:
@@ -203,10 +206,11 @@ class LabelTable:
             lookup = None
         unknown = {int(value): int(counts[value]) for value in found.tolist() if value not in ids}
         if unknown and self._rules(dataset)["others"] != "background":
+            shown, rest = dict(list(unknown.items())[:8]), len(unknown) - 8
+            more = f" and {rest} more (an image in place of a label map?)" if rest > 0 else ""
             raise LabelError(
-                f"{source or 'label map'}: holds the ids {unknown} (id: voxels), which the label table of data set "
-                f"'{dataset}' does not list; it lists {list(ids)}. Add them to its \"labels\", name them under "
-                '"ignore", or set "others": "background".'
+                f"{source or 'label map'}: holds the ids {shown}{more} (id: voxels), which the label table of data set "
+                f"'{dataset}' does not list; it lists {list(ids)}. {self.advice}"
             )
         local = {value: (0 if value in unknown else ids.index(value)) for value in found.tolist()}
         if lookup is not None:
@@ -221,16 +225,11 @@ class LabelTable:
             rules = self._datasets[name]
             labels = {str(raw): list(names) for raw, names in rules["labels"].items()}
             entry: dict[str, Any] = {"name": name, "labels": labels}
-            if rules["ignore"]:
-                entry["ignore"] = list(rules["ignore"])
-            if rules["others"]:
-                entry["others"] = rules["others"]
+            entry |= {"ignore": list(rules["ignore"])} if rules["ignore"] else {}
+            entry |= {"others": rules["others"]} if rules["others"] else {}
             datasets.append(entry)
-        targets = {
-            name: {key: value for key, value in entry.items() if key != "_desc_"}
-            for name, entry in self._entries.items()
-        }
-        return {"targets": targets, "datasets": datasets}
+        plain = {name: {k: v for k, v in entry.items() if k != "_desc_"} for name, entry in self._entries.items()}
+        return {"targets": plain, "datasets": datasets}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> LabelTable:

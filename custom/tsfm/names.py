@@ -108,6 +108,11 @@ def modality_name(text: str, source: str = "") -> str:
     raise FileError(f"{where}modality {text!r} is unknown{nearby}; known: {list(MODALITY_WORDS)}")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: ``1 case``, ``2 cases``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def unknown_names(names: Iterable[str], known: Iterable[str]) -> str:
     """The names that are not `known`, each with the nearest known one; empty where there are none."""
     known = list(known)

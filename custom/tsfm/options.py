@@ -58,9 +58,10 @@ KINDS["options"] = _kind(
     "object",
     "an object of ids",
     properties={
-        **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval", "parts"), COUNT),
+        **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval", "parts", "sw_batch_size"), COUNT),
         "batch_size": _kind(["int", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
-        **dict.fromkeys(("seed", "warmup_epochs", "part"), INDEX),
+        **dict.fromkeys(("seed", "part"), INDEX),
+        "warmup_epochs": _kind(["int", "string"], "a whole number from 0, or auto (the schedule's own)", minimum=0, pattern=AUTO),
         "num_workers": _kind(
             ["int", "object"], "a whole number from 0", minimum=0, anyOf=[{"type": "int"}, {"required": ["_target_"]}]
         ),

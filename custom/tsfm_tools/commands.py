@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 
-def phantoms(output_dir: str, cases_per_dataset: int = 6, seed: int = 0, layouts: str = "demo") -> None:
+def phantoms(
+    output_dir: str,
+    cases_per_dataset: int | None = None,
+    seed: int = 0,
+    layouts: str = "demo",
+    size: Sequence[int] | None = None,
+) -> None:
     """Write a pool of CT-like and MR-like phantoms as NIfTI files in the layouts of the real data sets.
 
     Args:
         output_dir: folder for the data sets.
-        cases_per_dataset: cases of each.
+        cases_per_dataset: cases of each; by default 6 (all_ten: 1).
         seed: the same seed gives the same files.
-        layouts: "demo" (four data sets), "all_ten" (every layout of the paper's pool) or "downstream" (BraTS2020,
-            KiTS2019 and AbdomenCT-1K).
+        layouts: "demo" (four data sets), "all_ten" (every layout of the paper's pool), "downstream" (BraTS2020,
+            KiTS2019 and AbdomenCT-1K) or one of "brats2020", "kits19", "abdomenct1k".
+        size: about how many voxels a case has along (S, P, L); by default what suits the layout.
     """
     from .phantoms import layouts as writers
 
+    cases = cases_per_dataset or (1 if layouts == "all_ten" else 6)
+    given = {"seed": seed} | ({"size": tuple(size)} if size else {})
+    downstream = {name: getattr(writers, f"write_{name}") for name in ("brats2020", "kits19", "abdomenct1k")}
     if layouts == "demo":
-        writers.write_pool(output_dir, cases_per_dataset=cases_per_dataset, seed=seed)
+        writers.write_pool(output_dir, cases, **given)
     elif layouts == "all_ten":
-        writers.write_all_ten(output_dir)
-    elif layouts == "downstream":
-        writers.write_brats2020(output_dir, cases=cases_per_dataset, seed=seed)
-        writers.write_kits19(output_dir, cases=cases_per_dataset, seed=seed)
-        writers.write_abdomenct1k(output_dir, cases=cases_per_dataset, seed=seed)
+        writers.write_all_ten(output_dir, cases, **given)
+    elif layouts == "downstream" or layouts in downstream:
+        for name in downstream if layouts == "downstream" else [layouts]:
+            downstream[name](output_dir, cases, **given)
     else:
-        raise ValueError(f"layouts is {layouts!r}; expected 'demo', 'all_ten' or 'downstream'")
+        raise ValueError(f"layouts is {layouts!r}; expected one of {['demo', 'all_ten', 'downstream', *downstream]}")
     print(f"phantoms written below {os.path.abspath(output_dir)}")
 
 

@@ -43,8 +43,10 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
     checkpoint = out / "pretrain/model.pt"
     screen = Narrator(out / "demo.log")
 
+    made = 'python -m tsfm phantoms --output_dir {} --cases_per_dataset {} --size "{}" --seed {} --layouts {}'
     screen.step("Phantoms: a pool of four data sets, each with its own ids, voxels and targets, and a new data set",
-                f"python -m tsfm phantoms --output_dir {pool_data} --cases_per_dataset {POOL_CASES}")  # fmt: skip
+                made.format(pool_data, POOL_CASES, SIZE, seed, "demo"))  # fmt: skip
+    screen.say(f"$ {made.format(new_data, DOWNSTREAM_CASES, SIZE, seed + 1, 'kits19')}")
     if not (new_data / "done").exists():
         phantoms.write_pool(str(pool_data), POOL_CASES, SIZE, seed)
         phantoms.write_kits19(str(new_data), DOWNSTREAM_CASES, SIZE, seed + 1)
@@ -69,7 +71,8 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
 
     screen.step("Transfer to the new data set, pretrained and from scratch (the paper's Table 2, in small)",
                 f"python -m tsfm transfer_table --pretrained {checkpoint} --dataset_dir {new_data} "
-                f"--output_dir {out / 'transfer'} --epochs \"{list(EPOCHS)}\" --overlays \"{OVERLAYS}\"")  # fmt: skip
+                f"--output_dir {out / 'transfer'} --bundle_dir {finetune} --epochs \"{list(EPOCHS)}\" "
+                f"--overlays \"{OVERLAYS}\" --name \"kits19 phantoms\" --seeds \"[{seed}]\"")  # fmt: skip
     with screen.quiet():
         table = transfer_table(
             str(checkpoint), str(new_data), str(out / "transfer"), str(finetune), EPOCHS, overlays=OVERLAYS,

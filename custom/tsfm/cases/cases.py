@@ -122,14 +122,16 @@ def check_image(image, preparation: Preparation, modality: str, source: str) -> 
     """
     if len(image) != preparation.in_channels:
         raise CaseError(
-            f"{source}: {len(image)} channel(s), expected {preparation.in_channels}: give one 3D file per "
-            "channel, one 4D file with the channels last, or set in_channels"
+            f"{source}: {len(image)} channel(s), expected {preparation.in_channels}, as the weights or the first case have: "
+            "give one 3D file per channel, or one 4D file with the channels last; of a series over time a single volume"
         )
     limits = [(float(channel.min()), float(channel.max())) for channel in image]
     lowest, highest = min(low for low, _ in limits), max(high for _, high in limits)
     if not np.isfinite(limits).all():
         count = int(np.count_nonzero(~np.isfinite(np.asarray(image))))
-        raise CaseError(f"{source}: {count} voxels are NaN or infinite, expected finite intensities: repair the file")
+        raise CaseError(
+            f"{source}: {count} voxels are NaN or infinite (in 32 bits), expected finite intensities: repair the file"
+        )
     if lowest == highest == 0:
         raise CaseError(f"{source}: every voxel is zero, so there is nothing to see; leave the case out or replace it")
     for channel, (low, high) in enumerate(limits):

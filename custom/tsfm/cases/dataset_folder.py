@@ -16,13 +16,17 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ..names import case_names, modality_name, unknown_names
+from ..labels import LabelTable, as_table
+from ..names import case_names, counted, modality_name, plain_name, plain_names, unknown_names
 from ..schema import read_json
-from .folders import PoolError, paths_of, stem
+from .folders import SUFFIXES, PoolError, paths_of, stem
 
 logger = logging.getLogger(__name__)
+
+IGNORE = "ignore"  # nnU-Net's name of the label whose voxels enter no loss
 
 
 def check_entry(source: str, entry: Mapping[str, Any]) -> None:
@@ -65,7 +69,7 @@ def read_dataset(
     Raises:
         PoolError: a folder that is not there, files that are missing, no case.
     """
-    folder = os.path.join(dataset_dir, entry.get("folder", ""))
+    folder = os.fspath(Path(dataset_dir, entry.get("folder", "")))
     if recorded is not None:
         pairs = [(case, files["image"], files["label"]) for case, files in recorded.items()]
     elif not os.path.isdir(folder):
@@ -78,9 +82,11 @@ def read_dataset(
     if unknown and recorded is None:
         raise PoolError(f'{folder}: "exclude" names cases that are not there: {unknown}')
     items, absent, unlabelled = [], [], 0
+    labels = {os.path.normpath(path) for *_, label in pairs for path in paths_of(label)}
     skips = entry.get("unlabelled") == "skip"
     for case, image, label in sorted(pairs, key=lambda pair: pair[0]):
-        if case in excluded:
+        # in one folder "{case}.nii.gz" fits the labels of "{case}_seg.nii.gz", too
+        if case in excluded or os.path.normpath(paths_of(image)[0]) in labels:
             continue
         paths = [*paths_of(image), *paths_of(label)]
         if recorded is None and skips and not any(os.path.isfile(path) for path in paths_of(label)):
@@ -94,9 +100,9 @@ def read_dataset(
         shown = "\n    ".join(absent[:10])
         raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
     if recorded is None and entry.get("format") != "msd":
-        _warn_of_lone_labels(folder, entry, pairs)
+        _warn_of_unused_files(folder, entry, pairs)
     if unlabelled:
-        logger.info("%s: %d cases without a label file are left out", entry["name"], unlabelled)
+        logger.info("%s: left out without a label file: %s", entry["name"], counted(unlabelled, "case"))
     if not items:
         raise PoolError(f"folder {folder} holds no case in the layout {_layout(entry)}")
     return items
@@ -106,10 +112,61 @@ def declared_licence(dataset_dir: str, entry: Mapping[str, Any]) -> str | Mappin
     """A data set's licence as the pool file declares it, else as its own ``dataset.json`` does, else None."""
     if entry.get("licence"):
         return entry["licence"]
-    path = os.path.join(dataset_dir, entry.get("folder", ""), "dataset.json")
+    path = os.fspath(Path(dataset_dir, entry.get("folder", ""), "dataset.json"))
     content = read_json(path, error=PoolError) if os.path.isfile(path) else {}
     found = (content.get("licence") or content.get("license")) if isinstance(content, Mapping) else None
     return found if isinstance(found, str) else None
+
+
+def label_table(path: str) -> LabelTable:
+    """The label table of a pool file, or of a ``dataset.json`` (MSD, nnU-Net), whose labels are the targets."""
+    content = read_json(path)
+    if not isinstance(content, Mapping) or "labels" not in content or "targets" in content:
+        return as_table(path)
+    labels, targets, ignored = declared_labels(content, path)
+    name = plain_name(os.path.basename(os.path.dirname(os.path.abspath(path)))) or "data"
+    table = LabelTable(targets, [{"name": name, "labels": labels, "ignore": ignored}])
+    table.advice = f'Name them in "labels" of {path}.'
+    return table
+
+
+def declared_labels(content: Mapping[str, Any], path: str) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+    """(raw id -> target or targets, targets with their tree, ids to ignore).
+
+    MSD has ``{"1": name}``, nnU-Net ``{name: 1}`` or, for regions, ``{name: [1, 2]}``: an id then belongs to every region
+    that lists it, and a region lies inside the smallest one that holds all its ids.
+    """
+    labels = content.get("labels")
+    if not isinstance(labels, Mapping) or not labels:
+        raise PoolError(f'{path} has no "labels"')
+    if all(str(key).isdigit() for key in labels):
+        plain = plain_names({raw: name for raw, name in labels.items() if int(raw) != 0}, path)
+        named: dict[str, list[int]] = {}
+        for raw, name in plain.items():
+            named.setdefault(name, []).append(int(raw))
+    else:
+        ids = {name: value if isinstance(value, list | tuple) else [value] for name, value in labels.items()}
+        if not all(isinstance(raw, int) for values in ids.values() for raw in values):
+            raise PoolError(
+                f'{path}: "labels" is {dict(labels)}; expected {{"0": "background", "1": name, ...}}, or nnU-Net\'s '
+                '{"background": 0, name: 1, ...} with a list of ids for a region'
+            )
+        ids = {name: list(values) for name, values in ids.items() if list(values) != [0]}
+        plain = plain_names({name: name for name in ids}, path)
+        named = {plain[name]: values for name, values in ids.items()}
+    ignored = named.pop(IGNORE, [])
+    order = content.get("regions_class_order")
+    if order is not None and len(order) != len(named):
+        raise PoolError(f'{path}: "regions_class_order" is {order}; expected one entry for each of {list(named)}')
+    by_id = {raw: [name for name, ids in named.items() if raw in ids] for ids in named.values() for raw in ids}
+    label_ids = {str(raw): names[0] if len(names) == 1 else names for raw, names in sorted(by_id.items())}
+    return label_ids, {name: _relation(name, named) for name in named}, ignored
+
+
+def _relation(name: str, named: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    own = set(named[name])
+    around = [other for other, ids in named.items() if own < set(ids)]
+    return {"inside": min(around, key=lambda other: len(named[other]))} if around else {}
 
 
 def _msd_pairs(folder: str) -> list[tuple[str, Any, str]]:
@@ -118,6 +175,10 @@ def _msd_pairs(folder: str) -> list[tuple[str, Any, str]]:
         [[os.path.normpath(os.path.join(folder, one)) for one in paths_of(entry[key])] for key in ("image", "label")]
         for entry in declared.get("training", [])
     ]
+    sidecars = [images[0] for images, _ in listed if os.path.basename(images[0]).startswith("._")]
+    if sidecars:
+        logger.warning("%d files of macOS, %s for one, are no images and left out", len(sidecars), sidecars[0])
+        listed = [pair for pair in listed if pair[0][0] not in sidecars]
     firsts = [images[0] for images, _ in listed]
     names = case_names([stem(first) for first in firsts], [os.path.relpath(first, folder) for first in firsts])
     return [
@@ -143,19 +204,28 @@ def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any
     return pairs
 
 
-def _warn_of_lone_labels(folder: str, entry: Mapping[str, Any], pairs: Sequence[tuple[str, Any, Any]]) -> None:
-    """Name the label files that belong to no image; patterns that a single label file cannot answer are not looked at."""
-    pattern = entry["label"]
-    if "{case}" not in pattern or "{structure}" in pattern or "*" in pattern:
-        return
+def _warn_of_unused_files(folder: str, entry: Mapping[str, Any], pairs: Sequence[tuple[str, Any, Any]]) -> None:
+    """Name the images beside the cases' own, and the label files of no image, that nothing uses; patterns whose folder or
+    label file is not one are not looked at."""
     known = {os.path.normpath(path) for _, image, label in pairs for path in (*paths_of(image), *paths_of(label))}
-    lone = [path for path in map(os.path.normpath, _match(folder, pattern).values()) if path not in known]
-    if lone:
-        more = f" and {len(lone) - 10} more" if len(lone) > 10 else ""
-        logger.warning(
-            "%s: labels without an image (%s) are not used: %s%s", entry["name"],
-            " + ".join(paths_of(entry["image"])), ", ".join(lone[:10]), more,
-        )  # fmt: skip
+    folders = {os.path.dirname(pattern) for pattern in paths_of(entry["image"])}
+    fixed = [os.path.join(folder, one) for one in sorted(folders) if "{" not in one and "*" not in one]
+    beside = [
+        os.path.join(one, name) for one in fixed for name in sorted(os.listdir(one) if os.path.isdir(one) else ())
+    ]
+    images = [path for path in beside if path.lower().endswith(SUFFIXES) and not os.path.basename(path).startswith(".")]
+    pattern, labels = entry["label"], {}
+    if "{case}" in pattern and "{structure}" not in pattern and "*" not in pattern:
+        labels = _match(folder, pattern)
+    named = " + ".join(paths_of(entry["image"]))
+    for what, paths in (("labels without an image", labels.values()), ("images of other names", images)):
+        lone = [path for path in map(os.path.normpath, paths) if path not in known]
+        if lone:
+            more = f" and {len(lone) - 10} more" if len(lone) > 10 else ""
+            logger.warning(
+                "%s: %s (%s) are not used: %s%s", entry["name"], what, named, ", ".join(lone[:10]), more
+            )  # fmt: skip
+            known.update(lone)
 
 
 def _match(folder: str, pattern: str) -> dict[str, str]:

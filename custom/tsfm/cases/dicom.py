@@ -89,9 +89,9 @@ def _slices(folder: str) -> list[dict]:
         names = {one: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, one) for one in series}
     if len(series) != 1:
         listed = ", ".join(f"{one} ({len(files)} files)" for one, files in names.items()) or "none"
+        advice = "give each a folder of its own" if series else "its DICOM files hold no images"
         raise CaseError(
-            f"{folder}: {len(series)} DICOM series: {listed}; expected a folder that holds exactly one: give each a "
-            "folder of its own"
+            f"{folder}: {len(series)} DICOM series: {listed}; expected a folder that holds exactly one: {advice}"
         )
     return [_information(sitk, name) for name in names[series[0]]]
 

@@ -28,12 +28,18 @@ OUTPUTS = {
 }
 """What a run can write of a case (``--save``), and what follows the case's name in the name of its file."""
 
+REPORT = "report.json"
+"""In a folder of results: what is known of each case."""
+
 EXISTING = ("error", "skip", "overwrite")
 
 NIFTI = (".nii.gz", ".nii")
 
 SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
 """Endings of files that the reader takes; DICOM is told by its content."""
+
+UNREAD = (".img", ".hdr", ".mgz", ".mgh", ".mnc", ".gipl", ".nii.bz2", ".nii.zst", ".nii.xz", ".nii.zip")
+"""Endings of images that are named where they are left out: the reader does not take them."""
 
 DICOM = (".dcm", ".ima")
 
@@ -69,7 +75,8 @@ def find_images(
 
     Args:
         source: an image file, a DICOM folder, a folder (searched with its subfolders), a pattern with ``*``, a JSON
-            datalist (paths are relative to it), or a list of such things or of items.
+            datalist (paths are relative to it), or a list of such things or of items. In folders and patterns the results
+            of earlier runs, by their ``report.json``, are no images.
         output_dir: where results will be written; with it, those that are already there are looked for. Where it lies
             inside of `source`, it is not searched for images.
         existing: what to do with cases whose result is there: "error", "skip" them (once all of `save` is there), or
@@ -122,6 +129,13 @@ def find_images(
             f"{len(done)} of {len(items)} results are already in {output_dir}, for example {done[0]['case']}: set "
             '"existing" to "skip" to keep them and do the rest, or to "overwrite"'
         )
+    if done:
+        logger.info(
+            "%d of %d results are in %s and stay, whatever weights and options made them",
+            len(done),
+            len(items),
+            output_dir,
+        )
     return [item for item in items if item not in done]
 
 
@@ -173,7 +187,10 @@ def _items(source: Any, output_dir: str | os.PathLike | None = None) -> list[dic
     searched = os.path.dirname(re.split(r"[*?[]", path)[0]) or "."
     if output_dir is not None and os.path.realpath(output_dir) != os.path.realpath(searched):
         found = [one for one in found if not (_lies_in(one, output_dir) and _lies_in(output_dir, searched))]
-    return [item for one in found for item in _items(one, output_dir)]
+    results = {folder: _results(folder) for folder in {os.path.dirname(one) for one in found}}
+    found = [one for one in found if os.path.basename(one) not in results[os.path.dirname(one)]]
+    items = [item for one in found for item in _items(one, output_dir)]
+    return list({str(item["image"]): item for item in items}.values())  # "**/*" finds a folder and what is in it
 
 
 def _lies_in(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
@@ -200,14 +217,30 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
         links = {name: os.path.islink(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
         # links last: a folder goes by its own name, if it has one here
         folders[:] = sorted(links, key=lambda name: (links[name], name))
-        visible = sorted(name for name in files if not name.startswith("."))
+        results = _results(parent) if REPORT in files else set()
+        visible = sorted(name for name in files if not name.startswith(".") and name not in results)
         images = [os.path.join(parent, name) for name in visible if name.lower().endswith(SUFFIXES)]
         others = [os.path.join(parent, name) for name in visible if not name.lower().endswith(SUFFIXES)]
+        unread = [path for path in others if path.lower().endswith(UNREAD)]
+        if unread:
+            logger.warning(
+                "%d files in %s are left out, for example %s: such files are not read, convert them to NIfTI",
+                len(unread), parent, os.path.basename(unread[0]),
+            )  # fmt: skip
         series = any(_is_dicom(path) for path in others)
         if images and series:
             logger.warning("%s holds image files and a DICOM series: both are segmented", parent)
         found += images + [parent] * series
     return found + closed
+
+
+def _results(folder: str) -> set[str]:
+    """Names of the files that an inference writes into a folder, by its report."""
+    try:
+        cases = read_json(os.path.join(folder, REPORT))["cases"]
+    except (OSError, ValueError, TypeError, KeyError):  # none, or another file of this name
+        return set()
+    return {REPORT, *(f"{case}{ending}" for case in cases for ending in OUTPUTS.values())}
 
 
 def _is_dicom(path: str) -> bool:
@@ -246,7 +279,7 @@ def _from_datalist(path: str) -> list[dict[str, Any]]:
             raise FileError(f'{path}: entry {number} has no "image"; it has {list(item)}')
         image = item["image"]
         several = isinstance(image, (list, tuple))
-        item["image"] = [os.path.join(base, one) for one in image] if several else os.path.join(base, image)
+        item["image"] = [os.fspath(Path(base, one)) for one in image] if several else os.fspath(Path(base, image))
         items.append(item)
     return items
 

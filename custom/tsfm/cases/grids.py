@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from nibabel.orientations import inv_ornt_aff, io_orientation
+from nibabel.orientations import aff2axcodes, inv_ornt_aff, io_orientation
 
 from ..errors import CaseError, CaseWarning
 
@@ -42,12 +42,15 @@ def grid_distance_mm(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]
     return float(np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max())
 
 
+def shown_grid(shape: Sequence[int], affine: np.ndarray) -> str:
+    """A shape with the directions of its axes, as messages say it: ``(40, 64, 64) along (S, P, L)``."""
+    return f"{tuple(map(int, shape))} along ({', '.join(map(str, aff2axcodes(affine)))})"
+
+
 def grid_difference(shape: Sequence[int], affine, other_shape: Sequence[int], other_affine) -> str:
     """What differs between two grids, in words; empty when they are the same by the rule of `SAME_GRID`."""
     if tuple(shape) != tuple(other_shape):
-        return f"shape {tuple(shape)} against {tuple(other_shape)}"
-    if affine is None or other_affine is None:
-        return ""
+        return f"shape {shown_grid(shape, affine)} against {shown_grid(other_shape, other_affine)}"
     apart = grid_distance_mm(affine, other_affine, shape)
     return f"affines put a corner {apart:.3g} mm apart" if apart > SAME_GRID * min(spacing_of(affine)) else ""
 

@@ -110,26 +110,28 @@ def check_weights(source: Any, description: Mapping[str, Any], use: str, without
     licences = inherited_licences(description)
     if not all(permits(one, use) for one in licences.values()):
         raise PoolError(
-            f"{source}: these weights are not known to permit {use} use: {weights_terms(licences)} Give others, or train "
+            f"{source}: these weights are not known to permit {use} use. {weights_terms(licences)} Give others, or train "
             f"from nothing ({without})"
         )
 
 
 def weights_terms(licences: Mapping[str, Mapping[str, Any]]) -> str:
-    """What weights that saw these data sets inherit from them, in one sentence."""
-    groups = {
-        "exclude commercial use": [name for name, one in licences.items() if one["commercial"] is False],
-        "say nothing that is known here about commercial use": [
-            name for name, one in licences.items() if one["commercial"] is None
-        ],
-        "ask for the same licence (share-alike)": [name for name, one in licences.items() if one["share_alike"]],
-    }
-    found = [f"{', '.join(names)} {text}" for text, names in groups.items() if names]
+    """What weights that saw these data sets inherit from them, in a sentence or two."""
     if not licences:
         return "The data sets of these weights, and so their licences, are not known."
-    return (
-        "; ".join(found) + "." if found else "All data sets permit commercial use and none asks for the same licence."
-    )
+    groups = {
+        "commercial use is excluded by": [name for name, one in licences.items() if one["commercial"] is False],
+        "commercial use is not known to be permitted by": [
+            name for name, one in licences.items() if one["commercial"] is None
+        ],
+        "the same licence (share-alike) is asked for by": [
+            name for name, one in licences.items() if one["share_alike"]
+        ],
+    }
+    found = "; ".join(f"{what} {', '.join(names)}" for what, names in groups.items() if names)
+    if not found:
+        return "All data sets permit commercial use and none asks for the same licence."
+    return f"{found[0].upper()}{found[1:]}."
 
 
 def licence_list(licences: Mapping[str, Mapping[str, Any]]) -> str:

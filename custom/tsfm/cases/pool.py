@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..labels import LabelError, LabelTable
-from ..names import case_names, modality_name, unknown_names
+from ..labels import RELATIONS, LabelError, LabelTable
+from ..names import case_names, counted, modality_name, unknown_names
 from ..schema import check, nearest, read_json
 from .dataset_folder import check_entry, declared_licence, read_dataset
 from .folders import PoolError, paths_of, stem
@@ -45,6 +45,7 @@ class DatasetPool:
         licence: "commercial" leaves out data sets whose licence does not permit commercial use or is not known to,
             "permissive" those that ask for the same licence (share-alike) too; "any" leaves out none.
         splits_file: JSON ``{data set: [{"train": [case, ...], "val": [...]}, ...]}`` in place of drawn folds.
+        source, labels_in: how messages call what was declared, and where its labels were, if not in a pool file.
 
     Raises:
         PoolError: unknown fields or formats at once; missing folders and files when the cases are first needed.
@@ -60,14 +61,21 @@ class DatasetPool:
         splits_file: str | None = None,
         kept_in: str | os.PathLike | None = None,
         licence: str = "any",
+        source: str | None = None,
+        labels_in: str | None = None,
     ) -> None:
-        self.source, declared = _read_pool(pool_file)
+        self.source, declared = _read_pool(pool_file, source)
         self.dataset_dir = os.path.abspath(os.path.expanduser(os.fspath(dataset_dir)))
         self.allow_missing, self.folds, self.kept_in = allow_missing, folds, kept_in
         try:
             self.table = LabelTable(declared["targets"], declared["datasets"])
         except LabelError as error:
             raise LabelError(f"{self.source}: {error}") from None
+        self.labels_in = labels_in or f'"labels" in {self.source}'
+        if labels_in:
+            self.table.advice = (
+                f"Name them in {labels_in}, or leave ids out by a pool file (--pool_file, docs/datasets.md)."
+            )
         self.entries = {entry["name"]: with_recorded_licence(kept_in, entry) for entry in declared["datasets"]}
         chosen = [datasets] if isinstance(datasets, str) else list(datasets or self.entries)
         unknown = unknown_names(chosen, self.entries)
@@ -128,7 +136,7 @@ class DatasetPool:
                 "are there (--allow_missing True)."
             )
         if missing:
-            logger.warning("going on without %d data sets:\n%s", len(missing), listing)
+            logger.warning("going on without %s:\n%s", counted(len(missing), "data set"), listing)
         cases = [item for items in found.values() for item in items]
         if not self.entries:
             raise PoolError(
@@ -250,7 +258,8 @@ class DatasetPool:
         """The summary as text for a terminal."""
         summary = self.summary()
         lines = [
-            f"{self.source}: {summary['cases']} cases in {len(summary['datasets'])} data sets below {self.dataset_dir}",
+            f"{self.source}: {counted(summary['cases'], 'case')} in {counted(len(summary['datasets']), 'data set')} below "
+            f"{self.dataset_dir}",
             "",
         ]
         lines.append(f"{'data set':<24}{'cases':>6}  {'modality':<16}{'share':>6}  labels")
@@ -258,16 +267,10 @@ class DatasetPool:
             modalities = ", ".join(f"{count} {modality}" for modality, count in entry["modalities"].items())
             labels = ", ".join(f"{raw} {target}" for raw, target in entry["labels"].items() if raw != "0")
             lines.append(f"{name:<24}{entry['cases']:>6}  {modalities:<16}{entry['sampling_share']:>6.3f}  {labels}")
-        lines += ["", f"{len(self.table.names)} targets, annotated in:"]
+        lines += ["", f"{counted(len(self.table.names), 'target')}, annotated in:"]
         for value, (target, where) in enumerate(summary["targets"].items(), start=1):
-            relation = next(
-                (
-                    f" ({key} {self.table.parent(target)})"
-                    for key in ("part_of", "inside")
-                    if key in self.table.entry(target)
-                ),
-                "",
-            )
+            kinds = [key for key in RELATIONS if key in self.table.entry(target)]
+            relation = f" ({kinds[0]} {self.table.parent(target)})" if kinds else ""
             lines.append(f"{value:>4} {target + relation:<48}{', '.join(where) or '-'}")
         licences = {name: entry["licence"] for name, entry in summary["datasets"].items()}
         if licences:
@@ -323,10 +326,10 @@ def is_bare(items: Sequence[Mapping[str, Any]]) -> bool:
     return any("dataset" not in item for item in items)
 
 
-def _read_pool(pool_file: str | os.PathLike | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def _read_pool(pool_file: str | os.PathLike | Mapping[str, Any], source: str | None) -> tuple[str, Mapping[str, Any]]:
     """(how messages call it, its checked content)."""
     is_path = isinstance(pool_file, str | os.PathLike)
-    source = os.path.basename(os.fspath(pool_file)) if is_path else "the pool declaration"
+    source = source or (os.path.basename(os.fspath(pool_file)) if is_path else "the pool declaration")
     declared = read_json(pool_file, error=PoolError) if is_path else pool_file
     check(declared, "pool", source, PoolError)
     return source, declared

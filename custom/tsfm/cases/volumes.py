@@ -24,6 +24,7 @@ from .grids import (
     check_body,
     grid_difference,
     grid_distance_mm,
+    shown_grid,
     spacing_of,
     turn_array,
     turn_grid,
@@ -116,7 +117,7 @@ def as_whole_numbers(array: np.ndarray, source: str = "label map") -> np.ndarray
         apart = f", {abs(example - round(example)):.2g} beside {round(example)}" if np.isfinite(example) else ""
         raise CaseError(
             f"{source}: {int(wrong.sum())} voxels are not whole (no whole number: {example!r}{apart}); a label map holds "
-            "ids: resample it with nearest neighbor, and save it as integers"
+            "ids: resample it with nearest neighbor and save it as integers, or pair the right file"
         )
     return whole
 
@@ -126,8 +127,9 @@ def check_same_grid(first: RawVolume, second: RawVolume, what: str) -> None:
     shape, other = first.array.shape[1:], second.array.shape[1:]
     if shape != other:
         raise CaseError(
-            f"{second.source}: shape {other}, but {first.source} has {shape}; {what} lie on different grids: resample "
-            "one onto the other, or pair the right files"
+            f"{second.source}: shape {shown_grid(other, second.affine)}, but {first.source} has "
+            f"{shown_grid(shape, first.affine)}; {what} lie on different grids: resample one onto the other, or pair the "
+            "right files"
         )
     apart, allowed = grid_distance_mm(first.affine, second.affine, shape), SAME_GRID * min(spacing_of(first.affine))
     if apart > allowed:

@@ -13,9 +13,11 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
 from ..cases.grids import spacing_of, upright_share
-from ..inference.prediction import CaseEvaluator, case_name
+from ..cases.raw_ids import from_raw_ids, raw_values
+from ..inference.prediction import CaseEvaluator, FailedCases, case_name
 from ..labels import LabelTable, as_table
-from .label_maps import load_map, load_truth, match_predictions
+from ..names import counted
+from .label_maps import label_maps_in, load_map, load_truth, match_predictions
 from .score_files import ScoreWriter
 from .scores import only_dataset, score_case
 from .tables import format_scores
@@ -93,8 +95,8 @@ class CaseScores:
         rows = [row for row in engine.failed if row["case"] not in known] if is_told else []
         self._writer.failed += [{"case": row["case"], "error": row["error"]} for row in rows]
         self.summary = self._writer.finish(parts[1:], engine.protocol if is_told else None)
-        cases, table = self.summary["cases"], format_scores(self.summary)
-        logger.info("Scores of %d cases in %s\n%s", cases, self.output_dir, table)
+        cases, table = counted(self.summary["cases"], "case"), format_scores(self.summary)
+        logger.info("Scores of %s in %s\n%s", cases, self.output_dir, table)
         if self._writer.failed and not is_told:
             raise RuntimeError(failure_text(self._writer.failed))
 
@@ -106,6 +108,7 @@ def evaluate_folder(
     output_dir: str | Path,
     dataset: str | None = None,
     tolerances_mm: Mapping[str, float] | float | None = None,
+    raw_ids: str | None = None,
 ) -> dict[str, Any]:
     """Score a folder of label maps against their truths; writes the files of `ScoreWriter`, returns the summary.
 
@@ -115,19 +118,27 @@ def evaluate_folder(
         labels: folder of label files, or pool items with ``label`` and, if they have them, ``case`` and ``dataset``.
         table: the label table, its dict, or the path of a pool.json.
         dataset: data set of items that name none (default: the table's only one).
+        raw_ids: the data set in whose own ids the predictions are; None where they are the table's values.
 
     Raises:
         FileNotFoundError: predictions that are missing, all named at once, before any case is scored.
-        ValueError: grids that differ, all named at once.
-        RuntimeError: at the end, when cases could not be scored; the others' results are written.
+        ValueError: grids that differ, all named at once; `raw_ids` that are no data set's.
+        FailedCases: at the end, when cases could not be scored; the others' results are written.
     """
     table = as_table(table)
+    if raw_ids is not None:
+        raw_values(table, raw_ids)  # a data set without ids is refused
     pairs = match_predictions(predictions, labels, dataset)
+    if others := sorted({*label_maps_in(predictions)} - {pair["prediction"] for pair in pairs}):
+        logger.warning("label maps without a truth, which are not scored: %d, for example %s", len(others), others[0])
     writer = ScoreWriter(output_dir, table)
     for pair in pairs:
         try:
             owner = pair["dataset"] or only_dataset(table)
             prediction, affine = load_map(pair["prediction"])
+            if raw_ids is not None:
+                table.encode(raw_ids, prediction, str(pair["prediction"]))  # refuses ids that mean nothing
+                prediction = from_raw_ids(prediction, table, raw_ids)
             truth, _ = load_truth(pair["label"], table, owner, (prediction, affine, str(pair["prediction"])))
             settings = {"tolerances_mm": tolerances_mm, "case": pair["case"]}
             writer.add(score_case(prediction, truth, table, owner, **_voxel(affine), **settings))
@@ -135,7 +146,7 @@ def evaluate_folder(
             writer.fail(pair["case"], error)
     summary = writer.finish()
     if writer.failed:
-        raise RuntimeError(failure_text(writer.failed))
+        raise FailedCases(failure_text(writer.failed))
     return summary
 
 
@@ -149,4 +160,6 @@ def _voxel(affine: np.ndarray) -> dict[str, Any]:
 
 def failure_text(failed: Sequence[Mapping[str, str]]) -> str:
     """One message that names every case that could not be scored."""
-    return f"{len(failed)} case(s) could not be scored: " + "; ".join(f"{f['case']}: {f['error']}" for f in failed)
+    return f"{counted(len(failed), 'case')} could not be scored: " + "; ".join(
+        f"{f['case']}: {f['error']}" for f in failed
+    )

@@ -58,9 +58,14 @@ def load_truth(
 
 
 def match_predictions(
-    predictions: str | Path, labels: str | Path | Sequence[Mapping[str, Any]], dataset: str | None = None
+    predictions: str | Path,
+    labels: str | Path | Sequence[Mapping[str, Any]],
+    dataset: str | None = None,
+    what: str = "prediction",
 ) -> list[dict[str, Any]]:
     """One ``{"case", "dataset", "label", "prediction"}`` per truth, in the truths' order, with grids compared.
+
+    `what` "image": the folder's files are images, perhaps of nnU-Net's names, of which the first channel is taken.
 
     Raises:
         FileNotFoundError: folders that are missing or empty; all cases without a prediction, named at once.
@@ -68,32 +73,38 @@ def match_predictions(
     """
     folder = Path(predictions)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of predictions")
+        raise FileNotFoundError(f"{folder}: no such folder of {what}s")
+    if isinstance(labels, (str, Path)) and Path(labels).is_dir() and folder.samefile(labels):
+        raise ValueError(f"{folder} is given for the {what}s and for the labels; a map compared with itself agrees")
     files: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.rglob("[!.]*") if p.name.lower().endswith(SUFFIXES)):
+    for path in label_maps_in(folder):
         name = stem(path)
-        for key in dict.fromkeys((ENDINGS.sub("", name), name)):
+        first = [name.removesuffix("_0000")] if what == "image" else []
+        for key in dict.fromkeys((ENDINGS.sub("", name), name, *first)):
             files.setdefault(key, []).append(path)
     pairs = _truths(labels, dataset)
     for pair in pairs:
         pair["found"] = _candidates(pair, files, folder)
     missing = [pair["case"] for pair in pairs if not pair["found"]]
     if missing:
-        raise FileNotFoundError(
-            f"{folder}: no prediction for {len(missing)} of {len(pairs)} cases: {', '.join(missing)}"
-        )
+        raise FileNotFoundError(f"{folder}: no {what} for {len(missing)} of {len(pairs)} cases: {', '.join(missing)}")
     several = [pair for pair in pairs if len(pair["found"]) > 1]
-    problems = [f"{pair['case']}: several predictions: {[str(path) for path in pair['found']]}" for pair in several]
+    problems = [f"{pair['case']}: several {what}s: {[str(path) for path in pair['found']]}" for pair in several]
     claimed: dict[Path, str] = {}
     for pair in pairs:
         pair["prediction"] = pair.pop("found")[0]
         if pair["prediction"] in claimed:
             problems.append(f"{pair['prediction']} fits two cases: {claimed[pair['prediction']]} and {pair['case']}")
         claimed[pair["prediction"]] = pair["case"]
-    problems = problems or [text for text in map(_header_difference, pairs) if text]
+    problems = problems or [f"{text} ({what} against truth)" for text in map(_header_difference, pairs) if text]
     if problems:
-        raise ValueError("predictions and truths do not fit:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{what}s and truths do not fit:\n  " + "\n  ".join(problems))
     return pairs
+
+
+def label_maps_in(folder: str | Path) -> list[Path]:
+    """The files of a folder and of those in it that could be label maps, sorted."""
+    return sorted(path for path in Path(folder).rglob("[!.]*") if path.name.lower().endswith(SUFFIXES))
 
 
 def _truths(labels: str | Path | Sequence[Mapping[str, Any]], dataset: str | None) -> list[dict[str, Any]]:
@@ -140,4 +151,4 @@ def _header_difference(pair: Mapping[str, Any]) -> str:
     here, there = (prediction.shape, prediction.affine), (truth.shape, truth.affine)
     turned = turn_grid(*there, turn_to(truth.affine, prediction.affine))
     difference = grid_difference(*here, *there) and grid_difference(*here, *turned)
-    return f"{pair['case']}: {difference} (prediction against truth)" if difference else ""
+    return f"{pair['case']}: {difference}" if difference else ""

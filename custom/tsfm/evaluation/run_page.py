@@ -21,8 +21,9 @@ from ignite import distributed as idist
 from ignite.engine import Engine, Events
 
 from ..files import atomic_write
+from ..names import counted
 from .pages import curve_png
-from .tables import load_rows
+from .tables import load_rows, score_notes
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def _in_words(rows: Sequence[Mapping[str, Any]]) -> str:
         if best
         else ""
     )
-    return f"{last['epoch']} epochs, last loss {last['loss']:.3f}{dice}."
+    return f"{counted(last['epoch'], 'epoch')}, last loss {last['loss']:.3f}{dice}."
 
 
 def _scores(folder: Path) -> list[tuple[str, str]]:
@@ -150,11 +151,12 @@ def _scores(folder: Path) -> list[tuple[str, str]]:
     for dataset, targets in summary["datasets"].items():
         for target, entry in targets.items():
             lesions = entry.get("lesions")
-            counted = f"{lesions['found']} of {lesions['true']}, {lesions['false']} false" if lesions else ""
-            rows.append((dataset, target, entry["cases"], _mean(entry, "dice"), _mean(entry, "nsd"), counted))
+            found = f"{lesions['found']} of {lesions['true']}, {lesions['false']} false" if lesions else "-"
+            rows.append((dataset, target, entry["cases"], _mean(entry, "dice"), _mean(entry, "nsd"), found))
     note = "; ".join(f"{key}: {value}" for key, value in (summary.get("protocol") or {}).items())
     heads = ("data set", "target", "cases", "Dice", "surface Dice", "lesions found")
-    scores = _table(heads, rows) + f'<p class="note">{summary["cases"]} cases, each scored whole. {escape(note)}</p>'
+    notes = (f"{counted(summary['cases'], 'case')}, each scored whole", note, score_notes(summary).rstrip("."))
+    scores = _table(heads, rows) + f'<p class="note">{escape(". ".join(filter(None, notes)))}.</p>'
     scored = sorted((r for r in load_rows(folder / "cases.csv") if r["dice"] is not None), key=lambda row: row["dice"])
     columns = ("dataset", "case", "target", "dice", "volume_predicted_ml", "volume_true_ml")
     worst = [[_number(row[key]) for key in columns] for row in scored[:WORST]]
@@ -181,7 +183,18 @@ def _command(record: Mapping[str, Any]) -> str:
 
 def _facts(content: Mapping[str, Any]) -> str:
     shown = [(key.replace("_", " "), value) for key, value in content.items() if value not in (None, [], {})]
-    return _table(("", ""), [(key, json.dumps(value) if not isinstance(value, str) else value) for key, value in shown])
+    return _table(("", ""), [(key, _as_text(value)) for key, value in shown])
+
+
+def _as_text(value: Any) -> str:
+    """A value of a plan, rounded as the console shows it; lists keep their brackets."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_text, value))}]"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and value >= 1e6:
+        return f"{value / 1e6:.3g} million"
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _table(heads: Iterable[str], rows: Iterable[Sequence[Any]]) -> str:

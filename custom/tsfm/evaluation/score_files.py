@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import check_writable
 from ..labels import LabelTable, is_lesion
 from .scores import COLUMNS
-from .tables import markdown_scores, summarize, table1
+from .tables import markdown_scores, score_notes, summarize, table1
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class ScoreWriter:
 
     def __init__(self, output_dir: str | Path, table: LabelTable, rank: int = 0) -> None:
         self.folder, self.table, self.rank = Path(output_dir), table, rank
+        check_writable(self.folder, "--output_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []
@@ -60,6 +62,7 @@ class ScoreWriter:
         lesion_targets = [name for name in self.table.names if is_lesion(self.table, name)]
         summary = {**summarize(self.rows), "lesion_targets": lesion_targets, "failed": self.failed}
         text = f"{table1(self.rows, lesion_targets=lesion_targets)}\n\n{markdown_scores(summary)}\n"
+        text += f"\n{score_notes(summary)}\n" * bool(score_notes(summary))
         if protocol:
             summary["protocol"] = dict(protocol)
             text += "\n" + "; ".join(f"{key}: {value}" for key, value in protocol.items()) + ".\n"

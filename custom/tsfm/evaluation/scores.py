@@ -77,7 +77,9 @@ def score_case(
     """
     prediction, truth = as_label_map(prediction, len(table.names), case), np.asarray(truth)
     if prediction.shape != truth.shape:
-        raise ValueError(f"{case}: the prediction has shape {prediction.shape}, the truth {truth.shape}")
+        raise ValueError(
+            f"{case}: the prediction has shape {prediction.shape}, the truth {truth.shape} (axes as they are stored)"
+        )
     counts = count_voxels(prediction, truth, table, dataset)
     boxes = boxes_of(prediction), boxes_of(truth)
     voxel_ml = float(np.prod(spacing_mm)) * upright / 1000

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ..labels import LESION_ENDINGS
+from ..names import counted
+
 
 def load_rows(path: str | Path) -> list[dict[str, Any]]:
     """Rows (or results) back from a CSV file; empty cells are None, numbers are numbers."""
@@ -52,7 +55,7 @@ def format_scores(summary: dict[str, Any]) -> str:
         scored = [(entry["dice"]["mean"], entry["cases"]) for entry in entries if entry["dice"]]
         cases = sum(count for _, count in scored)
         dice = f"{sum(mean * count for mean, count in scored) / cases:.2f}" if cases else "-"
-        line = f"{target:14} Dice {dice} in {cases} case{'s' * (cases != 1)}"
+        line = f"{target:14} Dice {dice} in {counted(cases, 'case')}"
         counts = [entry["lesions"] for entry in entries if "lesions" in entry]
         if counts:
             found, true, false = (sum(count[key] for count in counts) for key in ("found", "true", "false"))
@@ -123,6 +126,20 @@ def markdown_scores(summary: Mapping[str, Any]) -> str:
         "tolerance mm", "lesions found", "false per case", "painted in cases without it (median, largest ml)",
     ]  # fmt: skip
     return markdown(header, lines)
+
+
+def score_notes(summary: Mapping[str, Any]) -> str:
+    """A footnote of `markdown_scores`: what its "-" mean, as far as there are some; else empty."""
+    entries = [entry for parts in summary["datasets"].values() for entry in parts.values()]
+    lesion = ", ".join(LESION_ENDINGS)
+    notes = {
+        f'for lesions where a target is none (its name ends in none of {lesion}, and its entry in the pool file has no "lesion": '
+        "true)": any("lesions" not in entry for entry in entries),
+        "for Dice where no case has the target": any(not entry.get("dice") for entry in entries),
+        "for sd where a single case has it": any(entry.get("dice") and entry["cases"] == 1 for entry in entries),
+    }  # fmt: skip
+    found = [note for note, occurs in notes.items() if occurs]
+    return f'"-" stands {"; ".join(found)}.' if found else ""
 
 
 def _false_positives(entry: Mapping[str, Any]) -> str:

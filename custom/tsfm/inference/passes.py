@@ -182,6 +182,15 @@ def amp_type(device: torch.device, amp_dtype: str) -> torch.dtype:
     return getattr(torch, amp_dtype)
 
 
+def where_it_fits(make: Callable[[torch.device], Any], device: torch.device, what: str) -> Any:
+    """`make(device)`, or `make` on the CPU, with a line about `what`, where the memory of `device` runs out."""
+    try:
+        return make(device)
+    except torch.OutOfMemoryError:
+        logger.warning("out of memory on %s: %s is left to the CPU", device, what)
+    return make(CPU)  # here, what the error's frames hold is free again
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory of a GPU that a new tensor can have: what is free, and what torch keeps of freed tensors."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import nibabel as nib
@@ -26,6 +27,7 @@ from ..files import atomic_write
 from ..labels import LabelTable
 from ..preparation.familiar import Familiar
 from .claims import Claims
+from .passes import where_it_fits
 from .source_grids import prepared_grid
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,11 @@ def chosen_flag(choice: bool | str) -> bool:
     if str(choice).lower() not in known:
         raise ValueError(f"{choice!r} is neither true nor false")
     return known[str(choice).lower()]
+
+
+def chosen_axes(choice: bool | str, description: Mapping[str, Any]) -> bool | str:
+    """Axes along which windows are mirrored: for True those of the weights' training, else what `choice` says."""
+    return description.get("mirror_axes", "SPL") if choice is True else choice
 
 
 class CaseDataset(Dataset):
@@ -140,6 +147,7 @@ class CaseEvaluator(SupervisedEvaluator):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.prepare_batch = partial(_prepared_where_it_fits, self.prepare_batch)
         self.familiar = familiar or Familiar()
         self.every, self.annotated = self.inferer, None
         if annotated_only:
@@ -215,6 +223,11 @@ class CaseEvaluator(SupervisedEvaluator):
         for line in found:
             logger.warning("%s is far from what the weights were trained on: %s", _case_of(batchdata, 0), line)
         return {"warnings": found} if found else {}
+
+
+def _prepared_where_it_fits(prepare: Callable, batch: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+    """MONAI's `prepare_batch`; an image that a GPU does not hold whole stays on the CPU, and goes there window by window."""
+    return where_it_fits(lambda place: prepare(batch, place, *args, **kwargs), torch.device(device), "the image")
 
 
 def _case_of(batchdata: Mapping[str, Any], number: int) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from scipy.special import entr
 
+from ..cases.folders import saved_outputs
 from ..files import PARTIAL, scratch_name, sweep
 from ..preparation.resampling import axis_resampler
 from .painting import Slab
@@ -24,6 +25,10 @@ from .source_grids import SourceGrid
 
 CHUNK = 16
 """Slices of one chunk, along the image's axis that is closest to superior."""
+
+
+NEEDED_FOR = ("probabilities", "uncertainty")
+"""Outputs (``--save``) that are made of them."""
 
 
 class Probabilities:
@@ -133,6 +138,11 @@ class Probabilities:
         start = number * CHUNK
         where[1 + self.along] = slice(start, start + block.shape[1 + self.along])
         self.array[tuple(where)] = block
+
+
+def kept_probabilities(output_dir: str | os.PathLike, save: str | Sequence[str]) -> Probabilities | None:
+    """A `Probabilities` where an output in `save` needs it, or None: they take time and room."""
+    return Probabilities(output_dir) if set(NEEDED_FOR) & set(saved_outputs(save)) else None
 
 
 class _Place:

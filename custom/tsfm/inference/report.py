@@ -9,11 +9,10 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
+from ..cases.folders import REPORT
 from ..files import atomic_write, locked
 from ..schema import FileError, read_json
 from .quality import doubt
-
-FILE = "report.json"
 
 
 class CaseReport:
@@ -27,7 +26,7 @@ class CaseReport:
     """
 
     def __init__(self, output_dir: str) -> None:
-        self.path = Path(output_dir, FILE)
+        self.path = Path(output_dir, REPORT)
 
     def attach(self, engine: Engine) -> None:
         """Connect to the evaluator."""
@@ -51,7 +50,7 @@ class CaseReport:
 
 def read_report(output_dir: str | Path) -> dict[str, Mapping[str, Any]]:
     """Case -> what ``report.json`` in a folder says; nothing where there is none, FileError for another file of this name."""
-    path = Path(output_dir, FILE)
+    path = Path(output_dir, REPORT)
     content = read_json(path) if path.is_file() else {"cases": {}}
     if not isinstance(content, dict) or not isinstance(content.get("cases"), dict):
         raise FileError(

@@ -17,7 +17,7 @@ from ..cases.raw_ids import in_raw_ids, raw_values
 from ..labels import LabelTable
 from .dicom_seg import highdicom, write_seg
 from .prediction import case_name, write_label_map
-from .probabilities import Probabilities
+from .probabilities import NEEDED_FOR, Probabilities
 
 
 class Result(NamedTuple):
@@ -96,7 +96,7 @@ class SaveResultsd(SaveImaged):
         self.raw_ids, self.probabilities = raw_ids, probabilities
         if raw_ids is not None:
             raw_values(table, raw_ids)
-        if {"probabilities", "uncertainty"} & set(self.save) and probabilities is None:
+        if set(NEEDED_FOR) & set(self.save) and probabilities is None:
             raise ValueError(
                 f"save is {self.save}, but nobody keeps probabilities: give inferer and saver one Probabilities"
             )

@@ -49,7 +49,7 @@ def source_grid(inputs: torch.Tensor) -> SourceGrid:
         return SourceGrid(shape, None, [(0, size) for size in shape], shape)
     if tuple(grid["shape"]) != shape:
         raise ValueError(
-            f"the image is {shape} voxels, PrepareImaged made it {grid['shape']}: "
+            f"the image is {shape} voxels (S, P, L), PrepareImaged made it {tuple(grid['shape'])}: "
             "no transform between it and the inferer may change the shape"
         )
     cropped = tuple(grid["cropped_shape"])

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..labels import LabelTable
 from .painting import Painter, Slab, check_names, threshold_logits
-from .passes import AMP_DTYPES, CPU, Passes, Version, free_bytes, mirrored_axes, network_device
+from .passes import AMP_DTYPES, CPU, Passes, Version, free_bytes, mirrored_axes, network_device, where_it_fits
 from .probabilities import Probabilities
 from .quality import Quality, binary_entropy
 from .source_grids import source_grid
@@ -125,6 +125,11 @@ class RollingAverage:
         self.start = until
 
 
+def done_where_it_fits(take: Callable[[Slab], Any], slab: Slab) -> Any:
+    """`take(slab)`, on the CPU where the memory of the slab's device runs out."""
+    return where_it_fits(lambda place: take(Slab(slab.logits.to(place), slab.start)), slab.logits.device, "this part")
+
+
 class SlabInferer(Inferer):
     """Sliding windows to a label map: value i + 1 for target i, on the grid before resampling.
 
@@ -222,11 +227,7 @@ class SlabInferer(Inferer):
             takers.append(self.probabilities.add)
         for slab in self.slabs(image, network, *args, **kwargs) if paint else ():
             for take in takers:
-                try:
-                    take(slab)
-                except torch.OutOfMemoryError:
-                    logger.warning("out of memory on %s: this part is done on the CPU", slab.logits.device)
-                    take(Slab(slab.logits.to(CPU), slab.start))
+                done_where_it_fits(take, slab)
         self._observer, self.quality = None, quality.report() if quality else {}
         label_map = painter.label_map[None, None]
         for value, name in enumerate(self.names, start=1):
@@ -250,11 +251,16 @@ class SlabInferer(Inferer):
         Of a softmax network's targets, against the background.
         """
         total, count, done = 0.0, 0, 0
-        for slab in self.slabs(self._image(inputs), network, *args, **kwargs):
-            logits, done = slab.logits[:, done - slab.start :].float(), slab.stop
+
+        def bits(slab: Slab) -> tuple[float, int]:
+            logits = slab.logits[:, done - slab.start :].float()
             logits = logits[1:] - logits[:1] if self.exclusive else logits
             logits = logits[:, (logits > 0).any(0)]
-            total, count = total + float(binary_entropy(logits).sum()), count + logits.numel()
+            return float(binary_entropy(logits).sum()), logits.numel()
+
+        for slab in self.slabs(self._image(inputs), network, *args, **kwargs):
+            found, values = done_where_it_fits(bits, slab)
+            total, count, done = total + found, count + values, slab.stop
         return total / count if count else 0.0
 
     def slabs(self, image: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Iterator[Slab]:
@@ -263,8 +269,9 @@ class SlabInferer(Inferer):
         before = self._before(shape)
         after = [max(patch - size, 0) - low for size, patch, low in zip(shape, self.roi_size, before, strict=True)]
         if any(after):
-            image = torch.nn.functional.pad(
-                image, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
+            margins = [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
+            image = where_it_fits(
+                lambda place: torch.nn.functional.pad(image.to(place), margins), image.device, "the image"
             )
         starts = [
             window_starts(size, patch, self.overlap) for size, patch in zip(image.shape[1:], self.roi_size, strict=True)

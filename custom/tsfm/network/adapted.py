@@ -85,11 +85,15 @@ def only_finest(heads: nn.ModuleList) -> None:
         heads[level] = nn.Identity()
 
 
-def recompute(modules: Sequence[nn.Module]) -> None:
-    """Let these modules recompute their activations in the backward pass; names and numbers do not change."""
+def recompute(modules: Sequence[nn.Module], checkpointing: bool) -> None:
+    """Let these modules recompute their activations in the backward pass where they have `checkpointing` on (it may be changed).
+
+    Names and numbers do not change.
+    """
     for module in modules:
+        module.checkpointing = checkpointing
         module.forward = partial(_recomputed, module)
 
 
 def _recomputed(module: nn.Module, x: Tensor) -> Tensor:
-    return run(partial(type(module).forward, module), x, module.training)
+    return run(partial(type(module).forward, module), x, module.checkpointing and module.training)

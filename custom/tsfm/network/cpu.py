@@ -13,10 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..console import FOR_THE_LOG
 
 logger = logging.getLogger(__name__)
 
 LAYOUT = torch.channels_last_3d
+
+BLOCK_ROWS = 2**14
+"""Voxels whose sum float32 holds to seven digits or so, see `_moments`."""
 
 _WITHOUT = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 """Values of ``ONEDNN_MAX_CPU_ISA`` with which oneDNN has neither type, whatever the processor has."""
@@ -55,8 +61,49 @@ def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     kind = torch.promote_types(x.dtype, torch.float32)
     weight = torch.ones(x.shape[1], dtype=kind, device=x.device) if weight is None else weight.to(kind)
     bias = torch.zeros_like(weight) if bias is None else bias.to(kind)
-    samples = [F.batch_norm(sample, None, None, weight, bias, True, 0.0, eps) for sample in x.split(1)]
+    samples = [_SampleNorm.apply(sample, weight, bias, eps) for sample in x.split(1)]
     return torch.cat(samples) if len(samples) > 1 else samples[0]
+
+
+class _SampleNorm(torch.autograd.Function):
+    """Batch normalization of one sample (1,C,S,P,L), with statistics that `_moments` takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        mean, variance = _moments(x, weight.dtype)
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
+        ctx.eps = eps
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *moments = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        found = torch.ops.aten.native_batch_norm_backward(
+            grad_output, x, weight, None, None, *moments, True, ctx.eps, wanted
+        )
+        return (*(one if want else None for one, want in zip(found, wanted, strict=True)), None)
+
+
+def _moments(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of one sample (1,C,S,P,L), in `kind`.
+
+    PyTorch's channels-last kernel adds up all voxels in one float32, whose last bits a patch of millions of voxels exceeds:
+    so it takes a block at a time, and the blocks are joined in float64 (Chan's rule).
+    """
+    unused = torch.zeros(
+        2, x.shape[1], dtype=kind
+    )  # running averages; without them the kernel answers in the type of x
+    if x.is_contiguous():
+        return torch.batch_norm_update_stats(x, *unused, 0.0)
+    rows = x.movedim(1, -1).reshape(-1, x.shape[1])
+    blocks = rows.split(BLOCK_ROWS)
+    parts = [torch.batch_norm_update_stats(block, *unused, 0.0) for block in blocks]
+    means, variances = (torch.stack(part).double() for part in zip(*parts, strict=True))
+    share = torch.tensor([[len(block) / len(rows)] for block in blocks], dtype=torch.float64)
+    mean = (share * means).sum(0)
+    return mean.to(kind), (share * (variances + (means - mean) ** 2)).sum(0).to(kind)
 
 
 def _convolve(convolution: nn.Module, *args: Any) -> Tensor:
@@ -149,8 +196,9 @@ def mend_convolutions() -> bool:
     if not (found := wrong_convolutions()):
         return False
     logger.info(
-        "this processor's bfloat16 is wrong for %s convolutions: computing those in float32", " and ".join(found)
-    )
+        "this processor's bfloat16 is wrong for %s convolutions: computing those in float32", " and ".join(found),
+        extra=FOR_THE_LOG,
+    )  # fmt: skip
     _library.impl("convolution", _convolution, "CPU", with_keyset=True)
     _library.impl("convolution_backward", _convolution_backward, "CPU", with_keyset=True)
     return True

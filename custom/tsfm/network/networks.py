@@ -16,6 +16,7 @@ file can have anything else imported or called. Packages are imported when their
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from .adapted import REQUIRED, Adapted, NetworkError, drop_duplicates, given, on
 from .described import DescribedNetwork, Parts
 from .prompted import SAMMed3D
 from .tsfm_net import TSFM
+
+logger = logging.getLogger(__name__)
 
 LEVEL_STRIDES = ((2, 2, 2),) * 5
 
@@ -104,8 +107,7 @@ class NNUNet(Adapted):
             rf"net\.{stem}\.all_modules\.0\.weight$",
         )
         super().__init__(arguments, net, strides, parts)
-        if checkpointing:
-            recompute([*net.encoder.stages, *net.decoder.stages])
+        recompute([*net.encoder.stages, *net.decoder.stages], checkpointing)
 
 
 class SwinUNETR(Adapted):
@@ -188,8 +190,7 @@ class STUNet(Adapted):
         if not deep_supervision:
             only_finest(net.seg_outputs)
         super().__init__(arguments, net, strides, parts)
-        if checkpointing:
-            recompute([*net.conv_blocks_context, *net.conv_blocks_localization])
+        recompute([*net.conv_blocks_context, *net.conv_blocks_localization], checkpointing)
 
 
 class Ensemble(DescribedNetwork):
@@ -246,6 +247,11 @@ def create_network(name: str | None = None, plan: Any = None, **arguments: Any) 
     planned = plan.create_arguments() if plan is not None else {}
     name = name or planned.get("name", "tsfm")
     if planned.pop("name", name) == name:
+        if changed := [key for key in arguments.keys() & planned.keys() if arguments[key] != planned[key]]:
+            logger.warning(
+                "network: %s are as the configs give them (network_def), not as the plan for %s has them",
+                ", ".join(sorted(changed)), plan.network,
+            )  # fmt: skip
         arguments = {**planned, **arguments}
     if name not in found:
         raise NetworkError(f"network {name!r} is unknown; expected one of {', '.join(found)}")

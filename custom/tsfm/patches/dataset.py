@@ -151,18 +151,18 @@ class PatchDataset(Dataset):
         if self.transform is None:
             return sample
         seed_transforms(self.transform, int(rng.integers(2**32)))
-        return self._transformed(sample, item["modality"], case.steps)
+        return self._transformed(sample, item["modality"], case)
 
-    def _transformed(self, sample: dict[str, Any], modality: str, steps: Sequence[float]) -> dict[str, Any]:
+    def _transformed(self, sample: dict[str, Any], modality: str, case: Any) -> dict[str, Any]:
         """Transform a sample; channels that were z-scored inside a mask stay 0 outside of it (nnU-Net's MaskImageTransform).
 
         A 0 was stored within half a step of it. The masks go through the flips as further channels of the label.
         """
         image, label = sample["image"], sample["label"]
-        rules = channel_rules(self.store.preparation, modality, len(image))
+        rules = channel_rules(self.store.preparation, modality, len(image), case.cropped_share)
         masked = [channel for channel, rule in enumerate(rules) if rule.get("masked")]
         if masked:
-            zero = torch.stack([image[channel].abs() <= 0.51 * steps[channel] for channel in masked])
+            zero = torch.stack([image[channel].abs() <= 0.51 * case.steps[channel] for channel in masked])
             sample = {**sample, "label": torch.cat([label, zero.to(label.dtype)])}
         with plain_tensors():
             made = dict(self.transform({**sample, "spacing_mm": self.spacing_mm}))

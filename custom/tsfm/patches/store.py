@@ -24,6 +24,7 @@ from ..cases.sources import Sources, dataset_folder, file_identity, folder_name,
 from ..errors import CaseError
 from ..files import is_abandoned
 from ..labels import LabelTable
+from ..names import counted
 from ..preparation.fingerprint import kept_codes, kept_path
 from ..preparation.parallel import WorkerDied, run_all
 from ..preparation.preprocessing import prepare_case
@@ -61,7 +62,7 @@ class PrepareReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.prepared} cases prepared, {self.reused} reused, {len(self.failed)} failed, "
+            f"{counted(self.prepared, 'case')} prepared, {self.reused} reused, {len(self.failed)} failed, "
             f"{len(self.empty_labels)} with an empty label map"
         ]
         return "\n".join([*lines, *(f"  failed: {message}" for _, message in self.failed)])
@@ -95,13 +96,15 @@ class CaseStore:
         return self._key(item, self.sources.identity(item))
 
     def _key(self, item: Mapping[str, Any], files: Sequence[Any]) -> str:
-        label = item.get("label")
+        label, preparation = item.get("label"), self.preparation.to_dict()
+        if preparation["resample_first"]:
+            preparation["mask"] = "resampled"  # told apart from what was stored when it was taken afterwards
         facts = {
             "format": FORMAT,
             "files": files,
             "structures": list(label) if isinstance(label, Mapping) else None,
             "modality": item["modality"],
-            "preparation": self.preparation.to_dict(),
+            "preparation": preparation,
             "labels": self.table.label_rules(item["dataset"]),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]

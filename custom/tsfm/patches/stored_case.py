@@ -33,7 +33,11 @@ LEVELS = 2**14 - 1
 3e-5 of the range, where float16 errs by up to 5e-4, and takes no more space."""
 
 ENOUGH_LEVELS = 1000
-"""With fewer levels for 98% of a channel's voxels, its outliers are warned of."""
+"""With fewer levels for 98% of a channel's voxels, its outliers are warned of; where different values would then share a level,
+the case is stored in float32."""
+
+SAMPLE = 100_000
+"""About how many voxels of a channel are looked at for this; all of them where these have few values."""
 
 CHUNK = (64, 64, 64)
 
@@ -65,7 +69,7 @@ class StoredCase:
         index = read_index(path)
         self.properties: dict[str, Any] = index["properties"]
         self._foreground, self._steps = index["foreground"], index["steps"]
-        self.steps: tuple[float, ...] = tuple(step for _, step in self._steps)  # between a channel's stored values
+        self.steps: tuple[float, ...] = tuple(step for _, step in self._steps)  # between stored values; 0: as they were
         self.channels: int = len(self._steps)
         self.shape: tuple[int, int, int] = tuple(self.properties["shape"])
 
@@ -73,13 +77,20 @@ class StoredCase:
         """float32 (C, s, p, l)."""
         image = self._read("image.b2nd", (slice(0, self.channels), *self._slices(box))).astype(np.float32)
         for channel, (start, step) in zip(image, self._steps, strict=True):
-            channel *= np.float32(step)
-            channel += np.float32(start)
+            if step:
+                channel *= np.float32(step)
+                channel += np.float32(start)
         return image
 
     def read_codes(self, box: Box | None = None) -> np.ndarray:
         """Local label codes (s, p, l)."""
         return self._read("codes.b2nd", self._slices(box))
+
+    @property
+    def cropped_share(self) -> float:
+        """What the crop kept of the volume, as `preprocessing.channel_rules` asks for it."""
+        cropped, source = (np.prod(self.properties[key], dtype=float) for key in ("cropped_shape", "source_shape"))
+        return float(cropped / source)
 
     @cached_property
     def foreground(self) -> dict[int, np.ndarray]:
@@ -166,7 +177,10 @@ def files_of(prepared) -> dict[str, bytes]:
     if codes is None:
         raise CaseError(f"{prepared.properties['source']}: no label in this item; the store holds labelled cases")
     levels, steps = quantize(prepared.image)
-    _warn_of_outliers(prepared.image, steps, prepared.properties["source"])
+    exact = any(loses_grays(channel, *scale) for channel, scale in zip(prepared.image, steps, strict=True))
+    _warn_of_outliers(prepared.image, steps, prepared.properties["source"], exact)
+    if exact:
+        levels, steps = np.asarray(prepared.image, np.float32), [(0.0, 0.0)] * len(steps)
     voxels, spans = sample_foreground(codes)
     files = {"image.b2nd": _compress(levels), "codes.b2nd": _compress(codes), "foreground.npy": _npy(voxels)}
     index = {"format": FORMAT, "properties": prepared.properties, "steps": steps, "foreground": spans}
@@ -187,16 +201,32 @@ def quantize(image: np.ndarray) -> tuple[np.ndarray, list[tuple[float, float]]]:
     return levels, steps
 
 
-def _warn_of_outliers(image: np.ndarray, steps: Sequence[tuple[float, float]], source: str) -> None:
+def loses_grays(channel: np.ndarray, low: float, step: float) -> bool:
+    """Whether different values of a channel, of all or of the middle 98%, share fewer than `ENOUGH_LEVELS` levels."""
+    values = channel.reshape(-1)
+    sample = values[:: max(1, values.size // SAMPLE)]
+    edges = np.percentile(sample, (1, 99))
+    found = np.unique(sample)
+    if len(found) < ENOUGH_LEVELS // 10:
+        found = np.unique(values)
+    for grays in (found, found[(edges[0] <= found) & (found <= edges[1])]):
+        shared = np.unique(np.rint((grays - np.float32(low)) / np.float32(step)))
+        if len(shared) < min(len(grays), ENOUGH_LEVELS):
+            return True
+    return False
+
+
+def _warn_of_outliers(image: np.ndarray, steps: Sequence[tuple[float, float]], source: str, exact: bool) -> None:
     """Warn where a few extreme voxels stretch a channel's range so far that the others share few levels."""
     for number, (channel, (_, step)) in enumerate(zip(image, steps, strict=True)):
         values = channel.reshape(-1)
-        low, middle, high = np.percentile(values[:: max(1, values.size // 100_000)], (1, 50, 99))
+        low, middle, high = np.percentile(values[:: max(1, values.size // SAMPLE)], (1, 50, 99))
         if 0 < (used := (high - low) / step) < ENOUGH_LEVELS:
             extreme = float(max(values.min(), values.max(), key=lambda value: abs(value - middle)))
             warn(
                 f"{source}: channel {number}, as prepared, reaches {extreme:.4g} while 98% of it lie between {low:.4g} "
-                f"and {high:.4g}, which leaves {used:.0f} gray levels for these; correct the outliers in the image"
+                f"and {high:.4g}, which leaves {used:.0f} gray levels for these"
+                f"{' (so it is stored in float32)' * exact}; correct the outliers in the image"
             )
 
 

@@ -15,9 +15,10 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ..files import atomic_write
+from ..names import counted
 from ..network.cpu import autocast
 from .own_data import count_channels, dataset_pool
-from .plan import downstream_network
+from .plan import describe_images, downstream_network, plan_preparation
 from .plan_run import describe_plan, plan_run
 from .planner import Plan
 
@@ -64,8 +65,8 @@ class Forecast:
 def in_words(step_seconds: float, iterations: int, steps: int) -> str:
     """Seconds per step and epoch and hours for `steps` steps, validation not included."""
     return (
-        f"measured: {step_seconds:.2f} s a step, {step_seconds * iterations:.0f} s an epoch of {iterations} steps, "
-        f"{_duration(step_seconds * steps)} for {steps} steps (validation comes on top)"
+        f"measured: {step_seconds:.2f} s a step, {step_seconds * iterations:.0f} s an epoch of {counted(iterations, 'step')}, "
+        f"{_duration(step_seconds * steps)} for {counted(steps, 'step')} (validation comes on top)"
     )
 
 
@@ -108,11 +109,12 @@ def plan(
     checkpointing: bool = False,
     epochs: int = 100,
     iterations_per_epoch: int = 250,
+    ct_normalization: Any = "fingerprint",
     store_dir: str | None = None,
     timed: bool = True,
     **data: Any,
 ) -> None:
-    """Show what a fine-tuning run would do with a data set: spacing, patch, network, memory, time. Nothing is trained.
+    """Show what a fine-tuning run would do with a data set: spacing, patch, network, memory, images, time; nothing is trained.
 
     The options are the ids of the bundle's train.json; `data` are those that say what the data set is (images, labels,
     label_ids, regions, modality, pool_file).
@@ -134,7 +136,10 @@ def plan(
             pool, store_dir or folder, spacing_mm, patch_size, batch_size, network_size, pretrained, memory_gb, step_seconds,
             place, channels, "all", checkpointing,
         )  # fmt: skip
+        prepared = plan_preparation(pool, store_dir or folder, found.spacing_mm, ct_normalization, channels, pretrained)
     print(describe_plan(found, pretrained=pretrained))
+    if pool.entries:
+        print(f"  images    {describe_images(pool, prepared)}")
     if output_file:
         forecast = Forecast(os.path.dirname(os.path.abspath(output_file)), found)
         forecast.path = output_file

@@ -39,7 +39,9 @@ SCHEMES = {
     "RGBTo01Normalization": "rgb",
 }
 
-RESAMPLING = {"order": (1, 3), "order_z": (0,), "force_separate_z": (None,), "is_seg": (True, False)}
+RESAMPLING = {"order_z": (0,), "force_separate_z": (None,), "is_seg": (False,)}
+
+ORDERS = {"data": 3, "probabilities": 1}
 
 KINDS = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}
 
@@ -209,10 +211,11 @@ def _configuration(plans: Mapping[str, Any], name: str, source: str) -> dict[str
         raise CheckpointError(
             f"{source}: preprocessor '{found['preprocessor_name']}' is unknown; expected DefaultPreprocessor"
         )
-    for what in ("data", "probabilities"):
+    for what, order in ORDERS.items():
         function = found.get(f"resampling_fn_{what}", "resample_data_or_seg_to_shape")
         options = found.get(f"resampling_fn_{what}_kwargs", {})
-        strange = {key: value for key, value in options.items() if value not in RESAMPLING.get(key, ())}
+        allowed = {**RESAMPLING, "order": (order,)}
+        strange = {key: value for key, value in options.items() if value not in allowed.get(key, ())}
         if function != "resample_data_or_seg_to_shape" or strange:
             raise CheckpointError(f"{source}: resampling of {what} by {function} {strange or ''} is not done here")
     return found

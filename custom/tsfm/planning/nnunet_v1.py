@@ -20,7 +20,7 @@ CHECKPOINT = "model_final_checkpoint.model"
 
 TRAINER = re.compile(r"nnUNetTrainerV2(_noMirroring|_DA5|_insaneDA|_noDataAugmentation|_SGD_.*|_Adam.*|_Loss_.*)?")
 
-SCHEMES = {"CT": "ct", "CT2": "ct", "nonCT": "zscore", "noNorm": "none"}
+SCHEMES = {"CT": "ct", "nonCT": "zscore", "noNorm": "none"}
 
 
 def read_model(

@@ -6,15 +6,18 @@ import glob
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
-from ..cases.folders import PoolError, paths_of
+from ..cases.dataset_folder import declared_labels
+from ..cases.folders import SUFFIXES, PoolError, paths_of, stem
 from ..cases.licences import check_weights
 from ..cases.pool import DatasetPool
 from ..cases.sources import Sources, recorded_pool
 from ..cases.volumes import read_grid
-from ..names import modality_name, plain_name, plain_names
+from ..names import modality_name, plain_name
 from ..schema import FileError, read_json
 from ..training.checkpoint import image_channels
 from ..training.weight_files import CheckpointError
@@ -22,15 +25,14 @@ from .public_weights import read_pretrained
 
 logger = logging.getLogger(__name__)
 
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
-
-IGNORE = "ignore"  # nnU-Net's name of the label whose voxels enter no loss
+PATTERNS = "--images '{case}/ct.nii.gz' --labels '{case}/seg.nii.gz'"
+"""An example for messages; a list under `images` is one file per channel, ``{structure}`` in `labels` a mask each."""
 
 
 def dataset_pool(
     dataset_dir: str,
     pool_file: str | Mapping[str, Any] | None = None,
-    images: str = "images",
+    images: str | Sequence[str] = "images",
     labels: str = "labels",
     regions: Mapping[str, Any] | None = None,
     label_ids: Mapping[str, str] | None = None,
@@ -45,8 +47,8 @@ def dataset_pool(
     A `pool_file` (path or content) is used as it is. Otherwise `dataset_dir` holds a ``dataset.json`` of the MSD (it lists
     its cases under "training") or of nnU-Net v2 (``imagesTr/x_0000.nii.gz``, a file per channel), whose labels are the
     targets unless `label_ids` (raw id -> target) and `regions` (the targets with their tree) are given; or two folders
-    `images` and `labels` with the same file names (or ``x_0000``, ``x_0001`` per channel), for which `label_ids`
-    (``{"1": "liver"}``) are needed. Where `dataset_dir` holds nothing of the kind (a MONAI Label server hands items in by
+    `images` and `labels` whose file names pair (``x_0000``, ``x_0001`` per channel), for which `label_ids`
+    (``{"1": "liver"}``) are needed. `images` and `labels` may be patterns of a pool file, too (``{case}/T1.nii.gz``). Where `dataset_dir` holds nothing of the kind (a MONAI Label server hands items in by
     itself), the targets are those of the `pretrained` weights. With `kept_in`, a store, everything is as it was recorded there.
 
     `licence` is what the data's licence, and those of what the `pretrained` weights saw, have to permit (`DatasetPool`).
@@ -60,33 +62,42 @@ def dataset_pool(
     if pool_file is not None or kept_in is not None:
         content = recorded_pool(kept_in, name) if pool_file is None else pool_file
         return DatasetPool(content, dataset_dir, kept_in=kept_in, **options)
-    declared = os.path.join(dataset_dir, "dataset.json")
+    declared = os.path.abspath(os.path.join(dataset_dir, "dataset.json"))
+    source = declared if os.path.isfile(declared) else os.path.dirname(declared)
+    labels_in = f"--label_ids (now {dict(label_ids)})" if label_ids else f'"labels" of {declared}'
     entry: dict[str, Any] = {"name": name, "folder": "."}
     targets: dict[str, Any] = {}
+    patterns = _patterns(images, labels)
     if os.path.isfile(declared):
         content = read_json(declared, "dataset.json", PoolError)
         if not label_ids:
-            label_ids, targets, ignored = _declared_labels(content, declared)
+            label_ids, targets, ignored = declared_labels(content, declared)
             entry |= {"ignore": ignored} if ignored else {}
-        entry |= _declared_files(content, declared) | {"modality": modality or _declared_modality(content, declared)}
-    elif os.path.isdir(os.path.join(dataset_dir, images)):
-        entry |= _two_folders(dataset_dir, images, labels)
-        entry["modality"] = modality or "CT"
+        entry |= patterns or _declared_files(content, declared)
+        if not patterns and (images, labels) != ("images", "labels"):
+            logger.warning(
+                "%s says where the files are: --images and --labels are no patterns and have no effect", declared
+            )
+        entry["modality"] = modality or _declared_modality(content, declared)
+    elif patterns or os.path.isdir(os.path.join(dataset_dir, images)):
         if not label_ids:
             raise PoolError(
-                f"{dataset_dir}: two folders say nothing about the labels; name them (--label_ids \"{{'1': 'liver'}}\")"
+                f"{dataset_dir}: image files say nothing about the labels; name them (--label_ids \"{{'1': 'liver'}}\")"
             )
+        entry |= patterns or _two_folders(dataset_dir, images, labels)
+        entry["modality"] = modality or "CT"
     elif pretrained is not None and os.path.exists(str(pretrained)):
         description = pretrained_description(pretrained)
         return DatasetPool({"targets": description["targets"], "datasets": []}, dataset_dir, **options)
     else:
         raise PoolError(
             f"{os.path.abspath(dataset_dir)} holds neither dataset.json (Medical Segmentation Decathlon, nnU-Net) nor a "
-            f"folder '{images}'; point --dataset_dir at one of these, or give a --pool_file"
+            f"folder '{images}'; point --dataset_dir at one of these, say how the files lie ({PATTERNS}), or give a --pool_file"
         )
     named = {name: {} for names in label_ids.values() for name in ([names] if isinstance(names, str) else names)}
     entry["labels"] = {str(raw): names for raw, names in label_ids.items()}
-    return DatasetPool({"targets": regions or targets or named, "datasets": [entry]}, dataset_dir, **options)
+    content = {"targets": regions or targets or named, "datasets": [entry]}
+    return DatasetPool(content, dataset_dir, source=source, labels_in=labels_in, **options)
 
 
 def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
@@ -97,6 +108,14 @@ def count_channels(pool: DatasetPool, pretrained: str | None = None) -> int:
     if pool.kept_in is not None:
         return Sources(pool.kept_in).of(first["dataset"])["channels"]
     return read_grid(first["image"]).channels
+
+
+def default_pretrained(dataset_dir: str, ckpt_dir: str, raw_data: bool = True) -> str | None:
+    """The weights that a training begins with where none are named.
+
+    None, so from nothing, for a data set in a folder or in the store; the bundle's own for items that a server hands in.
+    """
+    return None if os.path.isdir(dataset_dir) or not raw_data else os.path.join(ckpt_dir, "model.pt")
 
 
 def pretrained_description(pretrained: str | None) -> dict[str, Any]:
@@ -146,7 +165,7 @@ def _declared_files(content: Mapping[str, Any], path: str) -> dict[str, Any]:
             f'{path} lists its files under "dataset"; expected imagesTr/CASE_0000.nii.gz and labelsTr: declare such a data '
             "set in a pool file (docs/datasets.md) and give it with --pool_file"
         )
-    ending = content.get("file_ending") or _ending(os.path.join(folder, "imagesTr"))
+    ending = content.get("file_ending") or _names(os.path.join(folder, "imagesTr"))[1]
     declared = content.get("channel_names") or content.get("modality") or "CT"
     channels = 1 if isinstance(declared, str) else len(declared)
     images = [f"imagesTr/{{case}}_{number:04d}{ending}" for number in range(channels)]
@@ -156,45 +175,6 @@ def _declared_files(content: Mapping[str, Any], path: str) -> dict[str, Any]:
             '"training" list (MSD)'
         )
     return {"image": images if channels > 1 else images[0], "label": f"labelsTr/{{case}}{ending}"}
-
-
-def _declared_labels(content: Mapping[str, Any], path: str) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
-    """(raw id -> target or targets, targets with their tree, ids to ignore).
-
-    MSD has ``{"1": name}``, nnU-Net ``{name: 1}`` or, for regions, ``{name: [1, 2]}``: an id then belongs to every region
-    that lists it, and a region lies inside the smallest one that holds all its ids.
-    """
-    labels = content.get("labels")
-    if not isinstance(labels, Mapping) or not labels:
-        raise PoolError(f'{path} has no "labels"')
-    if all(str(key).isdigit() for key in labels):
-        plain = plain_names({raw: name for raw, name in labels.items() if int(raw) != 0}, path)
-        named: dict[str, list[int]] = {}
-        for raw, name in plain.items():
-            named.setdefault(name, []).append(int(raw))
-    else:
-        ids = {name: value if isinstance(value, list | tuple) else [value] for name, value in labels.items()}
-        if not all(isinstance(raw, int) for values in ids.values() for raw in values):
-            raise PoolError(
-                f'{path}: "labels" is {dict(labels)}; expected {{"0": "background", "1": name, ...}}, or nnU-Net\'s '
-                '{"background": 0, name: 1, ...} with a list of ids for a region'
-            )
-        ids = {name: list(values) for name, values in ids.items() if list(values) != [0]}
-        plain = plain_names({name: name for name in ids}, path)
-        named = {plain[name]: values for name, values in ids.items()}
-    ignored = named.pop(IGNORE, [])
-    order = content.get("regions_class_order")
-    if order is not None and len(order) != len(named):
-        raise PoolError(f'{path}: "regions_class_order" is {order}; expected one entry for each of {list(named)}')
-    by_id = {raw: [name for name, ids in named.items() if raw in ids] for ids in named.values() for raw in ids}
-    label_ids = {str(raw): names[0] if len(names) == 1 else names for raw, names in sorted(by_id.items())}
-    return label_ids, {name: _relation(name, named) for name in named}, ignored
-
-
-def _relation(name: str, named: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    own = set(named[name])
-    around = [other for other, ids in named.items() if own < set(ids)]
-    return {"inside": min(around, key=lambda other: len(named[other]))} if around else {}
 
 
 def _declared_modality(content: Mapping[str, Any], path: str) -> str:
@@ -211,25 +191,70 @@ def _declared_modality(content: Mapping[str, Any], path: str) -> str:
     return "MR"
 
 
+def _patterns(images: str | Sequence[str], labels: str) -> dict[str, Any]:
+    """What a pool file says about files, where the names of the two folders are such patterns; else nothing."""
+    if isinstance(images, str) and "{case}" not in images:
+        return {}
+    if "{case}" not in labels:
+        raise PoolError(f"--images {images} is a pattern, --labels {labels} is none: {PATTERNS}")
+    return {"image": images, "label": labels}
+
+
 def _two_folders(dataset_dir: str, images: str, labels: str) -> dict[str, Any]:
-    """Patterns for two folders of equally named files, or with a file per channel under nnU-Net's names."""
-    folder, label_folder = os.path.join(dataset_dir, images), os.path.join(dataset_dir, labels)
-    ending = _ending(folder)
-    if not os.path.isdir(label_folder):
-        raise PoolError(f"folder {label_folder} does not exist")
-    names = [name.removesuffix(ending) for name in sorted(os.listdir(folder)) if name.endswith(ending)]
-    labelled = {name.removesuffix(ending) for name in os.listdir(label_folder)}
+    """Patterns for two folders whose names pair: equal but for what all of a folder begin or end with (``volume-1`` and
+    ``segmentation-1``, ``x_img`` and ``x_seg``), or with a file per channel under nnU-Net's names."""
+    names, ending = _names(os.path.join(dataset_dir, images))
+    if not os.path.isdir(os.path.join(dataset_dir, labels)):
+        raise PoolError(f"folder {os.path.join(dataset_dir, labels)} does not exist")
+    labelled, label_ending = _names(os.path.join(dataset_dir, labels))
     # "case_0001" may be a case's own number: then there is a label of that name
     numbers = {name[-4:] for name in names if re.search(r"_\d{4}$", name) and name not in labelled}
-    if "0000" not in numbers:
-        return {"image": f"{images}/{{case}}{ending}", "label": f"{labels}/{{case}}{ending}"}
-    patterns = [f"{images}/{{case}}_{number}{ending}" for number in sorted(numbers)]
-    return {"image": patterns if len(patterns) > 1 else patterns[0], "label": f"{labels}/{{case}}{ending}"}
+    channels = [f"_{number}" for number in sorted(numbers)] if "0000" in numbers else [""]
+    cases = sorted({name.removesuffix(channel) for name in names for channel in channels if name.endswith(channel)})
+    image, label = ("{case}", "{case}") if set(cases) & set(labelled) else _paired(cases, labelled)
+    if not label:
+        raise PoolError(
+            f"no image in {os.path.join(dataset_dir, images)} ({names[0]}{ending}) has a label in {labels} "
+            f"({labelled[0]}{label_ending}): name the files alike, or say what belongs together ({PATTERNS})"
+        )
+    if image != label:
+        logger.info("%s: images %s%s with labels %s%s", dataset_dir, image, ending, label, label_ending)
+    found = [f"{images}/{image}{channel}{ending}" for channel in channels]
+    return {"image": found if len(found) > 1 else found[0], "label": f"{labels}/{label}{label_ending}"}
 
 
-def _ending(folder: str) -> str:
-    files = os.listdir(folder)
-    found = next((ending for ending in ENDINGS if any(name.endswith(ending) for name in files)), None)
-    if found is None:
-        raise PoolError(f"{folder} holds no .nii.gz, .nii, .nrrd or .mha file")
-    return found
+def _paired(names: Sequence[str], labelled: Sequence[str]) -> tuple[str, str]:
+    """Patterns of the names of images and labels that differ in what all of them begin or end with; empty if none pair."""
+    (front, back), (label_front, label_back) = _frame(names), _frame(labelled)
+    front, label_front = ("", "") if front == label_front else (front, label_front)
+    back, label_back = ("", "") if back == label_back else (back, label_back)
+    cases, known = (
+        {name[len(a) : len(name) - len(b)] for name in group}
+        for group, a, b in ((names, front, back), (labelled, label_front, label_back))
+    )
+    return (f"{front}{{case}}{back}", f"{label_front}{{case}}{label_back}") if (cases & known) - {""} else ("", "")
+
+
+def _frame(names: Sequence[str]) -> tuple[str, str]:
+    """What all names begin with and end with, up to a sign between words; without one, up to a digit."""
+    front, back = _common(names), _common([name[::-1] for name in names])[::-1]
+    words = re.match(r".*[_. -]", front), re.search(r"[_. -](?=[^\W\d]).*", back)
+    front = words[0][0] if words[0] else re.match(r"\D*", front)[0]
+    return front, words[1][0] if words[1] else re.search(r"\D*$", back)[0]
+
+
+def _common(names: Sequence[str]) -> str:
+    """What all names begin with."""
+    return "".join(letters[0] for letters in takewhile(lambda one: len(set(one)) == 1, zip(*names, strict=False)))
+
+
+def _names(folder: str) -> tuple[list[str], str]:
+    """Names of the images in a folder, and the one ending that all have."""
+    files = sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+    endings = Counter(name.removeprefix(stem(name)) for name in files)
+    if not files:
+        raise PoolError(f"{folder} holds no {', '.join(SUFFIXES)} file; say where they lie ({PATTERNS})")
+    if len(endings) > 1:
+        found = ", ".join(f"{count} {ending}" for ending, count in endings.items())
+        raise PoolError(f"{folder} holds files of several endings ({found}): convert or rename them to have one")
+    return [stem(name) for name in files], next(iter(endings))

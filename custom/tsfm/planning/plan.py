@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,11 +23,13 @@ from ..cases.pool import DatasetPool, is_bare
 from ..cases.sources import Sources, file_identity
 from ..errors import CaseError
 from ..files import atomic_write
+from ..names import counted
 from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork
 from ..network.networks import create_network
 from ..patches.store import CaseStore
 from ..preparation.fingerprint import FOLDER, Fingerprint, fingerprint, plan_spacing
+from ..preparation.preprocessing import channel_rules
 from ..schema import FileError, read_json
 from ..training.checkpoint import build_network, goes_on
 from .own_data import count_channels, pretrained_description
@@ -104,10 +107,35 @@ def plan_preparation(
         )
     modality = known.get("default_modality") if not pool.entries else pool.cases[0]["modality"]
     rules = known.get("channels", ()) if ct_normalization == "checkpoint" else ()
-    return Preparation(
+    result = Preparation(
         tuple(spacing), intensity, in_channels, modality, masked, rules if len(rules) == in_channels else (), orientation,
         known.get("resample_first", False),
     )  # fmt: skip
+    if pool.entries and rank() == 0:
+        logger.info("images: %s", describe_images(pool, result))
+    return result
+
+
+def describe_images(pool: DatasetPool, preparation: Preparation) -> str:
+    """Cases of each modality, and how they are normalized, in words for a terminal."""
+    shown = []
+    for modality, cases in Counter(item["modality"] for item in pool.cases).items():
+        rules = channel_rules(preparation, modality, preparation.in_channels)
+        words = [_rule_in_words(rule, " HU" if modality == "CT" else "") for rule in rules]
+        words = words[:1] if len(set(words)) == 1 else [f"channel {i}: {rule}" for i, rule in enumerate(words)]
+        channels = f" of {preparation.in_channels} channels" if preparation.in_channels > 1 else ""
+        shown.append(f"{counted(cases, f'{modality} case')}{channels}, {', '.join(words)}")
+    return "; ".join(shown)
+
+
+def _rule_in_words(rule: Mapping[str, Any], unit: str) -> str:
+    """A rule of `Preparation.channels`."""
+    if rule["scheme"] == "ct":
+        lower, upper, mean, sd = (f"{rule[key]:.4g}" for key in ("lower", "upper", "mean", "sd"))
+        return f"clipped to {lower} to {upper}{unit}, less {mean}, divided by {sd}"
+    masked = ", of its nonzero part" * bool(rule.get("masked"))
+    words = {"zscore": f"z-score of each case and channel{masked}", "01": "scaled to 0 to 1", "rgb": "divided by 255"}
+    return words.get(rule["scheme"], "as they are")
 
 
 def downstream_network(

@@ -17,10 +17,10 @@ from ..cases.folders import PoolError
 from ..cases.pool import DatasetPool
 from ..preparation.fingerprint import Fingerprint, fit_patch, plan_spacing
 from ..schema import FileError, read_json
-from .families import SWIN_STRIDES, Family
+from .families import FAMILIES, SWIN_STRIDES, Family
 from .own_data import pretrained_description
 from .plan import pool_fingerprint
-from .planner import Budget, Plan, PlanError, coarse_spacing, plan
+from .planner import MIN_BATCH, Budget, Plan, PlanError, coarse_spacing, plan
 from .turns import rank
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,12 @@ def plan_run(
             raise
         logger.warning("these weights exceed %s on a CPU: planning by nnU-Net's 8 GB instead", budget)
         result = planned(spacing, patch, Budget(memory_gb=8))
+    if decided := _decided(family, network_size, patch, numbers["batch_size"]):
+        budget = None
+        if asked := [
+            f"--{k} {v:g}" for k, v in (("memory_gb", memory_gb), ("step_seconds", step_seconds)) if v is not None
+        ]:
+            logger.warning("%s: without effect, since %s", " and ".join(asked), decided)
     warn_of_small_structures(pool, found, result.spacing_mm)
     if description is not None:
         warn_of_distance(description, pool, result.spacing_mm)
@@ -122,9 +128,8 @@ def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | No
     strides = " ".join("".join(map(str, stride)) for stride in plan.strides)
     kernels = " ".join("".join(map(str, kernel)) for kernel in plan.kernel_sizes)
     size = f", {plan.parameters / 1e6:.3g} million parameters" if plan.parameters else ""
-    cost = (
-        f"{plan.memory_gb:g} GB on a GPU, {plan.step_seconds:g} s a step on one CPU core" if plan.memory_gb else "none"
-    )
+    memory = f"{plan.memory_gb:g} GB" if plan.memory_gb >= 1 else f"{plan.memory_gb * 1000:g} MB"
+    cost = f"{memory} on a GPU, {plan.step_seconds:g} s a step on one CPU core" if plan.memory_gb else "none"
     return "\n".join(
         (
             f"plan{f' for {budget}' if budget else ''} (S, P, L):",
@@ -177,7 +182,7 @@ def check_data(pool: DatasetPool, found: Fingerprint, fold: int | str) -> None:
     if absent:
         raise PoolError(
             f"{pool.source}: of the {len(pool.cases)} cases none has a voxel of the labels {', '.join(absent)}: nothing could "
-            "be learned of them; check the label files, or take them out of the labels (dataset.json, --label_ids, pool file)"
+            f"be learned of them; check the label files, or take them out of {pool.labels_in}"
         )
 
 
@@ -201,7 +206,10 @@ def warn_of_distance(description: Mapping[str, Any], pool: DatasetPool, spacing_
     """Say in which way pretrained weights are far from the data: no common target, no common modality, spacing."""
     targets, modalities = list(description.get("targets", ())), list(description.get("modalities", ()))
     if targets and not set(targets) & set(pool.table.names):
-        logger.warning("the weights know none of the targets %s: all heads start anew", list(pool.table.names))
+        logger.warning(
+            "the weights know none of the targets %s: the body of the network is kept, all heads start anew",
+            list(pool.table.names),
+        )
     new = sorted({item["modality"] for item in pool.cases} - set(modalities))
     if modalities and new:
         logger.warning("the weights saw %s only, the data has %s", ", ".join(modalities), ", ".join(new))
@@ -225,6 +233,14 @@ def _spacing(asked: Sequence[float] | str, found: Fingerprint, description: Mapp
     if asked not in ("auto", "coarse"):
         raise ValueError(f"spacing_mm is {asked!r}; expected 'auto', 'coarse', 'checkpoint' or three numbers (S, P, L)")
     return list(plan_spacing(found.spacings_mm, found.shapes))
+
+
+def _decided(family: Family | None, network_size: str, patch: Sequence[int] | None, batch_size: int | None) -> str:
+    """Why no budget is looked at; empty where one is."""
+    family = family or FAMILIES.get(network_size)
+    if family is not None and family.kind == "fixed":
+        return f"{family.name} has a patch of its own, and a batch of {MIN_BATCH}: --patch_size, --batch_size"
+    return "network, patch and batch are given" if family is not None and patch and batch_size else ""
 
 
 def _budget(memory_gb: float | None, step_seconds: float | None, device: str | torch.device) -> Budget:

@@ -192,12 +192,14 @@ def plan(
 def plan_patch(
     patch_size: Sequence[int],
     spacing_mm: Sequence[float],
-    network: str = "tsfm_h",
+    network: str | None = "tsfm_h",
     batch_size: int = MIN_BATCH,
     **options: Any,
-) -> Plan:
-    """The plan for a patch that is given, whatever it costs; `options` are those of `plan`."""
-    return plan(patch_size, spacing_mm, network, Budget(), patch_size=patch_size, batch_size=batch_size, **options)
+) -> Plan | None:
+    """The plan for a patch that is given, whatever it costs; without a `network` there is none. `options`: those of `plan`."""
+    return network and plan(
+        patch_size, spacing_mm, network, Budget(), patch_size=patch_size, batch_size=batch_size, **options
+    )
 
 
 def _plan_fixed(family: Family, median_shape, spacing_mm, patch_size, batch_size) -> Plan:

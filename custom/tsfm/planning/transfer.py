@@ -108,7 +108,7 @@ def load_pretrained(
         unused,
         sum(value.numel() for value in found.values()),
         heads.summary(),
-        [*read.notes, *_mismatches(theirs, ours)],
+        [*_none_shared(parts, heads, entries), *read.notes, *_mismatches(theirs, ours)],
     )
     if (
         not torch.distributed.is_available()
@@ -273,6 +273,18 @@ def _misfit(path: str, problems: list[str], theirs: Mapping[str, Any], ours: Map
         "differ), or name parts that shall start anew in reinitialize, for example ['bottleneck']."
     )
     return "\n".join(lines)
+
+
+def _none_shared(parts: Parts, heads: _HeadMap, entries: Sequence[Entry]) -> list[str]:
+    """Where both sides name their targets and share none: what is kept all the same, in words."""
+    if not heads.theirs or not heads.ours or heads.to_index:
+        return []
+    body = [entry for entry in entries if not re.match(parts.head, entry.name)]
+    reused, whole = (sum(counts) for counts in zip(*((e.reused, e.reused + e.new) for e in body), strict=True))
+    return [
+        f"no target is shared: the body of the network (all but its heads) keeps what was pretrained, {reused / whole:.0%} of "
+        f"its parameters; its heads, one output per target, start anew for {', '.join(heads.ours)}"
+    ]
 
 
 def _mismatches(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,13 @@ from ..files import atomic_write
 
 SHOWN = 10  # names that an error or a report spells out
 
+MEANING = {
+    "loaded": "of the network: as the pretrained weights have them",
+    "adapted": "of the network: from the pretrained weights, in another shape",
+    "new": "of the network: start anew",
+    "unused": "of the pretrained weights: the network has no place for them",
+}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -67,14 +74,12 @@ class TransferReport:
 
     def __str__(self) -> str:
         lines = [
-            f"Pretrained weights from {self.checkpoint}",
+            f"Weights of the network before training, from the pretrained weights {self.checkpoint}",
             f"{'':10}{'tensors':>9}{'parameters':>15}{'per cent':>10}",
         ]
         for how, total in self.totals().items():
-            of = "of the checkpoint" if how == "unused" else "of the network"
-            lines.append(
-                f"{how:10}{total['tensors']:>9}{total['parameters']:>15,}{_percent(total['percent']):>10} {of}"
-            )
+            numbers = f"{total['tensors']:>9}{total['parameters']:>15,}{_percent(total['percent']):>10}"
+            lines.append(f"{how:10}{numbers} {MEANING[how]}")
         adapted = [f"{entry.name}: {entry.note}" for entry in self.entries if entry.how == "adapted"]
         lines += _listed("adapted", adapted) + _listed("new", [e.name for e in self.entries if e.how == "new"])
         lines += _listed("unused", list(self.unused))

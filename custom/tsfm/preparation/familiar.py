@@ -6,7 +6,7 @@ case passes does not say that the weights suit it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,18 @@ def features(image: np.ndarray, grid: Mapping[str, Any]) -> dict[str, float]:
 def ranges(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """Smallest and largest of each statistic, to four digits."""
     return {name: [float(f"{edge(row[name] for row in rows):.4g}") for edge in (min, max)] for name in FEATURES if rows}
+
+
+def together(sides: Iterable[Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[str, dict[str, list[float]]]:
+    """What several weights or trainings have seen as one: of each modality's statistics the smallest and the largest."""
+    known: dict[str, dict[str, list[float]]] = {}
+    for side in sides:
+        for modality, statistics in side.items():
+            found = known.setdefault(modality, {})
+            for name, (low, high) in statistics.items():
+                lowest, highest = found.get(name, (low, high))
+                found[name] = [min(low, lowest), max(high, highest)]
+    return known
 
 
 def unfamiliar(seen: Mapping[str, Sequence[float]], found: Mapping[str, float]) -> list[str]:

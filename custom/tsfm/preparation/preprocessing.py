@@ -105,18 +105,26 @@ def channel_rules(
     return preparation.channels or [rule] * channels
 
 
-def normalize(image: torch.Tensor, preparation: Preparation, modality: str, cropped_share: float = 1.0) -> torch.Tensor:
+def normalize(
+    image: torch.Tensor,
+    preparation: Preparation,
+    modality: str,
+    cropped_share: float = 1.0,
+    mask: np.ndarray | None = None,
+) -> torch.Tensor:
     """Normalise float (C, S, P, L) in place on the cropped source grid, and return it.
 
     Listed modalities (CT) are clipped to [lower, upper], shifted by mean and divided by sd. Others are z-scored per
-    channel; `cropped_share` (what the crop kept of the volume) then decides on the mask where the plan does not.
+    channel; `cropped_share` (what the crop kept of the volume) then decides on the mask where the plan does not. The
+    `mask` is that of the non-zero region, where it was taken before (`resample_first`).
     """
     rules = channel_rules(preparation, modality, len(image), cropped_share)
-    mask = None
+    where = None
     if any(rule.get("masked") for rule in rules):
-        mask = torch.from_numpy(filled_mask(image.cpu().numpy())).to(image.device)
+        mask = filled_mask(image.cpu().numpy()) if mask is None else mask
+        where = torch.from_numpy(mask).to(image.device)
     for channel, rule in zip(image, rules, strict=True):
-        _normalize_channel(channel, rule, mask if rule.get("masked") else None)
+        _normalize_channel(channel, rule, where if rule.get("masked") else None)
     return image
 
 
@@ -132,7 +140,7 @@ def _normalize_channel(channel: torch.Tensor, rule: Mapping[str, Any], mask: tor
     elif scheme == "zscore":
         sd, mean = torch.std_mean(channel if mask is None else channel[mask], correction=0)
         scaled = channel.sub(mean).div_(sd.clamp_min(1e-8))
-        channel.copy_(scaled if mask is None else torch.where(mask, scaled, channel))
+        channel.copy_(scaled if mask is None else torch.where(mask, scaled, 0.0))
     elif scheme != "none":
         raise ValueError(f"normalization scheme {scheme!r} is unknown; expected 'ct', 'zscore', '01', 'rgb' or 'none'")
 
@@ -174,10 +182,13 @@ def prepare_image(
         tuple(image.shape[1:]), crop, tuple(cropped.shape[1:]), shape, tuple(spacing_mm), preparation.spacing_mm
     )
     thick = thick_axis(spacing_mm, preparation.spacing_mm)
-    if preparation.resample_first:
+    mask = None
+    if preparation.resample_first:  # a spline rings into the zeros around the mask, so the mask itself is resampled
+        if any(rule.get("masked") for rule in channel_rules(preparation, modality, len(cropped), share)):
+            mask = resample(filled_mask(cropped.cpu().numpy()), shape, 1, thick) >= 0.5
         cropped = _resample_channels(cropped, shape, thick, source)
     with one_thread():
-        cropped = normalize(cropped, preparation, modality, share)
+        cropped = normalize(cropped, preparation, modality, share, mask)
     if preparation.resample_first:
         return cropped, grid
     return _resample_channels(cropped, shape, thick, source), grid
@@ -303,7 +314,7 @@ class PrepareImaged(MapTransform, InvertibleTransform):
             found, shape, cropped = tuple(tensor.shape[1:]), tuple(record["shape"]), tuple(record["cropped_shape"])
             if found not in (shape, cropped):
                 raise ValueError(
-                    f"{key}: shape {found}; expected the prepared grid {shape} or the cropped one {cropped}"
+                    f"{key}: shape {found} (S, P, L); expected the prepared grid {shape} or the cropped one {cropped}"
                 )
             plain = nearest(tensor.as_tensor(), cropped)
             full = plain.new_zeros((len(plain), *record["source_shape"]))

@@ -134,8 +134,9 @@ def describe_network(
             f"{preparation.in_channels}"
         )
     declared, before = table.to_dict(), network.description
+    seen = network.description.pop("familiar", None)
     if list(before.get("targets", ())) != list(table.names) or all("dataset" in item for item in items):
-        before = {"licences": before.get("licences", {})}
+        before, seen = {"licences": before.get("licences", {})}, None
     datasets = {table.dataset_of(item) for item in items}
     taught = {name for dataset in datasets if table.knows(dataset) for name in table.annotated(dataset)}
     taught.update(before.get("trained_targets", ()))
@@ -152,6 +153,8 @@ def describe_network(
         mirror_axes=mirror_axes,
         licences=all_licences(before.get("licences", {}), licences_of(items)),
     )
+    if seen is not None:
+        network.description["familiar"] = seen
     check_description(network.description, "this run", CheckpointError)
     return network
 
@@ -185,6 +188,7 @@ def goes_on(network: DescribedNetwork, description: Mapping[str, Any]) -> None:
             modalities=description.get("modalities", []),
             trained_on=description.get("trained_on", []),
             trained_targets=trained_targets(description),
+            familiar=description.get("familiar", {}),
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ..network.description import split_network
 from ..network.networks import create_network
+from ..preparation.familiar import together
 from .weight_files import CheckpointError
 
 ALIKE = ("targets", "dataset_labels", "preparation", "patch_size", "activation", "mirror_axes")
@@ -53,19 +54,8 @@ def combine(
     }
     shape = {key: expected["network"][key] for key in ("in_channels", "out_channels")}
     network = {"name": "ensemble", **shape, "count": len(folds), "network": arguments}
-    return tensors, {**expected, **_seen([description for _, _, description in folds]), "network": network}
-
-
-def _seen(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the folds saw together: of each statistic of ``familiar`` the smallest and the largest."""
-    known: dict[str, dict[str, list[float]]] = {}
-    for description in descriptions:
-        for modality, statistics in description.get("familiar", {}).items():
-            found = known.setdefault(modality, {})
-            for name, (low, high) in statistics.items():
-                lowest, highest = found.get(name, (low, high))
-                found[name] = [min(low, lowest), max(high, highest)]
-    return {"familiar": known} if known else {}
+    seen = together(description.get("familiar", {}) for _, _, description in folds)
+    return tensors, {**expected, **({"familiar": seen} if seen else {}), "network": network}
 
 
 def _names(arguments: Mapping[str, Any]) -> set[str]:

@@ -24,7 +24,9 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ..cases.pool import is_bare
+from ..errors import changes
 from ..files import PARTIAL, atomic_write, check_writable
+from ..names import counted
 from ..network.sharding import gather_model, gather_state, is_sharded, scatter_state, set_shares, take_shares
 from .checkpoint import EXTRA_STATE, decode_description, save_weights
 from .curve import Curve
@@ -159,20 +161,16 @@ class RunState:
         if source is None:
             return
         state = _read_run(source, checked=True)
-        changed = {
-            key: (state["settings"].get(key), self.settings.get(key))
-            for key in {*state["settings"], *self.settings}
-            if state["settings"].get(key) != self.settings.get(key)
-        }
-        if changed:
-            listing = "; ".join(f"{key}: was {old}, is {new}" for key, (old, new) in sorted(changed.items()))
+        if changed := changes(state["settings"], self.settings):
+            others = ": cases were added, removed or renamed" if "cases: was" in changed else ""
             raise CheckpointError(
-                f"{self.output_dir} holds a run with other settings ({listing}). Give this run its own --output_dir, "
+                f"{self.output_dir} holds a run with other settings ({changed}){others}. Give this run its own --output_dir, "
                 "or use the settings of the run that is there to go on with it."
             )
         if state["epoch"] > engine.state.max_epochs:
             raise CheckpointError(
-                f"{self.output_dir}: the run there has {state['epoch']} epochs, {engine.state.max_epochs} were asked for"
+                f"{self.output_dir}: the run there has {counted(state['epoch'], 'epoch')}, {engine.state.max_epochs} were asked for: "
+                "give at least as many --epochs, or this run its own --output_dir"
             )
         parts = dict(self.parts)
         if "model" not in state:
@@ -195,6 +193,13 @@ class RunState:
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         done = " (the run is complete)" if state["epoch"] == engine.state.max_epochs else ""
         logger.info("resuming after epoch %d of %d from %s%s", state["epoch"], engine.state.max_epochs, source, done)
+        before = state.get("epochs", engine.state.max_epochs)  # what earlier versions wrote does not say it
+        if before != engine.state.max_epochs:
+            logger.info(
+                "%s of %d asked for before done, %d asked for now: the learning rate goes on as in a run of %d epochs, with %.3g next",
+                counted(state["epoch"], "epoch"), before, engine.state.max_epochs, engine.state.max_epochs,
+                self.parts["optimizer"].param_groups[0]["lr"],
+            )  # fmt: skip
 
     def _choose(self) -> str | None:
         """Path of the newest state that is whole, which the first process looks for; None where there is none at all."""
@@ -245,6 +250,7 @@ class RunState:
             self.best = average
         state = {
             "epoch": engine.state.epoch,
+            "epochs": engine.state.max_epochs,
             "parts": {name: part.state_dict() for name, part in self.parts.items() if name != "optimizer"},
             "curve": self.curve.state_dict(),
             "best": self.best,

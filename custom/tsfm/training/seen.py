@@ -9,7 +9,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ..patches.store import CaseStore
-from ..preparation.familiar import features, ranges
+from ..preparation.familiar import features, ranges, together
 from .run_state import unwrap
 
 LIMIT = 64
@@ -18,6 +18,10 @@ LIMIT = 64
 
 class DescribeImages:
     """Handler: when the run starts, writes the ranges of the training images' statistics into the network's description.
+
+    They replace those of the weights that a run starts from: a fine-tuned network knows its own data, prepared by its own
+    rules. Where the description has some by then (`describe_network`: label maps from a server go on from weights for the same
+    targets), theirs are widened; weights that know nothing of what they saw stay so, since a few cases would not stand for it.
 
     The rest of the description is that of this run again, if a handler before this one loaded weights with theirs (MONAI Label's
     `CheckpointLoader`).
@@ -46,6 +50,9 @@ class DescribeImages:
             modality: ranges([self._features(item) for item in items[:: -(-len(items) // LIMIT)]])
             for modality, items in sorted(kinds.items())
         }
+        before = self.description.get("familiar")
+        if before is not None:
+            familiar = together((before, familiar)) if before else {}
         network = unwrap(self.network)
         network.description = {**self.description, "network": network.description["network"], "familiar": familiar}
 

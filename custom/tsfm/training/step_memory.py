@@ -29,6 +29,10 @@ MARGIN = 0.1
 """Share of the device's memory that is left to convolution workspaces, fragments and other programs."""
 
 
+SWITCHES = ("checkpointing", "use_checkpoint")
+"""What a module is told to recompute its activations by: these networks' own, and MONAI's (SwinUNETR)."""
+
+
 class Moment(NamedTuple):
     """A moment of the walk: bytes of activations, weights whose gradient is there, and whether it is the forward pass."""
 
@@ -74,9 +78,7 @@ def walk(
     """Walk through forward and backward pass of `network` (its weights are not touched), in 16 bits if `half`."""
     kind = torch.bfloat16 if half else torch.float32
     network = _shell(network, kind)
-    for module in network.modules():
-        if hasattr(module, "checkpointing"):
-            module.checkpointing = checkpointing
+    _let_recompute(network, checkpointing)
     moments, state, live = [], {"done": 0, "forward": True}, _Live()
 
     def gathered(weight: Tensor) -> None:
@@ -98,6 +100,13 @@ def walk(
         sum(p.numel() for p in network.parameters() if p.requires_grad or every) for every in (True, False)
     )
     return Walk(tuple(moments), weights, trained, max(units, default=weights))
+
+
+def _let_recompute(network: nn.Module, on: bool) -> None:
+    for module in network.modules():
+        for switch in SWITCHES:
+            if hasattr(module, switch):
+                setattr(module, switch, on)
 
 
 def _shell(network: nn.Module, kind: torch.dtype) -> nn.Module:
@@ -192,24 +201,26 @@ def fit_memory(
         "sharded": is_sharded(inner), "fused": bool(optimizer.defaults.get("fused")),
     }  # fmt: skip
     room, in_channels = device_bytes(device), getattr(inner, "in_channels", 1)
-    can = any(hasattr(module, "checkpointing") for module in inner.modules())
+    can = any(hasattr(module, switch) for module in inner.modules() for switch in SWITCHES)
     for choice in (False, True) if checkpointing == "auto" and can else (checkpointing is True,):
         needed = peak_bytes(walk(inner, in_channels, patch_size, batch_size, choice, half), choice, **options)
         if needed <= (1 - MARGIN) * room:
             break
     if needed > room:
         raise ValueError(_refusal(inner, needed, room, device, patch_size, batch_size, choice, processes))
-    for module in inner.modules():
-        if hasattr(module, "checkpointing"):
-            module.checkpointing = choice
+    _let_recompute(inner, choice)
     if compile:
         inner.compile()
     found = {"checkpointing": choice, "gb": round(needed / 1e9, 2), "device_gb": round(room / 1e9, 1)}
     logger.info(
-        "a step needs about %.1f GB of %.1f GB (%s); %s", needed / 1e9, room / 1e9, device,
+        "a step needs about %s of %s (%s); %s", _memory(needed), _memory(room), device,
         "activations are recomputed" if choice else "activations are kept",
     )  # fmt: skip
     return found
+
+
+def _memory(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _refusal(inner, needed, room, device, patch_size, batch_size, choice, processes) -> str:
@@ -219,7 +230,7 @@ def _refusal(inner, needed, room, device, patch_size, batch_size, choice, proces
     if not is_sharded(inner):
         advice.append("several GPUs with configs/fsdp_train.json")
     return (
-        f"one training step needs about {needed / 1e9:.1f} GB, {device} has {room / 1e9:.1f} GB: {weights / 1e6:.0f} million "
+        f"one training step needs about {_memory(needed)}, {device} has {_memory(room)}: {weights / 1e6:.3g} million "
         f"weights, batch {batch_size} of {'x'.join(map(str, patch_size))} voxels, activations "
         f"{'recomputed' if choice else 'kept'}, {processes} process(es). Try {', '.join(advice)}"
     )

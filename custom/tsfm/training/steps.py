@@ -126,9 +126,13 @@ class EvalStep(AutocastStep):
 
 
 def poly_schedule(
-    optimizer: torch.optim.Optimizer, epochs: int, power: float = 0.9, warmup_epochs: int = 0
+    optimizer: torch.optim.Optimizer, epochs: int, power: float = 0.9, warmup_epochs: int | str = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """lr (1 - e/E)^0.9 per epoch (nnU-Net), after a linear warm-up over `warmup_epochs` (MultiTalent's fine-tuning)."""
+    """lr (1 - e/E)^0.9 per epoch (nnU-Net), after a linear warm-up over `warmup_epochs` (MultiTalent's fine-tuning).
+
+    "auto", a schedule's own warm-up, is none.
+    """
+    warmup_epochs = 0 if warmup_epochs == "auto" else warmup_epochs
 
     def factor(epoch: int) -> float:
         if epoch < warmup_epochs:

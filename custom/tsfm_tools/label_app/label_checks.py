@@ -23,6 +23,9 @@ BELOW_ONE = {"threshold": False, "overlap": True}
 
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha")
 
+FINAL = "final"
+"""MONAI Label's tag of labels that were submitted."""
+
 DTYPES = ("uint8", "uint16", "int16", "int32", "float32")
 
 
@@ -83,7 +86,9 @@ def check_training(request: Mapping[str, Any], options: Mapping[str, Any], devic
             f"gpus is {gpus!r}; this server has {', '.join(known) or 'none'}: expected numbers of these, or all"
         )
     if not labels:
-        raise BadRequest("there is nothing to train on: submit labels first (no image has one that is tagged 'final')")
+        raise BadRequest(
+            f"there is nothing to train on: submit labels first (no image has one that is tagged '{FINAL}')"
+        )
     return checked
 
 

@@ -13,14 +13,12 @@ import numpy as np
 import pydicom
 import pydicom_seg
 import SimpleITK as sitk
+from label_checks import FINAL
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from monailabel.datastore.utils.dicom import dicom_web_download_series
 
 logger = logging.getLogger(__name__)
-
-FINAL = "final"
-"""The tag of labels that were submitted."""
 
 
 def series_as_nifti(folder: str) -> list[str]:

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 import torch
-from label_checks import check_inference
+from label_checks import FINAL, check_inference
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.tasks.infer.bundle import BundleInferTask
@@ -17,9 +17,6 @@ from monailabel.tasks.train.bundle import BundleTrainTask
 from monailabel.utils.others.generic import device_list, device_map, name_to_device, strtobool
 
 logger = logging.getLogger(__name__)
-
-FINAL = "final"
-"""The tag of labels that were submitted."""
 
 
 def devices() -> list[str]:
@@ -72,6 +69,15 @@ class InferTask(BundleInferTask):
     def takes_clicks(self) -> bool:
         """Whether MONAI Label's clients send it clicks."""
         return self.type == InferType.DEEPEDIT
+
+    def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
+        """The label map of one image, which stays where it is: a GPU that does not hold it takes window after window."""
+        network = self._get_network(device, data)
+        with torch.no_grad():
+            data[self.output_label_key] = self.inferer(data)(data[self.input_key][None], network)[0]
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        return data
 
     def _get_network(self, device: str, data: dict[str, Any] | None) -> torch.nn.Module:
         """The network with the weights that the request names, loaded again only where the file is another one."""
@@ -182,4 +188,4 @@ class UncertaintyScoring(ScoringMethod):
         data["device"] = name_to_device(request.get("device", "cuda"))
         data = self.task.run_pre_transforms(data, self.task.pre_transforms(data))
         network = self.task._get_network(data["device"], data)
-        return self.task.inferer(data).uncertainty(data["image"][None].to(data["device"]), network)
+        return self.task.inferer(data).uncertainty(data["image"][None], network)  # windows go to the device one by one

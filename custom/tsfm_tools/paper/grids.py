@@ -16,7 +16,7 @@ from typing import Any
 
 import monai
 from tsfm.cases.pool import DatasetPool
-from tsfm.errors import first_cause
+from tsfm.errors import changes, first_cause
 from tsfm.files import atomic_write
 from tsfm.options import OptionError, check_options, check_texts
 from tsfm.planning.own_data import pretrained_description
@@ -266,7 +266,10 @@ class GridRunner:
         record = self.record(run)
         if record and record["settings"] != settings:
             folder = self.output_dir / "cells" / run.folder
-            raise CheckpointError(f"{folder} holds a cell with other settings; give this grid its own --output_dir")
+            changed = changes(*({**one, **one["run"], "run": None} for one in (record["settings"], settings)))
+            raise CheckpointError(
+                f"{folder} holds a cell with other settings ({changed}); give this grid its own --output_dir"
+            )
         return record
 
     def _write(self, run: Run, record: Mapping[str, Any]) -> None:

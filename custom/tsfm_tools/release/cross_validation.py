@@ -19,6 +19,7 @@ import numpy as np
 from monai.bundle import ConfigParser
 from tsfm.cases.folders import PoolError, output_path
 from tsfm.cases.sources import file_digest
+from tsfm.errors import changes
 from tsfm.evaluation.evaluation import evaluate_folder
 from tsfm.evaluation.label_maps import load_map, load_truth, match_predictions
 from tsfm.evaluation.postprocessing_plan import determine
@@ -248,19 +249,17 @@ class CrossValidation:
     def _remember(self) -> None:
         """Write down what this cross-validation is, or CheckpointError where the folder holds another."""
         cases = sorted([item["dataset"], item["case"], fold] for fold, items in self.held_out.items() for item in items)
-        record = {
-            "dataset_dir": self.dataset_dir,
-            "configs": self.configs,
-            "settings": self.settings,
-            "held_out": cases,
-        }
+        record = {"dataset_dir": self.dataset_dir, "configs": self.configs, "settings": self.settings}
+        record["held_out"] = cases
         record, path = json.loads(json.dumps(record)), self.folder / "cross_validation.json"
         if not path.is_file():
             self._write(path, record, write_first)
         known = read_json(path)
-        if differ := [key for key in record if known.get(key) != record[key]]:
+        before, now = ({tuple(row[1:]) for row in one.pop("held_out", ())} for one in (known, record))
+        moved = f"; cases and folds {sorted(before ^ now)[:5]}" if before != now else ""
+        if changed := changes(*({**one.pop("settings", {}), **one} for one in (known, record))) + moved:
             raise CheckpointError(
-                f"{self.folder} holds a cross-validation with other {', '.join(differ)}; give this one its own --output_dir"
+                f"{self.folder} holds a cross-validation with other settings ({changed.lstrip('; ')}); give this one its own --output_dir"
             )
 
     def _plan(self, fold: int) -> dict[str, Any]:

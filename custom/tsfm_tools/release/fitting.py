@@ -90,7 +90,8 @@ def _fitted_pool(pool: Mapping[str, Any], description: Mapping[str, Any]) -> dic
             "modality": modalities[0],
         }
         datasets.append({**known.get(entry["name"], layout), **entry, "labels": labels})
-    return {**pool, "targets": description["targets"], "datasets": datasets}
+    about = "The targets and data sets that the weights of this release know. A data set of your own is one more entry."
+    return {"_desc_": about, "targets": description["targets"], "datasets": datasets}
 
 
 def fill_metadata(
@@ -136,7 +137,7 @@ def _fill_format(data: dict[str, Any], description: Mapping[str, Any], modalitie
     data["outputs"].setdefault("pred", {}).update(
         num_channels=len(table.names),
         spatial_shape=patch,
-        value_range=[0, len(table.names)],
+        value_range=[],  # logits
         channel_def=table.channel_def(),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -55,8 +54,9 @@ def import_nnunet(
     members = [(f"fold {name}", state, model.description) for name, state in model.folds.items()]
     state, description = combine(members) if len(members) > 1 else members[0][1:]
     said = trained_on or f"an nnU-Net model ({description['trained_by']}, fold {', '.join(model.folds)})"
-    bundle = bundle_of(state, description, output_dir, name, said, bundle_dir)
-    _mirror_by_default(os.path.join(bundle, "configs", "inference.json"), bool(description["mirror_axes"]))
+    # nnU-Net's predictor averages over mirrored versions unless it is told not to
+    inference = {"displayable_configs#mirroring": bool(description["mirror_axes"])}
+    bundle = bundle_of(state, description, output_dir, name, said, bundle_dir, inference)
     print(f"{bundle}: {len(members)} fold(s), targets {', '.join(description['targets'])}")
     return bundle
 
@@ -68,18 +68,12 @@ def bundle_of(
     name: str,
     trained_on: str,
     bundle_dir: str,
+    inference: Mapping[str, Any] | None = None,
 ) -> str:
-    """Stage a bundle around tensors that `description` describes; returns its folder."""
+    """Stage a bundle around tensors that `description` describes; returns its folder. `inference` as for `release`."""
     with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, "model.pt")
         save_weights({**state, "_extra_state": encode_description(description)}, path)
-        return release(bundle_dir, path, output_dir, name=name, trained_on=trained_on, zipped=False)
-
-
-def _mirror_by_default(path: str, mirrored: bool) -> None:
-    """nnU-Net's predictor averages over mirrored versions unless it is told not to."""
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    config["displayable_configs"]["mirroring"] = mirrored
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(config, indent=4, ensure_ascii=False) + "\n")
+        return release(
+            bundle_dir, path, output_dir, name=name, trained_on=trained_on, zipped=False, inference=inference
+        )

@@ -48,13 +48,17 @@ def readme_parts(
     tensors: Mapping[str, torch.Tensor],
     train: Mapping[str, Any],
     checkpoint: str,
+    licences: Mapping[str, Mapping[str, Any]],
     trained_on: str | None = None,
     metrics_of: str = "",
 ) -> dict[str, str]:
-    """Name -> Markdown of the README's parts; `train` is the merged train.json, `checkpoint` where the weights came from."""
+    """Name -> Markdown of the README's parts; `train` is the merged train.json, `checkpoint` where the weights came from.
+
+    `licences`: those of the data that the weights saw (`licences_seen`).
+    """
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return {
-        "weights": weights_table(description, metadata, parameters, trained_on),
+        "weights": weights_table(description, metadata, parameters, licences, trained_on),
         "training": training_table(train, description, checkpoint),
         "performance": performance(metadata, metrics_of),
         "system": system_table(parameters, description["patch_size"]),
@@ -62,7 +66,11 @@ def readme_parts(
 
 
 def weights_table(
-    description: Mapping[str, Any], metadata: Mapping[str, Any], parameters: int, trained_on: str | None = None
+    description: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    parameters: int,
+    licences: Mapping[str, Mapping[str, Any]],
+    trained_on: str | None = None,
 ) -> str:
     """What the weights are: network, patch, preparation, data, and one row per target."""
     table, preparation = table_of(description), description["preparation"]
@@ -71,14 +79,15 @@ def weights_table(
     }
     facts = {
         "version": metadata["version"],
+        "network": _network(description["network"]),
         "parameters": f"{parameters:,}",
         "input": f"{image_channels(description)} channel(s), {', '.join(description.get('modalities', []))}",
         "patch (S, P, L)": " x ".join(map(str, description["patch_size"])),
         "voxel spacing in mm (S, P, L)": " x ".join(f"{mm:g}" for mm in preparation["spacing_mm"]),
         "normalization": _normalization(preparation),
         "trained on": trained_on or ", ".join(description.get("trained_on", [])),
-        "licences of that data": weights_terms(description.get("licences", {})),
-        "epochs": description.get("epoch", "unknown"),
+        "licences of that data": weights_terms(licences),
+        "taken after epoch": description.get("epoch", "unknown"),
     }
     scores = _scores(metadata)
     rows = [
@@ -207,10 +216,18 @@ def _table(head: Any, rows: Any) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def _network(arguments: Mapping[str, Any]) -> str:
+    """Which network it is; several folds' are counted."""
+    members = arguments.get("count")
+    name = arguments.get("network", arguments).get("name", "tsfm")
+    return ("TSFM" if name == "tsfm" else name) + (f", {members} folds whose logits are averaged" if members else "")
+
+
 def _normalization(preparation: Mapping[str, Any]) -> str:
     ranges = [
         f"{modality}: clip to [{rule['lower']:g}, {rule['upper']:g}], minus {rule['mean']:g}, over {rule['sd']:g}"
         for modality, rule in (preparation.get("intensity") or {}).items()
     ]
     schemes = [f"channel {i}: {rule['scheme']}" for i, rule in enumerate(preparation.get("channels") or ())]
-    return "; ".join(schemes or [*ranges, "every other modality: z-score per image and channel"])
+    others = "every other modality: " * bool(ranges)
+    return "; ".join(schemes or [*ranges, f"{others}z-score per image and channel"])

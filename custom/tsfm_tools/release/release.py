@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 import tsfm
 from tsfm.cases.licences import licence_list
+from tsfm.files import PARTIAL, atomic_write, scratch_name, sweep
 from tsfm.schema import read_json
 from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
@@ -120,7 +120,9 @@ def release(
     for overlay in ["clicks.json", *overlays] if takes_clicks else overlays:
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
+        about = configs["train.json"].get("_desc_", "")
         configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
+        configs["train.json"]["_desc_"] = f"{about} In this release {overlay} is merged into it.".strip()
     if takes_clicks:
         configs["train.json"]["click_sigma"] = description["click_sigma"]
     for config in (configs[file] for file in ("inference.json", "evaluate.json") if file in configs):
@@ -130,14 +132,15 @@ def release(
     shown = display_name or _display_name(name, bundle_dir, metadata)
     fill_metadata(metadata, description, shown, trained_on, sum(tensor.numel() for tensor in tensors.values()))
     first = checkpoint if isinstance(checkpoint, str) else checkpoint[0]
-    parts = readme_parts(description, metadata, tensors, configs.get("train.json", {}), first, trained_on, metrics_of)
+    seen, train = licences_seen(description, configs), configs.get("train.json", {})
+    parts = readme_parts(description, metadata, tensors, train, first, seen, trained_on, metrics_of)
     bundle = os.path.join(output_dir, name)
     _refuse_to_lose(bundle, bundle_dir, checkpoint)
     with _replaced(bundle) as folder:
         _copy_bundle(bundle_dir, folder)
         for file, content in configs.items():
             _write_json(os.path.join(folder, "configs", file), content)
-        licenses = _read_text(data_license) if data_license else licence_list(licences_seen(description, configs))
+        licenses = _read_text(data_license) if data_license else licence_list(seen)
         os.makedirs(os.path.join(folder, "docs"), exist_ok=True)
         with open(os.path.join(folder, "docs", "data_license.txt"), "w", encoding="utf-8") as file:
             file.write(licenses)
@@ -156,16 +159,18 @@ def release(
     listing = os.path.join(output_dir, "model_info.json")
     known = read_json(listing) if os.path.isfile(listing) else {}
     known[os.path.basename(path).removesuffix(".zip")] = entry
-    _write_json(listing, dict(sorted(known.items())))
+    atomic_write(listing, lambda temporary: _write_json(temporary, dict(sorted(known.items()))))
     return path
 
 
 @contextmanager
 def _replaced(folder: str) -> Iterator[str]:
     """A new folder to fill, which takes the place of `folder` at the end of the block, or is gone if that fails."""
-    parent, name = os.path.split(os.path.abspath(folder))
+    parent = os.path.dirname(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+    sweep(parent)
+    scratch = os.path.join(parent, f".{scratch_name()}{PARTIAL}")
+    os.mkdir(scratch, 0o700)
     try:
         yield scratch
         os.chmod(scratch, 0o755)
