@@ -106,6 +106,19 @@ def test_folds_are_trained_scored_and_released_and_nothing_is_done_twice(phantom
         cross_validate(data, str(out), **options, epochs=3)
 
 
+def test_equally_named_cases_of_two_data_sets_are_told_apart(tmp_path):
+    """Folds in which they changed places are other folds."""
+    one = object.__new__(CrossValidation)
+    one.folder, one.dataset_dir, one.configs, one.settings = tmp_path, "data", [], {}
+    first, second = ({"dataset": name, "case": "case_1"} for name in ("ct", "mr"))
+    one.held_out = {0: [first], 1: [second]}
+    one._remember()
+    one._remember()
+    one.held_out = {0: [second], 1: [first]}
+    with pytest.raises(CheckpointError, match="cases and folds"):
+        one._remember()
+
+
 def test_what_cannot_be_used_is_refused_before_any_training(phantom_pool, tmp_path, monkeypatch):
     data = str(phantom_pool / "Task03_Liver")
     with pytest.raises(FileError, match=r"smal\.json does not exist"):

@@ -7,6 +7,8 @@ import torch
 from conftest import ROOT, run_bundle
 from monai.bundle import ConfigParser
 from tsfm.errors import first_cause
+from tsfm.network.networks import create_network
+from tsfm.planning.planner import plan_patch
 from tsfm.planning.public_weights import read_pretrained
 from tsfm.training.checkpoint import read_description
 
@@ -27,6 +29,16 @@ def parsed(bundle, files, phantom_pool, folder, **settings):
     return parser
 
 
+def rates_of(optimizer, schedule, epochs):
+    """The learning rate of each epoch."""
+    rates = []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("bundle", ["tsfm_pretrain", "tsfm_finetune"])
 def test_every_overlay_declares_its_network_and_recipe_in_both_bundles(bundle, overlay, phantom_pool, tmp_path):
@@ -43,11 +55,7 @@ def test_every_overlay_declares_its_network_and_recipe_in_both_bundles(bundle, o
         assert network.description["network"]["residual"]
     network.check_size(parser.get_parsed_content("planned").patch_size)
     optimizer, schedule = (parser.get_parsed_content(key) for key in ("optimizer", "lr_scheduler"))
-    rates = []
-    for _ in range(200):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
+    rates = rates_of(optimizer, schedule, 200)
     best = {"nnunet": 1e-2, "nnunet_resenc": 1e-2, "swinunetr": 1e-4, "stunet": 1e-3}[overlay]
     assert max(rates) == pytest.approx(best) and rates[-1] < 0.02 * best
     warmed = overlay == "swinunetr"
@@ -62,11 +70,7 @@ def test_a_warm_up_that_is_asked_for_is_taken_by_every_schedule(overlay, bundle,
         parser = parsed(bundle, ["train.json", *overlay], phantom_pool, tmp_path, epochs=50, warmup_epochs=warmup)
         parser["optimizer"] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
         optimizer, schedule = (parser.get_parsed_content(key) for key in ("optimizer", "lr_scheduler"))
-        rates = []
-        for _ in range(7):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step()
+        rates = rates_of(optimizer, schedule, 7)
         assert rates[: len(expected)] == pytest.approx(expected) and rates[6] < rates[5] < 1
 
 
@@ -80,6 +84,13 @@ def test_a_network_size_alone_names_the_pretrainings_network_and_what_replaces_i
             network = parser.get_parsed_content("network_def")
         assert network.description["network"]["features"] == features
         assert ("network: depths_down, depths_up, features" in caplog.text) == bool(overlays)
+
+
+def test_what_the_plan_has_too_replaces_nothing_and_is_not_warned_of(caplog):
+    found = plan_patch((16, 32, 32), (3.0, 2.0, 2.0), "tsfm_s", out_channels=2)
+    with torch.device("meta"):
+        create_network(out_channels=2, img_size=(16, 32, 32), strides=tuple(map(tuple, found.strides)), plan=found)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

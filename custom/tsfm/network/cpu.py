@@ -92,9 +92,8 @@ def _moments(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     PyTorch's channels-last kernel adds up all voxels in one float32, whose last bits a patch of millions of voxels exceeds:
     so it takes a block at a time, and the blocks are joined in float64 (Chan's rule).
     """
-    unused = torch.zeros(
-        2, x.shape[1], dtype=kind
-    )  # running averages; without them the kernel answers in the type of x
+    # running averages, of no use here; without them the kernel answers in the type of x
+    unused = torch.zeros(2, x.shape[1], dtype=kind)
     if x.is_contiguous():
         return torch.batch_norm_update_stats(x, *unused, 0.0)
     rows = x.movedim(1, -1).reshape(-1, x.shape[1])

@@ -20,6 +20,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -247,7 +248,8 @@ def create_network(name: str | None = None, plan: Any = None, **arguments: Any) 
     planned = plan.create_arguments() if plan is not None else {}
     name = name or planned.get("name", "tsfm")
     if planned.pop("name", name) == name:
-        if changed := [key for key in arguments.keys() & planned.keys() if arguments[key] != planned[key]]:
+        both = arguments.keys() & planned.keys()
+        if changed := [key for key in both if not np.array_equal(arguments[key], planned[key])]:
             logger.warning(
                 "network: %s are as the configs give them (network_def), not as the plan for %s has them",
                 ", ".join(sorted(changed)), plan.network,

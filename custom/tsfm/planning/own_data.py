@@ -48,8 +48,9 @@ def dataset_pool(
     its cases under "training") or of nnU-Net v2 (``imagesTr/x_0000.nii.gz``, a file per channel), whose labels are the
     targets unless `label_ids` (raw id -> target) and `regions` (the targets with their tree) are given; or two folders
     `images` and `labels` whose file names pair (``x_0000``, ``x_0001`` per channel), for which `label_ids`
-    (``{"1": "liver"}``) are needed. `images` and `labels` may be patterns of a pool file, too (``{case}/T1.nii.gz``). Where `dataset_dir` holds nothing of the kind (a MONAI Label server hands items in by
-    itself), the targets are those of the `pretrained` weights. With `kept_in`, a store, everything is as it was recorded there.
+    (``{"1": "liver"}``) are needed. `images` and `labels` may be patterns of a pool file, too (``{case}/T1.nii.gz``). Where
+    `dataset_dir` holds nothing of the kind (a MONAI Label server hands items in by itself), the targets are those of the
+    `pretrained` weights. With `kept_in`, a store, everything is as it was recorded there.
 
     `licence` is what the data's licence, and those of what the `pretrained` weights saw, have to permit (`DatasetPool`).
 

@@ -255,7 +255,7 @@ class CrossValidation:
         if not path.is_file():
             self._write(path, record, write_first)
         known = read_json(path)
-        before, now = ({tuple(row[1:]) for row in one.pop("held_out", ())} for one in (known, record))
+        before, now = ({tuple(row) for row in one.pop("held_out", ())} for one in (known, record))
         moved = f"; cases and folds {sorted(before ^ now)[:5]}" if before != now else ""
         if changed := changes(*({**one.pop("settings", {}), **one} for one in (known, record))) + moved:
             raise CheckpointError(
