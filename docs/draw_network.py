@@ -21,7 +21,7 @@ NAMES = {
     "B": "ResBlock: (IN, LeakyReLU, conv 3x3x3) twice + input",
     "C": "down: ResBlock with stride",
     "D": "Transformer bottleneck",
-    "E": "up: interpolation + 1x1x1 convolution, plus the skip",
+    "E": "up: interpolation + 1x1x1 convolution, and the skip",
     "F": "head: IN, LeakyReLU, 1x1x1 convolution",
 }
 LEFT, RIGHT, LEVEL, HEIGHT = 0.0, 11.6, 2.3, 0.62  # x of the two sides, distance of levels, height of a box
@@ -122,7 +122,8 @@ def draw_legend(axes, network: TSFM, y: float) -> None:
         x, row = (LEFT - 1.3, RIGHT - 4.3)[index // 3], y - 0.85 * (index % 3)
         box(axes, letter, x, row, "", 0.6)
         axes.text(x + 0.6, row, name, va="center", fontsize=9)
-    title = f"TSFM: {parameters / 1e9:.2f} billion parameters; dashed: skips, added"
+    joined = "concatenated" if network.up[0].concatenates else "added"
+    title = f"TSFM: {parameters / 1e9:.2f} billion parameters; dashed: skips, {joined}"
     axes.text((LEFT + RIGHT) / 2 + 0.6, 2.1, title, ha="center", fontsize=13)
     axes.set_ylim(y - 2.1, 2.6)
 

@@ -279,7 +279,9 @@ def test_frozen_parts_do_not_move(freeze, moves, pretrained, tmp_path):
     from tsfm.planning.parts import part_of
 
     data = two_folders(tmp_path / "data", 2)
-    weights, _ = finetune(tmp_path / "run", pretrained, freeze=freeze, learning_rate=0.1, **data)
+    weights, _ = finetune(
+        tmp_path / "run", pretrained, freeze=freeze, learning_rate=0.1, patch_size=[16, 32, 32], **data
+    )
     theirs = read_state(pretrained / "model.pt")[0]
     moved = {part_of(key) for key, value in weights.items() if key in theirs and not key.startswith("heads.")
              and not torch.equal(value, theirs[key])}  # fmt: skip

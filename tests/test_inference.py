@@ -34,6 +34,7 @@ from tsfm.labels import LabelError, LabelTable
 from tsfm.preparation.preprocessing import PrepareImaged
 from tsfm.preparation.resampling import thick_axis
 from tsfm.training.checkpoint import trained_targets
+from tsfm.training.weight_files import CheckpointError
 
 pytestmark = pytest.mark.convolutions
 
@@ -767,6 +768,9 @@ class TestRawIds:
         assert raw_values(sides, "amos") == {2: 1, 3: 2}
         description = {"targets": sides.to_dict()["targets"], "dataset_labels": sides.to_dict()["datasets"]}
         assert trained_targets(description, "amos") == ["left", "right"]
+        assert trained_targets({**description, "trained_targets": ["kidney", "right"]}, "amos") == ["right"]
+        with pytest.raises(CheckpointError, match=r"stand for \['left', 'right'\]; the weights .* but on \['spleen'\]"):
+            trained_targets({**description, "trained_targets": ["spleen"]}, "amos")
 
     def test_a_data_set_without_ids_is_refused(self):
         with pytest.raises(LabelError, match="names structures"):

@@ -191,9 +191,9 @@ def test_a_source_that_is_not_there_is_named(segment, tmp_path):
 
 def test_targets_limit_what_is_computed_and_keep_their_values(case, segment, tmp_path):
     nib.save(case, tmp_path / "case.nii.gz")
-    everything = voxels(segment(tmp_path / "case.nii.gz", out=tmp_path / "all", threshold=0.3) / "case.nii.gz")
+    everything = voxels(segment(tmp_path / "case.nii.gz", out=tmp_path / "all", threshold=0.1) / "case.nii.gz")
     chosen = voxels(
-        segment(tmp_path / "case.nii.gz", out=tmp_path / "some", threshold=0.3, targets=["liver", "lung"])
+        segment(tmp_path / "case.nii.gz", out=tmp_path / "some", threshold=0.1, targets=["liver", "lung"])
         / "case.nii.gz"
     )
     assert set(np.unique(chosen)) <= {0, 7, 19} and chosen.any()
@@ -242,14 +242,14 @@ def test_results_that_are_there_are_kept_unless_asked_otherwise(case, segment, t
 
 def test_a_label_map_in_a_data_sets_own_ids_and_probabilities(case, segment, tmp_path):
     nib.save(case, tmp_path / "case.nii.gz")
-    options = {"threshold": 0.3, "save": ["label_map", "probabilities"], "raw_ids": "msd_liver"}
+    options = {"threshold": 0.1, "save": ["label_map", "probabilities"], "raw_ids": "msd_liver"}
     out = segment(tmp_path / "case.nii.gz", **options)
     found = voxels(out / "case.nii.gz")
     kept = blosc2.open(str(out / "case_probabilities.b2nd"))
     liver, tumor = (kept[kept.schunk.vlmeta["targets"].index(name)] for name in ("liver", "liver_tumor"))
     assert set(np.unique(found)) <= {0, 1, 2} and found.any() and liver.shape == found.shape
-    edge = (np.abs(liver - 0.3) < 1e-3) | (np.abs(tumor - 0.3) < 1e-3)
-    assert np.array_equal((found > 0)[~edge], ((liver > 0.3) | (tumor > 0.3))[~edge])
+    edge = (np.abs(liver - 0.1) < 1e-3) | (np.abs(tumor - 0.1) < 1e-3)
+    assert np.array_equal((found > 0)[~edge], ((liver > 0.1) | (tumor > 0.1))[~edge])
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

@@ -213,8 +213,11 @@ def test_bottleneck_can_be_the_identity():
 
 
 def test_an_unknown_skip_and_levels_without_a_block_to_take_a_concatenated_one_are_refused():
-    for change in ({"skip": "sum"}, {"skip": "concat", "depths_up": (1, 0)}):
-        with pytest.raises(ValueError, match="skip is"):
+    for change, said in (
+        ({"skip": "sum"}, "skip is 'sum'"),
+        ({"skip": "concat", "depths_up": (1, 0)}, r"depths_up is \(1, 0\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
             TSFM(**{**TINY, **change})
 
 

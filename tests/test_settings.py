@@ -33,7 +33,7 @@ CHANGES_NO_STEP = {
 
 SMALL = {
     **{"in_channels": 1, "out_channels": 1, "img_size": [8, 8, 8], "features": [4, 4], "strides": [[2, 2, 2]]},
-    **{"depths_down": [0, 1], "depths_up": [0], "hidden_size": 4, "num_layers": 1, "num_heads": 1, "mlp_dim": 4},
+    **{"depths_down": [0, 1], "depths_up": [1], "hidden_size": 4, "num_layers": 1, "num_heads": 1, "mlp_dim": 4},
 }  # fmt: skip
 
 

@@ -277,8 +277,12 @@ class TSFM(DescribedNetwork):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         kernels = [tuple(size) for size in kernel_sizes or [CUBE] * len(features)]
         check_levels(features, depths_down, depths_up, strides, kernels)
-        if skip not in SKIPS or (skip == "concat" and min(depths_up) < 1):
-            raise ValueError(f"TSFM: skip is {skip!r}; expected one of {SKIPS}, and with 'concat' depths_up from 1")
+        if skip not in SKIPS:
+            raise ValueError(f"TSFM: skip is {skip!r}; expected one of {SKIPS}")
+        if skip == "concat" and min(depths_up) < 1:
+            raise ValueError(
+                f"TSFM: depths_up is {tuple(depths_up)}; with concatenated skips it is at least 1 per level"
+            )
         super().__init__(arguments, strides, PARTS)
         self.deep_supervision = deep_supervision
         self.checkpointing = checkpointing

@@ -210,16 +210,26 @@ def trained_targets(description: Mapping[str, Any], raw_ids: str | None = None) 
     """Targets that the data of the training annotates: what the weights can be asked for, in the table's order.
 
     A pool may declare more than the training found (``--allow_missing``); all targets where the data is not known.
-    With `raw_ids`, a data set, those that one of its ids stands for.
+    With `raw_ids`, a data set, those of them that one of its ids stands for.
+
+    Raises:
+        CheckpointError: weights that know no target of that data set.
     """
     table = table_of(description)
     seen = set(description.get("trained_targets", ())) or {
         name for dataset in description.get("trained_on", ()) if dataset in table.datasets
         for name in table.annotated(dataset)
     }  # fmt: skip
+    seen = seen or set(table.names)
     if raw_ids is not None:
-        seen = {table.names[value - 1] for value in raw_values(table, raw_ids)}
-    return [name for name in table.names if name in seen or not seen]
+        own = {table.names[value - 1] for value in raw_values(table, raw_ids)}
+        if not own & seen:
+            raise CheckpointError(
+                f"raw_ids is '{raw_ids}', whose ids stand for {sorted(own)}; the weights were trained on none of them, "
+                f"but on {sorted(seen)}: name a data set whose targets they know"
+            )
+        seen = seen & own
+    return [name for name in table.names if name in seen]
 
 
 def matching_table(description: Mapping[str, Any], pool_table: LabelTable) -> LabelTable:
