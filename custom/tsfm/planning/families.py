@@ -136,11 +136,12 @@ SIZES = ("tsfm_h", "tsfm_l", "tsfm_b", "tsfm_s")
 @dataclass(frozen=True)
 class Cost:
     """What one sample of a patch costs. values: feature map values, in nnU-Net's currency or, for TSFM, those that the
-    backward pass keeps; macs: multiply-adds forward; parameters: of the network."""
+    backward pass keeps; macs: multiply-adds forward; parameters: of the network; computed: `values` if all were kept."""
 
     values: int
     macs: int
     parameters: int
+    computed: int
 
 
 def unet_cost(family: Family, found: Topology, in_channels: int, out_channels: int) -> Cost:
@@ -181,13 +182,13 @@ def unet_cost(family: Family, found: Topology, in_channels: int, out_channels: i
             convolve(width if number else 2 * width, width, kernels[level], sizes[level])
         parameters += width * out_channels + out_channels
     values += out_channels * sizes[0]
-    return Cost(values, macs, parameters)
+    return Cost(values, macs, parameters, values)
 
 
 def tsfm_cost(
-    family: Family, found: Topology, in_channels: int, out_channels: int, checkpointing: bool = False
+    family: Family, found: Topology, in_channels: int, out_channels: int, checkpointing: bool | str = False
 ) -> Cost:
-    """What TSFM keeps for its backward pass; with `checkpointing` each block keeps its input only."""
+    """What TSFM keeps for its backward pass; with `checkpointing` (True, or "auto") each block keeps its input only."""
     sizes, levels = [prod(size) for size in found.sizes()], len(found.kernel_sizes)
     features, (down, up) = family.features(levels), family.depths(levels)
     kernels, strides = [prod(k) for k in found.kernel_sizes], [prod(s) for s in found.strides]
@@ -221,4 +222,5 @@ def tsfm_cost(
     parameters += layers * (layer + 9 * hidden + mlp)
     macs += tokens * (2 * width * hidden + layers * (layer + 2 * tokens * hidden))
     values += tokens * (2 * width + 2 * hidden + (1 if checkpointing else 12) * layers * hidden)
-    return Cost(int(values), int(macs), int(parameters))
+    computed = tsfm_cost(family, found, in_channels, out_channels).computed if checkpointing else int(values)
+    return Cost(int(values), int(macs), int(parameters), computed)

@@ -47,7 +47,7 @@ def plan_run(
     device: str | torch.device = "cpu",
     in_channels: int = 1,
     fold: int | str = 0,
-    checkpointing: bool = False,
+    checkpointing: bool | str = False,
     plan_file: str | None = None,
     num_workers: int = 0,
 ) -> Plan:

@@ -136,7 +136,7 @@ def plan(
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
     levels: int | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | str = False,
     family: Family | None = None,
 ) -> Plan:
     """The plan for cases of `median_shape` voxels (S, P, L) once they are resampled to `spacing_mm`.
@@ -149,7 +149,8 @@ def plan(
         out_channels: the network's outputs (with softmax the background too).
         patch_size, batch_size: as asked for, instead of the rule's.
         levels: so many levels, as given weights have.
-        checkpointing: TSFM recomputes activations.
+        checkpointing: TSFM recomputes activations, "auto": where a GPU's memory asks for it. Seconds are those of a step that
+            keeps them.
         family: a network that `FAMILIES` does not hold (weights); `network` is then ignored.
 
     Raises:
@@ -303,7 +304,7 @@ def _memory_gb(family: Family, price: Cost) -> tuple[float, float]:
 
 
 def _seconds(price: Cost) -> float:
-    return price.values * CPU_SECONDS_PER_VALUE + price.macs * CPU_SECONDS_PER_MAC
+    return price.computed * CPU_SECONDS_PER_VALUE + price.macs * CPU_SECONDS_PER_MAC
 
 
 def _room(family: Family, price: Cost, budget: Budget) -> float:

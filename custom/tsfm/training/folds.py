@@ -12,7 +12,7 @@ from ..network.networks import create_network
 from ..preparation.familiar import together
 from .weight_files import CheckpointError
 
-ALIKE = ("targets", "dataset_labels", "preparation", "patch_size", "activation", "mirror_axes")
+ALIKE = ("targets", "dataset_labels", "preparation", "patch_size", "activation", "mirror_axes", "click_sigma")
 
 OF_TRAINING = ("checkpointing", "deep_supervision", "dropout")
 """Arguments of a network that inference does not depend on."""
