@@ -89,6 +89,14 @@ def test_a_run_ends_with_the_number_of_its_skipped_steps_also_when_it_was_resume
     assert warned == ["2 of 44 steps (5%) were skipped, since their gradient was not finite"]
 
 
+def test_a_run_in_float16_goes_on_where_losses_are_scaled_though_they_were_not_before():
+    step = TrainStep(amp_dtype="float16")
+    assert step.scaler.is_enabled(), "on a processor, too, which may compute in float16"
+    scale = step.scaler.get_scale()
+    step.load_state_dict({"skipped": 1, "scaler": {}})
+    assert step.skipped == 1 and step.scaler.get_scale() == scale > 1
+
+
 def test_the_gradient_is_clipped_to_the_norm_before_the_step():
     network = TSFM(**SMALL)
     trainer, _ = engine_with(network, 1e6, clip_norm=0.5)

@@ -56,9 +56,14 @@ def topology(spacing_mm: Sequence[float], patch_size: Sequence[float], levels: i
             spacing[a], size[a] = spacing[a] * 2, ceil(size[a] / 2)
     more = 0 if levels is None else levels - 1 - len(strides)
     strides, kernels = strides + [(1, 1, 1)] * more, kernels + [(3, 3, 3)] * (more + 1)
+    return fitted(strides, kernels, patch_size)
+
+
+def fitted(strides: Sequence, kernel_sizes: Sequence, patch_size: Sequence[float]) -> Topology:
+    """The smallest patch that `strides` divide and that is not smaller than `patch_size`, with them."""
     divisor = [prod(axis) for axis in zip((1, 1, 1), *strides, strict=True)]
     patch = tuple(int(-(-n // d) * d) for n, d in zip(patch_size, divisor, strict=True))
-    return Topology(tuple(strides), tuple(kernels), patch)
+    return Topology(tuple(strides), tuple(kernel_sizes), patch)
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ class Family:
     the last entry goes on; `bottom` replaces it at the lowest level. kind: ``plain``, ``residual``, ``tsfm`` or ``fixed``.
     reference, reference_gb: nnU-Net's currency: so many feature map values of one sample fill so many GB with a batch of 2.
     dataset_share: a batch holds at most this share of the data set's voxels. levels: most levels. widths: the channels, where
-    they follow no rule (weights). strides, kernel_sizes, patch: of a network that is as deep as it is (kind ``fixed``); its
-    patch is no larger than that. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim. skip: TSFM's.
+    they follow no rule (weights). strides, kernel_sizes: where they are given; patch: of a network that is as deep as
+    it is (kind ``fixed``), whose patch is no larger than that. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim. skip: TSFM's.
     """
 
     name: str
