@@ -89,6 +89,26 @@ def test_weights_that_do_not_say_how_they_join_skips_were_trained_with_added_one
     load_weights(again, tmp_path / "earlier.pt")
     with pytest.raises(CheckpointError, match="skip: checkpoint add, network concat"):
         load_weights(TSFM(1, 2, **SMALL, skip="concat"), tmp_path / "earlier.pt")
+    with pytest.raises(CheckpointError, match="the file with --network_def#skip add"):
+        load_weights(TSFM(1, 2, **SMALL), tmp_path / "earlier.pt")
+
+
+def test_folds_of_an_ensemble_that_do_not_say_how_they_join_skips_have_added_ones(tmp_path):
+    for name in ("a", "b"):
+        save_weights(describe_network(TSFM(1, 2, **SMALL, skip="add"), TABLE, PREPARATION, [8, 8, 8]), tmp_path / name)
+    tensors, description = read_state([tmp_path / "a", tmp_path / "b"])
+    del description["network"]["network"]["skip"]
+    save_weights({**tensors, "_extra_state": encode_description(description)}, tmp_path / "earlier.pt")
+    load_weights(build_network(read_description(tmp_path / "earlier.pt")), tmp_path / "earlier.pt")
+
+
+def test_folds_whose_clicks_are_of_different_sizes_are_no_ensemble(tmp_path):
+    for sigma in (2.0, 4.0):
+        network = TSFM(3, 2, **SMALL)
+        network.description["click_sigma"] = sigma
+        save_weights(describe_network(network, TABLE, PREPARATION, [8, 8, 8]), tmp_path / f"{sigma}.pt")
+    with pytest.raises(CheckpointError, match=r"their click_sigma differ: 4\.0 and 2\.0"):
+        read_state([tmp_path / "2.0.pt", tmp_path / "4.0.pt"])
 
 
 class Attack:

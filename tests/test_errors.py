@@ -27,6 +27,14 @@ def test_known_ids_and_monais_own_options_pass(config, option):
     check_options(["monai.bundle", "run", "--config_file", config, option, "1"])
 
 
+def test_an_option_of_an_overlay_that_is_not_listed_is_refused(config, tmp_path):
+    overlay = tmp_path / "clicks.json"
+    overlay.write_text('{"click_sigma": 2.0, "epochs": "$int(@click_sigma)"}')
+    with pytest.raises(OptionError, match=r"--click_sigma belongs to clicks\.json, which --config_file does not list"):
+        check_options(["monai.bundle", "run", "--config_file", config, "--click_sigma", "3"])
+    check_options(["monai.bundle", "run", "--config_file", f"['{config}','{overlay}']", "--click_sigma", "3"])
+
+
 def test_texts_of_a_command_stay_texts_and_other_values_are_read(monkeypatch):
     said = []
 

@@ -67,7 +67,9 @@ def test_regions_lie_in_one_another_and_are_painted_in_their_order(tmp_path):
         models.write_folder(tmp_path / "m", {0: models.unet(outputs=3)}, None, dataset)
     ).description
     assert description["targets"] == {"whole": {}, "core": {"inside": "whole"}, "enhancing": {"inside": "core"}}
-    assert description["dataset_labels"][0]["labels"]["2"] == ["whole", "core"] and "activation" not in description
+    assert (
+        description["dataset_labels"][0]["labels"]["2"] == ["whole", "core"] and description["activation"] == "regions"
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ TREE = LabelTable(
     [{"name": "one", "labels": {"1": "kidney", "2": "tumor", "3": "kidney_left"}}],
 )
 
+RIVALS = LabelTable({"tumor": {"inside": "liver"}, "liver": {}, "spleen": {}}, [])
+
 
 class Fake(torch.nn.Module):
     """A network whose logits are a fixed linear function of the voxel, so that windows cannot disagree."""
@@ -101,9 +103,12 @@ def naive_resize(logits, shape, thick=None):
 
 
 def naive_paint(logits, table, threshold=0.5):
-    painted = np.zeros(logits.shape[1:], np.uint8)
-    for target in table.paint_order():
-        painted[1 / (1 + np.exp(-logits[target])) > threshold] = target + 1
+    painted, probabilities = np.zeros(logits.shape[1:], np.uint8), 1 / (1 + np.exp(-logits))
+    for tier in sorted({table.paint_depth(target) for target in range(len(table.names))}):
+        rivals = [target for target in range(len(table.names)) if table.paint_depth(target) == tier]
+        surest = np.array(rivals)[probabilities[rivals].argmax(0)]
+        above = probabilities[rivals].max(0) > threshold
+        painted[above] = surest[above] + 1
     return painted
 
 
@@ -179,14 +184,16 @@ class TestSlabInferer:
             ((17, 13, 11), (17, 13, 11), (1.5, 1, 1), (1.5, 1, 1)),
         ],
     )
-    @pytest.mark.parametrize("batched", [True, False])
-    def test_label_map_equals_resizing_the_whole_volume(self, shape, source_shape, spacing, source_spacing, batched):
+    @pytest.mark.parametrize(("table", "batched"), [(TREE, True), (TREE, False), (RIVALS, True)])
+    def test_label_map_equals_resizing_the_whole_volume(
+        self, shape, source_shape, spacing, source_spacing, table, batched
+    ):
         image = prepared(shape, source_shape, spacing, source_spacing, batched=batched)
         network = convolution()
-        result = SlabInferer((16, 12, 10), TREE, threshold=0.52, amp=False, progress=False)(image, network)
+        result = SlabInferer((16, 12, 10), table, threshold=0.52, amp=False, progress=False)(image, network)
         logits = naive_logits(image[0].numpy(), network, (16, 12, 10))
         expected = naive_resize(logits, source_shape, thick_axis(spacing, source_spacing))
-        expected = naive_paint(expected, TREE, 0.52)
+        expected = naive_paint(expected, table, 0.52)
         assert set(np.unique(expected)) == {0, 1, 2, 3} or expected.size < 500
         assert result.shape == (1, 1, *source_shape) and result.dtype == torch.uint8
         assert (result[0, 0].numpy() != expected).sum() <= 1e-4 * expected.size
@@ -202,6 +209,23 @@ class TestSlabInferer:
         inferer = SlabInferer((4, 4, 4), TREE, amp=False, progress=False)
         assert inferer(image, Fake((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))).unique().tolist() == [1]
         assert inferer(image, Fake((-1.0, 1.0, 1.0), (0.0, 0.0, 0.0))).unique().tolist() == [2]
+
+    def test_of_equally_deep_targets_the_one_furthest_above_its_threshold_is_painted(self):
+        organs = LabelTable(
+            {"liver": {}, "spleen": {}, "tumor": {"inside": "liver"}, "cyst": {"inside": "liver"}, "lung": {}}, []
+        )
+
+        def painted(*logits, **settings):
+            network = Fake(tuple(0.0 for _ in logits), tuple(map(float, logits)))
+            inferer = SlabInferer((4, 4, 4), organs, amp=False, progress=False, **settings)
+            (value,) = inferer(torch.ones(1, 1, 4, 4, 4), network).unique().tolist()
+            return value
+
+        assert painted(1, 3, -1, -1, 2) == 2 and painted(4, 3, -1, -1, 2) == 1 and painted(1, 3, -1, -1, 4) == 5
+        assert painted(4, 3, 1, -1, 2) == 3 and painted(4, 3, 1, 2, 2) == 4, "what is inside is painted over all others"
+        assert painted(4, 3, -1, -1, 2, threshold={"liver": 0.95}) == 2, "3 is further above 0 than 4 above 2.94"
+        assert painted(1, 3, -1, -1, 2, targets=["liver", "lung"]) == 5
+        assert painted(4, 3, 2, 1, 2, activation="regions") == 5, "nnU-Net's regions are painted in their order"
 
     @pytest.mark.parametrize("source_spacing", [(1.5, 1, 4), (1.5, 4, 4)], ids=["thick", "coarse"])
     def test_what_lies_between_the_voxels_of_a_coarser_grid_is_painted_as_by_resizing_the_whole(self, source_spacing):

@@ -105,6 +105,14 @@ def test_the_values_kept_for_the_backward_pass_are_estimated(checkpointing, skip
     assert 0.8 < cost.values / sum(kept.values()) < (2.5 if checkpointing else 1.25)  # what is recomputed comes on top
 
 
+def test_recomputing_saves_memory_and_no_seconds():
+    kept, chosen, recomputed = (
+        plan((64, 128, 128), (1, 1, 1), "tsfm_s", Budget(None, 60), checkpointing=way) for way in (False, "auto", True)
+    )
+    assert chosen == recomputed and chosen.memory_gb < kept.memory_gb
+    assert (chosen.patch_size, chosen.step_seconds) == (kept.patch_size, kept.step_seconds)
+
+
 def test_flat_kernels_look_at_single_slices_until_the_spacing_allows():
     """With kernel 1 and stride 1 along S in the upper levels, slices meet in the lower ones only."""
     found = plan_patch((8, 32, 32), (5, 1, 1), "tsfm_s")

@@ -25,7 +25,7 @@ from tsfm.planning.forecast import Forecast
 from tsfm.planning.forecast import plan as show_plan
 from tsfm.planning.parts import freeze
 from tsfm.planning.plan_run import plan_run
-from tsfm.planning.planner import PlanError
+from tsfm.planning.planner import PlanError, plan_patch
 from tsfm.preparation import fingerprint as fingerprints
 from tsfm.training.checkpoint import EXTRA_STATE, describe_network, encode_description, read_state, save_weights
 from tsfm.training.weight_files import CheckpointError
@@ -386,6 +386,10 @@ def test_a_downstream_task_whose_files_are_gone_is_planned_from_the_store(pool, 
     assert kept.cases == pool.cases and kept.table.to_dict() == pool.table.to_dict()
     assert own_data.count_channels(kept) == 1
     assert planning.pool_fingerprint(kept, str(tmp_path / "store")).intensity == found.intensity
+    own_data.dataset_pool(str(folders), kept_in=str(tmp_path / "store"), label_ids={"1": "liver"}, modality="CT")
+    for asked in ({"label_ids": {"1": "spleen"}}, {"modality": "MR"}, {"regions": {"spleen": {}}}):
+        with pytest.raises(PoolError, match=f"--{next(iter(asked))}: the store .* has this data set with ids"):
+            own_data.dataset_pool(str(folders), kept_in=str(tmp_path / "store"), **asked)
     with pytest.raises(PoolError, match=r"'data' is not known to the store .*--raw_data False"):
         own_data.dataset_pool(str(folders), kept_in=str(tmp_path / "no store"))
 
@@ -442,6 +446,11 @@ def test_ct_that_the_weights_never_saw_is_normalized_by_its_own_fingerprint(pool
     torch.save({**tensors, EXTRA_STATE: encode_description(description)}, tmp_path / "mr.pt")
     found = planning.plan_preparation(pool, str(tmp_path), pretrained=str(tmp_path / "mr.pt"))
     assert set(found.intensity) == {"CT"} and "never saw CT" in caplog.text
+    caplog.clear()
+    description["preparation"]["channels"] = [{"scheme": "ct", **CT}, {"scheme": "zscore"}]  # CT beside PET
+    torch.save({**tensors, EXTRA_STATE: encode_description(description)}, tmp_path / "two.pt")
+    found = planning.plan_preparation(pool, str(tmp_path), pretrained=str(tmp_path / "two.pt"))
+    assert set(found.intensity) == {"CT"} and "never saw CT of 1 channel:" in caplog.text
 
 
 def test_ct_without_a_labelled_voxel_is_a_clear_error(folders, tmp_path):
@@ -488,7 +497,9 @@ def test_numbers_and_the_checkpoints_geometry_on_request(pool, weights, tmp_path
     given = plan_run(pool, str(tmp_path), [4, 2, 2], [8, 16, 16], 3, pretrained=weights)
     assert (given.patch_size, given.batch_size) == ((8, 16, 16), 3)
     # at most the pretrained 16 x 32 x 32, rounded up to its strides 2 x 4 x 4
-    assert plan_run(pool, str(tmp_path), "checkpoint", "checkpoint", pretrained=weights).patch_size == (12, 24, 20)
+    theirs = plan_run(pool, str(tmp_path), "checkpoint", "checkpoint", pretrained=weights)
+    assert theirs.patch_size == (12, 24, 20) and theirs.to_dict()["strides"] == NETWORK["strides"]
+    assert theirs.kernels_if_any_is_flat() is None, "nor are its kernels those of the rule, flat along S"
     for name in ("spacing_mm", "patch_size"):
         with pytest.raises(ValueError, match="--pretrained"):
             plan_run(pool, str(tmp_path), **{name: "checkpoint"})
@@ -504,6 +515,22 @@ def test_a_plan_is_taken_back_from_its_file(pool, tmp_path):
         plan_run(pool, str(tmp_path), patch_size=[8, 16, 16], plan_file=str(tmp_path / "plan.json"))
     with pytest.raises(PlanError, match=r"no\.json cannot be read"):
         plan_run(pool, str(tmp_path), plan_file=str(tmp_path / "no.json"))
+
+
+def test_a_plan_that_was_made_for_weights_needs_them_and_one_of_other_levels_does_not_fit(
+    pool, weights, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    file = str(tmp_path / "plan.json")
+    plan = plan_run(pool, str(tmp_path), pretrained=weights)
+    Forecast(str(tmp_path), plan).save()
+    assert plan_run(pool, str(tmp_path), pretrained=weights, plan_file=file) == plan
+    assert "starts from nothing" not in caplog.text
+    with pytest.raises(PlanError, match="made for pretrained weights"):
+        plan_run(pool, str(tmp_path), plan_file=file)
+    Forecast(str(tmp_path), plan_patch((32, 32, 32), (1, 1, 1), "tsfm_s")).save()
+    with pytest.raises(PlanError, match=r"has 4 levels, the network of .* has 3"):
+        plan_run(pool, str(tmp_path), pretrained=weights, plan_file=file)
 
 
 def test_the_printed_plan_names_modality_and_normalization(folders, tmp_path, capsys, caplog):
@@ -558,6 +585,26 @@ def test_the_network_is_the_pretrained_one_in_the_tasks_shape(pool, weights, tmp
     assert json.loads((tmp_path / "transfer_report.json").read_text())["targets"]["taken over"] == ["liver"]
     with pytest.raises(ValueError, match="freeze is 'decoder'"):
         freeze(network, "decoder")
+
+
+def test_what_nothing_pretrained_fills_cannot_be_frozen(pool, weights, tmp_path):
+    def taken_over(pretrained, **more):
+        network = planning.downstream_network(pool, [12, 24, 20], 1, weights, **more)
+        return planning.take_over(network, pool, pretrained)
+
+    freeze(taken_over(weights), "all_but_heads")
+    freeze(taken_over(None), "none")
+    for network in (taken_over(None), taken_over(weights, click_sigma=2.0)):  # click channels start at random
+        with pytest.raises(ValueError, match=r"nothing pretrained fills stem\.weight"):
+            freeze(network, "encoder")
+
+
+def test_weights_that_saw_this_data_set_are_named(pool, weights, tmp_path, caplog):
+    tensors, description = read_state(weights)
+    for seen, warned in (["first"], False), (["first", "data"], True):
+        torch.save({**tensors, EXTRA_STATE: encode_description({**description, "trained_on": seen})}, tmp_path / "m.pt")
+        planning.take_over(planning.downstream_network(pool, [12, 24, 20], 1, weights), pool, str(tmp_path / "m.pt"))
+        assert ("trained on data, too" in caplog.text) == warned
 
 
 def test_bad_cases_are_listed_all_at_once(folders, tmp_path):

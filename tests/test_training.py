@@ -8,6 +8,7 @@ from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
 from monai.optimizers import WarmupCosineSchedule
+from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import read_state
 from tsfm.training.curve import Curve, write_csv
@@ -88,6 +89,14 @@ def test_a_run_ends_with_the_number_of_its_skipped_steps_also_when_it_was_resume
     assert warned == ["2 of 44 steps (5%) were skipped, since their gradient was not finite"]
 
 
+def test_a_run_in_float16_goes_on_where_losses_are_scaled_though_they_were_not_before():
+    step = TrainStep(amp_dtype="float16")
+    assert step.scaler.is_enabled(), "on a processor, too, which may compute in float16"
+    scale = step.scaler.get_scale()
+    step.load_state_dict({"skipped": 1, "scaler": {}})
+    assert step.skipped == 1 and step.scaler.get_scale() == scale > 1
+
+
 def test_the_gradient_is_clipped_to_the_norm_before_the_step():
     network = TSFM(**SMALL)
     trainer, _ = engine_with(network, 1e6, clip_norm=0.5)
@@ -163,12 +172,31 @@ def test_a_run_with_other_settings_or_fewer_epochs_is_refused(tmp_path):
         network = TSFM(**SMALL)
         changed = torch.optim.SGD(network.parameters(), momentum=0.9, nesterov=True)
         run_state(tmp_path, network, optimizer=changed)[0].run()
-    with pytest.raises(CheckpointError, match="network: was"):
+    with pytest.raises(
+        CheckpointError, match=r"network: was.*mlp_dim: checkpoint 16, network 8; --network_def#mlp_dim 16"
+    ):
         run_state(tmp_path, TSFM(**{**SMALL, "mlp_dim": 8}))[0].run()
     trainer, _ = run_state(tmp_path, TSFM(**SMALL))
     trainer.state.max_epochs = 1
     with pytest.raises(CheckpointError, match="has 2 epochs, 1 were asked for"):
         trainer.run()
+
+
+def test_a_run_whose_label_ids_now_stand_for_other_targets_is_refused(tmp_path):
+    def labelled(labels):
+        declared = LabelTable({name: {} for name in labels.values()}, [{"name": "d", "labels": labels}]).to_dict()
+        network = TSFM(**SMALL)
+        network.description.update(targets=declared["targets"], dataset_labels=declared["datasets"])
+        return network
+
+    run_state(tmp_path, labelled({"1": "liver", "2": "cyst"}))[0].run()
+    run_state(tmp_path, labelled({"1": "liver", "2": "cyst"}))[0].run()
+    with pytest.raises(CheckpointError, match=r"labels: was .*stand for other targets"):
+        run_state(tmp_path, labelled({"1": "cyst", "2": "liver"}))[0].run()
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["settings"]["labels"]  # as an earlier version wrote it
+    torch.save(state, tmp_path / "last.pt")
+    run_state(tmp_path, labelled({"1": "liver", "2": "cyst"}))[0].run()
 
 
 def test_dropout_is_the_same_whether_a_run_was_resumed_or_not(tmp_path):

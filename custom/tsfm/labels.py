@@ -89,13 +89,12 @@ class LabelTable:
 
     def paint_order(self) -> tuple[int, ...]:
         """Target indices in painting order: parents first, parts next, what is inside last; else as declared."""
+        return tuple(sorted(range(len(self.names)), key=lambda target: (*self.paint_depth(target), target)))
 
-        def depth(target: int) -> tuple[int, int, int]:
-            chain = (target, *self.ancestors(target))
-            nested = sum("inside" in self._entries[self.names[link]] for link in chain)
-            return nested, len(chain), target
-
-        return tuple(sorted(range(len(self.names)), key=depth))
+    def paint_depth(self, target: int) -> tuple[int, int]:
+        """How deep a target lies: deeper ones are painted over others, of equally deep ones the surest is."""
+        chain = (target, *self.ancestors(target))
+        return sum("inside" in self._entries[self.names[link]] for link in chain), len(chain)
 
     def map_membership(self) -> np.ndarray:
         """Bool (targets + 1, targets): does a voxel with this label-map value belong to this target?

@@ -106,7 +106,9 @@ def check_options(arguments: Sequence[str]) -> None:
     wrong = [path for path, content in contents.items() if not isinstance(content, dict)]
     if wrong:
         raise OptionError(f'{wrong[0]} holds no object of ids, expected one like {{"epochs": 10}}')
-    known = _known_ids(contents, arguments)
+    beside = _ids_beside(contents)
+    first = _first_ids(contents, arguments)
+    known = first.union(*beside.values())
     for path, content in list(contents.items())[1:]:
         listed = "; ".join(_unknown([key for key in content if not key.startswith("_")], known, contents, ""))
         if listed:
@@ -115,6 +117,13 @@ def check_options(arguments: Sequence[str]) -> None:
     listed = "; ".join(_unknown(list(own), known, contents, "--"))
     if listed:
         raise OptionError(f"the config files have no id for {listed}; a mistyped option would change nothing")
+    given = first | {_parts(key)[0] for content in contents.values() for key in content}
+    for name in own:
+        if _parts(name)[0] not in given:
+            holders = " or ".join(sorted(path.name for path, ids in beside.items() if _parts(name)[0] in ids))
+            raise OptionError(
+                f"--{name} belongs to {holders}, which --config_file does not list: it would change nothing"
+            )
     for path, content in contents.items():
         _check_values(content, path)
     _check_values({name: _literal(value) for name, value in own.items()}, "command line")
@@ -179,21 +188,26 @@ def _parts(key: str) -> list[str]:
     return re.split(r"#|::", key.lstrip("+"))
 
 
-def _known_ids(contents: Mapping[str, Any], arguments: Sequence[str]) -> set[str]:
-    """Top-level ids of the first file and of the configs beside it, what any file refers to, and entry points."""
-    first, *overlays = map(os.path.abspath, contents)
-    beside = [path for path in Path(first).parent.glob("*.json") if str(path) not in overlays]
-    found = RUN_OPTIONS | ENTRY_POINTS
-    for path in beside:
-        try:
-            content = read_json(path)
-        except ValueError:  # not one of the files of this run
-            continue
-        found |= {_parts(key)[0] for key in content} if isinstance(content, Mapping) else set()
-    text = json.dumps(list(contents.values()))
-    found |= set(re.findall(r"[@%]([A-Za-z_]\w*)", text))
+def _first_ids(contents: Mapping[str, Any], arguments: Sequence[str]) -> set[str]:
+    """Top-level ids of the first file, what any file refers to, and entry points."""
+    found = RUN_OPTIONS | ENTRY_POINTS | {_parts(key)[0] for key in next(iter(contents.values()))}
+    found |= set(re.findall(r"[@%]([A-Za-z_]\w*)", json.dumps(list(contents.values()))))
     named = _options(arguments)
     return found | {named[name] for name in ("run_id", "init_id", "final_id") if name in named}
+
+
+def _ids_beside(contents: Mapping[str, Any]) -> dict[Path, set[str]]:
+    """Top-level ids of each config beside the first file that is not of this run: overlays may serve several."""
+    given = set(map(os.path.abspath, contents))
+    found = {}
+    for path in Path(next(iter(contents))).absolute().parent.glob("*.json"):
+        if str(path) not in given:
+            try:
+                content = read_json(path)
+            except ValueError:  # not one of a bundle's configs
+                continue
+            found[path] = {_parts(key)[0] for key in content} if isinstance(content, Mapping) else set()
+    return found
 
 
 def _unknown(keys: Sequence[str], known: set[str], contents: Mapping[str, Any], dashes: str) -> Iterator[str]:

@@ -6,16 +6,19 @@ probabilities ever exists on the source grid. Axis letters: T targets, S P L the
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..labels import LabelTable
 from ..preparation.resampling import AxisResampler, axis_resampler, label_box, one_thread
+
+ACTIVATIONS = ("sigmoid", "regions", "softmax")
 
 _PART = 16
 """Source slices that one thread paints at a time: tight boxes, and intermediate values that stay in the cache."""
@@ -40,17 +43,18 @@ class Painter:
 
     Args:
         shape, source_shape: of the prepared grid and of the label map.
-        paint: (channel, value) in painting order; later ones paint over earlier ones.
+        tiers: groups of (channel, value); later groups are painted over earlier ones, and within a group the channel wins
+            that is furthest above its threshold.
         levels: threshold of each channel, as a logit.
         thick: axis along which the nearest slice is taken (nnU-Net's rule for thick slices), or None.
-        exclusive: softmax networks: channel 0 is the background, the largest logit wins, `levels` are not used.
+        exclusive: softmax networks: channel 0 is the background, the largest logit wins (one group), `levels` are not used.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
         source_shape: Sequence[int],
-        paint: Sequence[tuple[int, int]],
+        tiers: Sequence[Sequence[tuple[int, int]]],
         levels: Sequence[float],
         thick: int | None = None,
         exclusive: bool = False,
@@ -59,8 +63,8 @@ class Painter:
             axis_resampler(n, m, 0 if a == thick else 1)
             for a, (n, m) in enumerate(zip(shape, source_shape, strict=True))
         ]
-        self.paint, self.levels, self.exclusive = paint, levels, exclusive
-        largest = max((value for _, value in paint), default=0)
+        self.tiers, self.levels, self.exclusive = tiers, levels, exclusive
+        largest = max((value for tier in tiers for _, value in tier), default=0)
         self.label_map = torch.zeros(tuple(source_shape), dtype=torch.uint8 if largest < 256 else torch.int16)
         self._last = self.axes[0].index.max(1)
         self._done = 0
@@ -94,37 +98,39 @@ class Painter:
         if peaks.isnan().any():
             raise ValueError(f"the network's output is NaN in slices {low} to {high}: check the weights and the image")
         painted = self.label_map[begin:end].to(logits.device)
-        best = torch.zeros(painted.shape, device=logits.device) if self.exclusive else None
         background = logits[0].float() if self.exclusive else None
-        for channel, value in self.paint:
-            level = 0.0 if self.exclusive else self.levels[channel]
-            found = peaks[channel] > level
-            box = label_box(found.cpu().numpy()) if found.any() else None
-            if box is None:
-                continue
-            rows = [_rows(axis, *span) for axis, span in zip(self.axes[1:], box, strict=True)]
-            if any(first == last for first, last in rows):  # it lies between the voxels of a coarser source grid
-                continue
-            spans = [axis.needed(*row) for axis, row in zip(self.axes[1:], rows, strict=True)]
-            where = (slice(None), *(slice(*span) for span in spans))
-            plane = logits[channel][where].float()
-            if background is not None:
-                plane = plane - background[where]
-            for axis in (2, 1):  # fewest voxels first
-                plane = self.axes[axis].apply(plane.contiguous(), axis, *rows[axis - 1], spans[axis - 1][0])
-            view = tuple(slice(*row) for row in rows)
-            for s in range(begin, end):
-                one = self._between(plane, s, low)
-                if best is None:
-                    wins = one > level
-                else:
-                    record = best[s - begin][view]
-                    wins = one > record
-                    torch.maximum(record, one, out=record)
-                # torch fills by a mask twenty times slower than it computes.
-                painted[s - begin][view].mul_(~wins).add_(wins, alpha=value)
+        for tier in self.tiers:
+            found = [(channel, value) for channel, value in tier if (peaks[channel] > self._level(channel)).any()]
+            best = torch.zeros(painted.shape, device=logits.device) if len(found) > 1 else None
+            for channel, value in found:
+                level = self._level(channel)
+                box = label_box((peaks[channel] > level).cpu().numpy())
+                rows = [_rows(axis, *span) for axis, span in zip(self.axes[1:], box, strict=True)]
+                if any(first == last for first, last in rows):  # it lies between the voxels of a coarser source grid
+                    continue
+                spans = [axis.needed(*row) for axis, row in zip(self.axes[1:], rows, strict=True)]
+                where = (slice(None), *(slice(*span) for span in spans))
+                plane = logits[channel][where].float()
+                if background is not None:
+                    plane = plane - background[where]
+                for axis in (2, 1):  # fewest voxels first
+                    plane = self.axes[axis].apply(plane.contiguous(), axis, *rows[axis - 1], spans[axis - 1][0])
+                view = tuple(slice(*row) for row in rows)
+                for s in range(begin, end):
+                    one = self._between(plane, s, low)
+                    if best is None:
+                        wins = one > level
+                    else:
+                        above, record = one - level if level else one, best[s - begin][view]
+                        wins = above > record
+                        torch.maximum(record, above, out=record)
+                    # torch fills by a mask twenty times slower than it computes.
+                    painted[s - begin][view].mul_(~wins).add_(wins, alpha=value)
         if painted.device != self.label_map.device:
             self.label_map[begin:end] = painted.cpu()
+
+    def _level(self, channel: int) -> float:
+        return 0.0 if self.exclusive else self.levels[channel]
 
     def _between(self, planes: torch.Tensor, s: int, low: int) -> torch.Tensor:
         """Source slice s (p, l) from slices that begin with prepared slice `low`: small enough to stay in the cache."""
@@ -163,20 +169,35 @@ def export_logits(
 ) -> torch.Tensor:
     """A whole volume of logits (T, S, P, L) to its label map on the source grid, `depth` slices at a time.
 
-    Without a table the channels are painted in their order (with `exclusive`: background first, then values 1 to T - 1).
+    Without a label table the channels are painted in their order (with `exclusive`: background first, then values 1 to T - 1).
 
     Returns:
         uint8 (s, p, l).
     """
     logits = torch.as_tensor(logits)
     names = check_names(table, len(logits) - 1 if exclusive else len(logits))
-    order = table.paint_order() if isinstance(table, LabelTable) else range(len(names))
-    paint = [(i + exclusive, i + 1) for i in order]
-    painter = Painter(logits.shape[1:], source_shape, paint, threshold_logits(threshold, names), thick, exclusive)
+    channels = [target + exclusive for target in range(len(names))]
+    tiers = paint_tiers(table if isinstance(table, LabelTable) else None, channels, exclusive)
+    painter = Painter(logits.shape[1:], source_shape, tiers, threshold_logits(threshold, names), thick, exclusive)
     for start in range(0, logits.shape[1], depth):
         first = max(start - 1, 0)
         painter.add(Slab(logits[:, first : start + depth], first))
     return painter.label_map
+
+
+def paint_tiers(
+    table: LabelTable | None, channels: Sequence[int | None], exclusive: bool = False
+) -> list[list[tuple[int, int]]]:
+    """(channel, value) as `Painter` wants them: by how deep a target lies; without a table one after the other.
+
+    Args:
+        table: says what lies in what.
+        channels: of each target, in order; None for those that are not computed.
+        exclusive: all targets compete.
+    """
+    depth: Callable[[int], Any] = (lambda target: 0) if exclusive else table.paint_depth if table else int
+    order = sorted((target for target, channel in enumerate(channels) if channel is not None), key=depth)
+    return [[(channels[target], target + 1) for target in tier] for _, tier in itertools.groupby(order, key=depth)]
 
 
 def check_names(table: LabelTable | Sequence[str] | None, count: int) -> tuple[str, ...]:

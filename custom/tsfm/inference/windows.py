@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..labels import LabelTable
 from .notes import COMPUTED
-from .painting import Painter, Slab, check_names, threshold_logits
+from .painting import ACTIVATIONS, Painter, Slab, check_names, paint_tiers, threshold_logits
 from .passes import AMP_DTYPES, CPU, Passes, Version, free_bytes, mirrored_axes, network_device, where_it_fits
 from .probabilities import Probabilities
 from .quality import Quality, binary_entropy
@@ -147,8 +147,9 @@ class SlabInferer(Inferer):
         amp_dtype: "bfloat16", "float16", or "auto": bfloat16, or float16 on a GPU that does not compute in bfloat16.
         channels_last: lay tensors out as (S, P, L, C), which convolutions like best.
         progress: show a progress bar over the windows.
-        activation: "sigmoid", or "softmax" of networks whose first output is the background: the largest logit of each
-            voxel wins, and thresholds are not looked at.
+        activation: "sigmoid": of targets that lie equally deep the one furthest above its threshold wins; "regions": later
+            ones are painted over earlier ones (nnU-Net); "softmax": the largest logit wins, thresholds are not looked at,
+            and the first output is the background.
         probabilities: keeps each target's probability of the case at hand, for the saver.
         watch: is called with every `passes.Version` of every batch of windows, before they are averaged.
         doubts: say in `quality`, after each image, how far versions agree and how sure their mean is (`Quality.report`).
@@ -188,11 +189,11 @@ class SlabInferer(Inferer):
         unknown = [name for name in chosen if name not in self.names]
         if unknown or not chosen:
             raise ValueError(f"unknown targets {unknown}; choose from {list(self.names)}")
-        if activation not in ("sigmoid", "softmax"):
-            raise ValueError(f"activation is {activation!r}, expected 'sigmoid' or 'softmax'")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}, expected one of {list(ACTIVATIONS)}")
         if amp_dtype not in AMP_DTYPES:
             raise ValueError(f"amp_dtype is {amp_dtype!r}, expected one of {list(AMP_DTYPES)}")
-        self.exclusive = activation == "softmax"
+        self.activation, self.exclusive = activation, activation == "softmax"
         self.outputs = (*(("background",) if self.exclusive else ()), *self.names)
         self._choose(chosen)
         window_starts(1, 1, overlap)
@@ -216,19 +217,19 @@ class SlabInferer(Inferer):
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Label map (1, 1, s, p, l), uint8, of one prepared image (1, C, S, P, L), with the image's metadata."""
         image, grid = self._image(inputs), source_grid(inputs)
-        order = self.table.paint_order() if isinstance(self.table, LabelTable) else range(len(self.names))
-        values = [(i + self.exclusive, i + 1) for i in order]
-        paint = [(self.channels.index(output), value) for output, value in values if output in self.channels]
+        numbers = {output: number for number, output in enumerate(self.channels)}
+        table = self.table if isinstance(self.table, LabelTable) and self.activation != "regions" else None
+        channels = [numbers.get(target + self.exclusive) for target in range(len(self.names))]
+        tiers = paint_tiers(table, channels, self.exclusive)
         levels = self.levels if self.exclusive else [self.levels[i] for i in self.channels]
-        painter = Painter(image.shape[1:], grid.shape, paint, levels, grid.thick, self.exclusive)
+        painter = Painter(image.shape[1:], grid.shape, tiers, levels, grid.thick, self.exclusive)
         quality = self._observer = self._quality(image.shape[1:]) if self.doubts else None
         takers = [painter.add, *([quality.see] if quality else [])]
         if self.probabilities is not None:
-            numbers = {self.outputs[channel]: number for number, channel in enumerate(self.channels)}
-            channels = {name: numbers[name] for name in self.chosen}
-            self.probabilities.begin(image.shape[1:], grid, self.names, channels, self.exclusive)
+            kept = {name: numbers[self.outputs.index(name)] for name in self.chosen}
+            self.probabilities.begin(image.shape[1:], grid, self.names, kept, self.exclusive)
             takers.append(self.probabilities.add)
-        for slab in self.slabs(image, network, *args, **kwargs) if paint else ():
+        for slab in self.slabs(image, network, *args, **kwargs) if tiers else ():
             for take in takers:
                 done_where_it_fits(take, slab)
         self._observer, self.quality = None, quality.report() if quality else {}

@@ -231,8 +231,10 @@ def check_description(description: Any, source: str, error: type[ValueError] = V
 def fill_in(description: dict[str, Any]) -> None:
     """Say what descriptions of earlier versions did not: TSFM's skips were added."""
     network = description.get("network")
-    if isinstance(network, dict) and network.get("name", "tsfm") == "tsfm":
-        network.setdefault("skip", "add")
+    while isinstance(network, dict):
+        if network.get("name", "tsfm") == "tsfm":
+            network.setdefault("skip", "add")
+        network = network.get("network")  # of an ensemble
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Sequence[str] = SHAPING) -> list[str]:
@@ -242,6 +244,17 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Seque
         for key in names
         if key in theirs and key in ours and theirs[key] != ours[key]
     ]
+
+
+def as_options(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Options of a training with which our network becomes theirs; empty where `differences` finds none."""
+    changed = [key for key in SHAPING if key in theirs and key in ours and theirs[key] != ours[key]]
+    return " ".join(
+        f'--network_def#{key} "{theirs[key]}"'
+        if isinstance(theirs[key], list)
+        else f"--network_def#{key} {theirs[key]}"
+        for key in changed
+    )
 
 
 def split_network(network: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -56,9 +56,14 @@ def topology(spacing_mm: Sequence[float], patch_size: Sequence[float], levels: i
             spacing[a], size[a] = spacing[a] * 2, ceil(size[a] / 2)
     more = 0 if levels is None else levels - 1 - len(strides)
     strides, kernels = strides + [(1, 1, 1)] * more, kernels + [(3, 3, 3)] * (more + 1)
+    return fitted(strides, kernels, patch_size)
+
+
+def fitted(strides: Sequence, kernel_sizes: Sequence, patch_size: Sequence[float]) -> Topology:
+    """The smallest patch that `strides` divide and that is not smaller than `patch_size`, with them."""
     divisor = [prod(axis) for axis in zip((1, 1, 1), *strides, strict=True)]
     patch = tuple(int(-(-n // d) * d) for n, d in zip(patch_size, divisor, strict=True))
-    return Topology(tuple(strides), tuple(kernels), patch)
+    return Topology(tuple(strides), tuple(kernel_sizes), patch)
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ class Family:
     the last entry goes on; `bottom` replaces it at the lowest level. kind: ``plain``, ``residual``, ``tsfm`` or ``fixed``.
     reference, reference_gb: nnU-Net's currency: so many feature map values of one sample fill so many GB with a batch of 2.
     dataset_share: a batch holds at most this share of the data set's voxels. levels: most levels. widths: the channels, where
-    they follow no rule (weights). strides, kernel_sizes, patch: of a network that is as deep as it is (kind ``fixed``); its
-    patch is no larger than that. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim. skip: TSFM's.
+    they follow no rule (weights). strides, kernel_sizes: where they are given; patch: of a network that is as deep as
+    it is (kind ``fixed``), whose patch is no larger than that. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim. skip: TSFM's.
     """
 
     name: str
@@ -136,11 +141,12 @@ SIZES = ("tsfm_h", "tsfm_l", "tsfm_b", "tsfm_s")
 @dataclass(frozen=True)
 class Cost:
     """What one sample of a patch costs. values: feature map values, in nnU-Net's currency or, for TSFM, those that the
-    backward pass keeps; macs: multiply-adds forward; parameters: of the network."""
+    backward pass keeps; macs: multiply-adds forward; parameters: of the network; computed: `values` if all were kept."""
 
     values: int
     macs: int
     parameters: int
+    computed: int
 
 
 def unet_cost(family: Family, found: Topology, in_channels: int, out_channels: int) -> Cost:
@@ -181,13 +187,13 @@ def unet_cost(family: Family, found: Topology, in_channels: int, out_channels: i
             convolve(width if number else 2 * width, width, kernels[level], sizes[level])
         parameters += width * out_channels + out_channels
     values += out_channels * sizes[0]
-    return Cost(values, macs, parameters)
+    return Cost(values, macs, parameters, values)
 
 
 def tsfm_cost(
-    family: Family, found: Topology, in_channels: int, out_channels: int, checkpointing: bool = False
+    family: Family, found: Topology, in_channels: int, out_channels: int, checkpointing: bool | str = False
 ) -> Cost:
-    """What TSFM keeps for its backward pass; with `checkpointing` each block keeps its input only."""
+    """What TSFM keeps for its backward pass; with `checkpointing` (True, or "auto") each block keeps its input only."""
     sizes, levels = [prod(size) for size in found.sizes()], len(found.kernel_sizes)
     features, (down, up) = family.features(levels), family.depths(levels)
     kernels, strides = [prod(k) for k in found.kernel_sizes], [prod(s) for s in found.strides]
@@ -221,4 +227,5 @@ def tsfm_cost(
     parameters += layers * (layer + 9 * hidden + mlp)
     macs += tokens * (2 * width * hidden + layers * (layer + 2 * tokens * hidden))
     values += tokens * (2 * width + 2 * hidden + (1 if checkpointing else 12) * layers * hidden)
-    return Cost(int(values), int(macs), int(parameters))
+    computed = tsfm_cost(family, found, in_channels, out_channels).computed if checkpointing else int(values)
+    return Cost(int(values), int(macs), int(parameters), computed)

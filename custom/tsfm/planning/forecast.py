@@ -17,6 +17,7 @@ from torch import nn
 from ..files import atomic_write
 from ..names import counted
 from ..network.cpu import autocast
+from ..training.step_memory import fit_memory
 from .own_data import count_channels, dataset_pool
 from .plan import describe_images, downstream_network, plan_preparation
 from .plan_run import describe_plan, plan_run
@@ -76,10 +77,22 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.2g} min" if seconds < 1800 else f"{seconds / 3600:.2g} h"
 
 
-def time_steps(network: nn.Module, plan: Plan, in_channels: int, device: torch.device, amp: bool = True) -> float:
-    """Seconds of one training step of `network` on random images of the plan's patch and batch."""
+def time_steps(
+    network: nn.Module,
+    plan: Plan,
+    in_channels: int,
+    device: torch.device,
+    amp: bool = True,
+    checkpointing: bool | str = "auto",
+) -> float:
+    """Seconds of one training step of `network` on random images of the plan's patch and batch.
+
+    Raises:
+        ValueError: a step that exceeds the device's memory, as `fit_memory`.
+    """
     network = network.to(device).train()
-    optimizer = torch.optim.SGD(network.parameters(), 1e-6)
+    optimizer = torch.optim.SGD(network.parameters(), 1e-6, momentum=0.99, fused=device.type == "cuda")
+    fit_memory(network, optimizer, plan.patch_size, plan.batch_size, checkpointing, amp, device=device)
     images = torch.randn(plan.batch_size, in_channels, *plan.patch_size, device=device)
     images = images.to(memory_format=torch.channels_last_3d)
     seconds = []
@@ -106,7 +119,7 @@ def plan(
     memory_gb: float | None = None,
     step_seconds: float | None = None,
     device: str | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | str = "auto",
     epochs: int = 100,
     iterations_per_epoch: int = 250,
     ct_normalization: Any = "fingerprint",
@@ -145,6 +158,8 @@ def plan(
         forecast.path = output_file
         forecast.save()
     if timed:
-        network = downstream_network(pool, found.patch_size, channels, pretrained, found, checkpointing=checkpointing)
-        step = time_steps(network, found, channels, place)
+        network = downstream_network(
+            pool, found.patch_size, channels, pretrained, found, checkpointing=checkpointing is True
+        )
+        step = time_steps(network, found, channels, place, checkpointing=checkpointing)
         print(f"  {in_words(step, iterations_per_epoch, epochs * iterations_per_epoch)}")

@@ -148,7 +148,7 @@ def describe(
         "epoch": content.get("current_epoch"),
         "trained_by": f"nnU-Net 2, {name}",
     }
-    return {**description, "activation": "softmax"} if softmax else description
+    return {**description, "activation": "softmax" if softmax else "regions"}
 
 
 def rename(state: Mapping[str, Tensor], network: Mapping[str, Any], source: str) -> dict[str, Tensor]:

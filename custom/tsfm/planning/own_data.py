@@ -55,13 +55,16 @@ def dataset_pool(
     `licence` is what the data's licence, and those of what the `pretrained` weights saw, have to permit (`DatasetPool`).
 
     Raises:
-        PoolError: a folder that is none of these, two folders without `label_ids`, a licence that does not permit it.
+        PoolError: a folder that is none of these, two folders without `label_ids`, a licence that does not permit it, labels or
+            a modality that a store recorded otherwise.
     """
     _check_weights(pretrained, licence)
     options["licence"] = licence
     name = _plain_name(os.path.basename(os.path.abspath(dataset_dir)))
     if pool_file is not None or kept_in is not None:
         content = recorded_pool(kept_in, name) if pool_file is None else pool_file
+        if pool_file is None:
+            _check_recorded(content, label_ids, regions, modality, str(kept_in))
         return DatasetPool(content, dataset_dir, kept_in=kept_in, **options)
     declared = os.path.abspath(os.path.join(dataset_dir, "dataset.json"))
     source = declared if os.path.isfile(declared) else os.path.dirname(declared)
@@ -143,6 +146,33 @@ def _check_weights(pretrained: str | None, use: str) -> None:
     """PoolError where the pretrained weights saw data whose licences are not known to permit the use."""
     if use != "any" and pretrained is not None and os.path.exists(str(pretrained)):
         check_weights(pretrained, read_pretrained(str(pretrained)).description, use, "leave --pretrained out")
+
+
+def _check_recorded(
+    content: Mapping[str, Any],
+    label_ids: Mapping[str, Any] | None,
+    regions: Mapping[str, Any] | None,
+    modality: str | None,
+    store: str,
+) -> None:
+    """PoolError where a data set was recorded with other labels or another modality than are asked for."""
+    entry = content["datasets"][0]
+
+    def ids(labels: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {str(raw): [names] if isinstance(names, str) else list(names) for raw, names in labels.items()}
+
+    targets = {name: {k: v for k, v in entry.items() if k != "_desc_"} for name, entry in (regions or {}).items()}
+    differ = {
+        "label_ids": label_ids and ids(label_ids) != ids(entry["labels"]),
+        "regions": regions and targets != content["targets"],
+        "modality": modality and modality_name(modality) != modality_name(entry["modality"]),
+    }
+    if found := [f"--{option}" for option, differs in differ.items() if differs]:
+        raise PoolError(
+            f"{' and '.join(found)}: the store {store} has this data set with ids {entry['labels']}, targets "
+            f"{list(content['targets'])} and modality {entry['modality']}. Leave the options out to go on with these, or prepare "
+            "it anew where its files are (leave --raw_data out)"
+        )
 
 
 def _plain_name(name: str) -> str:

@@ -17,7 +17,7 @@ def freeze(network: nn.Module, what: str) -> nn.Module:
     """Switch training off for ``"encoder"`` (stem, encoder, down, Transformer), for ``"all_but_heads"``, or ``"none"``.
 
     Raises:
-        ValueError: another word, or a network without parts of these names.
+        ValueError: another word, a network without parts of these names, or parts that start anew (its ``fresh``).
     """
     if what not in FREEZE:
         raise ValueError(f"freeze is {what!r}; expected one of {', '.join(FREEZE)}")
@@ -27,6 +27,14 @@ def freeze(network: nn.Module, what: str) -> nn.Module:
     for part, parameter in zip(parts, network.parameters(), strict=True):
         frozen = part != "heads" if what == "all_but_heads" else part == what
         parameter.requires_grad_(not frozen)
+    fresh = getattr(network, "fresh", ())
+    if drawn := [
+        name for name, parameter in network.named_parameters() if name in fresh and not parameter.requires_grad
+    ]:
+        raise ValueError(
+            f"freeze is {what!r}, but nothing pretrained fills {drawn[0]}{f' and {len(drawn) - 1} more' * (len(drawn) > 1)}: they "
+            "would stay as they were drawn at random. Give weights that have them (--pretrained), or leave --freeze out"
+        )
     return network
 
 

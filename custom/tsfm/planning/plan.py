@@ -76,15 +76,12 @@ def plan_preparation(
         spacing = plan_spacing(found.spacings_mm, found.shapes)
         logger.info("target spacing by nnU-Net's rule: %s mm (S, P, L)", [round(float(side), 3) for side in spacing])
     masked = dict(known.get("masked", {}))
+    rules = known.get("channels", ()) if len(known.get("channels", ())) == in_channels else ()
     has_ct = bool(pool.entries) and any(item["modality"] == "CT" for item in pool.cases)
-    if (
-        ct_normalization == "checkpoint"
-        and has_ct
-        and "CT" not in known.get("intensity", {})
-        and not known.get("channels")
-    ):
+    if ct_normalization == "checkpoint" and has_ct and "CT" not in known.get("intensity", {}) and not rules:
         logger.warning(
-            "the pretrained weights never saw CT: its normalization follows from the fingerprint of this data"
+            "the pretrained weights never saw CT of %s: its normalization follows from the fingerprint of this data",
+            counted(in_channels, "channel"),
         )
         ct_normalization = "fingerprint"
     if ct_normalization == "checkpoint":
@@ -106,9 +103,8 @@ def plan_preparation(
             f"ct_normalization is {ct_normalization!r}; expected 'checkpoint', 'fingerprint' or four numbers"
         )
     modality = known.get("default_modality") if not pool.entries else pool.cases[0]["modality"]
-    rules = known.get("channels", ()) if ct_normalization == "checkpoint" else ()
     result = Preparation(
-        tuple(spacing), intensity, in_channels, modality, masked, rules if len(rules) == in_channels else (), orientation,
+        tuple(spacing), intensity, in_channels, modality, masked, rules if ct_normalization == "checkpoint" else (), orientation,
         known.get("resample_first", False),
     )  # fmt: skip
     if pool.entries and rank() == 0:
@@ -179,7 +175,8 @@ def take_over(
 ) -> DescribedNetwork:
     """`network` with `pretrained` weights, whose channels, targets, patch or strides may differ; None leaves it as it is.
 
-    The report of what was taken over goes to ``transfer_report.json`` in `output_dir`.
+    The report of what was taken over goes to ``transfer_report.json`` in `output_dir`; names of tensors with values that start
+    anew are in ``network.fresh``, for :func:`tsfm.planning.parts.freeze`.
 
     Raises:
         CheckpointError: as `load_pretrained`.
@@ -189,8 +186,17 @@ def take_over(
         task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
         if preparation is not None:
             task["preparation"] = preparation.to_dict()
-        load_pretrained(network, str(pretrained), report_path=report, task=task)
-        goes_on(network, pretrained_description(pretrained))
+        entries = load_pretrained(network, str(pretrained), report_path=report, task=task).entries
+        network.fresh = {entry.name for entry in entries if entry.new}
+        description = pretrained_description(pretrained)
+        if (again := sorted(set(description.get("trained_on", ())) & set(pool.entries))) and rank() == 0:
+            logger.warning(
+                "the weights in %s were trained on %s, too: cases that this run holds out may be among those that they saw (are "
+                "they another fold's?), and its validation too good", pretrained, ", ".join(again),
+            )  # fmt: skip
+        goes_on(network, description)
+    else:
+        network.fresh = {name for name, _ in network.named_parameters()}
     return network
 
 

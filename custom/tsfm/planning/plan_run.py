@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def plan_run(
     device: str | torch.device = "cpu",
     in_channels: int = 1,
     fold: int | str = 0,
-    checkpointing: bool = False,
+    checkpointing: bool | str = False,
     plan_file: str | None = None,
     num_workers: int = 0,
 ) -> Plan:
@@ -61,7 +62,7 @@ def plan_run(
         network_size: ``"auto"``, or a name of `families.FAMILIES`; TSFM weights bring their own network.
         memory_gb: of a GPU; default: nine tenths of what it has.
         step_seconds: of one CPU core for a training step; default on a CPU: 1.
-        plan_file: a ``plan.json``: then nothing is planned.
+        plan_file: a ``plan.json``: then nothing is planned. To weights it gives strides and kernels.
         num_workers: processes that read cases where these were not measured before.
 
     Raises:
@@ -69,7 +70,7 @@ def plan_run(
     """
     asked = {"spacing_mm": spacing_mm, "patch_size": patch_size, "batch_size": batch_size, "network_size": network_size}
     if plan_file is not None:
-        return _read_plan(plan_file, asked)
+        return _read_plan(plan_file, asked, pretrained)
     description = None if pretrained is None else pretrained_description(pretrained)
     if not pool.entries:
         return _plan_of_weights(description, patch_size, spacing_mm, batch_size)
@@ -77,6 +78,9 @@ def plan_run(
     found = pool_fingerprint(pool, store_dir, num_workers, orientation)
     check_data(pool, found, fold)
     family = None if description is None else weights_family(description)
+    if patch_size == "checkpoint" and family is not None and family.kind == "tsfm":
+        strides, kernels = _geometry(description["network"])
+        family = replace(family, strides=strides, kernel_sizes=kernels)
     if family is not None and network_size != "auto":
         logger.warning("the pretrained weights bring their own network: network_size %s has no effect", network_size)
     numbers = {
@@ -252,7 +256,7 @@ def _budget(memory_gb: float | None, step_seconds: float | None, device: str | t
     return Budget(memory_gb, step_seconds)
 
 
-def _read_plan(path: str, asked: Mapping[str, Any]) -> Plan:
+def _read_plan(path: str, asked: Mapping[str, Any], pretrained: str | None = None) -> Plan:
     given = [f"--{name}" for name, value in asked.items() if not (isinstance(value, str) and value == "auto")]
     if given:
         raise PlanError(f"--plan {path} says it all; leave {', '.join(given)} out, or change the file")
@@ -260,7 +264,15 @@ def _read_plan(path: str, asked: Mapping[str, Any]) -> Plan:
         found = Plan.from_dict(read_json(path))
     except (OSError, FileError) as error:
         raise PlanError(f"the plan {os.path.abspath(path)} cannot be read: {error}") from None
-    logger.info("%s", f"{describe_plan(found)}\n  taken from {path}")
+    if pretrained is None and found.network not in FAMILIES:
+        raise PlanError(f"--plan {path} was made for pretrained weights: give them (--pretrained FILE), or plan anew")
+    levels = len(found.features) if pretrained is None else weights_family(pretrained_description(pretrained)).levels
+    if levels != len(found.features):
+        raise PlanError(
+            f"--plan {path} has {len(found.features)} levels, the network of {pretrained} has {levels}: plan with these "
+            "weights (leave --plan out)"
+        )
+    logger.info("%s", f"{describe_plan(found, pretrained=pretrained)}\n  taken from {path}")
     return found
 
 
@@ -277,10 +289,16 @@ def _plan_of_weights(
     spacing = description["preparation"]["spacing_mm"] if isinstance(spacing_mm, str) else spacing_mm
     if family.kind == "fixed":
         return plan(patch, spacing, patch_size=patch, batch_size=number, family=family)
-    kernels = network.get("kernel_sizes") or [[3, 3, 3]] * len(network["features"])
+    strides, kernels = _geometry(network)
     found = plan(patch, spacing, patch_size=None, family=family, levels=family.levels, budget=Budget(memory_gb=1e6))
-    geometry = {"patch_size": tuple(patch), "strides": network["strides"], "kernel_sizes": kernels}
+    geometry = {"patch_size": tuple(patch), "strides": strides, "kernel_sizes": kernels}
     return Plan.from_dict(found.to_dict() | geometry | {"batch_size": number or 2})
+
+
+def _geometry(network: Mapping[str, Any]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Strides and kernel sizes of a TSFM's arguments."""
+    kernels = network.get("kernel_sizes") or [[3, 3, 3]] * len(network["features"])
+    return tuple(map(tuple, network["strides"])), tuple(map(tuple, kernels))
 
 
 def _numbers(values: Sequence[float]) -> str:

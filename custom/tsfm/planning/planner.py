@@ -8,13 +8,13 @@ same rule with their own cost: bytes on a GPU, seconds on a CPU. All axes are (S
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from .families import FAMILIES, MIN_EDGE, SIZES, Cost, Family, Topology, topology, tsfm_cost, unet_cost
+from .families import FAMILIES, MIN_EDGE, SIZES, Cost, Family, Topology, fitted, topology, tsfm_cost, unet_cost
 
 MIN_BATCH = 2
 
@@ -136,7 +136,7 @@ def plan(
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
     levels: int | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | str = False,
     family: Family | None = None,
 ) -> Plan:
     """The plan for cases of `median_shape` voxels (S, P, L) once they are resampled to `spacing_mm`.
@@ -149,7 +149,8 @@ def plan(
         out_channels: the network's outputs (with softmax the background too).
         patch_size, batch_size: as asked for, instead of the rule's.
         levels: so many levels, as given weights have.
-        checkpointing: TSFM recomputes activations.
+        checkpointing: TSFM recomputes activations, "auto": where a GPU's memory asks for it. Seconds are those of a step that
+            keeps them.
         family: a network that `FAMILIES` does not hold (weights); `network` is then ignored.
 
     Raises:
@@ -175,18 +176,17 @@ def plan(
     # nnU-Net puts the thickest axis first, which decides between sides that are equally long for their case.
     thick = int(np.argmax(spacing_mm))
     order = [thick, *(axis for axis in range(3) if axis != thick)]
-    found = _plan_ordered(
-        family, [median_shape[a] for a in order], [spacing_mm[a] for a in order], budget,
-        **options | {"patch_size": patch_size and [patch_size[a] for a in order]},
-    )  # fmt: skip
+
+    def turn(rows: Iterable[Sequence[Any]], axes: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
+        return tuple(tuple(row[a] for a in axes) for row in rows)
+
+    median, spacing, *patches = turn([median_shape, spacing_mm, *([patch_size] if patch_size else [])], order)
+    family = replace(family, strides=turn(family.strides, order), kernel_sizes=turn(family.kernel_sizes, order))
+    found = _plan_ordered(family, median, spacing, budget, **options | {"patch_size": patches[0] if patches else None})
     back = [order.index(axis) for axis in range(3)]
-
-    def turn(rows: Iterable[Sequence[Any]]) -> tuple[tuple[Any, ...], ...]:
-        return tuple(tuple(row[a] for a in back) for row in rows)
-
-    spacing, shape, patch = turn((found.spacing_mm, found.median_shape, found.patch_size))
+    spacing, shape, patch = turn((found.spacing_mm, found.median_shape, found.patch_size), back)
     values = asdict(found) | {"spacing_mm": spacing, "median_shape": shape, "patch_size": patch}
-    return Plan(**values | {"strides": turn(found.strides), "kernel_sizes": turn(found.kernel_sizes)})
+    return Plan(**values | {"strides": turn(found.strides, back), "kernel_sizes": turn(found.kernel_sizes, back)})
 
 
 def plan_patch(
@@ -242,6 +242,8 @@ def _plan_ordered(
     levels, checkpointing,
 ) -> Plan:  # fmt: skip
     def lay_out(patch: Sequence[float]) -> Topology:
+        if family.strides:
+            return fitted(family.strides, family.kernel_sizes, patch)
         found = topology(spacing_mm, patch, levels)
         most, least = family.levels or 99, 2 if family.kind == "tsfm" else 1
         deep = len(found.kernel_sizes)
@@ -303,7 +305,7 @@ def _memory_gb(family: Family, price: Cost) -> tuple[float, float]:
 
 
 def _seconds(price: Cost) -> float:
-    return price.values * CPU_SECONDS_PER_VALUE + price.macs * CPU_SECONDS_PER_MAC
+    return price.computed * CPU_SECONDS_PER_VALUE + price.macs * CPU_SECONDS_PER_MAC
 
 
 def _room(family: Family, price: Cost, budget: Budget) -> float:

@@ -22,7 +22,7 @@ from ..files import atomic_write
 from ..labels import LabelTable
 from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork
-from ..network.description import check_description, differences, fill_in
+from ..network.description import as_options, check_description, differences, fill_in
 from ..network.networks import create_network
 from .folds import combine
 from .weight_files import CheckpointError, load_file, write_state
@@ -317,10 +317,12 @@ def load_weights(network: nn.Module, path: Weights) -> dict[str, Any]:
         if key in tensors and tensors[key].shape != own[key].shape
     ]
     if problems:
-        ours = getattr(network, "description", {}).get("network", {})
-        shown = "\n  ".join([*differences(description.get("network", {}), ours), *problems[:12]])
+        theirs, ours = (known.get("network", {}) for known in (description, getattr(network, "description", {})))
+        shown = "\n  ".join([*differences(theirs, ours), *problems[:12]])
+        declared = as_options(theirs, ours)
         raise CheckpointError(
             f"{path} does not fit the network ({len(problems)} tensors differ); nothing was loaded:\n  {shown}\n"
+            f"{f'A training makes the network of the file with {declared}. ' if declared else ''}"
             "Build the network from the file itself (tsfm.training.checkpoint.build_network), or adapt with load_pretrained()."
         )
     network.load_state_dict(tensors, strict=False)

@@ -8,8 +8,6 @@ run that was killed at any moment goes on with the same command and ends with th
 from __future__ import annotations
 
 import filecmp
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -24,19 +22,16 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ..cases.pool import is_bare
-from ..errors import changes
 from ..files import PARTIAL, atomic_write, check_writable
 from ..names import counted
 from ..network.sharding import gather_model, gather_state, is_sharded, scatter_state, set_shares, take_shares
-from .checkpoint import EXTRA_STATE, decode_description, save_weights
+from .checkpoint import save_weights
 from .curve import Curve
+from .run_settings import changed, description_of, digest, run_settings
 from .sharded_state import ShardedStates, read_tensors, read_values
 from .weight_files import CheckpointError, load_file, load_pt, write_pt
 
 logger = logging.getLogger(__name__)
-
-NO_SETTINGS = {"lr", "fused", "foreach", "capturable", "differentiable"}
-"""Options of an optimizer with which it takes the same steps, or that have a setting of their own."""
 
 WEIGHTS_PER_INTERVAL = 200_000_000
 
@@ -100,15 +95,7 @@ class RunState:
     ) -> None:
         self.output_dir, self.network, self.parts, self.curve = output_dir, network, dict(parts), curve
         self.resumable = not is_bare(items)
-        paths = [[str(item.get("dataset")), str(item.get("case", item["image"]))] for item in items]
-        self.settings = {
-            **settings,
-            "cases": _digest(sorted(paths)),
-            "network": _digest([[name, *tensor.shape] for name, tensor in unwrap(network).named_parameters()]),
-            "optimizer": type(self.parts["optimizer"]).__name__,
-            "optimizer_options": {k: v for k, v in self.parts["optimizer"].defaults.items() if k not in NO_SETTINGS},
-        }
-        self.settings = json.loads(json.dumps(self.settings, default=str))
+        self.settings = run_settings(settings, items, unwrap(network), self.parts["optimizer"])
         weights = sum(parameter.numel() for parameter in unwrap(network).parameters())
         self.save_interval = -(-weights // WEIGHTS_PER_INTERVAL) if save_interval == "auto" else int(save_interval)
         self.ckpt_dir, self.write = ckpt_dir, write
@@ -153,7 +140,7 @@ class RunState:
 
     def _seed(self, engine: Any) -> None:
         """Dropout's random numbers follow from (seed, iteration, rank), whether the run was resumed or not."""
-        torch.manual_seed(int(_digest([self.settings.get("seed"), engine.state.iteration, idist.get_rank()])[:15], 16))
+        torch.manual_seed(int(digest([self.settings.get("seed"), engine.state.iteration, idist.get_rank()])[:15], 16))
 
     def resume(self, engine: Any) -> None:
         """Go on from the newest state that is whole, if there is one."""
@@ -161,10 +148,9 @@ class RunState:
         if source is None:
             return
         state = _read_run(source, checked=True)
-        if changed := changes(state["settings"], self.settings):
-            others = ": cases were added, removed or renamed" if "cases: was" in changed else ""
+        if differs := changed(state, self.settings, unwrap(self.network)):
             raise CheckpointError(
-                f"{self.output_dir} holds a run with other settings ({changed}){others}. Give this run its own --output_dir, "
+                f"{self.output_dir} holds a run with other settings ({differs}). Give this run its own --output_dir, "
                 "or use the settings of the run that is there to go on with it."
             )
         if state["epoch"] > engine.state.max_epochs:
@@ -315,7 +301,7 @@ def _read_run(path: str, checked: bool = False) -> dict[str, Any]:
     own = "shares" if is_folder else "model"
     if not isinstance(state, Mapping) or not set(state) >= {*STATE_KEYS, own} or not isinstance(state[own], Mapping):
         raise CheckpointError(f"{path} is no state of a training run")
-    decode_description((state["shares"].get("model") if is_folder else state["model"]).get(EXTRA_STATE), path)
+    description_of(state, path)
     return dict(state)
 
 
@@ -333,7 +319,3 @@ def _go_on(schedule: Any, saved: Mapping[str, Any]) -> None:
         schedule._last_lr = schedule.get_lr()
     for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
         group["lr"] = rate
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -61,7 +61,8 @@ class TrainStep(AutocastStep):
     def __init__(self, amp: bool = True, amp_dtype: str = "bfloat16", clip_norm: float = 12.0) -> None:
         super().__init__(amp, amp_dtype)
         self.clip_norm, self.skipped, self.skipped_in_epoch = clip_norm, 0, 0
-        self.scaler = torch.amp.GradScaler(enabled=amp and amp_dtype == "float16")
+        place = "cuda" if torch.cuda.is_available() else "cpu"  # on processors some have float16 arithmetic, too
+        self.scaler = torch.amp.GradScaler(place, enabled=amp and amp_dtype == "float16")
 
     def __call__(self, engine: Any, batch: Any) -> list[dict[str, Any]]:
         """The iteration_update of SupervisedTrainer.
@@ -110,7 +111,8 @@ class TrainStep(AutocastStep):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.skipped = state["skipped"]
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run began on a device that does not scale
+            self.scaler.load_state_dict(state["scaler"])
 
 
 class EvalStep(AutocastStep):
