@@ -12,7 +12,7 @@ from tsfm.cases.pool import DatasetPool
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning.own_data import dataset_pool
-from tsfm.planning.plan import downstream_network
+from tsfm.planning.plan import downstream_network, take_over
 from tsfm.training.checkpoint import describe_network, read_description, save_weights, start_from
 
 PAPER_POOL = Path(__file__).parents[1] / "bundles/tsfm_pretrain/configs/pool.json"
@@ -81,9 +81,14 @@ def test_weights_carry_the_licences_of_all_they_saw(tmp_path):
     save_weights(network, tmp_path / "before.pt")
     pool = DatasetPool({"targets": {"a": {}}, "datasets": [{"name": "mine", "labels": {"1": "a"}, "format": "msd"}]})
     torch.manual_seed(0)
-    tuned = downstream_network(pool, [8, 8, 8], 1, str(tmp_path / "before.pt"))
     own = [{"image": "i", "dataset": "mine", "modality": "CT", "licence": "CC BY 4.0"}]
-    save_weights(describe_network(tuned, pool.table, Preparation((1, 1, 1)), [8, 8, 8], own), tmp_path / "after.pt")
+    pool.cases = own
+    before = str(tmp_path / "before.pt")
+    for name, weights in (("scratch", None), ("after", before)):  # the network of the weights alone inherits nothing
+        tuned = take_over(downstream_network(pool, [8, 8, 8], 1, before), pool, weights)
+        tuned = describe_network(tuned, pool.table, Preparation((1, 1, 1)), [8, 8, 8], own)
+        save_weights(tuned, tmp_path / f"{name}.pt")
+    assert list(read_description(tmp_path / "scratch.pt")["licences"]) == ["mine"]
     licences = read_description(tmp_path / "after.pt")["licences"]
     assert {name: one["commercial"] for name, one in licences.items()} == {"one": False, "mine": True}
     assert weights_terms(licences).startswith("Commercial use is excluded by one;")

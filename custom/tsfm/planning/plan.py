@@ -157,10 +157,7 @@ def downstream_network(
         if plan is not None and plan.strides:
             shape |= {"strides": plan.to_dict()["strides"], "kernel_sizes": plan.kernels_if_any_is_flat()}
         network = build_network(pretrained_description(pretrained), **shape | overrides)
-    inherited = {} if pretrained is None else inherited_licences(network.description)
     network.description = {"network": network.description["network"], "targets": pool.table.to_dict()["targets"]}
-    if inherited:
-        network.description["licences"] = inherited
     if click_sigma:
         network.description["click_sigma"] = float(click_sigma)
     return network
@@ -194,6 +191,7 @@ def take_over(
                 "the weights in %s were trained on %s, too: cases that this run holds out may be among those that they saw (are "
                 "they another fold's?), and its validation too good", pretrained, ", ".join(again),
             )  # fmt: skip
+        network.description["licences"] = inherited_licences(description)
         goes_on(network, description)
     else:
         network.fresh = {name for name, _ in network.named_parameters()}
