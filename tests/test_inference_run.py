@@ -462,6 +462,7 @@ def test_an_evaluation_that_cannot_be_one_is_refused_before_it_begins(case, tmp_
         (items, {"existing": "skip"}, "computes what it scores"),
         (items, {"existing": "error"}, "summary.json is already there"),
         (items, {"parts": 2}, "one of 2 processes"),
+        (items, {"clicks": {"a": {"liver": [[1, 2, 3]]}}}, "found without"),
         (items, {"save": "dicom_seg"}, "no folder with a DICOM series"),
         (items, {"output_dir": tmp_path / "labels"}, "an image or a label"),
     ):

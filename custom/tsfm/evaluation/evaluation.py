@@ -108,18 +108,19 @@ def items_to_score(
     existing: str = "overwrite",
     save: str | Sequence[str] = "label_map",
     parts: int = 1,
+    clicks: Mapping[str, Any] | None = None,
 ) -> Sequence[Mapping[str, Any]]:
     """The `items` of an evaluation, once it is sure that each of them can be computed, written and scored here.
 
     Args:
         existing: "overwrite", or "error": nothing of earlier runs is replaced.
         save: what will be written of each case.
-        parts: among how many processes a folder would be shared: scores are made by one.
+        parts, clicks: as for `find_images`: scores are made by one process, of what is found without clicks.
 
     Raises:
         PoolError: no item.
         FileExistsError: what is there would be lost.
-        ValueError: another `existing`; several `parts`; as `find_images`.
+        ValueError: another `existing`; several `parts`; clicks; as `find_images`.
     """
     if not items:
         raise PoolError(
@@ -129,11 +130,13 @@ def items_to_score(
         raise ValueError(
             "existing is 'skip', but an evaluation computes what it scores; expected 'overwrite' or 'error'"
         )
+    apart = "segment the folder with inference.json alone and score it with python -m tsfm evaluate"
     if parts > 1 and idist.get_world_size() == 1:
         raise ValueError(
-            f"this is one of {parts} processes, and scores are made by one: start a single one, or segment the folder with "
-            "inference.json alone and score it with python -m tsfm evaluate"
+            f"this is one of {parts} processes, and scores are made by one: start a single one, or {apart}"
         )
+    if clicks:
+        raise ValueError(f"clicks for {list(clicks)}, and an evaluation scores what is found without: {apart}")
     find_images(items, output_dir, "overwrite", save)
     written = [
         Path(output_dir, "summary.json"),
