@@ -135,6 +135,14 @@ def test_evaluate_json_stands_alone_and_segments_as_inference_json_does(bundle):
     assert named <= known, named - known
 
 
+def test_zero_shot_takes_the_place_of_the_post_processing_and_tells_the_saver_whose_numbers_they_are():
+    steps, changed = (config(BUNDLES[1], name) for name in ("evaluate.json", "zero_shot.json"))
+    targets = [step["_target_"].split(".")[-1] for step in steps["postprocessing"]["transforms"]]
+    assert targets == ["PostProcessd", "Invertd", "SaveResultsd"]
+    assert changed["postprocessing#transforms#0"]["_target_"].endswith("RenumberTargetsd")
+    assert changed["postprocessing#transforms#2#table"] == "@pool_table"
+
+
 def test_the_handlers_are_the_same_but_for_the_forecast_of_the_plan():
     first, second = (config(bundle, "train.json")["train"]["handlers"] for bundle in BUNDLES)
     assert [handler for handler in second if handler["_target_"] != "tsfm.planning.forecast.Forecast"] == first

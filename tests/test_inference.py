@@ -613,6 +613,18 @@ class TestFiles:
             engine.run()
         assert not (tmp_path / "out").exists()
 
+    def test_an_item_without_a_data_set_is_painted_with_all_after_one_of_a_data_set_that_annotates_nothing(
+        self, tmp_path
+    ):
+        table = LabelTable(TABLE.to_dict()["targets"], [*TABLE.to_dict()["datasets"], {"name": "none", "labels": {}}])
+        items = [{"image": str(tmp_path / f"{name}.nii"), "case": name} for name in ("a", "b")]
+        for item in items:
+            write_blob(Path(item["image"]), AFFINES["RAS"])
+        engine = evaluator([{**items[0], "dataset": "none"}, items[1]], tmp_path / "out")
+        engine.annotated = {name: table.annotated(name) for name in table.datasets}
+        engine.run()
+        assert [list(row["ml"]) for row in engine.results] == [[], ["blob"]]
+
     def test_results_that_are_there_are_not_destroyed(self, tmp_path):
         for name in ("a", "b"):
             write_blob(tmp_path / f"{name}.nii", AFFINES["RAS"])
@@ -741,13 +753,14 @@ class TestProbabilities:
         kept = Probabilities(tmp_path)
         inferer = SlabInferer(
             (16, 12, 10), names, amp=False, progress=False, activation=activation, probabilities=kept,
-            targets=None if soft else ["b", "d"],
+            targets=["a", "c"] if soft else ["b", "d"],
         )  # fmt: skip
         inferer(image, network)
         kept.save(tmp_path / "p.b2nd")
         logits = naive_resize(naive_logits(image[0].numpy(), network, (16, 12, 10)), source_shape)
         expected = np.exp(logits) / np.exp(logits).sum(0) if soft else 1 / (1 + np.exp(-logits))
-        expected = expected[1:] if soft else expected * np.array([0, 1, 0, 1]).reshape(4, 1, 1, 1)
+        expected = expected[1:] if soft else expected
+        expected = expected * np.array([1, 0, 1] if soft else [0, 1, 0, 1]).reshape(-1, 1, 1, 1)
         np.testing.assert_allclose(blosc2.open(str(tmp_path / "p.b2nd"))[:], expected, atol=1e-3)
 
     def test_a_case_that_fails_leaves_nothing(self, tmp_path):
@@ -795,6 +808,11 @@ class TestRawIds:
         assert trained_targets({**description, "trained_targets": ["kidney", "right"]}, "amos") == ["right"]
         with pytest.raises(CheckpointError, match=r"stand for \['left', 'right'\]; the weights .* but on \['spleen'\]"):
             trained_targets({**description, "trained_targets": ["spleen"]}, "amos")
+
+    def test_an_id_comes_back_as_the_value_that_says_the_least(self):
+        sides = LabelTable({"left": {"part_of": "kidney"}, "kidney": {}}, [{"name": "kits", "labels": {"1": "kidney"}}])
+        assert raw_values(sides, "kits") == {1: 1, 2: 1}
+        assert from_raw_ids(np.array([0, 1]), sides, "kits").tolist() == [0, 2]
 
     def test_a_data_set_without_ids_is_refused(self):
         with pytest.raises(LabelError, match="names structures"):

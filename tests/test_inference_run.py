@@ -13,6 +13,8 @@ from conftest import ROOT, run_bundle, write_dicom
 from monai.bundle import ConfigParser
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from tsfm.cases.pool import DatasetPool
+from tsfm.errors import first_cause
+from tsfm.evaluation.evaluation import items_to_score
 from tsfm.inference.prediction import FailedCases
 from tsfm.inference.report import read_report
 from tsfm.inference.windows import mirrored_axes
@@ -365,6 +367,20 @@ def test_folds_that_do_not_fit_together_are_refused_by_name(folds, pretrained, t
         read_description([])
     seen = [folds(f"{low}.pt", familiar={"CT": {"p5": [low, low + 1]}}) for low in (-900, 900)]
     assert read_description([first, *seen])["familiar"]["CT"]["p5"] == [-900, 901]
+    free, bound = (
+        {"name": name, "commercial": use, "share_alike": False} for name, use in (("CC0", True), ("own", False))
+    )
+    pair = [
+        folds(
+            "one.pt", trained_on=["msd_liver"], trained_targets=["liver", "liver_tumor"], licences={"msd_liver": free}
+        ),
+        folds("two.pt", trained_on=["amos22"], trained_targets=["spleen", "liver"], licences={"amos22": bound}),
+    ]
+    both = read_description(pair)
+    assert both["trained_targets"] == ["liver"] and both["trained_on"] == ["amos22", "msd_liver"]
+    assert both["licences"] == {"msd_liver": free, "amos22": bound}
+    with pytest.raises(CheckpointError, match="no target is among the trained_targets of all"):
+        read_description([*pair, folds("three.pt", trained_targets=["spleen"])])
     folds("alike.pt", network={**known["network"], "checkpointing": True})
     assert read_description([first, str(tmp_path / "alike.pt")])["network"]["count"] == 2
 
@@ -421,7 +437,36 @@ def test_only_targets_of_the_training_are_offered(options):
     assert options(targets=["liver"]).get_parsed_content("targets") == ["liver"]
 
 
+def test_targets_that_nobody_taught_or_that_the_ids_cannot_say_are_refused(options):
+    for chosen in ({"targets": ["liver", "colon_tumor"]}, {"targets": ["pancreas"], "raw_ids": "msd_liver"}):
+        with pytest.raises(RuntimeError) as error:
+            options(**chosen).get_parsed_content("inferer")
+        assert "are not among those that the weights were trained on" in str(first_cause(error.value))
+    for chosen in ("liver_tumor", ["liver_tumor"]):
+        assert options(targets=chosen, raw_ids="msd_liver").get_parsed_content("inferer").chosen == ["liver_tumor"]
+    assert options(targets="all").get_parsed_content("inferer").chosen == options().get_parsed_content("targets")
+
+
 # ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_that_cannot_be_one_is_refused_before_it_begins(case, tmp_path):
+    nib.save(case, tmp_path / "a.nii.gz")
+    items = [{"image": str(tmp_path / "a.nii.gz"), "label": str(tmp_path / "labels/a.nii.gz"), "case": "a"}]
+    out = tmp_path / "out"
+    assert items_to_score(items, out) == items
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/summary.json").write_text("scores of another run")
+    for given, settings, words in (
+        ([], {}, "no case to score"),
+        (items, {"existing": "skip"}, "computes what it scores"),
+        (items, {"existing": "error"}, "summary.json is already there"),
+        (items, {"parts": 2}, "one of 2 processes"),
+        (items, {"save": "dicom_seg"}, "no folder with a DICOM series"),
+        (items, {"output_dir": tmp_path / "labels"}, "an image or a label"),
+    ):
+        with pytest.raises((ValueError, OSError), match=words):
+            items_to_score(given, **{"output_dir": out, **settings})
 
 
 def test_the_validation_cases_of_the_pool_are_scored_with_a_page_of_pictures(phantom_pool, segment, tmp_path):

@@ -106,6 +106,59 @@ def test_the_plan_is_json_and_the_input_stays_as_it_was(tmp_path):
     np.testing.assert_array_equal(item["pred"].numpy()[0], before)
 
 
+def inferred(array, targets=None, clicks=()):
+    """A label map as an inferer gives it, with its notes."""
+    meta = {"clicks": json.dumps(clicks)} | ({"computed": json.dumps(targets)} if targets else {})
+    return MetaTensor(torch.from_numpy(array)[None], meta=meta)
+
+
+def test_two_tumors_stay_where_the_liver_around_them_was_not_computed():
+    """The largest component of a liver with its tumors is the liver; of the tumors alone it would be one of them."""
+    _, truth = liver_case()
+    truth[6], truth[4:6, 6:8, 8:9] = 0, 2
+    prediction = truth.copy()
+    prediction[7, 2, 3] = 1
+    other = LabelTable(
+        {"liver": {}, "liver_tumor": {"inside": "liver"}, "spleen": {}},
+        [{"name": "d", "labels": {"1": "liver", "2": "liver_tumor"}}, {"name": "e", "labels": {"2": "liver_tumor"}}],
+    )
+    alone = np.where(truth == 2, truth, 0)
+    plan = determine([prediction, alone], [truth, alone], other, ["d", "e"])
+    assert [step["target"] for step in plan["steps"]] == ["all foreground"] and plan["steps"][0]["needs"] == ["liver"]
+    older = {**plan, "steps": [{key: step[key] for key in ("target", "values", "fill")} for step in plan["steps"]]}
+    for one in (plan, older, {**plan, "steps": [{"target": "liver", "values": [1, 2], "fill": 0}]}):
+        step = PostProcessd("pred", one, ["liver", "liver_tumor", "spleen"])
+        assert np.array_equal(step({"pred": inferred(alone, ["liver_tumor"])})["pred"].numpy()[0], alone)
+        everything = step({"pred": inferred(prediction, ["liver", "liver_tumor", "spleen"])})["pred"]
+        assert np.array_equal(everything.numpy()[0], truth)
+
+
+def test_what_is_removed_becomes_no_target_that_was_not_computed_and_a_click_keeps_it():
+    prediction, truth = liver_case()
+    plan = determine([prediction], [truth], small_table())
+    step = PostProcessd("pred", plan, ["liver", "liver_tumor", "spleen"])
+    tumors = np.where(prediction == 2, prediction, 0)
+    found = step({"pred": inferred(tumors, ["liver_tumor"])})["pred"].numpy()[0]
+    np.testing.assert_array_equal(found, np.where(truth == 2, truth, 0))
+    for kind, name, kept in (
+        ("inside", "liver_tumor", True),
+        ("label", "liver_tumor", True),
+        ("label", "liver", False),
+    ):
+        found = step({"pred": inferred(prediction, clicks=[[kind, name, [5, 7, 9]]])})["pred"].numpy()[0]
+        np.testing.assert_array_equal(found, prediction if kept else truth)
+    nested = LabelTable(
+        {"a": {}, "b": {"inside": "a"}, "c": {"inside": "b"}}, [{"name": "d", "labels": {"1": "a", "2": "b", "3": "c"}}]
+    )
+    truth = np.ones((6, 6, 6), np.uint8)
+    truth[1:5, 1:5, 1:5], truth[1, 1, 1:3] = 2, 3
+    prediction = truth.copy()
+    prediction[4, 4, 4] = 3
+    plan = determine([prediction], [truth], nested)
+    found = apply(np.where(prediction == 2, 1, prediction).astype(np.uint8), plan, ["a", "c"])
+    np.testing.assert_array_equal(found, np.where(truth == 2, 1, truth))
+
+
 def test_without_a_plan_nothing_changes():
     pred = torch.ones(1, 3, 3, 3, dtype=torch.uint8)
     assert PostProcessd("pred")({"pred": pred})["pred"] is pred

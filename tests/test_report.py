@@ -271,6 +271,7 @@ def test_maps_in_raw_ids_give_the_same_page_and_other_values_none(table, tmp_pat
     assert [(out / name).read_bytes() for name in ("page.png", "targets.png")] == pages and not caplog.text
     report.CasePage(str(out), items, odd)(None)
     assert "holds values from 0 to 300" in caplog.text
+    assert not list(out.glob("*.png")), "an earlier evaluation's pictures would be taken for this one's"
 
 
 def test_the_worst_case_of_each_target_is_shown_with_that_target_alone():

@@ -161,12 +161,13 @@ def saved_outputs(save: str | Sequence[str]) -> list[str]:
 
 
 def _check_apart(items: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike, save: str | Sequence[str]) -> None:
-    """FileExistsError where a result would be written over an image."""
-    images = {os.path.realpath(os.fspath(path)) for item in items for path in paths_of(item["image"])}
+    """FileExistsError where a result would be written over an image, or over a label."""
+    given = [path for item in items for key in ("image", "label") for path in paths_of(item.get(key))]
+    images = {os.path.realpath(path) for path in given if isinstance(path, str | os.PathLike)}
     for path in (path for item in items for path in output_paths(output_dir, item["case"], save)):
         if os.path.realpath(path) in images:
             raise FileExistsError(
-                f"{path} is an image, and a result of this name would be written over it: choose another --output_dir"
+                f"{path} is an image or a label, and a result of this name would be written over it: choose another --output_dir"
             )
 
 

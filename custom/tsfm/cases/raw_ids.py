@@ -33,10 +33,10 @@ def raw_values(table: LabelTable, dataset: str) -> dict[int, int]:
 def from_raw_ids(array: np.ndarray, table: LabelTable, dataset: str) -> np.ndarray:
     """Label-map values of a map in the raw ids of `dataset`, the way back from `in_raw_ids`; other ids become 0.
 
-    Of several values with one id the first comes back.
+    Of several values with one id that comes back which says the least: a kidney, not the left one; of several such the first.
     """
-    values = np.zeros(np.shape(array), np.min_scalar_type(len(table.names)))
-    for value, raw in reversed(raw_values(table, dataset).items()):
+    values, claims = np.zeros(np.shape(array), np.min_scalar_type(len(table.names))), table.map_membership().sum(1)
+    for value, raw in sorted(raw_values(table, dataset).items(), key=lambda pair: (-claims[pair[0]], -pair[0])):
         values[array == raw] = value
     return values
 

@@ -12,6 +12,7 @@ from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
+from ..cases.folders import PoolError, find_images, output_paths
 from ..cases.grids import spacing_of, upright_share
 from ..cases.raw_ids import from_raw_ids, raw_values
 from ..inference.prediction import CaseEvaluator, FailedCases, case_name
@@ -99,6 +100,50 @@ class CaseScores:
         logger.info("Scores of %s in %s\n%s", cases, self.output_dir, table)
         if self._writer.failed and not is_told:
             raise RuntimeError(failure_text(self._writer.failed))
+
+
+def items_to_score(
+    items: Sequence[Mapping[str, Any]],
+    output_dir: str,
+    existing: str = "overwrite",
+    save: str | Sequence[str] = "label_map",
+    parts: int = 1,
+) -> Sequence[Mapping[str, Any]]:
+    """The `items` of an evaluation, once it is sure that each of them can be computed, written and scored here.
+
+    Args:
+        existing: "overwrite", or "error": nothing of earlier runs is replaced.
+        save: what will be written of each case.
+        parts: among how many processes a folder would be shared: scores are made by one.
+
+    Raises:
+        PoolError: no item.
+        FileExistsError: what is there would be lost.
+        ValueError: another `existing`; several `parts`; as `find_images`.
+    """
+    if not items:
+        raise PoolError(
+            "no case to score: this fold holds none out (with --fold all every case trains); choose another --fold"
+        )
+    if existing == "skip":
+        raise ValueError(
+            "existing is 'skip', but an evaluation computes what it scores; expected 'overwrite' or 'error'"
+        )
+    if parts > 1 and idist.get_world_size() == 1:
+        raise ValueError(
+            f"this is one of {parts} processes, and scores are made by one: start a single one, or segment the folder with "
+            "inference.json alone and score it with python -m tsfm evaluate"
+        )
+    find_images(items, output_dir, "overwrite", save)
+    written = [
+        Path(output_dir, "summary.json"),
+        *(p for one in items for p in output_paths(output_dir, one["case"], save)),
+    ]
+    if existing == "error" and (there := [path for path in written if path.exists()]):
+        raise FileExistsError(
+            f"{there[0]} is already there: choose another --output_dir, or set existing to 'overwrite'"
+        )
+    return items
 
 
 def evaluate_folder(

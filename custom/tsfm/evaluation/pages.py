@@ -142,8 +142,11 @@ class CasePage:
         """Draw the page; a page that cannot be drawn is reported and spoils nothing."""
         if idist.get_rank() != 0:
             return
+        names = ("page.png", "targets.png")
+        for name in names:  # an earlier run's would be taken for this one's
+            (self.output_dir / name).unlink(missing_ok=True)
         try:
-            for name in ("page.png", "targets.png"):
+            for name in names:
                 files = self.output_dir / name, self.output_dir / "cases.csv", self.output_dir
                 folder_page(*files, self.items, self.table, per_target=name == "targets.png", **self.settings)
         except (ValueError, OSError) as error:

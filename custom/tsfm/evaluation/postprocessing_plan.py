@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ def determine(
         predictions: label maps with values 0 to N, as arrays or NIfTI files (read one at a time).
         truths: raw ids of the same cases, as arrays, NIfTI files, or one mask file per structure.
         table: the label table, its dict, or the path of a pool.json.
-        datasets: data set of each case, or of all (default: the table's only one). Dice counts annotated targets only;
-            a case without the target in both prediction and truth counts nowhere, as in nnU-Net.
+        datasets: data set of each case, or of all (default: the table's only one), whose annotated targets the prediction
+            holds. Dice counts these only; a case without the target in both prediction and truth counts nowhere, as in nnU-Net.
 
     Raises:
         ValueError: lists of different length, an empty list, maps that do not fit the table.
@@ -47,7 +47,7 @@ def determine(
     cases = list(zip(predictions, truths, owners, strict=True))
     plan: dict[str, Any] = {"targets": list(table.names), "steps": [], "evidence": []}
     before = _mean_dice(cases, table, plan["steps"])
-    for candidate in _candidates(table):
+    for candidate in _candidates(table, {name for owner in owners for name in table.annotated(owner)}):
         after = _mean_dice(cases, table, [*plan["steps"], candidate])
         helps = _helps_all if candidate["target"] == FOREGROUND else _helps_one(candidate["target"])
         kept = helps(before, after)
@@ -58,14 +58,20 @@ def determine(
     return plan
 
 
-def _candidates(table: LabelTable) -> list[dict[str, Any]]:
-    """All foreground, then every target in declared order; a single target is all foreground already."""
+def _candidates(table: LabelTable, annotated: Collection[str]) -> list[dict[str, Any]]:
+    """All foreground, then every target in declared order; a single target is all foreground already.
+
+    All foreground needs those of the `annotated` targets that lie in no other of them.
+    """
     number, member = len(table.names), table.map_membership()
-    steps = [{"target": FOREGROUND, "values": list(range(1, number + 1)), "fill": 0}]
+    around = [[value + 1 for value in table.ancestors(target)] for target in range(number)]
+    known = [table.names.index(name) + 1 for name in table.names if name in annotated]
+    outer = [table.names[value - 1] for value in known if not set(around[value - 1]) & set(known)]
+    steps = [{"target": FOREGROUND, "values": list(range(1, number + 1)), "fill": 0, "needs": outer}]
     for target, name in enumerate(table.names if number > 1 else ()):
-        values = np.flatnonzero(member[:, target]).tolist()
-        parent = table.parent(name)
-        steps.append({"target": name, "values": values, "fill": table.names.index(parent) + 1 if parent else 0})
+        nearest, *farther = around[target] or [0]
+        step = {"target": name, "values": np.flatnonzero(member[:, target]).tolist(), "fill": nearest, "needs": [name]}
+        steps.append({**step, **({"farther": farther} if farther else {})})
     return steps
 
 
@@ -89,7 +95,8 @@ def _mean_dice(cases: Sequence[tuple], table: LabelTable, steps: Sequence[Mappin
         array, affine = load_map(prediction) if is_file else (prediction, None)
         array = as_label_map(array, len(table.names), str(prediction) if is_file else "case")
         codes, _ = load_truth(truth, table, dataset, (array, affine, str(prediction)) if is_file else None)
-        for name, (tp, fp, fn) in count_voxels(apply(array, {"steps": steps}), codes, table, dataset).items():
+        processed = apply(array, {"targets": table.names, "steps": steps}, table.annotated(dataset))
+        for name, (tp, fp, fn) in count_voxels(processed, codes, table, dataset).items():
             if tp + fp + fn:
                 values.setdefault(name, []).append(2 * tp / (2 * tp + fp + fn))
     return {name: float(np.mean(dice)) for name, dice in values.items()}

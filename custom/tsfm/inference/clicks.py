@@ -23,14 +23,12 @@ from ..labels import LabelTable
 from ..network.clicks import Click, ClickError, click_channels, reaches
 from ..schema import nearest
 from .kept_windows import KeptWindows, kept_windows
+from .notes import CLICKS
 from .painting import Slab
 from .passes import Passes
 from .windows import SlabInferer
 
 BACKGROUND = "background"
-
-NOTE = "clicks"
-"""Key of an image's meta data: JSON, a list of [kind, name, [x, y, z] in mm]; kind "inside", "outside" or "label"."""
 
 Prompt = Mapping[int, Sequence[Click]]
 """Target number -> its clicks, on the grid that the windows are cut from."""
@@ -85,7 +83,7 @@ class ReadClicksd(MapTransform):
                     "Train with configs/clicks.json added, or leave the clicks out"
                 )
             if noted:
-                image.meta[NOTE] = json.dumps(noted)
+                image.meta[CLICKS] = json.dumps(noted)
         return out
 
     def _asked(self, request: Mapping[Hashable, Any], source: str) -> Iterator[tuple[str, str, Any]]:
@@ -150,7 +148,7 @@ class ClickInferer(SlabInferer):
             raise ValueError("click channels are for networks with one sigmoid per target, not for a softmax")
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        note = inputs.meta.get(NOTE) if isinstance(inputs, MetaTensor) else None
+        note = inputs.meta.get(CLICKS) if isinstance(inputs, MetaTensor) else None
         if not note or self.sigma is None:
             return super().__call__(inputs, network, *args, **kwargs)
         noted = json.loads(note if isinstance(note, str) else note[0])  # a list: from a DataLoader

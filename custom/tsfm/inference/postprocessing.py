@@ -5,12 +5,17 @@ mean Dice rises and no target's falls; then target by target, kept if that targe
 so far stays applied. The plan is plain JSON, `apply` needs nothing else, and `PostProcessd` is the step for
 inference.json.
 
-    {"targets": [names], "steps": [{"target": "all foreground", "values": [1, 2], "fill": 0}], "evidence": [...]}
+    {"targets": [names], "steps": [{"target": "all foreground", "values": [1, 2], "fill": 0, "needs": [names]}],
+     "evidence": [...]}
+
+"needs" are the targets without which a step means nothing: tumors alone, of which one is the largest component, are not the
+liver around them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import json
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +29,36 @@ from monai.transforms import MapTransform
 from ..cases.volumes import as_label_map
 from ..preparation.resampling import boxes_of, enclosing
 from ..schema import read_json
+from .notes import CLICKS, COMPUTED
 
 
-def apply(label_map: np.ndarray, plan: Mapping[str, Any]) -> np.ndarray:
-    """A new label map (three axes) with the plan's steps applied one after the other; the input stays as it is."""
-    result = np.array(label_map)
+def apply(
+    label_map: np.ndarray,
+    plan: Mapping[str, Any],
+    computed: Collection[str] | None = None,
+    clicked: Collection[str] = (),
+) -> np.ndarray:
+    """A new label map (three axes) with the plan's steps applied one after the other; the input stays as it is.
+
+    Args:
+        computed: the targets that the map could hold, None for all of the plan's. A step whose needs are not among them is
+            left out, and what a step removes becomes none of the others.
+        clicked: targets inside of which somebody clicked: steps that could remove them are left out.
+    """
+    result, names = np.array(label_map), plan.get("targets", ())
+    touched = {names.index(name) + 1 for name in clicked}
     for step in plan["steps"]:
-        _keep_largest(result, step["values"], step["fill"])
+        if (computed is not None and not set(_needs(step, names)) <= set(computed)) or touched & set(step["values"]):
+            continue
+        around = (step["fill"], *step.get("farther", ()), 0)
+        fill = next(value for value in around if not value or computed is None or names[value - 1] in computed)
+        _keep_largest(result, step["values"], fill)
     return result
+
+
+def _needs(step: Mapping[str, Any], names: Sequence[str]) -> Sequence[str]:
+    """The targets that have to be computed for a step; plans that do not say so mean all where they name no target."""
+    return step.get("needs") or ([step["target"]] if step["target"] in names else names)
 
 
 def _keep_largest(label_map: np.ndarray, values: Sequence[int], fill: int) -> None:
@@ -53,6 +80,8 @@ def _keep_largest(label_map: np.ndarray, values: Sequence[int], fill: int) -> No
 
 class PostProcessd(MapTransform):
     """The plan of `determine` as a step of ``postprocessing``: keys hold label maps (1, X, Y, Z).
+
+    Right after the inferer, whose notes say which targets a map could hold and where somebody clicked (`apply`).
 
     Args:
         keys: entries to process.
@@ -76,7 +105,7 @@ class PostProcessd(MapTransform):
             raise ValueError(
                 f"the post-processing plan was made for {plan['targets']}, the label map holds {list(targets)}"
             )
-        self.plan = plan or {"steps": []}
+        self.plan = {"targets": list(targets or ()), **(plan or {"steps": []})}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
@@ -85,13 +114,17 @@ class PostProcessd(MapTransform):
                 result[key] = self._process(result[key])
         return result
 
-    def _process(self, label_map: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
+    def _process(self, label_map: torch.Tensor | np.ndarray, **notes: Any) -> torch.Tensor | np.ndarray:
         if not isinstance(label_map, torch.Tensor):
-            return np.stack([apply(as_label_map(channel, 65535), self.plan) for channel in label_map]).astype(
+            return np.stack([apply(as_label_map(channel, 65535), self.plan, **notes) for channel in label_map]).astype(
                 label_map.dtype
             )
+        meta = label_map.meta if isinstance(label_map, MetaTensor) else {}
+        clicks = json.loads(meta.get(CLICKS, "[]"))
+        notes = {"computed": json.loads(meta.get(COMPUTED, "null"))}
+        notes["clicked"] = {name for kind, name, _ in clicks if kind != "outside" and name in self.plan["targets"]}
         array = label_map.detach().cpu().as_subclass(torch.Tensor).numpy()
-        kept = torch.from_numpy(self._process(array)).to(label_map.device)
+        kept = torch.from_numpy(self._process(array, **notes)).to(label_map.device)
         if not isinstance(label_map, MetaTensor):
             return kept
         return MetaTensor(kept, meta=label_map.meta, applied_operations=label_map.applied_operations)

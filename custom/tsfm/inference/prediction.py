@@ -26,6 +26,7 @@ from ..errors import first_cause
 from ..files import atomic_write
 from ..labels import LabelTable
 from ..preparation.familiar import Familiar
+from ..schema import nearest
 from .claims import Claims
 from .passes import where_it_fits
 from .source_grids import prepared_grid
@@ -41,9 +42,19 @@ def chosen_targets(choice: str | Sequence[str], trained: Sequence[str]) -> Seque
     """Names of the targets to paint: `choice` (a name or several), or all `trained` ones where "all" is among it.
 
     3D Slicer shows a list of names and sends one or several of them back.
+
+    Raises:
+        ValueError: others than `trained` ones: nobody taught the network what to say of them.
     """
     names = [choice] if isinstance(choice, str) else list(choice)
-    return trained if "all" in names else names
+    if "all" in names:
+        return trained
+    if unknown := [name for name in names if name not in trained]:
+        raise ValueError(
+            f"targets: {unknown} are not among those that the weights were trained on and that raw_ids, where given, has ids "
+            f"for{nearest(unknown[0], trained)}; choose from {list(trained)}, or 'all'"
+        )
+    return names
 
 
 def chosen_modality(choice: str | Sequence[str]) -> str | None:
@@ -190,8 +201,9 @@ class CaseEvaluator(SupervisedEvaluator):
             if "error" in batchdata or "left" in batchdata:
                 row |= {key: batchdata[key][0] for key in ("error", "left") if key in batchdata}
             else:
-                if self.annotated is not None and "dataset" in batchdata:
-                    self.inferer = self.every.restricted_to(self.annotated[batchdata["dataset"][0]])
+                if self.annotated is not None:
+                    known = self.annotated[batchdata["dataset"][0]] if "dataset" in batchdata else self.every.chosen
+                    self.inferer = self.every.restricted_to(known)
                 row |= self._strange(batchdata)
                 output = super()._iteration(engine, batchdata)
                 prediction = output[0].get("pred") if isinstance(output, list) and output else None

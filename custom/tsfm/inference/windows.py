@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from ..labels import LabelTable
+from .notes import COMPUTED
 from .painting import ACTIVATIONS, Painter, Slab, check_names, paint_tiers, threshold_logits
 from .passes import AMP_DTYPES, CPU, Passes, Version, free_bytes, mirrored_axes, network_device, where_it_fits
 from .probabilities import Probabilities
@@ -224,8 +226,8 @@ class SlabInferer(Inferer):
         quality = self._observer = self._quality(image.shape[1:]) if self.doubts else None
         takers = [painter.add, *([quality.see] if quality else [])]
         if self.probabilities is not None:
-            channels = {self.outputs[channel]: number for number, channel in enumerate(self.channels)}
-            self.probabilities.begin(image.shape[1:], grid, self.names, channels, self.exclusive)
+            kept = {name: numbers[self.outputs.index(name)] for name in self.chosen}
+            self.probabilities.begin(image.shape[1:], grid, self.names, kept, self.exclusive)
             takers.append(self.probabilities.add)
         for slab in self.slabs(image, network, *args, **kwargs) if tiers else ():
             for take in takers:
@@ -237,7 +239,9 @@ class SlabInferer(Inferer):
                 label_map[label_map == value] = 0
         if not isinstance(inputs, MetaTensor):
             return label_map
-        return MetaTensor(label_map).copy_meta_from(inputs, copy_attr=False)
+        result = MetaTensor(label_map).copy_meta_from(inputs, copy_attr=False)
+        result.meta = {**inputs.meta, COMPUTED: json.dumps(list(self.chosen))}
+        return result
 
     def logits(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Averaged logits (1, T, S, P, L), float32, on the prepared grid; this one does hold the whole volume."""

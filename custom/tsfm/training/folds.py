@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..cases.licences import all_licences
 from ..network.description import split_network
 from ..network.networks import create_network
 from ..preparation.familiar import together
@@ -54,8 +55,25 @@ def combine(
     }
     shape = {key: expected["network"][key] for key in ("in_channels", "out_channels")}
     network = {"name": "ensemble", **shape, "count": len(folds), "network": arguments}
-    seen = together(description.get("familiar", {}) for _, _, description in folds)
-    return tensors, {**expected, **({"familiar": seen} if seen else {}), "network": network}
+    return tensors, {**expected, **_history([description for _, _, description in folds], first), "network": network}
+
+
+def _history(descriptions: Sequence[Mapping[str, Any]], first: str) -> dict[str, Any]:
+    """What all folds have seen; of the targets those that every one was trained on: the mean of a head and of one that
+    nobody taught says nothing."""
+    found: dict[str, Any] = {
+        key: sorted({name for one in descriptions for name in one.get(key, ())}) for key in ("modalities", "trained_on")
+    }
+    found["familiar"] = together(one.get("familiar", {}) for one in descriptions)
+    found["licences"] = all_licences(*(one.get("licences", {}) for one in descriptions))
+    taught = [one["trained_targets"] for one in descriptions if one.get("trained_targets")]
+    found["trained_targets"] = [name for name in next(iter(taught), ()) if all(name in names for names in taught)]
+    if taught and not found["trained_targets"]:
+        raise CheckpointError(
+            f"{first} and the others cannot be averaged: no target is among the trained_targets of all; name the folds of one "
+            "cross-validation"
+        )
+    return {key: value for key, value in found.items() if value}
 
 
 def _names(arguments: Mapping[str, Any]) -> set[str]:

@@ -329,7 +329,8 @@ class CrossValidation:
         for pair in pairs:
             prediction, affine = load_map(pair["prediction"])
             truth, _ = load_truth(pair["label"], self.pool.table, pair["dataset"], (prediction, affine, pair["case"]))
-            counts = count_voxels(apply(prediction, plan), truth, self.pool.table, pair["dataset"])
+            processed = apply(prediction, plan, self.pool.table.annotated(pair["dataset"]))
+            counts = count_voxels(processed, truth, self.pool.table, pair["dataset"])
             for name, (tp, fp, fn) in counts.items():
                 if tp + fn:
                     found.setdefault(name, []).append(2 * tp / (2 * tp + fp + fn))
