@@ -224,6 +224,8 @@ def test_a_splits_file_decides_and_is_checked(tmp_path):
     splits = tmp_path / "splits.json"
     splits.write_text(json.dumps({"own": [{"train": ["c000"], "val": ["c002"]}]}))
     train, val = DatasetPool(declared, tmp_path, splits_file=splits).split(0)
+    with pytest.raises(PoolError, match="has 1 folds for data set 'own', fold -1 was asked for"):
+        DatasetPool(declared, tmp_path, splits_file=splits).split(-1)
     assert [item["case"] for item in train] == ["c000"] and [item["case"] for item in val] == ["c002"]
     splits.write_text(json.dumps({"own": [{"train": ["c000", "cX"], "val": ["c000"]}]}))
     with pytest.raises(PoolError, match=r"both parts \['c000'\].*\['cX'\]"):

@@ -212,7 +212,7 @@ class DatasetPool:
                 raise PoolError(
                     f"{self.splits_file} says nothing about data set '{name}'; it names {list(self.splits)}"
                 )
-            if fold >= len(folds):
+            if not 0 <= fold < len(folds):
                 raise PoolError(
                     f"{self.splits_file} has {len(folds)} folds for data set '{name}', fold {fold} was asked for"
                 )
