@@ -170,8 +170,12 @@ def campaign(server: Server, minutes: float) -> None:
         )
     for kind, taken in seconds.items():
         print(f"{kind:8} {len(taken):5d}  median {statistics.median(taken):.2f} s  longest {max(taken):.1f} s")
-    states = [task["status"] for task in requests.get(f"{server.url}/train/?all=true", timeout=60).json()]
+    tasks = requests.get(f"{server.url}/train/?all=true", timeout=60).json()
+    states = [task["status"] for task in tasks]
     print("trainings:", {state: states.count(state) for state in set(states)})
+    for task in tasks:
+        if task["status"] == "ERROR":
+            print("\n".join(task["details"][-15:]))
 
 
 if __name__ == "__main__":
