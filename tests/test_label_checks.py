@@ -6,9 +6,16 @@ from pathlib import Path
 import pytest
 
 APP = Path(__file__).parents[1] / "custom/tsfm_tools/label_app"
-spec = importlib.util.spec_from_file_location("label_checks", APP / "label_checks.py")
-checks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(checks)
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, APP / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+checks, bundles = module("label_checks"), module("label_bundles")
 
 OPTIONS = {
     "threshold": 0.5,
@@ -95,3 +102,19 @@ def test_an_image_that_is_not_there_is_named_with_the_nearest_one(tmp_path):
         checks.check_image("", "case22", ["case1", "case2"])
     assert refused.value.status == 404
     checks.check_image(str(tmp_path), "case2", [])
+
+
+def test_bundles_that_are_served_together_are_told_apart(tmp_path, caplog):
+    folders = [tmp_path / part / "tsfm" for part in ("old", "new")]
+    for folder in folders:
+        for file in ("configs/inference.json", "models/model.pt"):
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).touch()
+    assert bundles.served_bundles(str(tmp_path), {"models": f"{folders[0]},{folders[0]}"}) == {"tsfm": str(folders[0])}
+    with pytest.raises(ValueError, match=r"old.*new.*have one name"):
+        bundles.served_bundles(str(tmp_path), {"models": ",".join(map(str, folders))})
+    bundles.check_names("tsfm", ["tsfm", "tsfm_deepedit"])
+    with pytest.raises(ValueError, match="'tsfm_seg' too, which is another bundle's name"):
+        bundles.check_names("tsfm", ["tsfm", "tsfm_seg"])
+    assert bundles.common_values({"a": {"liver": 1}, "a_seg": {"liver": 1}}) == {"liver": 1}
+    assert bundles.common_values({"a": {"liver": 1}, "b": {"kidney": 1}}) is None and "a and b" in caplog.text

@@ -232,6 +232,31 @@ def test_a_splits_file_decides_and_is_checked(tmp_path):
         DatasetPool(declared, tmp_path, splits_file=splits).split(0)
 
 
+def test_a_splits_file_keeps_patients_apart_and_names_a_case_once(tmp_path):
+    """Two data sets of the same patients: the splits of each alone look fine."""
+    files = {"image": "i/{case}.nii.gz", "label": "l/{case}.nii.gz", "patient": {"group": "g", "pattern": "\\d+"}}
+    sets = [{"name": name, "folder": name, "labels": {"1": "a"}, **files} for name in ("ct", "mr")]
+    touch(tmp_path, *(f"{name}/{part}/p{n}.nii.gz" for name in ("ct", "mr") for part in "il" for n in (1, 2)))
+    splits = tmp_path / "splits.json"
+    folds = {"ct": [{"train": ["p1", "p1"], "val": ["p2"]}], "mr": [{"train": ["p2"], "val": []}]}
+    splits.write_text(json.dumps(folds))
+    declared = {"targets": {"a": {}}, "datasets": sets}
+    with pytest.raises(PoolError, match=r'splits\.json, fold 0: patients in both parts.*"patient": 2 of g;'):
+        DatasetPool(declared, tmp_path, splits_file=splits).split(0)
+    train, val = DatasetPool(declared, tmp_path, ["ct", "ct"], splits_file=splits).split(0)
+    assert [item["case"] for item in train] == ["p1"] and [item["case"] for item in val] == ["p2"]
+    sets[0]["patient"] = {"pattern": "("}
+    with pytest.raises(PoolError, match=r"'ct': the patient pattern '\(' is no regular expression"):
+        DatasetPool(declared, tmp_path)
+
+
+def test_a_label_that_is_a_folder_is_a_label(tmp_path):
+    """A DICOM label map lies in a folder of its own; "skip" leaves out the cases without any."""
+    touch(tmp_path, *(f"own/{case}/ct.nii.gz" for case in "ab"), "own/a/seg/1.dcm")
+    pool = DatasetPool(one_dataset(image="{case}/ct.nii.gz", label="{case}/seg", unlabelled="skip"), tmp_path)
+    assert [item["case"] for item in pool.cases] == ["a"]
+
+
 def test_bare_items_are_completed_from_their_file_name():
     table = DatasetPool(one_dataset(format="msd")).table
     items = [{"image": "/x/scan 1.nii.gz", "label": "/y/1.nii.gz"}]

@@ -11,7 +11,7 @@ import torch
 from conftest import write_dicom
 from monai.data import MetaTensor
 from monai.transforms import LoadImaged, Orientation
-from tsfm.cases.cases import Preparation, load_case
+from tsfm.cases.cases import Preparation, load_case, load_codes
 from tsfm.cases.sources import file_identity
 from tsfm.cases.volumes import Reader, read_volume, to_spl
 from tsfm.errors import CaseError, CaseWarning
@@ -198,6 +198,26 @@ def test_structure_masks_merge_into_one_map(tmp_path):
         load_case({**item, "label": {"pancreas": item["label"]["liver"]}}, TABLE, CT)
     with pytest.raises(CaseError, match="would count as absent"):
         load_case({**item, "label": {"liver": item["label"]["liver"]}}, TABLE, CT)
+
+
+def test_a_mask_does_not_hide_what_lies_in_it(tmp_path):
+    """A kidney's mask holds its tumor; listed later it would paint the tumor over, of which the training saw nothing."""
+    kidney, tumor = np.zeros((2, 6, 6, 6), np.uint8)
+    kidney[1:5], tumor[2] = 1, 1
+    files = {name: str(tmp_path / f"{name}.nii.gz") for name in ("kidney", "tumor")}
+    for name, mask in (("kidney", kidney), ("tumor", tumor)):
+        nib.save(nib.Nifti1Image(mask, np.eye(4)), files[name])
+    targets = {"kidney": {}, "tumor": {"inside": "kidney"}}
+    for order in (["kidney", "tumor"], ["tumor", "kidney"]):
+        table = LabelTable(targets, [{"name": "m", "labels": {name: name for name in order}}])
+        if order[0] == "kidney":
+            np.testing.assert_array_equal(load_codes(files, table, "m").array[0], kidney + tumor)
+            continue
+        with pytest.raises(CaseError, match=r"'kidney' covers 36 voxels of 'tumor'.*list 'tumor' after 'kidney'"):
+            load_codes(files, table, "m")
+        kept = np.where(tumor, 0, kidney)  # masks that share no voxel may come in any order
+        nib.save(nib.Nifti1Image(kept.astype(np.uint8), np.eye(4)), files["kidney"])
+        np.testing.assert_array_equal(load_codes(files, table, "m").array[0], 2 * kept + tumor)
 
 
 def test_image_and_label_in_different_axis_order_but_one_place_fit(case, tmp_path):

@@ -421,6 +421,11 @@ def test_an_earlier_release_is_replaced_and_nothing_else_is(source, checkpoint, 
     for _ in range(2):
         release.release(str(source), str(checkpoint), str(tmp_path / "other"), zipped=False)
     assert os.listdir(tmp_path / "other") == ["toy"]
+    trained = tmp_path / "other/toy/models/model_of_today.pt"  # as a training of MONAI Label leaves it
+    trained.touch()
+    with pytest.raises(ReleaseError, match=r"\['model_of_today.pt'\], which no release writes"):
+        release.release(str(source), str(checkpoint), str(tmp_path / "other"), zipped=False)
+    assert trained.exists()
 
 
 def test_the_scores_of_an_evaluation_stand_in_metadata_and_readme(source, checkpoint, tmp_path):

@@ -45,6 +45,13 @@ def check_entry(source: str, entry: Mapping[str, Any]) -> None:
     images = paths_of(entry.get("image", "{case}"))
     if kind == "patterns" and "{case}" not in images[0]:
         raise PoolError(f"{source}, data set '{entry['name']}': the image pattern {images[0]!r} has no {{case}}")
+    try:
+        re.compile(entry.get("patient", {}).get("pattern", ""))
+    except re.error as error:
+        raise PoolError(
+            f"{source}, data set '{entry['name']}': the patient pattern {entry['patient']['pattern']!r} is no regular "
+            f"expression ({error})"
+        ) from None
     modality = entry.get("modality", "CT")
     if not isinstance(modality, str) and "default" not in modality:
         raise PoolError(f'{source}, data set \'{entry["name"]}\': "modality" {dict(modality)} has no "default"')
@@ -89,7 +96,7 @@ def read_dataset(
         if case in excluded or os.path.normpath(paths_of(image)[0]) in labels:
             continue
         paths = [*paths_of(image), *paths_of(label)]
-        if recorded is None and skips and not any(os.path.isfile(path) for path in paths_of(label)):
+        if recorded is None and skips and not any(os.path.exists(path) for path in paths_of(label)):
             unlabelled += 1
             continue
         absent += [path for path in paths if recorded is None and not os.path.exists(path)]

@@ -22,6 +22,7 @@ from .dataset_folder import check_entry, declared_licence, read_dataset
 from .folders import PoolError, paths_of, stem
 from .licences import licence_facts, licences_of, permits, weights_terms
 from .sources import recorded_cases, with_recorded_licence
+from .splits import check_patients, declared_split
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class DatasetPool:
                 f"Name them in {labels_in}, or leave ids out by a pool file (--pool_file, docs/datasets.md)."
             )
         self.entries = {entry["name"]: with_recorded_licence(kept_in, entry) for entry in declared["datasets"]}
-        chosen = [datasets] if isinstance(datasets, str) else list(datasets or self.entries)
+        chosen = [datasets] if isinstance(datasets, str) else list(dict.fromkeys(datasets or self.entries))
         unknown = unknown_names(chosen, self.entries)
         if unknown:
             raise PoolError(f"{self.source}: no data sets named {unknown}; there are {list(self.entries)}")
@@ -155,7 +156,7 @@ class DatasetPool:
         ``"all"`` trains on everything and validates on nothing. A data set with a single case has no validation case.
 
         Raises:
-            PoolError: a fold that does not exist; a splits file that names unknown cases or shares one.
+            PoolError: a fold that does not exist; a splits file that names unknown cases or shares a case or a patient.
         """
         if fold == "all":
             return list(self.cases), []
@@ -202,31 +203,10 @@ class DatasetPool:
         return rule.get("group", item["dataset"]), match.group(match.lastindex or 0)
 
     def _declared_split(self, fold: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        parts: dict[str, list] = {"train": [], "val": []}
-        for name in self.chosen:
-            items = {item["case"]: item for item in self.cases if item["dataset"] == name}
-            if not items:
-                continue
-            folds = self.splits.get(name, []) if isinstance(self.splits, dict) else self.splits
-            if isinstance(self.splits, dict) and name not in self.splits:
-                raise PoolError(
-                    f"{self.splits_file} says nothing about data set '{name}'; it names {list(self.splits)}"
-                )
-            if not 0 <= fold < len(folds):
-                raise PoolError(
-                    f"{self.splits_file} has {len(folds)} folds for data set '{name}', fold {fold} was asked for"
-                )
-            shared = set(folds[fold]["train"]) & set(folds[fold]["val"])
-            unknown = sorted((set(folds[fold]["train"]) | set(folds[fold]["val"])) - set(items))
-            if shared or unknown:
-                near = "".join(nearest(case, items) for case in unknown[:1])
-                raise PoolError(
-                    f"{self.splits_file}, data set '{name}', fold {fold}: cases in both parts {sorted(shared)}, "
-                    f"cases that do not exist {unknown}{near}"
-                )
-            for part, chosen in parts.items():
-                chosen += [items[case] for case in folds[fold][part]]
-        return parts["train"], parts["val"]
+        items = {name: [item for item in self.cases if item["dataset"] == name] for name in self.chosen}
+        train, val = declared_split(self.splits, str(self.splits_file), fold, items)
+        check_patients(map(self._patient, train), map(self._patient, val), f"{self.splits_file}, fold {fold}")
+        return train, val
 
     # ---- what was found ---------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 import pydicom_seg
 import SimpleITK as sitk
+from fastapi import HTTPException
 from label_checks import FINAL
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
@@ -62,8 +63,18 @@ class NamedSegments(DICOMWebDatastore):
     one, and looks for new labels only every two hours.
     """
 
-    values: Mapping[str, int]
-    """Name -> value in a label map; whoever makes the store sets it."""
+    values: Mapping[str, int] | None
+    """Name -> value in a label map, None where the server's bundles differ in it; whoever makes the store sets it."""
+
+    def _known_values(self) -> Mapping[str, int]:
+        """`values`; HTTPException where the value of a name depends on the bundle."""
+        if self.values is None:
+            raise HTTPException(
+                409,
+                "this server's bundles have different targets, so that a label's values could mean any bundle's: serve each "
+                "bundle by a server of its own (--conf models NAME)",
+            )
+        return self.values
 
     def get_labeled_images(self, label_tag: Any = None, labels: Any = None) -> list[str]:
         """Images with a label on the server when it was last asked, or submitted since."""
@@ -71,7 +82,7 @@ class NamedSegments(DICOMWebDatastore):
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Store a label map, its segments named by their values."""
-        names = {value: name for name, value in self.values.items()}
+        names = {value: name for name, value in self._known_values().items()}
         held = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(label_filename))).tolist()
         shown = [{"name": names.get(int(value), f"value {value}"), "model_name": "TSFM"} for value in held if value]
         return super().save_label(image_id, label_filename, label_tag, {**label_info, "label_info": shown})
@@ -84,7 +95,7 @@ class NamedSegments(DICOMWebDatastore):
             dicom_web_download_series(None, label_id, folder, self._client, self._fetch_by_frame)
             with tempfile.TemporaryDirectory() as scratch:
                 path = os.path.join(scratch, f"{image_id}.nii.gz")
-                sitk.WriteImage(label_map_of(folder, self.get_image_uri(image_id), self.values), path)
+                sitk.WriteImage(label_map_of(folder, self.get_image_uri(image_id), self._known_values()), path)
                 LocalDatastore.save_label(self, image_id, path, label_tag, self._dicom_info(label_id))
         return super().get_label_uri(label_id, label_tag, image_id)
 

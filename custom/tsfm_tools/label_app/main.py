@@ -11,7 +11,6 @@ active learning), ``skip_trainers``, ``preload``.
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 
 import monailabel
 from fastapi import HTTPException
+from label_bundles import check_names, common_values, served_bundles
 from label_checks import BadRequest, check_image, check_training
 from label_dicom import NamedSegments, series_as_nifti
 from label_tasks import InferTask, TrainTask, UncertaintyScoring, devices
@@ -54,37 +54,6 @@ def answered() -> Iterator[None]:
             raise HTTPException(422, str(cause)) from error
         text = getattr(cause, "msg", cause)
         raise HTTPException(500, f"{type(cause).__name__}: {text} (the server's log has more)") from error
-
-
-def served_bundles(app_dir: str, conf: dict[str, str]) -> dict[str, str]:
-    """Name -> folder of the bundles to serve: those that are named, or the one around the app, or all below ``model``.
-
-    Raises:
-        ValueError: a name that leads to no bundle; no bundle at all.
-    """
-    named = [name.strip() for name in conf.get("models", "").split(",") if name.strip()]
-    around = os.path.dirname(os.path.realpath(app_dir))
-    if not named:
-        named = [around] if _is_bundle(around) else sorted(glob.glob(os.path.join(app_dir, "model", "*")))
-    found = {}
-    for name in named:
-        folder = next((f for f in (os.path.join(app_dir, "model", name), name) if _is_bundle(f)), None)
-        if folder is None and not conf.get("models"):
-            continue
-        if folder is None:
-            raise ValueError(
-                f"--conf models: '{name}' is no folder of a bundle with weights, nor one below {app_dir}/model"
-            )
-        found[os.path.basename(os.path.realpath(folder))] = os.path.realpath(folder)
-    if not found:
-        raise ValueError(f"no bundle to serve: put one into {app_dir}/model, or name its folder (--conf models FOLDER)")
-    return found
-
-
-def _is_bundle(folder: str) -> bool:
-    return all(
-        os.path.isfile(os.path.join(folder, *part)) for part in (("configs", "inference.json"), ("models", "model.pt"))
-    )
 
 
 class AnyImage(Random):
@@ -122,9 +91,10 @@ class MyApp(MONAILabelApp):
         found = {name: InferTask(folder, self.conf) for name, folder in self.models.items()}
         for name, folder in self.models.items():
             if found[name].takes_clicks:
+                check_names(name, self.models)
                 found[f"{name}_seg"] = InferTask(folder, self.conf, type="segmentation", shared=found[name])
         if isinstance(self.datastore(), NamedSegments):
-            self.datastore().values = next(iter(found.values())).labels
+            self.datastore().values = common_values({name: task.labels for name, task in found.items()})
         return found
 
     def init_trainers(self) -> dict[str, Any]:

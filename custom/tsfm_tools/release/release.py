@@ -44,6 +44,8 @@ WEIGHT_SUFFIXES = (".pt", ".safetensors", ".ts", ".onnx")
 STAGED = ("LICENSE", "configs/*.json", "configs/*.conf", "docs/*")
 """What a release takes from a bundle's folder; weights and package come beside it, runs and their data never do."""
 
+RELEASED_WEIGHTS = ("model.pt", "model.safetensors")
+
 LABEL_APP = "label_app"
 
 PINS = ("requirements.txt", "requirements-label.txt")
@@ -190,11 +192,23 @@ def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str | Sequence[str
     sources = [bundle_dir, *([checkpoint] if isinstance(checkpoint, str) else checkpoint)]
     inside = [path for path in sources if _is_below(path, target)]
     is_release = all(os.path.exists(os.path.join(target, part)) for part in ("configs/metadata.json", "tsfm", "models"))
+    trained = _trained_since(target)
+    if is_release and trained:
+        raise ReleaseError(
+            f"{os.path.abspath(target)} would be replaced, but its models/ holds {trained[:5]}, which no release writes (a "
+            "training of MONAI Label?): move these files away, or choose another --output_dir or --name"
+        )
     if inside or (os.path.lexists(target) and not (is_release and not os.path.islink(target))):
         found = f"it holds {inside[0]}" if inside else "what is there is no earlier release"
         raise ReleaseError(
             f"{os.path.abspath(target)} would be replaced, but {found}: choose another --output_dir or --name"
         )
+
+
+def _trained_since(folder: str) -> list[str]:
+    """Weight files in a release that no release writes: a MONAI Label server's trainings leave them there."""
+    found = list_files(os.path.join(folder, "models"))
+    return [file for file in found if file.endswith((".pt", ".safetensors")) and file not in RELEASED_WEIGHTS]
 
 
 def _is_below(path: str, folder: str) -> bool:
