@@ -52,6 +52,26 @@ def test_a_decathlon_case_may_have_one_file_per_channel(tmp_path):
     assert item["label"] == str(tmp_path / "own/l/a.nii.gz")
 
 
+def test_a_case_that_is_listed_twice_is_one_case(tmp_path, caplog):
+    """As two cases it would be in training and in validation."""
+    touch(tmp_path, "own/i/a.nii.gz", "own/i/b.nii.gz", "own/l/a.nii.gz", "own/l/b.nii.gz")
+    listed = [{"image": f"./i/{case}.nii.gz", "label": f"./l/{case}.nii.gz"} for case in "aba"]
+    (tmp_path / "own/dataset.json").write_text(json.dumps({"labels": {"1": "a"}, "training": listed}))
+    assert [item["case"] for item in DatasetPool(one_dataset(format="msd"), tmp_path).cases] == ["a", "b"]
+    assert "lists 1 case twice" in caplog.text
+    listed[2]["label"] = "./l/b.nii.gz"
+    (tmp_path / "own/dataset.json").write_text(json.dumps({"labels": {"1": "a"}, "training": listed}))
+    with pytest.raises(PoolError, match=r"lists .*a\.nii\.gz twice"):
+        _ = DatasetPool(one_dataset(format="msd"), tmp_path).cases
+
+
+def test_a_modality_pattern_that_fits_no_case_is_named(tmp_path, caplog):
+    touch(tmp_path, "own/i/mr_1.nii.gz", "own/l/mr_1.nii.gz")
+    layout = {"image": "i/{case}.nii.gz", "label": "l/{case}.nii.gz", "modality": {"MR_*": "MR", "default": "CT"}}
+    assert DatasetPool(one_dataset(**layout), tmp_path).cases[0]["modality"] == "CT"
+    assert "modality patterns ['MR_*'] fit no case; the cases have names like mr_1" in caplog.text
+
+
 def test_only_stars_of_a_pattern_are_wildcards(tmp_path):
     names = ("scan[1]/ct.nii.gz", "scan[1]/seg_x.nii.gz", "scan1/ct.nii.gz", "scan1/seg_y.nii.gz")
     touch(tmp_path / "own[2]", *names)
@@ -155,6 +175,7 @@ def test_a_missing_label_names_the_file(tmp_path):
     [
         ({"format": "hdf5"}, "neither 'msd' nor 'patterns'"),
         ({"image": "ct.nii.gz", "label": "x"}, "no {case}"),
+        ({"image": "{case}.nii.gz", "label": "seg.nii.gz"}, "the label pattern 'seg.nii.gz' has no {case}"),
         ({}, '"image" and "label" patterns'),
         ({"format": "msd", "colour": 1}, "unknown fields"),
     ],

@@ -42,9 +42,10 @@ def check_entry(source: str, entry: Mapping[str, Any]) -> None:
         raise PoolError(
             f'{source}, data set \'{entry["name"]}\': give "format": "msd", or "image" and "label" patterns'
         )
-    images = paths_of(entry.get("image", "{case}"))
-    if kind == "patterns" and "{case}" not in images[0]:
-        raise PoolError(f"{source}, data set '{entry['name']}': the image pattern {images[0]!r} has no {{case}}")
+    for part in ("image", "label") if kind == "patterns" else ():
+        for pattern in paths_of(entry[part]):
+            if "{case}" not in pattern:  # all cases would share one file
+                raise PoolError(f"{source}, data set '{entry['name']}': the {part} pattern {pattern!r} has no {{case}}")
     try:
         re.compile(entry.get("patient", {}).get("pattern", ""))
     except re.error as error:
@@ -106,6 +107,8 @@ def read_dataset(
     if absent:
         shown = "\n    ".join(absent[:10])
         raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
+    if recorded is None:
+        _warn_of_unused_modalities(entry, [case for case, _, _ in pairs])
     if recorded is None and entry.get("format") != "msd":
         _warn_of_unused_files(folder, entry, pairs)
     if unlabelled:
@@ -186,12 +189,25 @@ def _msd_pairs(folder: str) -> list[tuple[str, Any, str]]:
     if sidecars:
         logger.warning("%d files of macOS, %s for one, are no images and left out", len(sidecars), sidecars[0])
         listed = [pair for pair in listed if pair[0][0] not in sidecars]
+    listed = _each_once(listed, os.path.join(folder, "dataset.json"))
     firsts = [images[0] for images, _ in listed]
     names = case_names([stem(first) for first in firsts], [os.path.relpath(first, folder) for first in firsts])
     return [
         (name, images if len(images) > 1 else images[0], label)
         for name, (images, [label]) in zip(names, listed, strict=True)
     ]
+
+
+def _each_once(listed: Sequence[list[list[str]]], path: str) -> list[list[list[str]]]:
+    """The listed [images, labels] without repetitions, which folds would tear apart; PoolError for one image with two labels."""
+    once: dict[str, list[list[str]]] = {}
+    for pair in listed:
+        other = once.setdefault(pair[0][0], pair)
+        if other != pair:
+            raise PoolError(f"{path} lists {pair[0][0]} twice, as {other} and as {pair}: leave out one of them")
+    if len(once) < len(listed):
+        logger.warning("%s lists %s twice: once counts", path, counted(len(listed) - len(once), "case"))
+    return list(once.values())
 
 
 def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -209,6 +225,17 @@ def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any
             label = _resolve(folder, entry["label"], case)
         pairs.append((case, channels if isinstance(entry["image"], list) else first, label))
     return pairs
+
+
+def _warn_of_unused_modalities(entry: Mapping[str, Any], cases: Sequence[str]) -> None:
+    """Name the patterns of "modality" that fit no case: those that were meant have the modality of the others."""
+    declared = entry.get("modality", "CT")
+    patterns = [] if isinstance(declared, str) else [pattern for pattern in declared if pattern != "default"]
+    lone = [pattern for pattern in patterns if not any(fnmatch.fnmatch(case, pattern) for case in cases)]
+    if lone and cases:
+        logger.warning(
+            "%s: the modality patterns %s fit no case; the cases have names like %s", entry["name"], lone, cases[0]
+        )
 
 
 def _warn_of_unused_files(folder: str, entry: Mapping[str, Any], pairs: Sequence[tuple[str, Any, Any]]) -> None:
