@@ -441,3 +441,29 @@ def test_case_json_is_plain(tmp_path, items):
     stored = CaseStore(tmp_path / "store", TABLE, PREPARATION).open(items[0])
     index = json.loads((Path(stored.path) / "case.json").read_text())
     assert index["properties"]["spacing_mm"] == [1.5, 1.0, 1.0] and index["properties"]["empty_label"] is False
+
+
+def test_a_run_that_excludes_a_case_does_not_take_it_from_another_that_needs_no_files(tmp_path):
+    """Else the other would go on with fewer cases, and other folds, without a word."""
+    for part in "il":
+        for case in "ab":
+            (tmp_path / f"own/{part}").mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"own/{part}/{case}.nii.gz").write_bytes(case.encode())
+
+    def pool(exclude=(), kept_in=None):
+        files = {"image": "i/{case}.nii.gz", "label": "l/{case}.nii.gz", "labels": {"1": "liver"}}
+        entry = {"name": "own", "folder": "own", "exclude": list(exclude), **files}
+        return DatasetPool({"targets": {"liver": {}}, "datasets": [entry]}, tmp_path, kept_in=kept_in)
+
+    def record(store, *pools):
+        for one in pools:
+            sources.Sources(store).record(one.cases, {"liver": {}}, one.entries)
+        return store
+
+    store = record(tmp_path / "both", pool(), pool("b"))
+    assert [item["case"] for item in pool(kept_in=store).cases] == ["a", "b"]
+    assert [item["case"] for item in pool("b", store).cases] == ["a"]
+    store = record(tmp_path / "fewer", pool("b"))
+    assert [item["case"] for item in pool("b", store).cases] == ["a"]
+    with pytest.raises(PoolError, match="case 'b', which was excluded when the others were prepared, is not known to"):
+        _ = pool(kept_in=store).cases

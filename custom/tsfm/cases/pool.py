@@ -109,9 +109,9 @@ class DatasetPool:
         found, missing = {}, {}
         for name in self.chosen:
             try:
-                found[name] = read_dataset(
-                    self.dataset_dir, self.entries[name], self.source, recorded_cases(self.kept_in, name)
-                )
+                entry = self.entries[name]
+                recorded = recorded_cases(self.kept_in, name, entry.get("exclude", ()))
+                found[name] = read_dataset(self.dataset_dir, entry, self.source, recorded)
             except PoolError as error:
                 missing[name] = str(error)
         return found, missing

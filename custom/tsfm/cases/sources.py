@@ -164,6 +164,8 @@ class Sources:
             if not own:
                 continue
             cases = {i["case"]: {"image": i["image"], "label": i.get("label"), "files": files} for i, files in own}
+            left_out = entries[dataset].get("exclude", ())  # by this run; another still wants them
+            cases = {case: before["cases"][case] for case in left_out if case in before["cases"]} | cases
             licence = {key: own[0][0][key] for key in ("licence",) if key in own[0][0]}  # may stand in a dataset.json
             declared = {"targets": targets, "entry": licence | dict(entries[dataset])}
             content = {"format": FORMAT, "declared": declared, "channels": None, "cases": cases}
@@ -202,14 +204,23 @@ def recorded_pool(store_dir: str | os.PathLike, dataset: str) -> dict[str, Any]:
     return {"targets": declared["targets"], "datasets": [declared["entry"]]}
 
 
-def recorded_cases(store_dir: str | os.PathLike | None, dataset: str) -> dict[str, Any] | None:
-    """Case -> its files, of one data set as a store recorded them; None without a store. PoolError where it did not."""
+def recorded_cases(
+    store_dir: str | os.PathLike | None, dataset: str, exclude: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """Case -> its files, of one data set as a store recorded them; None without a store.
+
+    Raises:
+        PoolError: nothing was recorded, or not the cases that only the recorded pool excluded.
+    """
     if store_dir is None:
         return None
-    cases = Sources(store_dir).of(dataset)["cases"]
-    if not cases:
-        raise PoolError(missing_in(os.path.abspath(store_dir)))
-    return cases
+    known = Sources(store_dir).of(dataset)
+    left_out = known.get("declared", {}).get("entry", {}).get("exclude", ())
+    lacking = [case for case in left_out if case not in known["cases"] and case not in exclude]
+    if not known["cases"] or lacking:
+        which = f"case '{lacking[0]}', which was excluded when the others were prepared, " if lacking else ""
+        raise PoolError(which + missing_in(os.path.abspath(store_dir)))
+    return known["cases"]
 
 
 def with_recorded_licence(store_dir: str | os.PathLike | None, entry: Mapping[str, Any]) -> Mapping[str, Any]:
