@@ -49,6 +49,16 @@ def seeded():
     torch.manual_seed(0)
 
 
+def rates_of(optimizer, schedule, epochs):
+    """The learning rate of each epoch."""
+    found = []
+    for _ in range(epochs):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
 @functools.cache
 def warm():
     """Processes that begin with torch and MONAI imported, for all tests of this session."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tsfm.cases.cases import Preparation
 from tsfm.inference.windows import SlabInferer
+from tsfm.network.description import fill_in
 from tsfm.planning.public_weights import read_folder, read_pretrained
 from tsfm.planning.transfer import load_pretrained
 from tsfm.training.checkpoint import build_network, load_weights, read_description
@@ -70,6 +71,9 @@ def test_regions_lie_in_one_another_and_are_painted_in_their_order(tmp_path):
     assert (
         description["dataset_labels"][0]["labels"]["2"] == ["whole", "core"] and description["activation"] == "regions"
     )
+    del description["activation"]  # as imports of earlier versions were
+    fill_in(description)
+    assert description["activation"] == "regions"
 
 
 @pytest.mark.parametrize(

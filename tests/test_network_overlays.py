@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ROOT, run_bundle
+from conftest import ROOT, rates_of, run_bundle
 from monai.bundle import ConfigParser
 from tsfm.errors import first_cause
 from tsfm.network.networks import create_network
@@ -27,16 +27,6 @@ def parsed(bundle, files, phantom_pool, folder, **settings):
     }.items():  # fmt: skip
         parser[key] = value
     return parser
-
-
-def rates_of(optimizer, schedule, epochs):
-    """The learning rate of each epoch."""
-    rates = []
-    for _ in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return rates
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

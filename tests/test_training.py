@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import rates_of
 from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
@@ -33,12 +34,7 @@ def optimizer_of(parameters, lr=1.0):
 def rates(epochs, **options):
     optimizer = optimizer_of([torch.nn.Parameter(torch.zeros(1))])
     schedule = poly_schedule(optimizer, epochs, **options)
-    found = []
-    for _ in range(epochs):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
+    return rates_of(optimizer, schedule, epochs)
 
 
 def test_the_schedule_is_nnunets():

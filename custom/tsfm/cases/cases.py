@@ -187,26 +187,29 @@ def load_codes(
         mask = on_grid_of(image, mask, what)
         if codes is None:
             codes = RawVolume(np.zeros(mask.array.shape, table.code_dtype), image.affine, mask.source)
-        _check_hidden(codes.array[mask.array != 0], table, dataset, name, mask.source)
-        codes.array[mask.array != 0] = ids.index(name)
+        inside = mask.array != 0
+        _check_hidden(codes.array, inside, table, dataset, name, mask.source)
+        codes.array[inside] = ids.index(name)
     if codes is None:
         raise CaseError(f"{source}: an empty list of label masks for data set '{dataset}'")
     return codes
 
 
-def _check_hidden(codes: np.ndarray, table: LabelTable, dataset: str, name: str, source: str) -> None:
-    """CaseError where the mask of `name` lies over `codes` that stand for its targets and for more within them."""
+def _check_hidden(
+    codes: np.ndarray, inside: np.ndarray, table: LabelTable, dataset: str, name: str, source: str
+) -> None:
+    """CaseError where the mask of `name` (`inside`) lies over `codes` that stand for its targets and for more within them."""
     ids = table.local_ids(dataset)
     rows = table.targets[table.offset(dataset) :][: len(ids)] == 1
     own = rows[ids.index(name)]
     within = [
         code for code in range(1, ids.index(name)) if own.any() and rows[code][own].all() and (rows[code] & ~own).any()
     ]
-    hidden = codes[np.isin(codes, within)] if within else codes[:0]
-    if hidden.size:
+    hidden = codes[inside & np.isin(codes, within)] if within else ()
+    if len(hidden):
         inner = ids[int(hidden[0])]
         raise CaseError(
-            f"{source}: the mask of '{name}' covers {hidden.size} voxels of '{inner}', which lies in it, and of overlapping "
+            f"{source}: the mask of '{name}' covers {len(hidden)} voxels of '{inner}', which lies in it, and of overlapping "
             f"masks the one listed later counts: list '{inner}' after '{name}' in \"labels\" of data set '{dataset}'"
         )
 

@@ -100,11 +100,12 @@ class Painter:
         painted = self.label_map[begin:end].to(logits.device)
         background = logits[0].float() if self.exclusive else None
         for tier in self.tiers:
-            found = [(channel, value) for channel, value in tier if (peaks[channel] > self._level(channel)).any()]
+            levels = [0.0 if self.exclusive else self.levels[channel] for channel, _ in tier]
+            seen = [peaks[channel] > level for (channel, _), level in zip(tier, levels, strict=True)]
+            found = [one for one in zip(tier, levels, seen, strict=True) if one[2].any()]
             best = torch.zeros(painted.shape, device=logits.device) if len(found) > 1 else None
-            for channel, value in found:
-                level = self._level(channel)
-                box = label_box((peaks[channel] > level).cpu().numpy())
+            for (channel, value), level, above in found:
+                box = label_box(above.cpu().numpy())
                 rows = [_rows(axis, *span) for axis, span in zip(self.axes[1:], box, strict=True)]
                 if any(first == last for first, last in rows):  # it lies between the voxels of a coarser source grid
                     continue
@@ -121,16 +122,13 @@ class Painter:
                     if best is None:
                         wins = one > level
                     else:
-                        above, record = one - level if level else one, best[s - begin][view]
-                        wins = above > record
-                        torch.maximum(record, above, out=record)
+                        margin, record = one - level if level else one, best[s - begin][view]
+                        wins = margin > record
+                        torch.maximum(record, margin, out=record)
                     # torch fills by a mask twenty times slower than it computes.
                     painted[s - begin][view].mul_(~wins).add_(wins, alpha=value)
         if painted.device != self.label_map.device:
             self.label_map[begin:end] = painted.cpu()
-
-    def _level(self, channel: int) -> float:
-        return 0.0 if self.exclusive else self.levels[channel]
 
     def _between(self, planes: torch.Tensor, s: int, low: int) -> torch.Tensor:
         """Source slice s (p, l) from slices that begin with prepared slice `low`: small enough to stay in the cache."""

@@ -229,7 +229,9 @@ def check_description(description: Any, source: str, error: type[ValueError] = V
 
 
 def fill_in(description: dict[str, Any]) -> None:
-    """Say what descriptions of earlier versions did not: TSFM's skips were added."""
+    """Say what descriptions of earlier versions did not: TSFM's skips were added, nnU-Net's regions painted in order."""
+    if str(description.get("trained_by")).startswith("nnU-Net 2"):
+        description.setdefault("activation", "regions")
     network = description.get("network")
     while isinstance(network, dict):
         if network.get("name", "tsfm") == "tsfm":
@@ -239,22 +241,17 @@ def fill_in(description: dict[str, Any]) -> None:
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Sequence[str] = SHAPING) -> list[str]:
     """The arguments of `names` in which two networks differ, in words: what is in a checkpoint, and what is here."""
-    return [
-        f"{key}: checkpoint {theirs[key]}, network {ours[key]}"
-        for key in names
-        if key in theirs and key in ours and theirs[key] != ours[key]
-    ]
+    return [f"{key}: checkpoint {theirs[key]}, network {ours[key]}" for key in _differing(theirs, ours, names)]
 
 
 def as_options(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """Options of a training with which our network becomes theirs; empty where `differences` finds none."""
-    changed = [key for key in SHAPING if key in theirs and key in ours and theirs[key] != ours[key]]
-    return " ".join(
-        f'--network_def#{key} "{theirs[key]}"'
-        if isinstance(theirs[key], list)
-        else f"--network_def#{key} {theirs[key]}"
-        for key in changed
-    )
+    quotes = {key: '"' if isinstance(theirs[key], list) else "" for key in _differing(theirs, ours, SHAPING)}
+    return " ".join(f"--network_def#{key} {quote}{theirs[key]}{quote}" for key, quote in quotes.items())
+
+
+def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [key for key in names if key in theirs and key in ours and theirs[key] != ours[key]]
 
 
 def split_network(network: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
