@@ -73,13 +73,12 @@ def check_training(request: Mapping[str, Any], options: Mapping[str, Any], devic
     """
     checked = {**request, **_options(request, options, devices)}
     checked["max_epochs"] = whole("max_epochs", request.get("max_epochs", options.get("max_epochs", 50)))
-    split = number("val_split", request.get("val_split", options.get("val_split", 0.2)))
+    split = checked["val_split"] = number("val_split", request.get("val_split", options.get("val_split", 0.2)))
     if not 0 <= split < 1:
         raise BadRequest(
             f"val_split is {split:g}, expected a share of the labeled images from 0 to below 1 (0.2: a fifth)"
         )
-    checked["val_split"] = split
-    gpus = str(request.get("gpus") or "all")
+    gpus = checked["gpus"] = "all" if request.get("gpus") in (None, "") else str(request["gpus"])
     known = [str(number) for number in range(sum(device.startswith("cuda:") for device in devices))]
     if gpus != "all" and not set(gpus.split(",")) <= set(known):
         raise BadRequest(
@@ -89,6 +88,8 @@ def check_training(request: Mapping[str, Any], options: Mapping[str, Any], devic
         raise BadRequest(
             f"there is nothing to train on: submit labels first (no image has one that is tagged '{FINAL}')"
         )
+    if labels * (1 - split) < 0.5:  # MONAI rounds to the nearest number
+        raise BadRequest(f"val_split {split:g} leaves none of the {labels} labeled images to train on: lower it")
     return checked
 
 

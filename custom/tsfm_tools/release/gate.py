@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 
 import tsfm
 from tsfm.errors import first_cause
+from tsfm.options import check_texts
 
 from .folder_checks import FOLDER_CHECKS, Failed, Skipped
 from .rules import ReleaseError
@@ -56,8 +57,10 @@ def gate(bundle_dir: str) -> list[Check]:
 
     Raises:
         FileNotFoundError: no such folder.
+        OptionError: one with a ``#`` in its path.
     """
     bundle_dir = os.path.abspath(bundle_dir)
+    check_texts({"bundle_dir": bundle_dir}, "options")
     if not os.path.isdir(bundle_dir):
         raise FileNotFoundError(f"bundle folder {bundle_dir} does not exist")
     vendored, package = os.path.join(bundle_dir, "tsfm"), os.path.dirname(os.path.abspath(tsfm.__file__))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +25,7 @@ def write_readme(path: str, names: tuple[str, str], version: str, parts: Mapping
 
     `names`: of the source bundle and of the release; the README's commands get the latter, and the version.
     """
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    text = ""
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+    text = Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else ""
     before, name = names
     text = re.sub(rf"\b{re.escape(before)}_v\d\.\d\.\d\b", f"{name}_v{version}", text)
     text = re.sub(rf"\b{re.escape(before)}\b", name, text)
@@ -38,8 +35,7 @@ def write_readme(path: str, names: tuple[str, str], version: str, parts: Mapping
             text = f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
         elif part == "weights":
             text = f"{text.rstrip()}\n\n## The weights in this release\n\n{begin}\n{content}\n{end}\n"
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def readme_parts(
@@ -212,8 +208,13 @@ def _text(value: Any) -> str:
 
 
 def _table(head: Any, rows: Any) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    lines = [[_cell(value) for value in line] for line in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """A value in one line, and in one column."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _network(arguments: Mapping[str, Any]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,8 +87,8 @@ def _train_inputs(bundle: str, folder: str) -> dict[str, Any]:
     if has_weights(bundle):
         write_pool(data, 2, TINY, datasets=("msd_lung",))
         task = os.path.join(data, "Task06_Lung")
-        images = sorted(glob.glob(os.path.join(task, "imagesTr", "*.nii.gz")))
-        items = [{"image": image, "label": image.replace("imagesTr", "labelsTr")} for image in images]
+        names = sorted(os.listdir(os.path.join(task, "imagesTr")))
+        items = [{key: os.path.join(task, f"{key}sTr", name) for key in ("image", "label")} for name in names]
         return {
             **inputs,
             "train#dataset#data": items[:1],
@@ -118,7 +118,7 @@ def _toy_weights(bundle: str, folder: str) -> str:
 
 def _weights(bundle: str) -> str:
     need_weights(bundle)
-    shortest = min((os.path.basename(f) for f in glob.glob(os.path.join(bundle, "models", "*.pt"))), key=len)
+    shortest = min((path.name for path in Path(bundle, "models").glob("*.pt")), key=len)
     need(shortest == "model.pt", f"models/{shortest} has a shorter name than model.pt: MONAI Label would take it")
     found = check_weights(bundle)
     return f"{found['tensors']} tensors, {found['parameters']:,} parameters"
