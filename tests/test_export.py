@@ -36,7 +36,7 @@ def weights(tmp_path_factory) -> str:
     return path
 
 
-@pytest.fixture(scope="module", params=export.FORMATS)
+@pytest.fixture(scope="module", params=export.WRITERS)
 def exported(request, weights, tmp_path_factory) -> tuple[str, str]:
     path = str(tmp_path_factory.mktemp(request.param) / f"model.{SUFFIX[request.param]}")
     assert export.export(weights, path, request.param) <= export.TOLERANCE

@@ -18,8 +18,6 @@ from torch import nn
 from tsfm.network.described import FixedPatch
 from tsfm.training.checkpoint import build_network, load_weights, read_description
 
-FORMATS = ("torchscript", "export", "onnx")
-
 TOLERANCE = 1e-4
 """Largest difference of a logit between the exported network and the network itself, relative to the largest logit.
 
@@ -64,8 +62,8 @@ def export(
             `tolerance` (no file is left then).
         ValueError: a window that the network does not take.
     """
-    if format not in FORMATS:
-        raise ExportError(f"format is {format!r}; expected one of {list(FORMATS)}")
+    if format not in WRITERS:
+        raise ExportError(f"format is {format!r}; expected one of {list(WRITERS)}")
     if format == "export" and not output_file.endswith(".pt2"):
         raise ExportError(f"output_file is {output_file!r}; torch.export reads only files that end in .pt2")
     if os.path.exists(output_file) and os.path.samefile(output_file, checkpoint):

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import verify_metadata
 from tsfm.labels import LABEL_MAP
 from tsfm.schema import read_json
 from tsfm.training.checkpoint import read_state, table_of
@@ -126,8 +127,6 @@ def _json_style(bundle: str) -> str:
 
 
 def _schema(bundle: str) -> str:
-    from monai.bundle import verify_metadata
-
     verify_metadata(meta_file=config_path(bundle, "metadata.json"), filepath=SCHEMA)  # which is there: no download
     return "meta_schema_20240725.json"
 

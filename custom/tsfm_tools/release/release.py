@@ -33,7 +33,7 @@ from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
 
 from .fitting import NOT_EVALUATED, dice_per_target, fill_configs, fill_metadata, merge_overlay
-from .readme import licences_seen, readme_parts, write_readme
+from .readme import licences_seen, performance, system_table, training_table, weights_table, write_readme
 from .rules import PROMPTABLE, ReleaseError, check_name, check_version, check_weights
 
 LARGE_FILE_BYTES = 25 * 2**20
@@ -139,17 +139,21 @@ def release(
         config.update(merge_overlay(config, changed))
     fill_configs(configs, description)
     shown = display_name or _display_name(name, bundle_dir, metadata)
-    fill_metadata(metadata, description, shown, trained_on, sum(tensor.numel() for tensor in tensors.values()))
+    parameters, seen = sum(tensor.numel() for tensor in tensors.values()), licences_seen(description, configs)
+    fill_metadata(metadata, description, shown, trained_on, parameters)
     first = checkpoint if isinstance(checkpoint, str) else checkpoint[0]
-    seen, train = licences_seen(description, configs), configs.get("train.json", {})
-    parts = readme_parts(description, metadata, tensors, train, first, seen, trained_on, metrics_of)
+    parts = {
+        "weights": weights_table(description, metadata, parameters, seen, trained_on),
+        "training": training_table(configs.get("train.json", {}), description, first),
+        "performance": performance(metadata, metrics_of),
+        "system": system_table(parameters, description["patch_size"]),
+    }
     bundle = os.path.join(output_dir, name)
     _refuse_to_lose(bundle, bundle_dir, checkpoint)
     with _replaced(bundle) as folder:
         _copy_bundle(bundle_dir, folder)
         for file, content in configs.items():
             _write_json(os.path.join(folder, "configs", file), content)
-        Path(folder, "docs").mkdir(exist_ok=True)
         Path(folder, "docs/data_license.txt").write_text(licence or licence_list(seen), encoding="utf-8")
         names = os.path.basename(os.path.abspath(bundle_dir)), name
         write_readme(os.path.join(folder, "docs", "README.md"), names, metadata["version"], parts)
@@ -230,19 +234,18 @@ def _added(folder: str) -> list[str]:
 def _copy_bundle(bundle_dir: str, folder: str) -> None:
     """A bundle's own files, and the pins of the repository that a source bundle lies in (a staged one has them)."""
     found = [path for pattern in STAGED for path in glob.glob(os.path.join(glob.escape(bundle_dir), pattern))]
+    for part in ("configs", "docs"):
+        os.mkdir(os.path.join(folder, part))
     for path in filter(os.path.isfile, found):
-        if os.path.basename(path) == LEFT_OUT:
-            continue
-        target = os.path.join(folder, os.path.relpath(path, bundle_dir))
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        shutil.copyfile(path, target)
+        if os.path.basename(path) != LEFT_OUT:
+            shutil.copyfile(path, os.path.join(folder, os.path.relpath(path, bundle_dir)))
     repository = os.path.dirname(os.path.dirname(os.path.abspath(bundle_dir)))
     for name in PINS:
-        source, target = os.path.join(repository, name), os.path.join(folder, "docs", name)
-        if os.path.isfile(source) and not os.path.exists(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
-                out.writelines(line for line in lines if not line.startswith("-e "))  # the package is in the bundle
+        source, target = Path(repository, name), Path(folder, "docs", name)
+        if source.is_file() and not target.exists():
+            lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if not line.startswith("-e ")]  # the package is in the bundle
+            target.write_text("".join(kept), encoding="utf-8")
 
 
 def zip_bundle(bundle: str, output_dir: str) -> str:
@@ -270,10 +273,7 @@ def _write_zip(path: str, bundle: str, name: str) -> None:
 
 def list_files(folder: str) -> list[str]:
     """Every file below `folder`, relative, with forward slashes, sorted."""
-    found = []
-    for root, _, names in os.walk(folder):
-        found += [os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/") for name in names]
-    return sorted(found)
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if not path.is_dir())
 
 
 def large_files(folder: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.bundle import ConfigWorkflow, ckpt_export, verify_net_in_out
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LABEL_MAP, LabelTable
 from tsfm.network.tsfm_net import TSFM
@@ -49,8 +50,6 @@ def _label_maps(bundle: str) -> str:
 
 def _properties(kind: str) -> Callable[[str], str]:
     def check(bundle: str) -> str:
-        from monai.bundle import ConfigWorkflow
-
         files = ["inference.json"] if kind == "infer" else ["train.json"]
         if kind == "train" and not has_weights(bundle) and os.path.isfile(config_path(bundle, "small.json")):
             files.append("small.json")  # properties are built to be checked: a source bundle's are of full size
@@ -131,8 +130,6 @@ def _inference(bundle: str) -> dict[str, str]:
 
 
 def _shape(bundle: str) -> str:
-    from monai.bundle import verify_net_in_out
-
     need_weights(bundle)
     inputs = metadata_of(bundle)["network_data_format"]["inputs"]["image"]
     verify_net_in_out(net_id="network_def", device="cpu", **_inference(bundle))
@@ -140,8 +137,6 @@ def _shape(bundle: str) -> str:
 
 
 def _export(bundle: str) -> str:
-    from monai.bundle import ckpt_export
-
     need_weights(bundle)
     spec = metadata_of(bundle)["network_data_format"]["inputs"]["image"]
     shape = [1, spec["num_channels"], *spec["spatial_shape"]]
