@@ -200,7 +200,7 @@ def _check_hidden(
 ) -> None:
     """CaseError where the mask of `name` (`inside`) lies over `codes` that stand for its targets and for more within them."""
     ids = table.local_ids(dataset)
-    rows = table.targets[table.offset(dataset) :][: len(ids)] == 1
+    rows = table.rows(dataset) == 1
     own = rows[ids.index(name)]
     within = [
         code for code in range(1, ids.index(name)) if own.any() and rows[code][own].all() and (rows[code] & ~own).any()
