@@ -157,8 +157,8 @@ def test_bare_items_are_never_resumed(tmp_path, caplog):
 
 def test_a_run_with_other_settings_or_fewer_epochs_is_refused(tmp_path):
     run_state(tmp_path, TSFM(**SMALL))[0].run()
-    with pytest.raises(CheckpointError, match="seed: was 0, is 3"):
-        run_state(tmp_path, TSFM(**SMALL), settings={"seed": 3})[0].run()
+    with pytest.raises(CheckpointError, match="seed: was 0, is 3"):  # before anything is prepared or written
+        run_state(tmp_path, TSFM(**SMALL), settings={"seed": 3})
     with pytest.raises(CheckpointError, match="cases"):
         run_state(tmp_path, TSFM(**SMALL), items=[{**ITEM, "case": "other"}])[0].run()
     with pytest.raises(CheckpointError, match="optimizer: was SGD, is AdamW"):
@@ -176,6 +176,16 @@ def test_a_run_with_other_settings_or_fewer_epochs_is_refused(tmp_path):
     trainer.state.max_epochs = 1
     with pytest.raises(CheckpointError, match="has 2 epochs, 1 were asked for"):
         trainer.run()
+
+
+def test_another_spelling_of_a_place_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("data")
+    run_state(tmp_path, TSFM(**SMALL), settings={"pool": "data", "pretrained": "None"})[0].run()
+    for spelled in ("data/", "./data", str(tmp_path / "data"), "link"):
+        run_state(tmp_path, TSFM(**SMALL), settings={"pool": spelled, "pretrained": "None"})[0].run()
+    with pytest.raises(CheckpointError, match="pool: was data, is other"):
+        run_state(tmp_path, TSFM(**SMALL), settings={"pool": "other", "pretrained": "None"})
 
 
 def test_a_run_whose_label_ids_now_stand_for_other_targets_is_refused(tmp_path):

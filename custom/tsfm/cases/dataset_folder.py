@@ -263,14 +263,16 @@ def _warn_of_unused_files(folder: str, entry: Mapping[str, Any], pairs: Sequence
 
 
 def _match(folder: str, pattern: str) -> dict[str, str]:
-    """Case name -> path of every file below `folder` that fits `pattern`."""
+    """Case name -> path of every file that fits `pattern`, which is relative to `folder` or absolute."""
+    base = "" if os.path.isabs(pattern) else folder
+    pattern = os.path.normpath(pattern).replace(os.sep, "/")
     head, *rest = pattern.split("{case}")
     expression = re.escape(head) + "(?P<case>[^/]+?)" + "(?P=case)".join(re.escape(part) for part in rest)
     expression = expression.replace(r"\*", "[^/]*")
     found: dict[str, str] = {}
-    for path in sorted(glob.glob(_wildcards(folder, pattern, "*"))):
-        relative = os.path.relpath(path, folder).replace(os.sep, "/")
-        match = re.fullmatch(expression, relative)
+    for path in sorted(glob.glob(_wildcards(base, pattern, "*"))):
+        relative = path.removeprefix(os.path.join(base, ""))
+        match = re.fullmatch(expression, relative.replace(os.sep, "/"))
         if match is None or os.path.basename(path).startswith("."):
             continue
         case = match.group("case")

@@ -14,7 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ..files import atomic_write
+from ..files import atomic_write, check_writable
 from ..names import counted
 from ..network.cpu import autocast
 from ..training.step_memory import fit_memory
@@ -141,6 +141,8 @@ def plan(
         store_dir: the run's store, where the data's fingerprint is kept; by default nothing is kept.
         timed: run a few training steps on random numbers.
     """
+    if output_file:
+        check_writable(os.path.dirname(os.path.abspath(output_file)), "--output_file")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pool = dataset_pool(dataset_dir, pretrained=pretrained, **data)
     channels = count_channels(pool, pretrained)

@@ -262,7 +262,10 @@ def _read_or_measure(pool: DatasetPool, store_dir: str, num_workers: int, orient
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=4)
 
-    atomic_write(path, write)
+    try:
+        atomic_write(path, write)
+    except OSError as error:  # a store that others may only read serves all the same
+        logger.warning("the fingerprint is not kept: %s", error)
     return found
 
 

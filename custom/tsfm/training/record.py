@@ -80,7 +80,7 @@ class RunRecord:
             before = read_json(self.path)
             return [*before.pop("earlier", []), before]
         except (FileError, AttributeError, TypeError) as error:
-            aside = self.path.replace("run.json", "run_damaged.json")
+            aside = os.path.join(os.path.dirname(self.path), "run_damaged.json")
             os.replace(self.path, aside)
             logger.warning(
                 "the record of this run is damaged (%s): it is kept as %s, and a new one begins", error, aside

@@ -76,8 +76,8 @@ class RunState:
         sharded: write ``last/`` in place of ``last.pt``.
 
     Raises:
-        OSError: a `ckpt_dir` that cannot be written, before the first epoch.
-        CheckpointError: when the run starts in a folder that holds a run with other settings, or a damaged one alone.
+        OSError: a `ckpt_dir` that cannot be written.
+        CheckpointError: a folder that holds a run with other settings; when the run starts, a damaged one alone.
     """
 
     def __init__(
@@ -104,6 +104,24 @@ class RunState:
         self.shares = ShardedStates(os.path.join(output_dir, "last"), write)
         if write and ckpt_dir not in (None, "none"):
             check_writable(ckpt_dir, "--ckpt_dir; 'none' for no copy")
+        if self.resumable:
+            self._refuse_another_run()
+
+    def _refuse_another_run(self) -> None:
+        """CheckpointError where the folder holds a run with other settings; whether its states are whole shows later."""
+        for path in (self.last_path, self.previous_path, *map(str, self.shares.finished())):
+            try:
+                state = _read_run(path, checked=True)
+            except CheckpointError:
+                continue
+            return self._check_settings(state)
+
+    def _check_settings(self, state: Mapping[str, Any]) -> None:
+        if differs := changed(state, self.settings, unwrap(self.network)):
+            raise CheckpointError(
+                f"{self.output_dir} holds a run with other settings ({differs}). Give this run its own --output_dir, "
+                "or use the settings of the run that is there to go on with it."
+            )
 
     @property
     def last_path(self) -> str:
@@ -148,11 +166,7 @@ class RunState:
         if source is None:
             return
         state = _read_run(source, checked=True)
-        if differs := changed(state, self.settings, unwrap(self.network)):
-            raise CheckpointError(
-                f"{self.output_dir} holds a run with other settings ({differs}). Give this run its own --output_dir, "
-                "or use the settings of the run that is there to go on with it."
-            )
+        self._check_settings(state)
         if state["epoch"] > engine.state.max_epochs:
             raise CheckpointError(
                 f"{self.output_dir}: the run there has {counted(state['epoch'], 'epoch')}, {engine.state.max_epochs} were asked for: "
