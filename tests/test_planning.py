@@ -368,10 +368,10 @@ def test_a_fingerprint_is_measured_once_and_anew_when_a_file_changes(pool, folde
 
 
 def test_a_store_that_may_only_be_read_keeps_no_fingerprint_and_stops_nothing(pool, tmp_path, monkeypatch, caplog):
-    def refuse(path, write):
+    def refuse(path, content):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(planning, "atomic_write", refuse)
+    monkeypatch.setattr(planning, "write_json", refuse)
     assert planning.plan_preparation(pool, str(tmp_path / "store"), "auto", "fingerprint").spacing_mm
     assert "the fingerprint is not kept: [Errno 13]" in caplog.text
 
@@ -618,6 +618,13 @@ def test_the_network_is_the_pretrained_one_in_the_tasks_shape(pool, weights, tmp
     assert json.loads((tmp_path / "transfer_report.json").read_text())["targets"]["taken over"] == ["liver"]
     with pytest.raises(ValueError, match="freeze is 'decoder'"):
         freeze(network, "decoder")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_weights_are_taken_over(pool, weights, tmp_path):
+    (tmp_path / "file").touch()
+    network = planning.downstream_network(pool, (16, 32, 32), 1, weights)
+    with pytest.raises(OSError, match=r"out cannot be written .*--output_dir"):
+        planning.take_over(network, pool, weights, output_dir=str(tmp_path / "file/out"))
 
 
 def test_what_nothing_pretrained_fills_cannot_be_frozen(pool, weights, tmp_path):

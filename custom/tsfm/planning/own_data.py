@@ -236,7 +236,7 @@ def _two_folders(dataset_dir: str, images: str, labels: str) -> dict[str, Any]:
         raise PoolError(f"folder {os.path.join(dataset_dir, labels)} does not exist")
     labelled, label_ending = _names(os.path.join(dataset_dir, labels))
     # "case_0001" may be a case's own number: then there is a label of that name
-    numbers = {name[-4:] for name in names if re.search(r"_\d{4}$", name) and name not in labelled}
+    numbers = {name[-4:] for name in set(names) - set(labelled) if re.search(r"_\d{4}$", name)}
     channels = [f"_{number}" for number in sorted(numbers)] if "0000" in numbers else [""]
     cases = sorted({name.removesuffix(channel) for name in names for channel in channels if name.endswith(channel)})
     image, label = ("{case}", "{case}") if set(cases) & set(labelled) else _paired(cases, labelled)

@@ -94,6 +94,9 @@ class RunState:
         sharded: bool = False,
     ) -> None:
         self.output_dir, self.network, self.parts, self.curve = output_dir, network, dict(parts), curve
+        self.last_path, self.previous_path, self.model_path = (
+            os.path.join(output_dir, name) for name in ("last.pt", "last_previous.pt", "model.pt")
+        )
         self.resumable = not is_bare(items)
         self.settings = run_settings(settings, items, unwrap(network), self.parts["optimizer"])
         weights = sum(parameter.numel() for parameter in unwrap(network).parameters())
@@ -122,21 +125,6 @@ class RunState:
                 f"{self.output_dir} holds a run with other settings ({differs}). Give this run its own --output_dir, "
                 "or use the settings of the run that is there to go on with it."
             )
-
-    @property
-    def last_path(self) -> str:
-        """The file to resume from."""
-        return os.path.join(self.output_dir, "last.pt")
-
-    @property
-    def previous_path(self) -> str:
-        """The state of the epoch before."""
-        return os.path.join(self.output_dir, "last_previous.pt")
-
-    @property
-    def model_path(self) -> str:
-        """The best weights so far."""
-        return os.path.join(self.output_dir, "model.pt")
 
     def attach(self, engine: Engine) -> None:
         """Resume when `engine` starts; at the end of its epochs complete the curve, then save; publish at its end."""
