@@ -7,13 +7,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
+from tsfm.cases.folders import PoolError
 from tsfm.cases.pool import DatasetPool
 from tsfm.labels import LabelTable
 from tsfm_tools.audit.checks import check_dataset
-from tsfm_tools.audit.command import audit
+from tsfm_tools.audit.command import audit, find_sources
 from tsfm_tools.audit.duplicates import find_pairs
 from tsfm_tools.audit.measures import measure, measured
 from tsfm_tools.audit.overlaps import Source, check_overlaps
+from tsfm_tools.audit.pictures import picture
 from tsfm_tools.audit.signature import canonical, describe_image
 from tsfm_tools.phantoms import layouts
 from tsfm_tools.phantoms.scans import draw_case, save
@@ -85,6 +87,45 @@ def test_a_kept_file_that_is_damaged_is_measured_again_and_a_tilted_voxel_is_sma
         kept.write_bytes(damaged)
         assert measured(item, table, str(tmp_path / "kept"))["targets"] == first["targets"]
         assert kept.read_bytes() == whole
+
+
+@pytest.mark.parametrize("shape", [(20, 20, 1), (1, 20, 20), (20, 20, 20)])
+def test_single_slices_and_names_with_any_signs_are_drawn(shape, tmp_path):
+    voxels = np.random.default_rng(0).normal(0, 50, shape)
+    store(voxels, np.eye(4), tmp_path / "image.nii.gz")
+    store(np.ones(shape), np.eye(4), tmp_path / "label.nii.gz", np.uint8)
+    item = {"image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")}
+    item |= {"dataset": "d", "case": "a$_$b", "modality": "MR"}
+    table = LabelTable({"x": {}}, [{"name": "d", "labels": {"1": "x"}}])
+    assert picture([(item, table, "key")], None, str(tmp_path)).startswith(b"\x89PNG")
+
+
+def test_what_is_only_scored_on_may_lie_beside_the_pool(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        content = {"labels": {"0": "background", "1": "x"}, "training": [{"image": "a.nii", "label": "b.nii"}]}
+        (tmp_path / name / "dataset.json").write_text(json.dumps(content))
+    sources, left_out = find_sources(str(tmp_path), None, None, str(tmp_path / "one/../two"))
+    assert [(source.pool.chosen, source.downstream) for source in sources] == [(["one"], False), (["two"], True)]
+    assert not left_out
+    for options, message in (
+        (("gone", None, None, None), "gone is no folder"),
+        ((".", None, ["one"], None), "--pool_file"),
+    ):
+        with pytest.raises(PoolError, match=message):
+            find_sources(*options)
+
+
+def test_nothing_is_said_of_data_sets_that_are_not_chosen(tmp_path):
+    common = {"format": "msd", "labels": {"1": "x"}, "origin": ["LiTS"]}
+    entries = [{"name": "one", **common}, {"name": "two", **common, "labels_by": "model"}]
+    (tmp_path / "dataset.json").write_text("[1]")  # whatever this is
+    pool = {"targets": {"x": {}}, "datasets": entries}
+    kinds = [
+        {one.kind for one in check_overlaps([], [Source(DatasetPool(pool, tmp_path, chosen))])}
+        for chosen in (None, ["one"])
+    ]
+    assert kinds == [{"duplicates", "labels by a model", "licences"}, {"licences"}]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """The screen of a run shows what a user needs; everything, and that, is in run.log."""
 
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 from conftest import environment
+from tsfm.console import LogFile
 
 RUN = """
 import logging, os, sys, warnings
@@ -56,6 +58,12 @@ def test_the_screen_shows_what_a_user_needs_and_the_log_everything(run):
         word in text for word in ("out make", "epoch 1/2", "settings: 1", "deprecated", "old numpy", "tilted", "defect")
     )
     assert "WARNING ignite: deprecated" in text and "training:" not in text
+
+
+def test_a_name_in_another_encoding_stops_no_log(tmp_path):
+    log = LogFile(tmp_path)
+    log.handle(logging.LogRecord("tsfm", logging.INFO, "", 0, os.fsdecode(b"m\xfcller: done"), None, None))
+    assert (tmp_path / "run.log").read_text().endswith("m\\udcfcller: done\n")
 
 
 def test_a_run_that_makes_no_folder_leaves_no_log_and_other_processes_say_only_warnings(run):

@@ -655,6 +655,17 @@ class TestFiles:
     def test_an_output_that_is_none_is_refused_before_the_work(self, tmp_path):
         with pytest.raises(ValueError, match=r"label_map.*did you mean 'label_map'"):
             find_images(tmp_path, save="labelmap")
+
+    def test_no_result_takes_the_place_of_another_or_of_a_listed_label(self, tmp_path):
+        for name in ("in/a.nii", "in/a_uncertainty.nii", "labels/a.nii.gz"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        for part in range(2):
+            with pytest.raises(FileExistsError, match=r"out.a_uncertainty.nii.gz is an image, a label or the result"):
+                find_images(tmp_path / "in", tmp_path / "out", save=["label_map", "uncertainty"], part=part, parts=2)
+        (tmp_path / "list.json").write_text(json.dumps({"test": [{"image": "in/a.nii", "label": "labels/a.nii.gz"}]}))
+        with pytest.raises(FileExistsError, match=r"labels.a.nii.gz is an image, a label"):
+            find_images(tmp_path / "list.json", tmp_path / "labels", "overwrite")
         with pytest.raises(ValueError, match="expected one or several"):
             SaveResultsd("pred", save=[])
 

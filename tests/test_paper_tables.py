@@ -72,7 +72,7 @@ def stubbed(monkeypatch, tmp_path):
     for name in TABLES:
         grid = Grid(content(name), ROOT / "bundles")
         for key, entry in grid.datasets.items():
-            for part in (grid.pool(key) or {"datasets": [{"folder": "."}]})["datasets"]:
+            for part in (grid.pools[key] or {"datasets": [{"folder": "."}]})["datasets"]:
                 (data / entry.get("folder", ".") / part["folder"]).mkdir(parents=True, exist_ok=True)
     for weights in ("stunet_h", "sam_med3d"):
         (tmp_path / weights).touch()
@@ -129,6 +129,45 @@ def test_every_row_runs_once_and_fills_its_cells(stubbed, tmp_path):
     assert (out / "table2.png").stat().st_size > 5000
 
 
+def test_a_folder_of_tables_may_be_moved(stubbed):
+    calls, data, out = stubbed
+    text = run("table3", data, out)
+    count = len(calls)
+    out.rename(out.with_name("elsewhere"))
+    assert run("table3", data, out.with_name("elsewhere")) == text and len(calls) == count
+
+
+def test_one_number_of_epochs_one_seed_and_one_overlay_need_no_list(stubbed, tmp_path):
+    calls, data, out = stubbed
+    bundle, grid = str(ROOT / "bundles/tsfm_finetune"), {"epochs": 3, "seeds": 1, "overlays": "kits2019.json"}
+    commands.transfer_table(str(tmp_path / "stunet_h"), str(data / "kits19/data"), str(out), bundle, **grid)
+    trained = {folder.name: configs for folder, configs, _ in calls if configs[0] == "train.json"}
+    configs = ["train.json", "kits2019.json"]
+    assert trained == {"pretrained-3epochs-seed1": configs, "scratch-3epochs-seed1": configs}
+
+
+def test_runs_have_the_pool_file_of_their_data_set(stubbed):
+    _, data, out = stubbed
+    grid = content("table1")
+    grid["datasets"]["pool"]["pool_file"] = "tsfm_pretrain/configs/demo_pool.json"
+    grid["rows"], grid["columns"] = [row for row in grid["rows"] if row["id"] == "tsfm"], grid["columns"][:1]
+    del grid["rows"][0]["paper"]
+    runner = grids.GridRunner(Grid(grid, ROOT / "bundles"), data, out, settings={"datasets": ["msd_liver"]})
+    options = runner._options(runner.runs[0])
+    assert options["pool_file"] == read_json(ROOT / "bundles/tsfm_pretrain/configs/demo_pool.json")
+    assert set(options) & set(grids.EVALUATED) == {"pool_file", "datasets"}
+
+
+def test_a_table_of_published_weights_alone_takes_their_options(stubbed, tmp_path):
+    calls, data, out = stubbed
+    grid = content("table1")
+    grid["rows"] = [row for row in grid["rows"] if row["id"] == "sam_med3d"]
+    (tmp_path / "mine.json").write_text(json.dumps(grid))
+    weights = {"sam_med3d": str(tmp_path / "sam_med3d")}
+    run("table1", data, out, grid=str(tmp_path / "mine.json"), weights=weights, device="cpu", fold=1)
+    assert [chosen for *_, chosen in calls] == [{"seed": 0, "device": "cpu", "fold": 1}] * 7
+
+
 def test_seeds_show_their_spread_and_an_interrupted_table_shows_what_there_is(stubbed, tmp_path, monkeypatch):
     _, data, out = stubbed
     grid = content("table3")
@@ -178,6 +217,21 @@ def test_scores_of_a_pool_fill_the_columns_of_their_own_data_sets_only():
     ]
 
 
+def test_a_mean_after_so_many_epochs_is_over_figures_after_as_many():
+    grid = content("table2")
+    names = [column["name"] for column in grid["columns"]]
+    grid["columns"].append({"name": "mean", "block": "mean", "mean_of": names, "epochs": [10, 20, 30]})
+    grid = Grid(grid, ROOT / "bundles")
+    row = {"row": "nnunet", "seed": 0}
+    results = [
+        {**row, "dataset": dataset, "epochs": epochs, "scores": {"data": dict.fromkeys(TARGETS, epochs / 100)}}
+        for dataset in ("brats2020", "kits2019", "abdomenct1k")
+        for epochs in (10, 20)
+    ]
+    found = {c.epochs: figures(grid, {"id": "nnunet"}, c, results) for c in grid.columns if c.name == "mean"}
+    assert found == {10: {0: pytest.approx(0.1)}, 20: {0: pytest.approx(0.2)}, 30: {}}
+
+
 # ---- what is marked -----------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +256,11 @@ def test_rows_without_package_data_or_weights_are_marked_with_the_reason_and_the
     [
         ({"learning_rat": 0.1}, OptionError, "learning_rate"),
         ({"iterations_per_epoch": 0}, OptionError, "iterations_per_epoch"),
+        ({"epochs": 3}, OptionError, "--epochs: the grid"),
+        ({"store_dir": "x"}, OptionError, "--store_dir: the grid"),
+        ({"weights": "x.pt"}, OptionError, "--weights is 'x.pt'"),
         ({"overlays": ["gone.json"]}, FileError, "gone.json"),
+        ({"overlays": "gone.json"}, FileError, "gone.json"),
         ({"weights": {"pol": "x.pt"}}, FileError, "did you mean 'pool'"),
         ({"weights": {"pool": "x.pt"}}, CheckpointError, "x.pt do not exist"),
         ({"weights": {"pool": "a#b.pt"}}, OptionError, "a#b.pt' has a #"),
@@ -227,6 +285,8 @@ def test_a_mistake_is_named_before_any_run(options, kind, message, tmp_path, mon
         (lambda grid: grid["rows"][0].pop("epochs"), "lacks a 'bundle' or its 'epochs'"),
         (lambda grid: grid["rows"][0].update(epoch=3), "'epoch' (did you mean 'epochs'?)"),
         (lambda grid: grid["rows"].append(grid["rows"][0]), "there twice"),
+        (lambda grid: grid["columns"].append({"name": "mean", "mean_of": ["KiTS2019", "mean"]}), "a mean of itself"),
+        (lambda grid: grid["rows"].append({"id": "x", "name": "x", "zero_shot": True, "datasets": ["pool"]}), "'file'"),
         (lambda grid: grid["datasets"]["amos22"].update(only=["amos"]), "['amos'], which"),
     ],
 )

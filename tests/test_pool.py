@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tsfm.cases.folders import PoolError
+from tsfm.cases.folders import PoolError, find_images
 from tsfm.cases.pool import DatasetPool, complete_items, is_bare, sampling_weights
 from tsfm.planning.own_data import dataset_pool
 from tsfm_tools.phantoms import layouts as phantoms
@@ -136,6 +136,25 @@ def test_one_file_per_channel_and_wildcards(tmp_path):
         tmp_path,
     )
     assert [Path(path).name for path in pool.cases[0]["image"]] == ["c1_0000.nii.gz", "c1_0001.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    "written", ["ct/", "./ct", "../own/ct", "{folder}/ct", "./ct//{{case}}.nii", "{folder}/ct/{{case}}.nii"]
+)
+def test_a_folder_and_a_pattern_may_be_written_in_any_way(tmp_path, written):
+    touch(tmp_path, "own/ct/p 1.nii", "own/seg/p 1.nii")
+    images = written.format(folder=tmp_path / "own")
+    pool = dataset_pool(str(tmp_path / "own"), images=images, labels=images.replace("ct", "seg"), label_ids={"1": "a"})
+    (item,) = pool.cases
+    assert item["case"] == "p 1" and os.path.samefile(item["image"], tmp_path / "own/ct/p 1.nii")
+
+
+def test_a_name_in_another_encoding_becomes_text(tmp_path):
+    name = os.fsdecode(b"m\xfcller")  # Latin-1, as unpacked from a zip of Windows
+    touch(tmp_path, f"own/ct/{name}.nii", f"own/seg/{name}.nii")
+    (item,) = DatasetPool(one_dataset(image="ct/{case}.nii", label="seg/{case}.nii"), tmp_path).cases
+    assert item["case"] == find_images(tmp_path / "own/ct")[0]["case"] == r"m\xfcller"
+    assert os.path.isfile(item["image"]) and os.path.isfile(item["label"])
 
 
 def test_one_mask_per_structure(tmp_path):

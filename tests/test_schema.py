@@ -133,6 +133,8 @@ def test_a_byte_order_mark_is_read_and_another_encoding_named(tmp_path):
     assert [item["case"] for item in DatasetPool(marked, tmp_path).cases] == ["c1"]
     with pytest.raises(FileError, match=r"wide.json is not text in UTF-8"):
         read_json(write(tmp_path / "wide.json", text, "utf-16"))
+    with pytest.raises(FileError, match="cannot be read"):
+        read_json(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,14 @@ def test_names_that_a_file_system_refuses_are_stored_all_the_same(tmp_path, item
     store = CaseStore(tmp_path / "störe 1", TABLE, PREPARATION)
     stored = store.open({**items[0], "case": "../a/b: ü?"})
     assert Path(stored.path).parent.parent == tmp_path / "störe 1"
+    table = LabelTable(
+        {f"t{n}": {} for n in range(104)}, [{**ONE, "labels": {"1": "t0", "2": "t1"}, "name": "肝" * 100}]
+    )
+    maps = table.with_maps({items[0]["label"]: table.names[:100]})  # names the targets by their numbers
+    for other in (table, maps):
+        dataset = max(other._datasets, key=len)
+        item = {**items[0], "case": "é" * 120, "dataset": dataset}
+        assert os.path.isdir(CaseStore(tmp_path / "store", other, PREPARATION).open(item).path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import fire
@@ -86,12 +87,16 @@ def evaluate(
     shown = match_predictions(images, labels, dataset, "image") if images else []
     table = label_table(pool_file)
     evaluate_folder(predictions, labels, table, output_dir, dataset, tolerances_mm, raw_ids)
+    page, rows = Path(output_dir, "page.png"), Path(output_dir, "cases.csv")
+    page.unlink(missing_ok=True)  # an earlier evaluation's would be taken for this one's
     if shown:
         items = [
             {key: pair[key] for key in ("case", "dataset", "label")} | {"image": pair["prediction"]} for pair in shown
         ]
-        page, rows = os.path.join(output_dir, "page.png"), os.path.join(output_dir, "cases.csv")
-        folder_page(page, rows, predictions, items, table, dataset, raw_ids=raw_ids)
+        try:
+            folder_page(page, rows, predictions, items, table, dataset, raw_ids=raw_ids)
+        except (ValueError, OSError) as error:
+            print(f"No page of pictures: {error}", file=sys.stderr)
     with open(os.path.join(output_dir, "scores.md"), encoding="utf-8") as file:
         print(file.read())
 

@@ -98,7 +98,7 @@ class LogFile(logging.Handler):
         if not self.waiting or not os.path.isdir(self.folder):
             return
         try:
-            with open(os.path.join(self.folder, LOG), "a", encoding="utf-8") as file:
+            with open(os.path.join(self.folder, LOG), "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(self.waiting)
             self.waiting.clear()
         except OSError:

@@ -56,6 +56,10 @@ def read_json(path: str | os.PathLike, kind: str | None = None, error: type[Valu
             content = json.load(file, object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise error(f"file {os.path.abspath(path)} does not exist") from None
+    except OSError as reason:
+        raise error(
+            f"{os.path.abspath(path)} cannot be read ({reason.strerror}): give a file that you may read"
+        ) from None
     except UnicodeDecodeError as reason:
         raise error(f"{path} is not text in UTF-8 ({reason}): save it as UTF-8") from None
     except json.JSONDecodeError as reason:
@@ -64,15 +68,11 @@ def read_json(path: str | os.PathLike, kind: str | None = None, error: type[Valu
         raise error(
             f"{path} is not valid here: it is nested too deeply; check that it is the file that is meant"
         ) from None
-    except _Repeated as reason:
+    except ValueError as reason:  # a key that is there twice
         raise error(f"{path}: {reason}") from None
     if kind is not None:
         check(content, kind, os.fspath(path), error)
     return content
-
-
-class _Repeated(Exception):
-    pass
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = sorted({key for key in keys if keys.count(key) > 1})
-        raise _Repeated(
+        raise ValueError(
             f"the keys {repeated} are there twice in one place; JSON readers keep the last one only: leave out the others"
         )
     return content

@@ -22,7 +22,7 @@ from typing import Any
 from ..labels import LabelTable, as_table
 from ..names import case_names, counted, modality_name, plain_name, plain_names, unknown_names
 from ..schema import read_json
-from .folders import SUFFIXES, PoolError, paths_of, stem
+from .folders import SUFFIXES, PoolError, legible, paths_of, stem
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any
             }
         else:
             label = _resolve(folder, entry["label"], case)
-        pairs.append((case, channels if isinstance(entry["image"], list) else first, label))
+        pairs.append((legible(case), channels if isinstance(entry["image"], list) else first, label))
     return pairs
 
 
@@ -264,15 +264,13 @@ def _warn_of_unused_files(folder: str, entry: Mapping[str, Any], pairs: Sequence
 
 def _match(folder: str, pattern: str) -> dict[str, str]:
     """Case name -> path of every file that fits `pattern`, which is relative to `folder` or absolute."""
-    base = "" if os.path.isabs(pattern) else folder
-    pattern = os.path.normpath(pattern).replace(os.sep, "/")
+    pattern, root = Path(pattern).as_posix(), Path(folder).as_posix() + "/"  # without "./", "//", and "/" at its end
     head, *rest = pattern.split("{case}")
     expression = re.escape(head) + "(?P<case>[^/]+?)" + "(?P=case)".join(re.escape(part) for part in rest)
     expression = expression.replace(r"\*", "[^/]*")
     found: dict[str, str] = {}
-    for path in sorted(glob.glob(_wildcards(base, pattern, "*"))):
-        relative = path.removeprefix(os.path.join(base, ""))
-        match = re.fullmatch(expression, relative.replace(os.sep, "/"))
+    for path in sorted(glob.glob(_wildcards(folder, pattern, "*"))):
+        match = re.fullmatch(expression, Path(path).as_posix().removeprefix("" if os.path.isabs(pattern) else root))
         if match is None or os.path.basename(path).startswith("."):
             continue
         case = match.group("case")

@@ -44,11 +44,16 @@ UNREAD = (".img", ".hdr", ".mgz", ".mgh", ".mnc", ".gipl", ".nii.bz2", ".nii.zst
 DICOM = (".dcm", ".ima")
 
 
+def legible(name: str) -> str:
+    r"""A file's name as text that any file and screen takes: of other encodings, ``\xe9`` stands for a byte."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def stem(path: str | os.PathLike) -> str:
-    """Name of a file or DICOM folder without what marks it as an image; other dots stay."""
+    """Legible name of a file or DICOM folder without what marks it as an image; other dots stay."""
     name = os.path.basename(os.path.normpath(os.fspath(path)))
     ending = next((suffix for suffix in (*SUFFIXES, *DICOM) if name.lower().endswith(suffix)), "")
-    return name[: len(name) - len(ending)]
+    return legible(name[: len(name) - len(ending)])
 
 
 def paths_of(value: Any) -> list[Any]:
@@ -116,17 +121,19 @@ def find_images(
     for name in clicks or {}:
         if name not in names:
             raise ValueError(f"clicks for a case {name!r}, which is not in {source}{nearest(name, names)}")
-    items = items[part::parts]
     if output_dir is not None:
         check_writable(output_dir, "--output_dir")
         _check_apart(items, output_dir, save)
+    items = items[part::parts]
     if output_dir is None or existing == "overwrite":
         return items
-    there = [[path.exists() for path in output_paths(output_dir, item["case"], save)] for item in items]
-    done = [item for item, found in zip(items, there, strict=True) if (all if existing == "skip" else any)(found)]
+    enough = all if existing == "skip" else any
+    done = {
+        item["case"] for item in items if enough(path.exists() for path in output_paths(output_dir, item["case"], save))
+    }
     if done and existing == "error":
         raise FileExistsError(
-            f"{len(done)} of {len(items)} results are already in {output_dir}, for example {done[0]['case']}: set "
+            f"{len(done)} of {len(items)} results are already in {output_dir}, for example {min(done)}: set "
             '"existing" to "skip" to keep them and do the rest, or to "overwrite"'
         )
     if done:
@@ -136,7 +143,7 @@ def find_images(
             len(items),
             output_dir,
         )
-    return [item for item in items if item not in done]
+    return [item for item in items if item["case"] not in done]
 
 
 def output_path(output_dir: str | os.PathLike, case: str) -> Path:
@@ -151,7 +158,7 @@ def output_paths(output_dir: str | os.PathLike, case: str, save: str | Sequence[
 
 def saved_outputs(save: str | Sequence[str]) -> list[str]:
     """The names in `save`, one or several of `OUTPUTS`; ValueError for others, and for none."""
-    names = [save] if isinstance(save, str) else list(save)
+    names = [save] if isinstance(save, str) else list(dict.fromkeys(save))
     unknown = [name for name in names if name not in OUTPUTS]
     if unknown or not names:
         raise ValueError(
@@ -161,14 +168,17 @@ def saved_outputs(save: str | Sequence[str]) -> list[str]:
 
 
 def _check_apart(items: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike, save: str | Sequence[str]) -> None:
-    """FileExistsError where a result would be written over an image, or over a label."""
+    """FileExistsError where a result would be written over an image, a label or the result of another case."""
     given = [path for item in items for key in ("image", "label") for path in paths_of(item.get(key))]
-    images = {os.path.realpath(path) for path in given if isinstance(path, str | os.PathLike)}
+    taken = {os.path.realpath(path) for path in given if isinstance(path, str | os.PathLike)}
     for path in (path for item in items for path in output_paths(output_dir, item["case"], save)):
-        if os.path.realpath(path) in images:
+        place = os.path.realpath(path)
+        if place in taken:
             raise FileExistsError(
-                f"{path} is an image or a label, and a result of this name would be written over it: choose another --output_dir"
+                f"{path} is an image, a label or the result of another case, and a result of this name would be written "
+                "over it: choose another --output_dir, or rename the image"
             )
+        taken.add(place)
 
 
 def _items(source: Any, output_dir: str | os.PathLike | None = None) -> list[dict[str, Any]]:
@@ -278,9 +288,10 @@ def _from_datalist(path: str) -> list[dict[str, Any]]:
         item = dict(entry) if isinstance(entry, Mapping) else {"image": entry}
         if not item.get("image"):
             raise FileError(f'{path}: entry {number} has no "image"; it has {list(item)}')
-        image = item["image"]
-        several = isinstance(image, (list, tuple))
-        item["image"] = [os.fspath(Path(base, one)) for one in image] if several else os.fspath(Path(base, image))
+        for key in ("image", "label"):
+            if isinstance(item.get(key), str | list):
+                found = [os.fspath(Path(base, one)) for one in paths_of(item[key])]
+                item[key] = found if isinstance(item[key], list) else found[0]
         items.append(item)
     return items
 

@@ -32,6 +32,8 @@ ENDS = 4096
 THREADS = 16
 """Files that are looked at at once; a network drive answers each after a while."""
 
+LONGEST_FOLDER = 230  # bytes
+
 GZIP, MORE_MEMBERS = b"\x1f\x8b", 4
 
 
@@ -230,8 +232,9 @@ def with_recorded_licence(store_dir: str | os.PathLike | None, entry: Mapping[st
 
 
 def folder_name(name: str) -> str:
-    """A name that any file system takes."""
-    return re.sub(r"[^\w.-]+", "_", str(name)).strip(".") or "_"
+    """A name that any file system takes, also with the key of a case at its end: most allow 255 bytes."""
+    plain = re.sub(r"[^\w.-]+", "_", str(name)).strip(".") or "_"
+    return plain.encode()[:LONGEST_FOLDER].decode(errors="ignore")
 
 
 def dataset_folder(name: str) -> str:

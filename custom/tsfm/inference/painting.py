@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..labels import LabelTable
-from ..preparation.resampling import AxisResampler, axis_resampler, label_box, one_thread
+from ..preparation.resampling import AxisResampler, axis_resampler, one_thread
 
 ACTIVATIONS = ("sigmoid", "regions", "softmax")
 
@@ -95,18 +95,19 @@ class Painter:
         low, high = self.axes[0].needed(begin, end)
         logits = slab.logits[:, low - slab.start : high - slab.start]
         peaks = _peaks(logits, self.exclusive)
-        if peaks.isnan().any():
+        if peaks.max().isnan():
             raise ValueError(f"the network's output is NaN in slices {low} to {high}: check the weights and the image")
         painted = self.label_map[begin:end].to(logits.device)
         background = logits[0].float() if self.exclusive else None
+        levels = torch.tensor([0.0] * len(peaks) if self.exclusive else self.levels)
+        above = (peaks > levels.to(peaks.device)[:, None, None]).cpu().numpy()
+        lines = above.any(2), above.any(1)  # of each channel: rows and columns with something to paint
         for tier in self.tiers:
-            levels = [0.0 if self.exclusive else self.levels[channel] for channel, _ in tier]
-            seen = [peaks[channel] > level for (channel, _), level in zip(tier, levels, strict=True)]
-            found = [one for one in zip(tier, levels, seen, strict=True) if one[2].any()]
+            found = [(channel, value) for channel, value in tier if lines[0][channel].any()]
             best = torch.zeros(painted.shape, device=logits.device) if len(found) > 1 else None
-            for (channel, value), level, above in found:
-                box = label_box(above.cpu().numpy())
-                rows = [_rows(axis, *span) for axis, span in zip(self.axes[1:], box, strict=True)]
+            for channel, value in found:
+                level = float(levels[channel])
+                rows = [_rows(axis, line[channel]) for axis, line in zip(self.axes[1:], lines, strict=True)]
                 if any(first == last for first, last in rows):  # it lies between the voxels of a coarser source grid
                     continue
                 spans = [axis.needed(*row) for axis, row in zip(self.axes[1:], rows, strict=True)]
@@ -120,13 +121,13 @@ class Painter:
                 for s in range(begin, end):
                     one = self._between(plane, s, low)
                     if best is None:
-                        wins = one > level
+                        wins = _above(one, level)
                     else:
                         margin, record = one - level if level else one, best[s - begin][view]
-                        wins = margin > record
+                        wins = _above(margin, record)
                         torch.maximum(record, margin, out=record)
-                    # torch fills by a mask twenty times slower than it computes.
-                    painted[s - begin][view].mul_(~wins).add_(wins, alpha=value)
+                    # torch fills by a mask twenty times slower than it computes
+                    painted[s - begin][view].mul_((~wins).view(torch.uint8)).add_(wins.view(torch.uint8), alpha=value)
         if painted.device != self.label_map.device:
             self.label_map[begin:end] = painted.cpu()
 
@@ -150,9 +151,15 @@ def _peaks(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
     return peaks
 
 
-def _rows(axis: AxisResampler, start: int, stop: int) -> tuple[int, int]:
-    """Half-open range of output voxels that see an input voxel from start to stop."""
-    seen = np.flatnonzero(((axis.index >= start) & (axis.index < stop)).any(1))
+def _above(one: torch.Tensor, other: torch.Tensor | float) -> torch.Tensor:
+    """Bool ``one > other``; torch compares to bool twice as slowly as to float, and from there."""
+    return torch.gt(one, other, out=torch.empty_like(one)).bool()
+
+
+def _rows(axis: AxisResampler, line: np.ndarray) -> tuple[int, int]:
+    """Half-open range of output voxels that see an input voxel from the first to the last of a `line` (bool)."""
+    start, last = np.flatnonzero(line)[[0, -1]]
+    seen = np.flatnonzero(((axis.index >= start) & (axis.index <= last)).any(1))
     return (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 0)
 
 

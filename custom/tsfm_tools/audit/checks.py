@@ -64,30 +64,26 @@ def _reading(records: Sequence[Record], table: LabelTable) -> Iterator[Finding]:
 
 
 def _labels(records: Sequence[Record], table: LabelTable) -> Iterator[Finding]:
-    shares = _shares(records)
+    shares = {name: len(found) / len(records) for name, found in _by_target(records)}
+    usual = {name: share for name, share in shares.items() if share >= USUAL and len(records) >= FEW}
     for record in records:
         present = [name for name, one in record["targets"].items() if one["ml"] > 0]
         if not present:
             yield _about(record, "empty labels", "warning", "no voxel of any target")
             continue
-        for name, share in shares.items():
-            if len(records) >= FEW and name not in present and share >= USUAL:
-                text = f"no voxel of {name}, which {share:.0%} of the data set's cases have"
-                yield _about(record, "empty labels", "warning", text, name)
+        for name in (name for name in usual if name not in present):
+            text = f"no voxel of {name}, which {usual[name]:.0%} of the data set's cases have"
+            yield _about(record, "empty labels", "warning", text, name)
 
 
-def _shares(records: Sequence[Record]) -> dict[str, float]:
-    counts = Counter(name for record in records for name, one in record["targets"].items() if one["ml"] > 0)
-    return {name: count / len(records) for name, count in counts.items()}
-
-
-def _with(records: Sequence[Record], name: str) -> list[Record]:
-    return [record for record in records if record["targets"][name]["ml"] > 0]
+def _by_target(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
+    """Each target, and the records of the cases that show it."""
+    for name in records[0]["targets"]:
+        yield name, [record for record in records if record["targets"][name]["ml"] > 0]
 
 
 def _volumes(records: Sequence[Record], table: LabelTable) -> Iterator[Finding]:
-    for name in records[0]["targets"]:
-        found = _with(records, name)
+    for name, found in _by_target(records):
         if len(found) < FEW:
             continue
         volumes = [record["targets"][name]["ml"] for record in found]
@@ -100,8 +96,7 @@ def _volumes(records: Sequence[Record], table: LabelTable) -> Iterator[Finding]:
 
 
 def _fragments(records: Sequence[Record], table: LabelTable) -> Iterator[Finding]:
-    for name in records[0]["targets"]:
-        found = _with(records, name)
+    for name, found in _by_target(records):
         stray = [record["targets"][name]["stray"] for record in found]
         usual = len(found) >= FEW and not is_lesion(table, name)
         scores = robust_z(stray, 0.005) if usual else [0.0] * len(found)

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from .checks import check_dataset
 from .findings import SEVERITIES, Finding
 from .measures import measured
 from .overlaps import Source, check_overlaps, declared_licences
-from .page import EXPLAINED, page
+from .page import EXPLAINED, counts, page
 from .pictures import picture
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,13 @@ def audit(
     drawn = _draw(findings, cases, records, cache_dir, pictures, progress)
     facts = _facts(sources, cases, records, left_out, drawn)
     content = {**facts, "findings": [asdict(one) for one in findings]}
-    _write(os.path.join(output_dir, "audit.json"), json.dumps(content, indent=4, ensure_ascii=False) + "\n")
-    _write(os.path.join(output_dir, "audit.html"), page("Audit of a pool", facts, findings, drawn))
+    written = {
+        "audit.json": json.dumps(content, indent=4, ensure_ascii=False) + "\n",
+        "audit.html": page("Audit of a pool", facts, findings, drawn),
+    }
+    for name, text in written.items():
+        path = os.path.join(output_dir, name)
+        atomic_write(path, lambda temporary, text=text: Path(temporary).write_text(text, encoding="utf-8"))
     print(_summary(findings))
     print(f"{len(records)} of {len(cases)} cases measured: {os.path.join(output_dir, 'audit.html')}, audit.json")
 
@@ -83,11 +89,20 @@ def audit(
 def find_sources(
     dataset_dir: str, pool_file: str | None, datasets: Sequence[str] | None, downstream: Any
 ) -> tuple[list[Source], list[str]]:
-    """(the pools to look at, folders in `dataset_dir` that are none).
+    """(the pools to look at, folders in `dataset_dir` that are none); what is `downstream` is not trained on, too.
 
     Raises:
-        PoolError: no data set at all; two data sets of one name.
+        PoolError: no folder, no data set at all; two data sets of one name.
     """
+    if not os.path.isdir(dataset_dir):
+        raise PoolError(
+            f"--dataset_dir {os.path.abspath(dataset_dir)} is no folder; give the one that holds the data sets"
+        )
+    if datasets and pool_file is None:
+        raise PoolError("--datasets names data sets of a pool file, and none is given (--pool_file)")
+    if not isinstance(downstream, Mapping):
+        downstream = dict.fromkeys([downstream] if isinstance(downstream, str) else downstream or ())
+    scored = {path if folder is None else folder for path, folder in downstream.items()}
     sources, left_out = [], []
     if pool_file is not None:
         sources.append(Source(DatasetPool(pool_file, dataset_dir, datasets, allow_missing=True)))
@@ -96,18 +111,19 @@ def find_sources(
     else:
         for name in sorted(os.listdir(dataset_dir)):
             folder = os.path.join(dataset_dir, name)
+            if os.path.realpath(folder) in map(os.path.realpath, scored):
+                continue
             if os.path.isfile(os.path.join(folder, "dataset.json")):
                 sources.append(Source(dataset_pool(folder)))
             elif os.path.isdir(folder):
                 left_out.append(name)
-    given = [downstream] if isinstance(downstream, str) else downstream or []
-    for path in given:
-        if isinstance(given, Mapping):
-            content = read_json(path)
-            pool = content.get("pool_file", content)  # an overlay of the fine-tuning bundle, or a pool file
-            sources.append(Source(DatasetPool(pool, given[path], allow_missing=True), downstream=True))
+    for path, folder in downstream.items():
+        if folder is None:
+            pool = dataset_pool(path)
         else:
-            sources.append(Source(dataset_pool(path), downstream=True))
+            content = read_json(path)  # an overlay of the fine-tuning bundle, or a pool file
+            pool = DatasetPool(content.get("pool_file", content), folder, allow_missing=True, source=path)
+        sources.append(Source(pool, downstream=True))
     names = Counter(name for source in sources for name in source.pool.chosen)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
@@ -152,12 +168,9 @@ def _draw(findings, cases, records, cache_dir: str, most: int, progress: bool) -
     """Index of a finding -> its picture, for the first `most` of each kind that are about readable cases."""
     keys = {(record["dataset"], record["case"]): record["key"] for record in records}
     known = {(item["dataset"], item["case"]): (item, table) for item, table in cases}
-    counts: Counter[str] = Counter()
-    chosen = []
-    for index, one in enumerate(findings):
-        if one.cases and all(key in keys for key in one.cases) and counts[one.kind] < most:
-            counts[one.kind] += 1
-            chosen.append(index)
+    drawable = [index for index, one in enumerate(findings) if one.cases and keys.keys() >= set(one.cases)]
+    of_kind = {kind: [index for index in drawable if findings[index].kind == kind] for kind in EXPLAINED}
+    chosen = [index for indices in of_kind.values() for index in indices[: max(most, 0)]]
     drawn = {}
     for index in tqdm(chosen, desc="drawing", disable=not progress):
         one = findings[index]
@@ -182,18 +195,7 @@ def _facts(
 
 
 def _summary(findings: Sequence[Finding]) -> str:
-    counts = Counter((one.kind, one.severity) for one in findings)
+    rows = {kind: numbers for kind, numbers in counts(findings).items() if any(numbers)}
     lines = [f"{'':<22}" + "".join(f"{severity + 's':>10}" for severity in SEVERITIES)]
-    for kind in EXPLAINED:
-        numbers = [counts[kind, severity] for severity in SEVERITIES]
-        if any(numbers):
-            lines.append(f"{kind:<22}" + "".join(f"{number or '':>10}" for number in numbers))
+    lines += [f"{kind:<22}" + "".join(f"{number or '':>10}" for number in numbers) for kind, numbers in rows.items()]
     return "\n".join(lines)
-
-
-def _write(path: str, text: str) -> None:
-    def write(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-
-    atomic_write(path, write)

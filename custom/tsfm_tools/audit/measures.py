@@ -72,7 +72,6 @@ def measure(item: Mapping[str, Any], table: LabelTable) -> dict[str, Any]:
     ends = [(float(channel.min()), float(channel.max())) for channel in image.array]
     middle = np.percentile(thinned.reshape(len(thinned), -1), (0.5, 50, 99.5), axis=1).T
     voxel_ml = float(np.prod(spacing)) * upright_share(image.affine) / 1000
-    targets = _targets(codes, table, item["dataset"], spacing, voxel_ml)
     return {
         **{key: item[key] for key in ("dataset", "case", "modality")},
         "source": raw.source,
@@ -83,9 +82,7 @@ def measure(item: Mapping[str, Any], table: LabelTable) -> dict[str, Any]:
         "intensity": [[low, *map(float, row), high] for (low, high), row in zip(ends, middle, strict=True)],
         "warnings": list(dict.fromkeys(str(one.message) for one in caught)),
         "complaint": complaint,
-        "targets": targets,
-        "outside": _outside(codes, table, item["dataset"], voxel_ml),
-        **_form(codes, table, item["dataset"], spacing),
+        **_labels(codes, table, item["dataset"], spacing, voxel_ml),
         **describe_image(image.array[0], spacing, item["modality"]),
     }
 
@@ -107,80 +104,60 @@ def read_case(item: Mapping[str, Any], table: LabelTable) -> tuple[RawVolume, np
     return image, np.ascontiguousarray(codes.array[0]), raw, complaint
 
 
-def rows_of(table: LabelTable, dataset: str) -> np.ndarray:
-    """(local codes, targets): 1 is, 0 is not, -1 not annotated."""
-    start = table.offset(dataset)
-    return table.targets[start : start + len(table.local_ids(dataset))]
-
-
-def _cut(codes: np.ndarray, boxes: list, positive: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray] | None:
-    """The box that holds some codes, with a voxel around it, and their mask in it; None where there are none."""
-    found = [boxes[code - 1] for code in np.flatnonzero(positive) if 0 < code <= len(boxes) and boxes[code - 1]]
-    if not found:
-        return None
-    sides = zip(enclosing(found), codes.shape, strict=True)
-    box = tuple(slice(max(0, low - 1), min(size, high + 1)) for (low, high), size in sides)
-    return box, positive[codes[box]]
-
-
-def _targets(
+def _labels(
     codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tuple[float, ...], voxel_ml: float
 ) -> dict[str, Any]:
-    rows, boxes, result = rows_of(table, dataset), boxes_of(codes), {}
-    for name in table.annotated(dataset):
-        cut = _cut(codes, boxes, rows[:, table.names.index(name)] == 1)
-        if cut is None:
-            result[name] = {"ml": 0.0, "pieces": 0, "specks": 0, "stray": 0.0}
+    """``targets``, ``outside`` and the form, from local codes (S, P, L)."""
+    rows = table.targets[table.offset(dataset) :][: len(table.local_ids(dataset))] == 1
+    is_of = {name: rows[:, table.names.index(name)] for name in table.annotated(dataset)}  # bool per local code
+    boxes, targets, outside = boxes_of(codes), {}, []
+    for name, is_it in is_of.items():
+        found = [boxes[code - 1] for code in np.flatnonzero(is_it) if 0 < code <= len(boxes) and boxes[code - 1]]
+        if not found:
+            targets[name] = {"ml": 0.0, "pieces": 0, "specks": 0, "stray": 0.0}
             continue
-        facts = cc3d.statistics(cc3d.connected_components(np.ascontiguousarray(cut[1])))
-        sizes, start = facts["voxel_counts"][1:].astype(float), np.array([side.start for side in cut[0]])
-        centers = facts["centroids"][1:] + start
-        center = (centers * sizes[:, None]).sum(0) / sizes.sum()
-        odd = np.argsort(-sizes)[min(1, len(sizes) - 1)]  # where to look: the second piece, if there is one
-        result[name] = {
-            "ml": float(sizes.sum()) * voxel_ml,
-            "pieces": len(sizes),
-            "specks": int((sizes <= SPECK_VOXELS).sum()),
-            "stray": float(1 - sizes.max() / sizes.sum()),
-            "center_mm": [float(x) for x in center * spacing_mm],
-            "place": [int(x) for x in np.round(centers[odd])],
-        }
-    return result
-
-
-def _outside(codes: np.ndarray, table: LabelTable, dataset: str, voxel_ml: float) -> list[dict[str, Any]]:
-    rows, boxes, found = rows_of(table, dataset), boxes_of(codes), []
-    annotated = table.annotated(dataset)
-    for name in annotated:
-        parent = table.entry(name).get("inside")
-        inner = rows[:, table.names.index(name)] == 1
-        cut = _cut(codes, boxes, inner) if parent in annotated else None
-        if cut is None:
-            continue
-        around = (rows[:, table.names.index(parent)] == 1) & ~inner
-        if not around.any():  # the parent is nothing but this target here
-            continue
-        pieces, count = cc3d.connected_components(np.ascontiguousarray(cut[1]), return_N=True)
-        touching = set()
-        for axis in range(3):  # a face shared with the parent
-            one, other = (
-                tuple(slice(a, b) if i == axis else slice(None) for i in range(3)) for a, b in ((1, None), (0, -1))
-            )
-            parts = around[codes[cut[0]]]
-            touching |= set(np.unique(pieces[one][parts[other]])) | set(np.unique(pieces[other][parts[one]]))
+        sides = zip(enclosing(found), codes.shape, strict=True)  # and a voxel around it
+        box = tuple(slice(max(0, low - 1), min(size, high + 1)) for (low, high), size in sides)
+        pieces = cc3d.connected_components(np.ascontiguousarray(is_it[codes[box]]))
         facts = cc3d.statistics(pieces)
-        start = np.array([side.start for side in cut[0]])
-        for piece in sorted(set(range(1, count + 1)) - touching):
-            size = int(facts["voxel_counts"][piece])
-            place = [int(x) for x in np.round(facts["centroids"][piece] + start)]
-            found.append({"target": name, "parent": parent, "voxels": size, "ml": size * voxel_ml, "place": place})
-    return found
+        sizes, centers = facts["voxel_counts"], facts["centroids"] + [side.start for side in box]
+        targets[name] = _target(sizes[1:].astype(float), centers[1:], spacing_mm, voxel_ml)
+        parent = table.entry(name).get("inside")
+        around = is_of[parent] & ~is_it if parent in is_of else np.zeros(1, bool)
+        if around.any():  # else the parent is nothing but this target here
+            for piece in _apart(pieces, around[codes[box]]):
+                size, place = int(sizes[piece]), [int(x) for x in np.round(centers[piece])]
+                outside.append(
+                    {"target": name, "parent": parent, "voxels": size, "ml": size * voxel_ml, "place": place}
+                )
+    return {"targets": targets, "outside": outside, **_form(rows.any(1)[codes], spacing_mm)}
 
 
-def _form(codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tuple[float, ...]) -> dict[str, Any]:
+def _target(sizes: np.ndarray, centers: np.ndarray, spacing_mm: tuple[float, ...], voxel_ml: float) -> dict[str, Any]:
+    """Facts of a target from its pieces' voxels (n) and centers (n, 3)."""
+    odd = np.argsort(-sizes)[min(1, len(sizes) - 1)]  # where to look: the second piece, if there is one
+    return {
+        "ml": float(sizes.sum()) * voxel_ml,
+        "pieces": len(sizes),
+        "specks": int((sizes <= SPECK_VOXELS).sum()),
+        "stray": float(1 - sizes.max() / sizes.sum()),
+        "center_mm": [float(x) for x in (centers * sizes[:, None]).sum(0) / sizes.sum() * spacing_mm],
+        "place": [int(x) for x in np.round(centers[odd])],
+    }
+
+
+def _apart(pieces: np.ndarray, around: np.ndarray) -> list[int]:
+    """The pieces (numbers from 1 in a volume) that share no face with the mask `around`."""
+    touching = {0}
+    for axis in range(3):
+        one, other = ((slice(None),) * axis + (side,) for side in (slice(1, None), slice(-1)))
+        touching |= {*np.unique(pieces[one][around[other]]), *np.unique(pieces[other][around[one]])}
+    return sorted(set(np.unique(pieces).tolist()) - touching)
+
+
+def _form(foreground: np.ndarray, spacing_mm: tuple[float, ...]) -> dict[str, Any]:
     """``form`` (12, 12, 12) float16, norm 1, and ``radius_mm``: the same structure looks the same in another scan."""
-    foreground = (rows_of(table, dataset) == 1).any(1)[codes]
-    at = np.argwhere(foreground) if foreground.any() else np.zeros((0, 3))
+    at = np.argwhere(foreground)
     at = at[:: max(1, len(at) // 20000)] * spacing_mm
     if len(at) < 20:
         return {"form": np.zeros((FORM_BINS,) * 3, np.float16), "radius_mm": 0.0}

@@ -38,8 +38,8 @@ class Source:
 
 def check_overlaps(records: Sequence[Mapping[str, Any]], sources: Sequence[Source]) -> list[Finding]:
     """Findings about pairs of cases and of data sets. `records`: of all cases that could be measured."""
-    entries = {name: entry for source in sources for name, entry in source.pool.entries.items()}
-    downstream = {name for source in sources if source.downstream for name in source.pool.entries}
+    entries = {name: source.pool.entries[name] for source in sources for name in source.pool.chosen}
+    downstream = {name for source in sources if source.downstream for name in source.pool.chosen}
     pairs = list(_same_scans(records, downstream))
     return [
         *pairs,
@@ -51,11 +51,9 @@ def check_overlaps(records: Sequence[Mapping[str, Any]], sources: Sequence[Sourc
     ]
 
 
-def _severity(first: str, second: str, downstream: set[str]) -> tuple[str, str]:
-    """(kind, severity) of something that two data sets share."""
-    if (first in downstream) != (second in downstream):
-        return "leaks", "error"
-    return "duplicates", "warning"
+def _severity(first: str, second: str, downstream: set[str], kind: str = "duplicates") -> tuple[str, str]:
+    """(kind, severity) of something that two data sets share, of this `kind` unless it is a leak."""
+    return ("leaks", "error") if (first in downstream) != (second in downstream) else (kind, "warning")
 
 
 def _same_scans(records: Sequence[Mapping[str, Any]], downstream: set[str]) -> Iterator[Finding]:
@@ -95,10 +93,9 @@ def _same_forms(records, entries, downstream: set[str], known: set[tuple]) -> It
             keys = [(record["dataset"], record["case"]) for record in (one, other)]
             if one["dataset"] == other["dataset"] or tuple(sorted(keys)) in known:
                 continue
-            kind, severity = _severity(one["dataset"], other["dataset"], downstream)
-            if kind == "duplicates":
-                kind = "same patient"
-                severity = "note" if _grouped(entries[one["dataset"]], entries[other["dataset"]]) else "warning"
+            kind, severity = _severity(one["dataset"], other["dataset"], downstream, "same patient")
+            if kind != "leaks" and _grouped(entries[one["dataset"]], entries[other["dataset"]]):
+                severity = "note"
             text = f"the labels have one form (correlation {float(forms[i] @ forms[j]):.3f}, radii {radii[i]:.1f} and "
             text += f"{radii[j]:.1f} mm) in scans that differ: probably one patient"
             yield Finding(kind, severity, text, one["dataset"], keys)
@@ -110,10 +107,10 @@ def _same_names(records, entries, downstream: set[str]) -> Iterator[Finding]:
     for record in records:
         names.setdefault(record["dataset"], set()).add(record["case"])
     for one, other in combinations(names, 2):
-        shared = sorted(name for name in names[one] & names[other] if re.search(r"[A-Za-z]{3}", name))
+        shared = sorted(name for name in names[one] & names[other] if re.search(r"[^\W\d_]{3}", name))
         if len(shared) < SHARED_NAMES:
             continue
-        kind, severity = _severity(one, other, downstream)
+        kind, severity = _severity(one, other, downstream, "same patient")
         declared = _grouped(entries[one], entries[other])
         text = f"{len(shared)} of {len(names[one])} and {len(names[other])} cases have the same names ({', '.join(shared[:4])}"
         text += ", ...)" if len(shared) > 4 else ")"
@@ -124,7 +121,6 @@ def _same_names(records, entries, downstream: set[str]) -> Iterator[Finding]:
         else:
             text += ': one patient in two data sets? Then declare "patient" with one "group" in both, so that folds keep them'
             text += " together"
-        kind = "same patient" if kind == "duplicates" else kind
         yield Finding(kind, "note" if declared else severity, text, one, measured={"other": other, "shared": shared})
 
 
@@ -138,15 +134,12 @@ def _same_origins(sources: Sequence[Source], entries, downstream: set[str]) -> I
 
 
 def _labels_by(sources: Sequence[Source]) -> Iterator[Finding]:
-    for source in sources:
-        for name, entry in source.pool.entries.items():
-            by, path = (
-                entry.get("labels_by"),
-                os.path.join(source.pool.dataset_dir, entry.get("folder", ""), "dataset.json"),
-            )
-            text = ""
-            if by is None and os.path.isfile(path):
-                content = read_json(path)
+    for pool in (source.pool for source in sources):
+        for name in pool.chosen:
+            by, text = pool.entries[name].get("labels_by"), ""
+            path = os.path.join(pool.dataset_dir, pool.entries[name].get("folder", ""), "dataset.json")
+            content = read_json(path) if by is None and os.path.isfile(path) else None
+            if isinstance(content, Mapping):
                 words = " ".join(str(content.get(key, "")) for key in ("description", "note", "reference"))
                 found = re.search(MODEL_WORDS, words, re.IGNORECASE)
                 text = f'dataset.json says "{_around(words, found)}"' if found else ""
@@ -173,11 +166,11 @@ def _licences(sources: Sequence[Source]) -> Iterator[Finding]:
     for source in sources:
         for name, facts in declared_licences(source.pool).items():
             if facts["commercial"] is False:
-                yield Finding("licences", "note", f"{facts['name']}: no commercial use of what is trained on it", name)
+                text = "no commercial use of what is trained on it"
             elif facts["commercial"] is None:
-                text = f"{facts['name']}: whether commercial use is permitted is not known; --licence commercial leaves it out"
-                yield Finding("licences", "note", text, name)
+                text = "whether commercial use is permitted is not known; --licence commercial leaves it out"
             elif facts["share_alike"]:
-                yield Finding(
-                    "licences", "note", f"{facts['name']}: share-alike, the weights may have to carry it too", name
-                )
+                text = "share-alike, the weights may have to carry it too"
+            else:
+                continue
+            yield Finding("licences", "note", f"{facts['name']}: {text}", name)

@@ -46,7 +46,7 @@ def page(title: str, facts: Mapping[str, Any], findings: Sequence[Finding], pict
         f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>",
         f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1><table>{rows}</table>{_overview(findings)}",
     ]
-    for kind in [kind for kind in EXPLAINED if any(one.kind == kind for one in findings)]:
+    for kind in [kind for kind, numbers in counts(findings).items() if any(numbers)]:
         parts.append(f"<h2 id='{_anchor(kind)}'>{escape(kind)}</h2><p>{escape(EXPLAINED[kind])}</p>")
         chosen = [(index, one) for index, one in enumerate(findings) if one.kind == kind]
         parts += [_figure(one, pictures[index]) for index, one in chosen if index in pictures]
@@ -55,12 +55,16 @@ def page(title: str, facts: Mapping[str, Any], findings: Sequence[Finding], pict
     return "\n".join([*parts, "</body></html>\n"])
 
 
+def counts(findings: Sequence[Finding]) -> dict[str, list[int]]:
+    """Kind -> number of findings of each severity; kinds in the page's order, those without findings too."""
+    found = Counter((one.kind, one.severity) for one in findings)
+    return {kind: [found[kind, severity] for severity in SEVERITIES] for kind in EXPLAINED}
+
+
 def _overview(findings: Sequence[Finding]) -> str:
-    counts = Counter((one.kind, one.severity) for one in findings)
     head = "<tr><th></th>" + "".join(f"<th class='{severity}'>{severity}s</th>" for severity in SEVERITIES) + "</tr>"
     rows = []
-    for kind in EXPLAINED:
-        numbers = [counts[kind, severity] for severity in SEVERITIES]
+    for kind, numbers in counts(findings).items():
         cells = "".join(f"<td class='{s}'>{n or ''}</td>" for s, n in zip(SEVERITIES, numbers, strict=True))
         name = f"<a href='#{_anchor(kind)}'>{escape(kind)}</a>" if any(numbers) else escape(kind)
         rows.append(f"<tr><td>{name}</td>{cells}</tr>")

@@ -37,7 +37,7 @@ def picture(
     path = os.path.join(cache_dir, f"{name}.png")
     if not os.path.isfile(path):
         png = _draw(cases[:2], place)
-        atomic_write(path, lambda temporary: Path(temporary).write_bytes(png) and None)
+        atomic_write(path, lambda temporary: Path(temporary).write_bytes(png))
     return Path(path).read_bytes()
 
 
@@ -55,10 +55,13 @@ def _draw(cases: Sequence[tuple[Mapping[str, Any], LabelTable, str]], place: Seq
     for number, (shown, labels, aspect, window, title, colors) in enumerate(panels):
         axes = figure.add_axes((number / len(panels), 0, 1 / len(panels) - 0.005, 0.92))
         axes.imshow(shown, cmap="gray", vmin=window[0], vmax=window[1], aspect=aspect)
+        axes.autoscale(False)
+        grid = [np.arange(-1, n + 1) for n in reversed(labels.shape)]  # a voxel around: single rows have a contour, too
         for value in np.unique(labels[labels > 0]).tolist():
-            axes.contour(np.pad(labels == value, 1)[1:-1, 1:-1], levels=(0.5,), colors=[colors[value]], linewidths=1)
+            mask = np.pad(labels == value, 1)
+            axes.contour(*grid, mask, levels=(0.5,), colors=[colors[value]], linewidths=1)
         axes.set_axis_off()
-        figure.text((number + 0.02) / len(panels), 0.94, title[:46], color="white", fontsize=8)
+        figure.text((number + 0.02) / len(panels), 0.94, title[:46], color="white", fontsize=8, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="black")
     return buffer.getvalue()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .grid_files import Grid, Run
+from .grid_files import Grid, Run, listed
 from .grids import GridRunner
 from .tables import transfer_png, write_tables
 
@@ -47,7 +47,7 @@ def table1(dataset_dir: str, output_dir: str = "tables", **options: Any) -> str:
             the paper's; ``weights``, files of weights that the grid names, which are else trained first or marked as absent
             (``{'pool': 'model.pt', 'stunet_h': 'huge_ep4k.model', 'sam_med3d': 'sam_med3d_turbo.pth'}``); ``overlays``,
             further configs for every training run, over the grid's; ``run``, False to print the table as far as it has been
-            run; and any id of train.json, for every training run.
+            run; and any id of train.json that the grid does not set, for every training run.
     """
     return _paper_table("table1", dataset_dir, output_dir, **options)
 
@@ -69,7 +69,7 @@ def _paper_table(
     bundles_dir: str = "bundles",
     grid: str | None = None,
     weights: Mapping[str, str] | None = None,
-    overlays: Sequence[str] = (),
+    overlays: Sequence[str] | str = (),
     run: bool = True,
     **settings: Any,
 ) -> str:
@@ -82,9 +82,9 @@ def transfer_table(
     dataset_dir: str,
     output_dir: str,
     bundle_dir: str = "bundles/tsfm_finetune",
-    epochs: Sequence[int] = PAPER_EPOCHS,
-    seeds: Sequence[int] = (0,),
-    overlays: Sequence[str] = (),
+    epochs: Sequence[int] | int = PAPER_EPOCHS,
+    seeds: Sequence[int] | int = (0,),
+    overlays: Sequence[str] | str = (),
     name: str | None = None,
     **settings: Any,
 ) -> str:
@@ -95,7 +95,7 @@ def transfer_table(
         dataset_dir: the downstream data set, as for the bundle.
         output_dir: cells, ``table2.md``, ``table2.csv`` and a plot of Dice over epochs.
         bundle_dir: the fine-tuning bundle.
-        epochs, seeds: the grid. One split (``--fold`` or ``--splits_file``) serves all cells.
+        epochs, seeds: the grid, one or several each. One split (``--fold`` or ``--splits_file``) serves all cells.
         overlays: further configs that describe the data (``brats2020.json``), over train.json and evaluate.json.
         name: the data set's name in the table.
         settings: any other id of the bundle's train.json, for all cells.
@@ -103,25 +103,23 @@ def transfer_table(
     Returns:
         the table as Markdown.
     """
-    bundle, title = Path(bundle_dir), name or Path(dataset_dir).resolve().name
+    bundle, title, lengths = Path(bundle_dir), name or Path(dataset_dir).resolve().name, sorted(listed(epochs))
     row = {
         "bundle": bundle.name,
         "weights": "pretrained",
         "datasets": ["data"],
-        "epochs": sorted(epochs),
-        "seeds": list(seeds),
+        "epochs": lengths,
+        "seeds": listed(seeds),
     }
     content = {
         "title": f"Transfer to {title}",
-        "datasets": {"data": {"name": title, "overlays": list(overlays)}},
-        "columns": [{"name": title, "block": title, "dataset": "data", "epochs": sorted(epochs)}],
+        "datasets": {"data": {"name": title, "overlays": listed(overlays)}},
+        "columns": [{"name": title, "block": title, "dataset": "data", "epochs": lengths}],
         "weights": {"pretrained": {"file": str(pretrained)}},
         "rows": [
             {"id": "pretrained", "name": "TSFM, pretrained", **row},
             {"id": "scratch", "name": "TSFM, from scratch", **row, "options": {"from_scratch": True}},
         ],
     }
-    runner = GridRunner(
-        Grid(content, bundle.parent), dataset_dir, output_dir, {"pretrained": pretrained}, settings=settings
-    )
-    return run_grid(runner, "table2")
+    grid = Grid(content, bundle.parent)
+    return run_grid(GridRunner(grid, dataset_dir, output_dir, {"pretrained": pretrained}, settings=settings), "table2")

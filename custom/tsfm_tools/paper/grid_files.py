@@ -146,7 +146,8 @@ class Grid:
         self.rows: list[dict[str, Any]] = list(content["rows"])
         self.columns = [column for entry in content["columns"] for column in _columns(entry)]
         self.bundles_dir = Path(bundles_dir)
-        self._pools = {key: self._pool(key) for key in self.datasets}
+        self.pools = {key: self._pool(key) for key in self.datasets}
+        """What the pool file of each data set holds, if it has one: with ``only``, these data sets, their targets and parents."""
         self._check(content)
 
     def _check(self, content: Mapping[str, Any]) -> None:
@@ -163,23 +164,33 @@ class Grid:
                 ("weights", [row["weights"]] if "weights" in row else [], self.weights),
             ):
                 self._known(f"row '{row['name']}'", kind, asked, known)
-            if not is_published(row) and not {"bundle", "epochs"} <= set(row):
-                raise FileError(f"{self.source}: row '{row['name']}' lacks a 'bundle' or its 'epochs'")
-            if is_published(row) and not all(self._pools.get(key) for key in row["datasets"]):
-                raise FileError(f"{self.source}: the data sets of row '{row['name']}' need a 'pool_file'")
-            for name, figures in row.get("paper", {}).items():
-                if isinstance(figures, list) and len(figures) != len(row["epochs"]):
-                    raise FileError(
-                        f"{self.source}: row '{row['name']}' has {len(figures)} figures of {name} for epochs {row['epochs']}"
-                    )
+            self._check_row(row, f"{self.source}: row '{row['name']}'")
         covered = {name for key in self.datasets for name in self.covers(key)}
         for entry in content["columns"]:
             if ("dataset" in entry) == ("mean_of" in entry):
                 raise FileError(f"{self.source}: column '{entry['name']}' needs either a 'dataset' or 'mean_of'")
-            self._known(f"column '{entry['name']}'", "column", entry.get("mean_of", ()), names)
-            self._known(
-                f"column '{entry['name']}'", "data set", [entry[k] for k in ("dataset",) if k in entry], covered
+            named = (
+                ("column", entry["mean_of"], names) if "mean_of" in entry else ("data set", [entry["dataset"]], covered)
             )
+            self._known(f"column '{entry['name']}'", *named)
+        means = {entry["name"]: set(entry.get("mean_of", ())) for entry in content["columns"]}
+        for name, reached in means.items():
+            while more := set().union(*(means[other] for other in reached)) - reached:
+                reached |= more
+            if name in reached:
+                raise FileError(f"{self.source}: column '{name}' is a mean of itself")
+
+    def _check_row(self, row: Mapping[str, Any], where: str) -> None:
+        if not is_published(row) and not {"bundle", "epochs"} <= set(row):
+            raise FileError(f"{where} lacks a 'bundle' or its 'epochs'")
+        if is_published(row) and not all(self.pools[key] for key in row["datasets"]):
+            raise FileError(f"{where} is scored by a pool's labels: its data sets need a 'pool_file'")
+        if is_published(row) and "file" not in self.weights.get(row.get("weights", ""), {}):
+            raise FileError(f"{where} needs 'weights' that are declared with a 'file'")
+        epochs = row.get("epochs", [])
+        for name, figures in row.get("paper", {}).items():
+            if isinstance(figures, list) and len(figures) != len(epochs):
+                raise FileError(f"{where} has {len(figures)} figures of {name} for epochs {epochs}")
 
     def _known(self, where: str, kind: str, asked: Sequence[str], known: Any) -> None:
         for name in asked:
@@ -187,10 +198,6 @@ class Grid:
                 raise FileError(
                     f"{self.source}: {where} names the {kind} '{name}', which is declared nowhere{nearest(name, known)}"
                 )
-
-    def pool(self, dataset: str) -> dict[str, Any] | None:
-        """What a data set's pool file holds: with ``only``, just these data sets, their targets and the targets' parents."""
-        return self._pools[dataset]
 
     def _pool(self, dataset: str) -> dict[str, Any] | None:
         entry = self.datasets[dataset]
@@ -204,21 +211,16 @@ class Grid:
         absent = sorted(set(entry["only"]) - {found["name"] for found in kept})
         if absent:
             raise FileError(f"{self.source}: data set '{dataset}' asks for {absent}, which {path} does not hold")
-        wanted = {name for found in kept for names in found["labels"].values() for name in _listed(names)}
-        while (
-            parents := {pool["targets"][name].get(link) for name in wanted for link in ("part_of", "inside")}
-            - wanted
-            - {None}
-        ):
-            wanted |= parents
-        return {
-            "targets": {name: target for name, target in pool["targets"].items() if name in wanted},
-            "datasets": kept,
-        }
+        wanted = {name for found in kept for names in found["labels"].values() for name in listed(names)}
+        links = ("part_of", "inside")
+        while more := {pool["targets"][name].get(link) for name in wanted for link in links} - wanted - {None}:
+            wanted |= more
+        targets = {name: target for name, target in pool["targets"].items() if name in wanted}
+        return {"targets": targets, "datasets": kept}
 
     def covers(self, dataset: str) -> list[str]:
         """The data sets that a run on `dataset` scores."""
-        pool = self.pool(dataset)
+        pool = self.pools[dataset]
         return [dataset] if pool is None else [entry["name"] for entry in pool["datasets"]]
 
     def runs(self, row: Mapping[str, Any]) -> Iterator[Run]:
@@ -246,11 +248,10 @@ def _columns(entry: Mapping[str, Any]) -> Iterator[Column]:
     targets = tuple(entry["targets"]) if "targets" in entry else None
     for epochs in entry.get("epochs", [None]):
         label = f"{epochs} epochs" if epochs else entry["name"]
-        block = entry.get("block", "")
-        yield Column(
-            entry["name"], block, label, entry.get("dataset"), epochs, targets, tuple(entry.get("mean_of", ()))
-        )
+        block, mean_of = entry.get("block", ""), tuple(entry.get("mean_of", ()))
+        yield Column(entry["name"], block, label, entry.get("dataset"), epochs, targets, mean_of)
 
 
-def _listed(names: str | Sequence[str]) -> Sequence[str]:
-    return [names] if isinstance(names, str) else names
+def listed(values: Any) -> list[Any]:
+    """One text or number, or several of them, as a list."""
+    return [values] if isinstance(values, str | int) else list(values)

@@ -24,18 +24,30 @@ from tsfm.schema import FileError, nearest, read_json
 from tsfm.training.weight_files import CheckpointError
 
 from ..release.import_stunet import write_stunet
-from .grid_files import Grid, Run, is_published
+from .grid_files import Grid, Run, is_published, listed
 from .prompted import prompted_scores
 
 logger = logging.getLogger(__name__)
 
-PIP_NAMES = {"dynamic_network_architectures": "dynamic-network-architectures"}
-
 EVALUATED = (
-    *("pool_file", "images", "labels", "label_ids", "regions", "modality", "splits_file", "fold", "allow_missing"),
-    *("device", "amp"),
+    "pool_file",
+    "images",
+    "labels",
+    "label_ids",
+    "regions",
+    "modality",
+    "splits_file",
+    "fold",
+    "allow_missing",
 )
+EVALUATED += ("datasets", "device", "amp")
 """Ids of a training run that its evaluation needs too."""
+
+PUBLISHED = ("fold", "device", "splits_file")
+"""Those that the scores of published weights take."""
+
+OWN = ("epochs", "seed", "pretrained", "from_scratch", "bundle_root", "store_dir", "ckpt_dir")
+"""Ids that a grid, or its runner, sets in every run."""
 
 
 def run_bundle(bundle_dir: str | os.PathLike, configs: Sequence[str], **overrides: Any) -> None:
@@ -86,10 +98,12 @@ class GridRunner:
         dataset_dir: str | os.PathLike,
         output_dir: str | os.PathLike,
         weights: Mapping[str, str] | None = None,
-        overlays: Sequence[str] = (),
+        overlays: Sequence[str] | str = (),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.grid, self.overlays, self.settings = grid, list(overlays), dict(settings or {})
+        self.grid, self.overlays, self.settings = grid, listed(overlays), dict(settings or {})
+        if not isinstance(weights or {}, Mapping):
+            raise OptionError(f"--weights is {weights!r}; expected a file for each name: \"{{'NAME': 'FILE'}}\"")
         self.dataset_dir, self.output_dir = Path(os.path.abspath(dataset_dir)), Path(os.path.abspath(output_dir))
         self.weights = {name: os.path.abspath(path) for name, path in (weights or {}).items()}
         paths = {"dataset_dir": self.dataset_dir, "output_dir": self.output_dir, "weights": [*self.weights.values()]}
@@ -106,10 +120,15 @@ class GridRunner:
         self.runs = sorted((run for row in grid.rows for run in grid.runs(row)), key=lambda run: run.epochs or 0)
         trained = [run for run in (*self.runs, *self.recipes.values()) if not is_published(run.row)]
         self._ids = {bundle: self._known_ids(bundle) for bundle in {run.row["bundle"] for run in trained}}
-        known = set().union(*self._ids.values())
+        known = set(PUBLISHED).union(*self._ids.values())
         unknown = [f"--{key}{nearest(key, known)}" for key in self.settings if key.split("#")[0] not in known]
         if unknown:
             raise OptionError(f"no bundle of this table has an id for {', '.join(unknown)}")
+        if own := [f"--{key}" for key in self.settings if key in OWN]:
+            raise OptionError(
+                f"{', '.join(own)}: the grid and --output_dir decide this for each run: change rows in a copy of the grid "
+                "(--grid; transfer_table has --epochs and --seeds), give weights by name (--weights)"
+            )
         for run in trained:
             bundle, configs = self._bundle(run)
             options = [word for key, value in self._options(run).items() for word in (f"--{key}", str(value))]
@@ -140,13 +159,20 @@ class GridRunner:
         known = self._ids[run.row["bundle"]]
         options = {key: value for key, value in self.settings.items() if key.split("#")[0] in known}
         options |= {**run.row.get("options", {}), "epochs": run.epochs, "seed": run.seed}
-        if "only" in self.grid.datasets[run.dataset]:
-            options["pool_file"] = self.grid.pool(run.dataset)
+        entry = self.grid.datasets[run.dataset]
+        if "only" in entry:
+            options["pool_file"] = self.grid.pools[run.dataset]
+        elif entry.get("pool_file", usual := f"{run.row['bundle']}/configs/pool.json") != usual:
+            options.setdefault("pool_file", self.grid.pools[run.dataset])
         return options
 
     def folder_of(self, dataset: str) -> Path:
         """Where a data set lies."""
         return self.dataset_dir / self.grid.datasets[dataset].get("folder", "")
+
+    def cell(self, run: Run) -> Path:
+        """The folder of a run."""
+        return self.output_dir / "cells" / run.folder
 
     # ---- what keeps a run from running --------------------------------------------------------------------------
 
@@ -154,12 +180,12 @@ class GridRunner:
         """Why a run cannot start: a package, data or weights that are not here."""
         absent = [name for name in run.row.get("packages", ()) if find_spec(name) is None]
         if absent:
-            names = " ".join(PIP_NAMES.get(name, name) for name in absent)
+            names = " ".join(absent).replace("_", "-")
             return f"the package {names} is not installed (pip install --no-deps {names}, docs/networks.md)"
         return self._absent_data(run) or self._absent_weights(run)
 
     def _absent_data(self, run: Run) -> str | None:
-        pool = self.grid.pool(run.dataset)
+        pool = self.grid.pools[run.dataset]
         entries = [] if pool is None else [entry.get("folder", ".") for entry in pool["datasets"]]
         folders = [self.folder_of(run.dataset) / name for name in entries or [""]]
         absent = [str(path) for path in folders if not path.is_dir()]
@@ -181,20 +207,19 @@ class GridRunner:
 
     def train(self, run: Run) -> Path:
         """Train a run unless that is done; its weights."""
-        folder = self.output_dir / "cells" / run.folder
+        folder, options = self.cell(run), self._options(run)
         bundle, configs = self._bundle(run)
-        options = self._options(run)
         if "weights" in run.row:
             options["pretrained"] = self.weights_of(run.row["weights"])
         settings = self._settings(run, options, configs)
         if self._kept(run, settings):
             logger.info("%s is trained already", folder.name)
-            return folder / "model.pt"
-        run_bundle(
-            bundle, configs, dataset_dir=str(self.folder_of(run.dataset)), output_dir=str(folder), **options,
-            store_dir=str(self.output_dir / "store"), ckpt_dir=str(folder / "published"),
-        )  # fmt: skip
-        self._write(run, {"settings": settings})
+        else:
+            run_bundle(
+                bundle, configs, dataset_dir=str(self.folder_of(run.dataset)), output_dir=str(folder), **options,
+                store_dir=str(self.output_dir / "store"), ckpt_dir=str(folder / "published"),
+            )  # fmt: skip
+            self._write(run, {"settings": settings})
         return folder / "model.pt"
 
     def weights_of(self, name: str) -> str:
@@ -222,7 +247,7 @@ class GridRunner:
     def _published(self, run: Run) -> dict[str, dict[str, float]]:
         """The scores of a network that is not trained here."""
         weights = self.weights[run.row["weights"]]
-        chosen = {key: self.settings[key] for key in ("fold", "device", "splits_file") if key in self.settings}
+        chosen = {key: self.settings[key] for key in PUBLISHED if key in self.settings}
         settings = self._settings(run, {"pretrained": weights, "seed": run.seed, **chosen}, [])
         record = self._kept(run, settings)
         if not record:
@@ -232,50 +257,49 @@ class GridRunner:
         return record["scores"]
 
     def _prompted(self, run: Run, weights: str, splits_file: Any = None, **chosen: Any) -> dict[str, dict[str, float]]:
-        pool = DatasetPool(self.grid.pool(run.dataset), self.folder_of(run.dataset), splits_file=splits_file)
+        pool = DatasetPool(self.grid.pools[run.dataset], self.folder_of(run.dataset), splits_file=splits_file)
         return prompted_scores(weights, pool, seed=run.seed, **chosen)
 
     def _zero_shot(self, run: Run, weights: str, **chosen: Any) -> dict[str, dict[str, float]]:
         """STU-Net's own structures, by name, where the data set annotates them."""
-        folder = self.output_dir / "cells" / run.folder
+        folder = self.cell(run)
         folder.mkdir(parents=True, exist_ok=True)
         run_bundle(
             self.grid.bundles_dir / "tsfm_finetune", ["inference.json", "evaluate.json", "zero_shot.json"], **chosen,
-            dataset_dir=str(self.folder_of(run.dataset)), pool_file=self.grid.pool(run.dataset), progress=False,
+            dataset_dir=str(self.folder_of(run.dataset)), pool_file=self.grid.pools[run.dataset], progress=False,
             checkpoint=write_stunet(weights, str(folder / "model.pt")), output_dir=str(folder / "evaluation"),
         )  # fmt: skip
         return _dice(folder / "evaluation")
 
     def _settings(self, run: Run, options: Mapping[str, Any], configs: Sequence[str]) -> dict[str, Any]:
-        """What a run that is done must have been run with."""
-        settings = {"run": dict(options), "dataset_dir": str(self.folder_of(run.dataset)), "configs": list(configs)}
-        if os.path.isfile(
-            str(options.get("pretrained"))
-        ):  # a pretraining that ran again left other weights under this name
-            state = os.stat(options["pretrained"])
-            settings["pretrained"] = [state.st_size, state.st_mtime_ns]
+        """What a run that is done must have been run with; of weights size and time, wherever they lie."""
+        asked, weights = dict(options), str(options.get("pretrained"))
+        asked.pop("pretrained", None)
+        settings = {"run": asked, "dataset_dir": str(self.folder_of(run.dataset)), "configs": list(configs)}
+        if os.path.isfile(weights):  # a pretraining that ran again left others under this name
+            settings["pretrained"] = [os.path.getsize(weights), os.stat(weights).st_mtime_ns]
         return json.loads(json.dumps(settings))
 
     def record(self, run: Run) -> dict[str, Any]:
         """What is kept of a run that is trained: its settings, and its scores once it is scored."""
-        path = self.output_dir / "cells" / run.folder / "cell.json"
+        path = self.cell(run) / "cell.json"
         return read_json(path) if path.is_file() else {}
 
     def _kept(self, run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
         """`record`; CheckpointError where it is that of other settings."""
         record = self.record(run)
-        if record and record["settings"] != settings:
-            folder = self.output_dir / "cells" / run.folder
-            changed = changes(*({**one, **one["run"], "run": None} for one in (record["settings"], settings)))
-            raise CheckpointError(
-                f"{folder} holds a cell with other settings ({changed}); give this grid its own --output_dir"
-            )
+        if record:
+            record["settings"]["run"].pop("pretrained", None)  # where the weights lay, in those of earlier versions
+            if record["settings"] != settings:
+                changed = changes(*({**one, **one["run"], "run": None} for one in (record["settings"], settings)))
+                raise CheckpointError(
+                    f"{self.cell(run)} holds a cell with other settings ({changed}); give this grid its own --output_dir"
+                )
         return record
 
     def _write(self, run: Run, record: Mapping[str, Any]) -> None:
-        path = self.output_dir / "cells" / run.folder / "cell.json"
         text = json.dumps(record, indent=4)
-        atomic_write(str(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        atomic_write(self.cell(run) / "cell.json", lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def _dice(evaluated: Path) -> dict[str, dict[str, float]]:

@@ -10,39 +10,26 @@ import torch
 from tsfm.cases.cases import Preparation, load_case
 from tsfm.cases.pool import DatasetPool
 from tsfm.network.clicks import deep_voxel
-from tsfm.network.networks import create_network
 from tsfm.network.prompted import SAMMed3D
-from tsfm.planning.public_weights import read_pretrained
 from tsfm.preparation.preprocessing import prepare_image
 from tsfm.preparation.resampling import label_box, nearest, resample_labels
-from tsfm.training.weight_files import CheckpointError
+
+from ..release.import_stunet import read_network
 
 PREPARATION = Preparation((1.5, 1.5, 1.5), channels=[{"scheme": "none"}], orientation="RAS")
-
-
-def load_prompted(path: str) -> SAMMed3D:
-    """The network of a SAM-Med3D checkpoint.
-
-    Raises:
-        CheckpointError: weights of another network, or not all of them.
-    """
-    found = read_pretrained(path)
-    arguments = found.description.get("network", {})
-    if arguments.get("name") != "sam_med3d":
-        raise CheckpointError(f"{path} holds {arguments.get('name', 'no known network')}; expected SAM-Med3D's weights")
-    network = create_network(**arguments)
-    missing, unexpected = network.load_state_dict(found.tensors, strict=False)
-    wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
-    if wrong:
-        raise CheckpointError(f"{path}: {len(wrong)} tensors are missing or superfluous, {wrong[0]} for one")
-    return network.eval()
 
 
 def prompted_scores(
     weights: str, pool: DatasetPool, fold: int | str = 0, seed: int = 0, device: str | torch.device = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """Data set -> target -> mean Dice over the held-out cases that show the target, on the images' own grids."""
-    network, rng = load_prompted(weights).to(device), np.random.default_rng(seed)
+    """Data set -> target -> mean Dice over the held-out cases that show the target, on the images' own grids.
+
+    Raises:
+        CheckpointError: `weights` of another network than SAM-Med3D, or not all of them.
+    """
+    network, tensors, _ = read_network(weights, "sam_med3d", "SAM-Med3D's weights")
+    network.load_state_dict(tensors, strict=False)
+    network, rng = network.eval().to(device), np.random.default_rng(seed)
     found: dict[str, dict[str, list[float]]] = {}
     for item in pool.evaluation_items(fold):
         case = load_case(item, pool.table, PREPARATION)

@@ -6,7 +6,6 @@ A result is ``{"row": id, "dataset", "epochs", "seed", "scores": {data set: {tar
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ def figures(
 ) -> dict[int, float]:
     """Seed -> a row's Dice in a column. A mean over columns needs all of them."""
     if column.mean_of:
-        parts = [figures(grid, row, other, results) for other in grid.columns if other.name in column.mean_of]
-        return {seed: float(np.mean([part[seed] for part in parts])) for seed in set.intersection(*map(set, parts))}
+        parts = [figures(grid, row, other, results) for other in _parts(grid, column)]
+        seeds = set.intersection(*map(set, parts)) if parts else ()
+        return {seed: float(np.mean([part[seed] for part in parts])) for seed in seeds}
     found = {}
     for result in results:
         fits = column.epochs in (None, result["epochs"]) and column.dataset in grid.covers(result["dataset"])
@@ -40,6 +40,16 @@ def figures(
     return found
 
 
+def _parts(grid: Grid, column: Column) -> list[Column]:
+    """The columns that a mean is over, after as many epochs as it; none where one of them has no such epochs."""
+    parts = [
+        other._replace(epochs=other.epochs or column.epochs)
+        for other in grid.columns
+        if other.name in column.mean_of and (None in (other.epochs, column.epochs) or other.epochs == column.epochs)
+    ]
+    return parts if {part.name for part in parts} == set(column.mean_of) else []
+
+
 def _scores(result: Mapping[str, Any], column: Column) -> Mapping[str, float]:
     """Target -> Dice on a column's data set; what was trained on a folder alone may call that data set otherwise."""
     scores = result["scores"]
@@ -50,7 +60,8 @@ def _scores(result: Mapping[str, Any], column: Column) -> Mapping[str, float]:
 def is_asked(grid: Grid, row: Mapping[str, Any], column: Column) -> bool:
     """Whether the runs of a row give a column's figure."""
     if column.mean_of:
-        return all(is_asked(grid, row, other) for other in grid.columns if other.name in column.mean_of)
+        parts = _parts(grid, column)
+        return bool(parts) and all(is_asked(grid, row, other) for other in parts)
     epochs = column.epochs is None or column.epochs in row.get("epochs", ())
     return epochs and any(column.dataset in grid.covers(dataset) for dataset in row["datasets"])
 
@@ -58,7 +69,7 @@ def is_asked(grid: Grid, row: Mapping[str, Any], column: Column) -> bool:
 def is_scored(grid: Grid, row: Mapping[str, Any], column: Column, results: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the runs that could give a figure were scored: one that is absent all the same is of targets they do not know."""
     if column.mean_of:
-        return all(is_scored(grid, row, other, results) for other in grid.columns if other.name in column.mean_of)
+        return all(is_scored(grid, row, other, results) for other in _parts(grid, column))
     return any(
         result["row"] == row["id"] and column.epochs in (None, result["epochs"]) and _scores(result, column)
         for result in results
@@ -111,14 +122,13 @@ def write_tables(
     folder.mkdir(parents=True, exist_ok=True)
     text = table(grid, results, obstacles)
     (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(FIELDS)
-    for result in results:
-        for dataset, scores in result["scores"].items():
-            for target, dice in scores.items():
-                writer.writerow([result["row"], dataset, target, result["epochs"], result["seed"], dice])
-    (folder / f"{name}.csv").write_text(buffer.getvalue(), encoding="utf-8")
+    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(FIELDS)
+        for result in results:
+            for dataset, scores in result["scores"].items():
+                for target, dice in scores.items():
+                    writer.writerow([result["row"], dataset, target, result["epochs"], result["seed"], dice])
     return text
 
 

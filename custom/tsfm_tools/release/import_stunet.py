@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+from tsfm.network.described import DescribedNetwork
 from tsfm.planning.public_weights import read_pretrained
 from tsfm.training.checkpoint import build_network, encode_description, save_weights
 from tsfm.training.weight_files import CheckpointError
@@ -40,20 +44,30 @@ def import_stunet(
     return bundle
 
 
-def read_stunet(path: str) -> tuple[dict, dict]:
-    """Tensors and description of STU-Net's published weights, checked to be all that the network needs."""
+def read_network(path: str, name: str, expected: str) -> tuple[DescribedNetwork, dict[str, Tensor], dict[str, Any]]:
+    """The network `name` that others published, not filled yet, its tensors and its description.
+
+    Raises:
+        CheckpointError: weights of another network, or not all that it needs.
+    """
     found = read_pretrained(path)
     kind = found.description.get("network", {}).get("name", "no known network")
-    if kind != "stunet" or not found.description.get("targets"):
-        raise CheckpointError(
-            f"{path} holds {kind} with {len(found.description.get('targets', {}))} named targets; expected STU-Net's "
-            "weights for the 104 structures of TotalSegmentator (*_ep4k.model)"
-        )
-    wanted = {key for key in build_network(found.description).state_dict() if key != "_extra_state"}
-    wrong = sorted(wanted ^ set(found.tensors))
+    if kind != name:
+        raise CheckpointError(f"{path} holds {kind}; expected {expected}")
+    network = build_network(found.description)
+    wrong = sorted({key for key in network.state_dict() if not key.endswith("_extra_state")} ^ set(found.tensors))
     if wrong:
         raise CheckpointError(f"{path}: {len(wrong)} tensors are missing or superfluous, {wrong[0]} for one")
-    return found.tensors, found.description
+    return network, found.tensors, found.description
+
+
+def read_stunet(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of STU-Net's published weights."""
+    expected = "STU-Net's weights for the 104 structures of TotalSegmentator (*_ep4k.model)"
+    _, tensors, description = read_network(path, "stunet", expected)
+    if not description.get("targets"):
+        raise CheckpointError(f"{path} holds stunet with 0 named targets; expected {expected}")
+    return tensors, description
 
 
 def write_stunet(path: str, target: str) -> str:
