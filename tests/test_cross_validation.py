@@ -24,6 +24,7 @@ from tsfm.training.weight_files import CheckpointError
 from tsfm_tools.release import cross_validation
 from tsfm_tools.release.cross_validation import CrossValidation, cross_validate
 from tsfm_tools.release.gpus import visible_devices
+from tsfm_tools.release.rules import ReleaseError
 
 pytestmark = pytest.mark.convolutions
 
@@ -134,10 +135,27 @@ def test_what_cannot_be_used_is_refused_before_any_training(phantom_pool, tmp_pa
             )
     with pytest.raises(OptionError, match=r"checkpoint: 'a#b\.pt' has a #"):
         cross_validation.run_bundle(BUNDLE, ["inference.json"], checkpoint=["a.pt", "a#b.pt"])
+    with pytest.raises(OptionError, match="--folds all: expected a number"):
+        cross_validate(data, str(tmp_path / "out"), BUNDLE, folds="all")
+    with pytest.raises(ReleaseError, match=r"--data_license .*absent\.txt cannot be read"):
+        cross_validate(data, str(tmp_path / "out"), BUNDLE, data_license=str(tmp_path / "absent.txt"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     with pytest.raises(OptionError, match=r"sees 2 GPUs \(CUDA_VISIBLE_DEVICES: 4,7\)"):
         cross_validate(data, str(tmp_path / "out"), BUNDLE, gpus=[2])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_release_gets_a_name_that_it_may_have_before_any_training(phantom_pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(CrossValidation, "work", lambda self, fold: pytest.fail("a training began"))
+    data = str(phantom_pool / "Task03_Liver")
+    with pytest.raises(ReleaseError, match="'my-model': use letters"):
+        cross_validate(data, str(tmp_path / "out"), BUNDLE, name="my-model")
+    with pytest.raises(ReleaseError, match="use liver_deepedit"):
+        cross_validate(data, str(tmp_path / "clicks"), BUNDLE, overlays=["clicks.json"], name="liver")
+    clicks = CrossValidation(data, str(tmp_path / "clicks"), BUNDLE, None, ["clicks.json"], {})
+    assert clicks.release_name(None) == "tsfm_task03_liver_deepedit"
+    plain = CrossValidation(data, str(tmp_path / "plain"), BUNDLE, None, [], {})
+    assert plain.release_name(None) == "tsfm_task03_liver"
 
 
 def test_gpus_are_numbers_among_those_that_the_process_sees(monkeypatch):
@@ -175,7 +193,14 @@ def test_label_maps_of_other_weights_and_other_releases_are_made_anew(phantom_po
         "determine": {"targets": [], "steps": []},
     }.items():
         monkeypatch.setattr(cross_validation, name, lambda *_, value=value: value)
-    monkeypatch.setattr(cross_validation, "release", lambda *_, name, trained_on, **more: f"{name}, {trained_on}")
+    made = []
+
+    def fake(bundle, weights, folder, *, name, trained_on, **more):
+        Path(folder, name).mkdir(parents=True, exist_ok=True)
+        made.append(name)
+        return f"{name}, {trained_on}"
+
+    monkeypatch.setattr(cross_validation, "release", fake)
     one = CrossValidation(str(phantom_pool / "Task03_Liver"), str(tmp_path), BUNDLE, [0, 1], [], {})
     for fold in (0, 1):
         one._fold(fold).mkdir()
@@ -189,6 +214,13 @@ def test_label_maps_of_other_weights_and_other_releases_are_made_anew(phantom_po
     assert not list(tmp_path.glob(".table.claim")), "a release that failed is no longer claimed"
     assert one.finish("a", "b", None) == one.finish("a", "b", None) == "table of a, b"
     assert one.finish("c", "b", None) == "table of c, b" and one.finish("c", "d", None) == "table of c, d"
+    assert made == ["a", "c", "c"]
+    (tmp_path / "release/c").rmdir()
+    assert one.finish("c", "d", None) == "table of c, d" and made == ["a", "c", "c", "c"], "made again where it is gone"
+    one._maps(1)[0].unlink()
+    assert not one.is_done(1), "nor is a fold done whose label maps are gone"
+    one.work(1)
+    assert one.is_done(1) and calls.pop() == one.held_out[1][0]["case"]
 
     done = len(calls)
     one.work(1)

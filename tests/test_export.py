@@ -36,7 +36,7 @@ def weights(tmp_path_factory) -> str:
     return path
 
 
-@pytest.fixture(scope="module", params=export.FORMATS)
+@pytest.fixture(scope="module", params=export.WRITERS)
 def exported(request, weights, tmp_path_factory) -> tuple[str, str]:
     path = str(tmp_path_factory.mktemp(request.param) / f"model.{SUFFIX[request.param]}")
     assert export.export(weights, path, request.param) <= export.TOLERANCE
@@ -116,6 +116,22 @@ def test_a_file_that_computes_something_else_is_refused_and_removed(weights, tmp
     with pytest.raises(export.ExportError, match="differ"):
         export.export(weights, str(tmp_path / "model.ts"))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "patch, message", [(16, "patch_size is 16; expected three numbers"), ([17, 16, 8], "16 or 18 would fit")]
+)
+def test_a_window_that_does_not_fit_is_refused_before_anything_is_written(weights, tmp_path, patch, message):
+    with pytest.raises(ValueError, match=message):
+        export.export(weights, str(tmp_path / "model.ts"), patch_size=patch)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_weights_are_not_overwritten(weights):
+    before = read_description(weights)
+    with pytest.raises(export.ExportError, match="the checkpoint itself"):
+        export.export(weights, weights)
+    assert read_description(weights) == before
 
 
 @pytest.mark.parametrize("format, file, message", [("tflite", "m.x", "expected one of"), ("export", "m.ts", ".pt2")])

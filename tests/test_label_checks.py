@@ -83,6 +83,8 @@ def test_what_clients_send_is_taken_as_it_is_meant():
         ({"val_split": -1}, "val_split is -1"),
         ({"pretrained": "perhaps"}, "pretrained is 'perhaps'"),
         ({"gpus": "0,7"}, "gpus is '0,7'; this server has none"),
+        ({"gpus": 0}, "gpus is '0'; this server has none"),
+        ({"val_split": 0.8}, "val_split 0.8 leaves none of the 2 labeled images to train on"),
     ],
 )
 def test_a_training_that_cannot_be_meant_is_refused(request_, message):
@@ -91,6 +93,8 @@ def test_a_training_that_cannot_be_meant_is_refused(request_, message):
 
 
 def test_a_training_as_it_is_meant():
+    assert train(val_split=0.75)["val_split"] == 0.75  # of two labels one is left
+    assert checks.check_training({"gpus": 1}, {}, ["cuda:0", "cuda:1"], 2)["gpus"] == "1"
     meant = train(max_epochs="3", pretrained="False", gpus="all")
     assert (meant["max_epochs"], meant["val_split"], meant["pretrained"]) == (3, 0.2, False)
 
@@ -113,6 +117,9 @@ def test_bundles_that_are_served_together_are_told_apart(tmp_path, caplog):
     assert bundles.served_bundles(str(tmp_path), {"models": f"{folders[0]},{folders[0]}"}) == {"tsfm": str(folders[0])}
     with pytest.raises(ValueError, match=r"old.*new.*have one name"):
         bundles.served_bundles(str(tmp_path), {"models": ",".join(map(str, folders))})
+    (tmp_path / "app [1]").mkdir()
+    folders[0].parent.rename(tmp_path / "app [1]/model")
+    assert list(bundles.served_bundles(str(tmp_path / "app [1]"), {})) == ["tsfm"]
     bundles.check_names("tsfm", ["tsfm", "tsfm_deepedit"])
     with pytest.raises(ValueError, match="'tsfm_seg' too, which is another bundle's name"):
         bundles.check_names("tsfm", ["tsfm", "tsfm_seg"])

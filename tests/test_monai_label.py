@@ -72,6 +72,7 @@ def test_a_label_and_train_round_with_a_real_server(server):
 
     if server.name == "tsfm_finetune":
         _a_training_without_labels_is_refused_at_once(server)
+        _empty_maps_alone_teach_nothing(server, root)
         for case in ("case0", "case1"):
             server.submit(case, root / f"submitted/{case}.nii.gz", annotated="structure_3")
         _the_most_uncertain_image_comes_first(server, root)
@@ -103,6 +104,14 @@ def _a_training_without_labels_is_refused_at_once(server: Server) -> None:
     status, content = server.answer(f"/train/{server.name}", b'{"max_epochs": 1}')
     assert status == 400 and b"submit labels first" in content and time.time() - begin < 5
     assert server.answer("/train/")[0] == 404  # no process was started
+
+
+def _empty_maps_alone_teach_nothing(server: Server, root: Path) -> None:
+    drawn = nib.load(root / "submitted/case0.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros(drawn.shape, np.uint8), drawn.affine), root / "empty.nii.gz")
+    server.submit("case0", root / "empty.nii.gz")
+    with pytest.raises(AssertionError, match="the submitted labels hold no target at all"):
+        server.train()
 
 
 def _only_the_drawn_and_named_targets_learned(before: dict, after: dict) -> None:

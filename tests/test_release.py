@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -22,6 +23,7 @@ from tsfm.cases.pool import DatasetPool
 from tsfm.evaluation.evaluation import evaluate_folder
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
+from tsfm.options import OptionError
 from tsfm.training.checkpoint import describe_network, load_weights, read_state, save_weights, table_of
 from tsfm_tools.release import gate, release
 from tsfm_tools.release.folder_checks import SCHEMA
@@ -253,6 +255,13 @@ def test_the_data_licenses_are_those_of_the_weights(source, checkpoint, tmp_path
     )
     (staged / "docs/data_license.txt").write_text("theirs: CC0")
     assert _run(staged, "data licenses")[0] == "FAIL"
+    (tmp_path / "latin.txt").write_bytes("für Forschung".encode("latin-1"))
+    for file in ("latin.txt", "absent.txt"):
+        with pytest.raises(
+            ReleaseError, match=rf"--data_license .*{file} cannot be read .* expected a text file in UTF-8"
+        ):
+            release.release(str(source), str(checkpoint), str(tmp_path / "new"), data_license=str(tmp_path / file))
+    assert not (tmp_path / "new").exists()
 
 
 def test_inference_builds_the_network_of_the_weights_beside_the_package(staged, tmp_path):
@@ -304,6 +313,13 @@ def test_the_readme_names_every_target_and_keeps_its_text(staged):
     assert "| 2 | kidney_tumor | kidney | mine | not evaluated |" in text
     assert "| network | TSFM |" in text and "every other modality: z-score" in text
     assert "none yet" not in text and text.rstrip().endswith("# License")
+
+
+def test_a_sentence_of_several_lines_stays_in_its_cell(source, checkpoint, tmp_path):
+    staged = release.release(
+        str(source), str(checkpoint), str(tmp_path), name="x", trained_on="A | B,\nC", zipped=False
+    )
+    assert "| trained on | A \\| B, C |" in (Path(staged) / "docs/README.md").read_text()
 
 
 def test_the_readmes_training_section_is_the_merged_train_json_beside_the_run_that_made_the_weights(
@@ -426,6 +442,26 @@ def test_an_earlier_release_is_replaced_and_nothing_else_is(source, checkpoint, 
     with pytest.raises(ReleaseError, match=r"\['model_of_today.pt'\], which no release writes"):
         release.release(str(source), str(checkpoint), str(tmp_path / "other"), zipped=False)
     assert trained.exists()
+    trained.unlink()
+    result = tmp_path / "other/toy/predictions/case.nii.gz"  # where inference.json writes
+    write(result, "a label map")
+    with pytest.raises(ReleaseError, match=r"it holds \['predictions'\], which no release writes"):
+        release.release(str(source), str(checkpoint), str(tmp_path / "other"), zipped=False)
+    assert result.exists()
+
+
+def test_lists_among_the_configs_are_none_and_the_notes_of_a_servers_training_stay(source, checkpoint, tmp_path):
+    write(source / "configs/splits.json", [{"train": ["a"], "val": ["b"]}])
+    write(source / "configs/monailabel_train.json", {"train#dataset#data": [{"image": "/studies/SMITH.nii.gz"}]})
+    release.release(str(source), str(checkpoint), str(tmp_path / "dist"), zipped=False)
+    assert "monailabel_train.json" not in os.listdir(tmp_path / "dist/toy/configs")
+
+
+def test_releases_that_are_made_at_once_are_all_listed(tmp_path):
+    names = [f"toy_v0.0.{number}" for number in range(10)]
+    with ThreadPoolExecutor(10) as threads:
+        list(threads.map(lambda name: release.list_release(str(tmp_path), name, "0", name), names))
+    assert list(json.loads((tmp_path / "model_info.json").read_text())) == names
 
 
 def test_the_scores_of_an_evaluation_stand_in_metadata_and_readme(source, checkpoint, tmp_path):
@@ -638,6 +674,15 @@ def test_each_fault_is_caught_by_its_check(staged, damage, check):
     assert gate.Check(check, *_run(staged, check)).result == "pass"
     damage(staged)
     assert gate.Check(check, *_run(staged, check)).result == "FAIL"
+
+
+def test_the_gate_sees_what_lies_in_folders_of_odd_names(staged, tmp_path):
+    moved = tmp_path / "releases [old]" / staged.name
+    shutil.copytree(staged, moved)
+    assert _run(moved, "JSON style") == _run(staged, "JSON style") != ("pass", "0 files")
+    assert _run(moved, "weights fit network_def")[0] == "pass"
+    with pytest.raises(OptionError, match="has a #, which MONAI reads as ::"):
+        gate.gate(str(tmp_path / "a#b"))
 
 
 def _run(bundle: Path, check: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
-from monai.transforms import Compose, Invertd
+from monai.transforms import Invertd
 from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import read_grid, read_volume
 from tsfm.errors import first_cause
@@ -51,8 +51,7 @@ class ClickRequests:
         )
         load_weights(self.network, parser.get_parsed_content("checkpoint"))
         self.network.eval()
-        invert = next(t for t in parser.get_parsed_content("postprocessing").transforms if isinstance(t, Invertd))
-        self.finish = Compose([invert])
+        self.finish = next(t for t in parser.get_parsed_content("postprocessing").transforms if isinstance(t, Invertd))
 
     def __call__(self, image: Any, **clicks: Any) -> np.ndarray:
         """Label map (I, J, K) of an image file; `clicks` in a form that `ReadClicksd` reads.
@@ -87,14 +86,9 @@ class Session:
         self.clicks: dict[str, list] = {"foreground": [], "background": []}
 
     def upload_image(self, voxels: np.ndarray) -> None:
-        """Find the file that holds these voxels.
-
-        Raises:
-            ClickError: there is none.
-        """
+        """Find the file that holds these voxels; ClickError where none does."""
         self.image = None
-        wanted = voxels.T
-        alike = 0
+        wanted, alike = voxels.T, 0
         for path in self.files:
             try:
                 if read_grid(path).shape != wanted.shape:
@@ -113,12 +107,10 @@ class Session:
         )
 
     def add_point(self, voxel: list[int], inside: bool) -> np.ndarray:
-        """The target's mask (K, J, I) with one more click, at a voxel [k, j, i].
+        """The target's mask (K, J, I) with one more click, at a voxel [k, j, i]; one that leads to an error is forgotten.
 
         Raises:
             ClickError: no image yet, or a click outside of it.
-
-        A click that led to an error is forgotten.
         """
         if self.image is None:
             raise ClickError(NO_IMAGE)
@@ -148,10 +140,8 @@ def click_server(
     settings = {"device": torch.device(device)} if device else {}
     session = Session(ClickRequests(bundle_dir, **settings), images, target)
     with serve(session, host, port) as server:
-        print(
-            f"{target} of {bundle_dir} for {len(session.files)} images at http://{host}:{server.server_port}",
-            flush=True,
-        )
+        address = f"http://{host}:{server.server_port}"
+        print(f"{target} of {bundle_dir} for {len(session.files)} images at {address}", flush=True)
         server.serve_forever()
 
 
@@ -162,7 +152,10 @@ def serve(session: Session, host: str, port: int) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             try:
-                body = self.rfile.read(_length(self.headers.get("Content-Length", "0")))
+                length = self.headers.get("Content-Length", "0")
+                if not length.isdecimal() or int(length) > LARGEST_BODY:
+                    raise ClickError(f"a request of {length} bytes; expected at most {LARGEST_BODY}")
+                body = self.rfile.read(int(length))
                 with lock:
                     answer = _answer(session, self.path, body, self.headers.get("Content-Type", ""))
             except Exception as error:  # said in the extension's window
@@ -182,13 +175,6 @@ def serve(session: Session, host: str, port: int) -> ThreadingHTTPServer:
             pass
 
     return ThreadingHTTPServer((host, port), Handler)
-
-
-def _length(header: str) -> int:
-    """Bytes of a request's body, as its header says; ClickError for none that can be meant."""
-    if not header.isdecimal() or int(header) > LARGEST_BODY:
-        raise ClickError(f"a request of {header} bytes; expected at most {LARGEST_BODY}")
-    return int(header)
 
 
 def _answer(session: Session, path: str, body: bytes, kind: str) -> dict[str, str] | bytes:

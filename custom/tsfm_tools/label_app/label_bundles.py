@@ -5,10 +5,10 @@ Nothing here knows MONAI Label.
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def served_bundles(app_dir: str, conf: dict[str, str]) -> dict[str, str]:
     named = [name.strip() for name in conf.get("models", "").split(",") if name.strip()]
     around = os.path.dirname(os.path.realpath(app_dir))
     if not named:
-        named = [around] if _is_bundle(around) else sorted(glob.glob(os.path.join(app_dir, "model", "*")))
+        named = [around] if _is_bundle(around) else sorted(map(str, Path(app_dir, "model").glob("*")))
     found = {}
     for name in named:
         folder = next((f for f in (os.path.join(app_dir, "model", name), name) if _is_bundle(f)), None)
@@ -44,9 +44,7 @@ def served_bundles(app_dir: str, conf: dict[str, str]) -> dict[str, str]:
 
 
 def _is_bundle(folder: str) -> bool:
-    return all(
-        os.path.isfile(os.path.join(folder, *part)) for part in (("configs", "inference.json"), ("models", "model.pt"))
-    )
+    return all(Path(folder, part).is_file() for part in ("configs/inference.json", "models/model.pt"))
 
 
 def check_names(name: str, models: Iterable[str]) -> None:

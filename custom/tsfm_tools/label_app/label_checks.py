@@ -73,13 +73,12 @@ def check_training(request: Mapping[str, Any], options: Mapping[str, Any], devic
     """
     checked = {**request, **_options(request, options, devices)}
     checked["max_epochs"] = whole("max_epochs", request.get("max_epochs", options.get("max_epochs", 50)))
-    split = number("val_split", request.get("val_split", options.get("val_split", 0.2)))
+    split = checked["val_split"] = number("val_split", request.get("val_split", options.get("val_split", 0.2)))
     if not 0 <= split < 1:
         raise BadRequest(
             f"val_split is {split:g}, expected a share of the labeled images from 0 to below 1 (0.2: a fifth)"
         )
-    checked["val_split"] = split
-    gpus = str(request.get("gpus") or "all")
+    gpus = checked["gpus"] = "all" if request.get("gpus") in (None, "") else str(request["gpus"])
     known = [str(number) for number in range(sum(device.startswith("cuda:") for device in devices))]
     if gpus != "all" and not set(gpus.split(",")) <= set(known):
         raise BadRequest(
@@ -89,24 +88,28 @@ def check_training(request: Mapping[str, Any], options: Mapping[str, Any], devic
         raise BadRequest(
             f"there is nothing to train on: submit labels first (no image has one that is tagged '{FINAL}')"
         )
+    if labels * (1 - split) < 0.5:  # MONAI rounds to the nearest number
+        raise BadRequest(f"val_split {split:g} leaves none of the {labels} labeled images to train on: lower it")
     return checked
 
 
 def check_image(path: str, image: str, images: Iterable[str]) -> None:
     """BadRequest (404) where an image's name leads to no file; its content is looked at when it is read."""
     if not path or not os.path.exists(path):
-        near = difflib.get_close_matches(image, list(images), 1)
-        raise BadRequest(
-            f"there is no image '{image}' on this server" + (f" (did you mean '{near[0]}'?)" if near else ""), 404
-        )
+        raise BadRequest(f"there is no image '{image}' on this server{_nearest(image, images)}", 404)
+
+
+def _nearest(word: Any, known: Iterable[Any], cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(str(word), list(map(str, known)), 1, cutoff)
+    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def _options(request: Mapping[str, Any], options: Mapping[str, Any], devices: Sequence[str]) -> dict[str, Any]:
     """The values of those options that the request sets."""
     for name in request:
-        near = difflib.get_close_matches(name, [option for option in options if option not in request], 1, 0.8)
-        if name not in options and near:
-            raise BadRequest(f"there is no option '{name}' (did you mean '{near[0]}'?); it would change nothing")
+        hint = _nearest(name, [option for option in options if option not in request], 0.8)
+        if name not in options and hint:
+            raise BadRequest(f"there is no option '{name}'{hint}; it would change nothing")
     given = {name: request[name] for name in options if request.get(name) is not None}
     empty = {name: options[name] for name, value in given.items() if value == ""}  # a field that was left empty
     return {name: _value(name, value, options[name], devices) for name, value in {**given, **empty}.items()}
@@ -130,8 +133,7 @@ def one_of(name: str, value: Any, choices: Sequence[str], there_are: str = "choo
     values = list(value) if isinstance(value, list | tuple) else [value]
     wrong = [one for one in values if one not in choices]
     if wrong or not values:
-        near = difflib.get_close_matches(str((wrong or [""])[0]), [str(choice) for choice in choices], 1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        hint = _nearest((wrong or [""])[0], choices)
         raise BadRequest(f"{name} is {value!r}{hint}; {there_are}: {', '.join(map(str, choices)) or 'nothing'}")
 
 

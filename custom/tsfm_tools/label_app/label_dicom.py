@@ -22,8 +22,8 @@ from monailabel.datastore.utils.dicom import dicom_web_download_series
 logger = logging.getLogger(__name__)
 
 
-def series_as_nifti(folder: str) -> list[str]:
-    """Write NAME.nii.gz into `folder` for every DICOM series in it or below; returns the paths that are new.
+def series_as_nifti(folder: str) -> None:
+    """Write NAME.nii.gz into `folder` for every DICOM series in it or below that has none yet.
 
     The voxels are those that the bundles read from the series itself. A series that cannot be read is left out, with a
     warning that says why.
@@ -39,7 +39,6 @@ def series_as_nifti(folder: str) -> list[str]:
         found = [item["image"] for item in find_images(folder) if os.path.isdir(item["image"])]
     except FileNotFoundError:  # an empty folder, to be filled later
         found = []
-    written = []
     for series in found:
         name = os.path.relpath(series, folder).replace(os.sep, "_")
         path = str(output_path(folder, os.path.basename(os.path.abspath(folder)) if name == "." else name))
@@ -52,8 +51,6 @@ def series_as_nifti(folder: str) -> list[str]:
             continue
         write_label_map(MetaTensor(torch.from_numpy(volume.array), affine=torch.from_numpy(volume.affine)), path)
         logger.info("%s: written from the DICOM series %s", path, series)
-        written.append(path)
-    return written
 
 
 class NamedSegments(DICOMWebDatastore):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import glob
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def devices() -> list[str]:
 
 def weight_files(bundle: str) -> list[str]:
     """Names of the weight files that a bundle has now, ``model.pt`` first."""
-    return sorted((os.path.basename(path) for path in glob.glob(os.path.join(bundle, "models", "*.pt"))), key=len)
+    return sorted((path.name for path in Path(bundle, "models").glob("*.pt")), key=len)
 
 
 class InferTask(BundleInferTask):
@@ -120,8 +120,13 @@ class TrainTask(BundleTrainTask):
         return super().__call__({**request, "run_id": request.get("run_id") or "run"}, datastore)
 
     def _fetch_datalist(self, request: dict[str, Any], datastore: Any) -> list[dict[str, Any]]:
-        """The labeled images, each with the targets that its label or the request names; those that say nothing left out."""
+        """The labeled images, each with the targets that its label or the request names; those that say nothing left out.
+
+        Raises:
+            CaseError: all of them say nothing.
+        """
         from tsfm.cases.submitted import drawn_targets, named_targets
+        from tsfm.errors import CaseError
         from tsfm.training.checkpoint import read_description
 
         targets = tuple(read_description(os.path.join(self.bundle_path, "models", "model.pt"))["targets"])
@@ -135,6 +140,11 @@ class TrainTask(BundleTrainTask):
                 items.append({**item, "annotated": named})
             else:
                 logger.warning("%s is left out: it holds no target, and none is named as annotated", item["label"])
+        if not items:
+            raise CaseError(
+                "the submitted labels hold no target at all, so there is nothing to learn from them; draw one, or name the "
+                "targets that are absent where they are not drawn (annotated)"
+            )
         return items
 
     def _load_checkpoint(self, model_pytorch: str, pretrained: bool, train_handlers: list) -> None:

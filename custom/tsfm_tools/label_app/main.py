@@ -75,14 +75,8 @@ class MyApp(MONAILabelApp):
         import tsfm.cases.submitted  # noqa: F401  (the package of the first bundle serves all)
 
         sys.path.pop(0)
-        super().__init__(
-            app_dir,
-            studies,
-            conf,
-            f"TSFM ({monailabel.__version__})",
-            "Tumor segmentation bundles",
-            monailabel.__version__,
-        )
+        version = monailabel.__version__
+        super().__init__(app_dir, studies, conf, f"TSFM ({version})", "Tumor segmentation bundles", version)
 
     # ---- what is offered --------------------------------------------------------------------------------------
 
@@ -141,11 +135,10 @@ class MyApp(MONAILabelApp):
             return super().infer(checked, datastore)
 
     def _task(self, tasks: dict[str, Any], request: dict[str, Any]) -> Any:
-        if request.get("model") not in tasks:
-            raise BadRequest(
-                f"there is no model '{request.get('model')}'; this server has {', '.join(tasks) or 'none'}", 404
-            )
-        return tasks[request["model"]]
+        name = request.get("model")
+        if name not in tasks:
+            raise BadRequest(f"there is no model '{name}'; this server has {', '.join(tasks) or 'none'}", 404)
+        return tasks[name]
 
     def _check_image(self, image: Any, datastore: Any) -> None:
         if not isinstance(image, str) or os.path.exists(image):
@@ -175,22 +168,16 @@ class MyApp(MONAILabelApp):
                 return check_training(request, options, devices(), len(self.datastore().get_labeled_images()))
             if method == "batch_infer":
                 return self._task(self._infers, request).checked(request)
-            if method == "scoring":
-                self._known_scoring(request)
+            asked, known = request.get("method"), list(self._scoring_methods)
+            if method == "scoring" and asked not in known:
+                raise BadRequest(f"there is no scoring method '{asked}'; there are {known}", 404)
             return request
-
-    def _known_scoring(self, request: dict[str, Any]) -> None:
-        if request.get("method") not in self._scoring_methods:
-            raise BadRequest(
-                f"there is no scoring method '{request.get('method')}'; there are {list(self._scoring_methods)}", 404
-            )
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         with answered():
-            if request.get("strategy", "random") not in self._strategies:
-                raise BadRequest(
-                    f"there is no strategy '{request['strategy']}'; there are {list(self._strategies)}", 404
-                )
+            asked = request.get("strategy", "random")
+            if asked not in self._strategies:
+                raise BadRequest(f"there is no strategy '{asked}'; there are {list(self._strategies)}", 404)
             return super().next_sample(request)
 
     # ---- background tasks -------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ from tsfm.training.weight_files import CheckpointError
 
 from ..paper.grids import run_bundle
 from .gpus import visible_devices
-from .release import release
+from .release import read_licence, release
+from .rules import PROMPTABLE, check_name
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,7 @@ OWN = ("fold", "dataset_dir", "output_dir", "ckpt_dir", "bundle_root", "config_f
 OWN += ("run_id", "init_id", "final_id")
 """Ids that a cross-validation sets itself in every run."""
 
-SCORED = (
-    "Each case was scored by the fold that held it out, before post-processing; the ensemble itself was not scored."
-)
+SCORED = "Each case was scored by the fold that held it out, before post-processing; the ensemble was not scored."
 
 
 def cross_validate(
@@ -86,13 +85,18 @@ def cross_validate(
         the table as Markdown.
 
     Raises:
-        OptionError, FileError, PoolError: options, configs, data that cannot be used, before any training.
+        OptionError, FileError, PoolError, ReleaseError: options, configs, data, names that cannot be used, before any training.
         CheckpointError: `output_dir` holds another cross-validation.
     """
     overlays = [overlays] if isinstance(overlays, str) else list(overlays)
     folds = [folds] if isinstance(folds, int) else folds
+    if isinstance(folds, str):
+        raise OptionError(f"--folds {folds}: expected a number, or a list of numbers; without it all folds are done")
+    if data_license:
+        read_licence(data_license)
     devices = None if gpus is None else visible_devices(gpus)
     one = CrossValidation(dataset_dir, output_dir, bundle_dir, folds, overlays, settings, store_dir)
+    name = one.release_name(name)
     if devices is not None:
         arguments = {"bundle_dir": bundle_dir, "folds": folds, "overlays": overlays, "name": name, **settings}
         arguments |= {"trained_on": trained_on, "data_license": data_license, "store_dir": store_dir}
@@ -119,17 +123,15 @@ class CrossValidation:
     ) -> None:
         self.bundle, self.folder = os.path.abspath(bundle_dir), Path(os.path.abspath(output_dir))
         self.store = os.path.abspath(store_dir) if store_dir else str(self.folder / "store")
-        self.dataset_dir, self.overlays, self.settings = os.path.abspath(dataset_dir), list(overlays), dict(settings)
+        self.dataset_dir, self.settings = os.path.abspath(dataset_dir), dict(settings)
         paths = {"dataset_dir": self.dataset_dir, "output_dir": self.folder, "bundle_dir": self.bundle}
         check_texts({**paths, "store_dir": self.store}, "options")
         if own := [f"--{key}" for key in self.settings if key.lstrip("+") in OWN]:
             raise OptionError(
                 f"{', '.join(own)}: a cross-validation sets this itself; its options are --folds, --output_dir"
             )
-        beside = [
-            (os.path.join(self.bundle, "configs", one), os.path.abspath(one)) for one in ("train.json", *overlays)
-        ]
-        self.configs = [inside if os.path.isfile(inside) else outside for inside, outside in beside]
+        inside, names = Path(self.bundle, "configs"), ("train.json", *overlays)
+        self.configs = [str(inside / one) if (inside / one).is_file() else os.path.abspath(one) for one in names]
         if absent := [path for path in self.configs if not os.path.isfile(path)]:
             raise FileError(f"{absent[0]} does not exist, nor is it in {self.bundle}/configs: --bundle_dir, --overlays")
         words = [word for key, value in self.settings.items() for word in (f"--{key}", str(value))]
@@ -144,9 +146,7 @@ class CrossValidation:
         self.held_out = {fold: items for fold, items in held_out.items() if items}
         self.folds = list(self.held_out)
         if not self.folds:
-            raise PoolError(
-                f"{self.dataset_dir}: no fold holds out a case; a cross-validation needs two cases at least"
-            )
+            raise PoolError(f"{self.dataset_dir}: no fold holds out a case; two cases are needed at least")
         self.claims = Claims(self.folder)
         self._remember()
 
@@ -168,7 +168,8 @@ class CrossValidation:
 
     def is_done(self, fold: int) -> bool:
         """Whether a fold is trained and what it holds out is segmented, with the weights that are there now."""
-        return _known(self._fold(fold) / "done.json") == self._weights(fold)
+        done = _known(self._fold(fold) / "done.json") == self._weights(fold)
+        return done and all(path.is_file() for path in self._maps(fold))
 
     def spread(self, gpus: Mapping[int, str], arguments: Mapping[str, Any]) -> None:
         """Run this command once per GPU (number -> device as CUDA names it) and wait; what they say is in ``gpu_N.log``."""
@@ -186,16 +187,25 @@ class CrossValidation:
             failed = [gpu for gpu, process in running.items() if process.wait() != 0]
         finally:
             for process in running.values():
-                if process.poll() is None:
-                    process.terminate()
+                process.terminate()  # nothing where it has ended
         if failed:
             last = logs[failed[0]].read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
             raise RuntimeError(f"the folds on GPU {failed} failed; the same command goes on. {logs[failed[0]]}: {last}")
 
-    def finish(self, name: str | None, trained_on: str | None, data_license: str | None) -> str:
+    def release_name(self, name: str | None) -> str:
+        """`name`, or one made of the data set's; ReleaseError for one that no release may have."""
+        clicks = bool(self.parser.get("click_sigma"))
+        if name is None:
+            plain = plain_name(os.path.basename(self.dataset_dir))
+            letters = "".join(one if one.isascii() and one.isalnum() else "_" for one in plain).strip("_")
+            name = f"tsfm_{letters or 'cross_validated'}" + f"_{PROMPTABLE}" * clicks
+        check_name(name, clicks)
+        return name
+
+    def finish(self, name: str, trained_on: str | None, data_license: str | None) -> str:
         """Scores of all held-out cases, the post-processing that they support, the release, the table."""
         table, made = self.folder / "table.md", self.folder / "made_from.json"
-        asked = {"name": name or self._name(), "trained_on": trained_on, "data_license": data_license}
+        asked = {"name": name, "trained_on": trained_on, "data_license": data_license}
         asked["weights"] = [self._weights(fold) for fold in self.folds]
         if not self.claims.take("table"):
             return f"another process is making {table} and the release"
@@ -207,7 +217,8 @@ class CrossValidation:
 
     def _make(self, table: Path, made: Path, asked: Mapping[str, Any]) -> None:
         """What `finish` says, unless it is there and made from what is `asked`."""
-        if not table.is_file() or _known(made) != asked:
+        is_there = table.is_file() and (self.folder / "release" / asked["name"]).is_dir()
+        if not is_there or _known(made) != asked:
             items = [item for items in self.held_out.values() for item in items]
             evaluate_folder(self.folder / "held_out", items, self.pool.table, self.folder / "scores")
             pairs = match_predictions(self.folder / "held_out", items)
@@ -216,10 +227,11 @@ class CrossValidation:
             self._write(self.folder / "postprocessing.json", plan)
             steps = {key: plan[key] for key in ("targets", "steps")}
             said = f"{len(self.folds)} folds of {os.path.basename(self.dataset_dir)} ({len(items)} cases)"
+            own = [path.name for path in map(Path, self.configs[1:]) if path.parent == Path(self.bundle, "configs")]
             released = release(
                 self.bundle, [str(self._fold(fold) / "model.pt") for fold in self.folds], str(self.folder / "release"),
                 name=asked["name"], metrics=str(self.folder / "scores/summary.json"), metrics_of=SCORED, data_license=asked["data_license"],
-                trained_on=asked["trained_on"] or said, overlays=self._own_overlays(),
+                trained_on=asked["trained_on"] or said, overlays=own,  # the server's training shall use the bundle's own, too
                 inference={"postprocessing_plan": steps if plan["steps"] else None, "displayable_configs#mirroring": True},
             )  # fmt: skip
             text = self._table(pairs, plan, released)
@@ -250,10 +262,8 @@ class CrossValidation:
         """Write down what this cross-validation is, or CheckpointError where the folder holds another."""
         cases = sorted([item["dataset"], item["case"], fold] for fold, items in self.held_out.items() for item in items)
         record = {"dataset_dir": self.dataset_dir, "configs": self.configs, "settings": self.settings}
-        record["held_out"] = cases
-        record, path = json.loads(json.dumps(record)), self.folder / "cross_validation.json"
-        if not path.is_file():
-            self._write(path, record, write_first)
+        record, path = json.loads(json.dumps({**record, "held_out": cases})), self.folder / "cross_validation.json"
+        self._write(path, record, write_first)
         known = read_json(path)
         before, now = ({tuple(row) for row in one.pop("held_out", ())} for one in (known, record))
         moved = f"; cases and folds {sorted(before ^ now)[:5]}" if before != now else ""
@@ -292,17 +302,6 @@ class CrossValidation:
     def _maps(self, fold: int) -> list[Path]:
         return [output_path(self.folder / "held_out", item["case"]) for item in self.held_out[fold]]
 
-    def _name(self) -> str:
-        """A bundle's name from the data set's."""
-        name = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in plain_name(
-            os.path.basename(self.dataset_dir)).lower()).strip("_")  # fmt: skip
-        return f"tsfm_{name}" if name else "tsfm_cross_validated"
-
-    def _own_overlays(self) -> list[str]:
-        """The overlays that the bundle has itself: a release's training shall use them too."""
-        own = os.path.join(self.bundle, "configs")
-        return [os.path.basename(path) for path in self.configs[1:] if os.path.dirname(path) == own]
-
     def _table(self, pairs: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], released: str) -> str:
         """Mean Dice per target: of each fold, of all held-out cases, and of these after post-processing."""
         rows = [row for row in load_rows(self.folder / "scores/cases.csv") if row["dice"] is not None]
@@ -330,8 +329,7 @@ class CrossValidation:
             prediction, affine = load_map(pair["prediction"])
             truth, _ = load_truth(pair["label"], self.pool.table, pair["dataset"], (prediction, affine, pair["case"]))
             processed = apply(prediction, plan, self.pool.table.annotated(pair["dataset"]))
-            counts = count_voxels(processed, truth, self.pool.table, pair["dataset"])
-            for name, (tp, fp, fn) in counts.items():
+            for name, (tp, fp, fn) in count_voxels(processed, truth, self.pool.table, pair["dataset"]).items():
                 if tp + fn:
                     found.setdefault(name, []).append(2 * tp / (2 * tp + fp + fn))
         return found

@@ -18,8 +18,6 @@ from torch import nn
 from tsfm.network.described import FixedPatch
 from tsfm.training.checkpoint import build_network, load_weights, read_description
 
-FORMATS = ("torchscript", "export", "onnx")
-
 TOLERANCE = 1e-4
 """Largest difference of a logit between the exported network and the network itself, relative to the largest logit.
 
@@ -60,16 +58,24 @@ def export(
         the largest such difference, over batches of one and of two windows of noise.
 
     Raises:
-        ExportError: an unknown format or suffix, a missing package, or a difference above `tolerance` (no file is left then).
+        ExportError: an unknown format or suffix, the checkpoint as `output_file`, a missing package, or a difference above
+            `tolerance` (no file is left then).
+        ValueError: a window that the network does not take.
     """
-    if format not in FORMATS:
-        raise ExportError(f"format is {format!r}; expected one of {list(FORMATS)}")
+    if format not in WRITERS:
+        raise ExportError(f"format is {format!r}; expected one of {list(WRITERS)}")
     if format == "export" and not output_file.endswith(".pt2"):
         raise ExportError(f"output_file is {output_file!r}; torch.export reads only files that end in .pt2")
+    if os.path.exists(output_file) and os.path.samefile(output_file, checkpoint):
+        raise ExportError(f"output_file is {output_file!r}, the checkpoint itself; choose another")
     description = read_description(checkpoint)
     network = build_network(description).eval()
     load_weights(network, checkpoint)
-    description = {**description, "patch_size": list(patch_size or description["patch_size"])}
+    patch = patch_size or description["patch_size"]
+    if not isinstance(patch, list | tuple) or len(patch) != 3:
+        raise ExportError(f"patch_size is {patch!r}; expected three numbers of voxels (S, P, L)")
+    network.check_size(patch)
+    description = {**description, "patch_size": list(patch)}
     window, metadata = (network.in_channels, *description["patch_size"]), json.dumps(description, indent=4)
     os.makedirs(os.path.dirname(os.path.abspath(output_file)), exist_ok=True)
     with torch.no_grad():

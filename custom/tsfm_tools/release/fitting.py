@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from monai.bundle import ConfigParser
+from monai.bundle.utils import merge_kv
 from tsfm.network.adapted import REQUIRED
 from tsfm.training.checkpoint import image_channels, table_of
 
@@ -52,8 +54,6 @@ def _is_decided(key: str, decided: list[str]) -> bool:
 
 def _resolved(overlay: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:
     """An overlay with the parts of the weights' description that its macros name."""
-    from monai.bundle import ConfigParser
-
     others = {key: description[key] for key in SELDOM_SAID if key in description}
     parser = ConfigParser({**overlay, "weights": {**UNSAID, **description, "others": others}})
     parser.resolve_macro_and_relative_ids()
@@ -62,9 +62,6 @@ def _resolved(overlay: Mapping[str, Any], description: Mapping[str, Any]) -> dic
 
 def merge_overlay(config: dict[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
     """A config with an overlay's ids, as ``--config_file "['train.json', overlay]"`` would have them."""
-    from monai.bundle import ConfigParser
-    from monai.bundle.utils import merge_kv
-
     parser = ConfigParser(config)
     for key, value in overlay.items():
         if key != "_desc_":
@@ -114,9 +111,8 @@ def fill_metadata(
         f"{method} of {parameters / 1e6:.3g} million parameters that segments {targets}. Trained on: {source}."
     )
     metadata["data_source"] = f"{source}; see docs/data_license.txt"
-    metadata["image_classes"] = (
-        f"{image_channels(description)} channel(s): {modality}, any size, spacing and orientation"
-    )
+    channels = image_channels(description)
+    metadata["image_classes"] = f"{channels} channel(s): {modality}, any size, spacing and orientation"
     values = ", ".join(f"{value} is {name}" for value, name in table.channel_def().items())
     metadata["label_classes"] = metadata["pred_classes"] = values
 

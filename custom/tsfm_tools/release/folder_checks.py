@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from monai.bundle import verify_metadata
 from tsfm.labels import LABEL_MAP
 from tsfm.schema import read_json
 from tsfm.training.checkpoint import read_state, table_of
 
-from .release import LARGE_FILE_BYTES, list_files
+from .release import PARTS, large_files, list_files
 from .rules import check_name, check_version
 
 SCHEMA = os.path.join(os.path.dirname(__file__), "meta_schema_20240725.json")
@@ -24,8 +25,6 @@ PREFERRED = (
     *("configs/train.json", "configs/evaluate.json", "configs/multi_gpu_train.json", "configs/logging.conf"),
     *("docs/README.md", "docs/data_license.txt"),
 )
-
-PARTS = {"LICENSE", "configs", "docs", "label_app", "models", "tsfm", "large_files.yml"}
 
 README_HEADINGS = (  # of the zoo's template and of the bundles in it
     *("Model Overview", "Data", "Preprocessing", "Training Configuration", "Input", "Output", "Performance"),
@@ -88,15 +87,13 @@ def _clean(bundle: str) -> str:
     need(not strange, f"{strange} are no parts of a bundle: runs, images and results do not belong into a release")
     need(not litter and not links, f"caches, hidden files or links: {(litter + links)[:5]}")
     home = os.path.join(os.path.expanduser("~"), "")
-    leaks = [file for file in files if _holds(os.path.join(bundle, file), home if len(home) > 2 else None)]
+    leaks = [file for file in files if len(home) > 2 and _holds(os.path.join(bundle, file), home)]
     need(not leaks, f"files name this machine's home folder {home}: {leaks[:5]}")
     return f"{len(files)} files, no caches, links or paths of this machine"
 
 
-def _holds(path: str, text: str | None) -> bool:
+def _holds(path: str, text: str) -> bool:
     """Does a file hold `text`? Read in overlapping pieces, so that weights of any size can be searched."""
-    if text is None:
-        return False
     needle, tail = text.encode(), b""
     with open(path, "rb") as file:
         while block := file.read(2**22):
@@ -106,15 +103,13 @@ def _holds(path: str, text: str | None) -> bool:
     return False
 
 
-def _text(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+def _text(*path: str | Path) -> str:
+    return Path(*path).read_text(encoding="utf-8")
 
 
 def _large_files(bundle: str) -> str:
-    large = [f for f in list_files(bundle) if os.path.getsize(os.path.join(bundle, f)) > LARGE_FILE_BYTES]
-    listing = os.path.join(bundle, "large_files.yml")
-    named = _text(listing) if os.path.isfile(listing) else ""
+    large, listing = large_files(bundle), Path(bundle, "large_files.yml")
+    named = _text(listing) if listing.is_file() else ""
     missing = [file for file in large if file not in named]
     need(not missing, f"over 25 MB and not in large_files.yml: {missing}")
     return f"{len(large)} files over 25 MB"
@@ -122,22 +117,17 @@ def _large_files(bundle: str) -> str:
 
 def _json_style(bundle: str) -> str:
     wrong = []
-    files = sorted(glob.glob(os.path.join(bundle, "configs", "*.json")))
+    files = sorted(Path(bundle, "configs").glob("*.json"))
     for path in files:
         text = _text(path)
-        content = json.loads(text)
-        if text.rstrip("\n") not in (json.dumps(content, indent=4), json.dumps(content, indent=4, ensure_ascii=False)):
-            wrong.append(os.path.basename(path))
+        if text.rstrip("\n") not in (json.dumps(json.loads(text), indent=4, ensure_ascii=one) for one in (True, False)):
+            wrong.append(path.name)
     need(not wrong, f"not indented by 4 as json.dumps does: {wrong}")
     return f"{len(files)} files"
 
 
 def _schema(bundle: str) -> str:
-    from monai.bundle import verify_metadata
-
-    verify_metadata(
-        meta_file=config_path(bundle, "metadata.json"), filepath=SCHEMA
-    )  # an existing file is not downloaded
+    verify_metadata(meta_file=config_path(bundle, "metadata.json"), filepath=SCHEMA)  # which is there: no download
     return "meta_schema_20240725.json"
 
 
@@ -156,13 +146,13 @@ def _versions(bundle: str) -> str:
 
 
 def _license(bundle: str) -> str:
-    text = _text(os.path.join(bundle, "LICENSE"))
+    text = _text(bundle, "LICENSE")
     need("Apache License" in text and "Version 2.0" in text, "LICENSE is not the Apache License 2.0")
     return "Apache-2.0"
 
 
 def _data_license(bundle: str) -> str:
-    text = _text(os.path.join(bundle, "docs", "data_license.txt")).lower()
+    text = _text(bundle, "docs", "data_license.txt").lower()
     need(text.strip(), "docs/data_license.txt is empty")
     pool = config_path(bundle, "pool.json")
     names = []
@@ -177,7 +167,7 @@ def _data_license(bundle: str) -> str:
 
 
 def _readme(bundle: str) -> str:
-    lines = _text(os.path.join(bundle, "docs", "README.md")).splitlines()
+    lines = _text(bundle, "docs", "README.md").splitlines()
     headings = [line.lstrip("#").strip(" *:").lower() for line in lines if line.startswith("#")]
     missing = [heading for heading in README_HEADINGS if heading.lower() not in headings]
     need(not missing, f"docs/README.md has no heading {missing}")

@@ -21,9 +21,12 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import tsfm
 from tsfm.errors import first_cause
+from tsfm.options import check_texts
+from tsfm.schema import read_json
 
 from .folder_checks import FOLDER_CHECKS, Failed, Skipped
 from .rules import ReleaseError
@@ -31,7 +34,7 @@ from .workflow_checks import WORKFLOW_CHECKS
 
 CHECKS = {**FOLDER_CHECKS, **WORKFLOW_CHECKS}
 
-TOOLS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+TOOLS = str(Path(__file__).resolve().parents[2])
 """Where this package is found, by a process that imports ``tsfm`` from a bundle."""
 
 NOT_RUN = {
@@ -56,8 +59,10 @@ def gate(bundle_dir: str) -> list[Check]:
 
     Raises:
         FileNotFoundError: no such folder.
+        OptionError: one with a ``#`` in its path.
     """
     bundle_dir = os.path.abspath(bundle_dir)
+    check_texts({"bundle_dir": bundle_dir}, "options")
     if not os.path.isdir(bundle_dir):
         raise FileNotFoundError(f"bundle folder {bundle_dir} does not exist")
     vendored, package = os.path.join(bundle_dir, "tsfm"), os.path.dirname(os.path.abspath(tsfm.__file__))
@@ -70,8 +75,7 @@ def gate(bundle_dir: str) -> list[Check]:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if not os.path.isfile(report):
             return [Check("vendored package", "FAIL", done.stderr.strip()[-400:])]
-        with open(report, encoding="utf-8") as file:
-            return [Check(**row) for row in json.load(file)]
+        return [Check(**row) for row in read_json(report)]
 
 
 def run_checks(bundle_dir: str, names: Sequence[str] | None = None) -> list[Check]:
@@ -123,5 +127,5 @@ def _quiet() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    with open(sys.argv[2], "w", encoding="utf-8") as report_file:
-        json.dump([asdict(row) for row in run_checks(sys.argv[1])], report_file)
+    found = json.dumps([asdict(row) for row in run_checks(sys.argv[1])])
+    Path(sys.argv[2]).write_text(found, encoding="utf-8")

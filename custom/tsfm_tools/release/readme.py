@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
 from tsfm.cases.licences import licence_facts, weights_terms
 from tsfm.schema import FileError, read_json
 from tsfm.training.checkpoint import image_channels, table_of
@@ -24,11 +24,7 @@ def write_readme(path: str, names: tuple[str, str], version: str, parts: Mapping
 
     `names`: of the source bundle and of the release; the README's commands get the latter, and the version.
     """
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    text = ""
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+    text = Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else ""
     before, name = names
     text = re.sub(rf"\b{re.escape(before)}_v\d\.\d\.\d\b", f"{name}_v{version}", text)
     text = re.sub(rf"\b{re.escape(before)}\b", name, text)
@@ -38,31 +34,7 @@ def write_readme(path: str, names: tuple[str, str], version: str, parts: Mapping
             text = f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
         elif part == "weights":
             text = f"{text.rstrip()}\n\n## The weights in this release\n\n{begin}\n{content}\n{end}\n"
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def readme_parts(
-    description: Mapping[str, Any],
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    train: Mapping[str, Any],
-    checkpoint: str,
-    licences: Mapping[str, Mapping[str, Any]],
-    trained_on: str | None = None,
-    metrics_of: str = "",
-) -> dict[str, str]:
-    """Name -> Markdown of the README's parts; `train` is the merged train.json, `checkpoint` where the weights came from.
-
-    `licences`: those of the data that the weights saw (`licences_seen`).
-    """
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    return {
-        "weights": weights_table(description, metadata, parameters, licences, trained_on),
-        "training": training_table(train, description, checkpoint),
-        "performance": performance(metadata, metrics_of),
-        "system": system_table(parameters, description["patch_size"]),
-    }
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def weights_table(
@@ -74,9 +46,6 @@ def weights_table(
 ) -> str:
     """What the weights are: network, patch, preparation, data, and one row per target."""
     table, preparation = table_of(description), description["preparation"]
-    annotators = {
-        target: [name for name in table.datasets if target in table.annotated(name)] for target in table.names
-    }
     facts = {
         "version": metadata["version"],
         "network": _network(description["network"]),
@@ -90,22 +59,19 @@ def weights_table(
         "taken after epoch": description.get("epoch", "unknown"),
     }
     scores = _scores(metadata)
-    rows = [
-        (value, target, table.parent(target) or "", ", ".join(annotators[target]), scores.get(target, "not evaluated"))
-        for value, target in enumerate(table.names, start=1)
-    ]
-    return (
-        f"{_table(('', ''), facts.items())}\n\n{_table(('value', 'target', 'lies in', 'annotated by', 'Dice'), rows)}"
-    )
+    rows = []
+    for value, target in enumerate(table.names, start=1):
+        annotators = ", ".join(name for name in table.datasets if target in table.annotated(name))
+        rows.append((value, target, table.parent(target) or "", annotators, scores.get(target, "not evaluated")))
+    heads = ("value", "target", "lies in", "annotated by", "Dice")
+    return f"{_table(('', ''), facts.items())}\n\n{_table(heads, rows)}"
 
 
 def training_table(train: Mapping[str, Any], description: Mapping[str, Any], checkpoint: str) -> str:
     """How the staged train.json trains, and how these weights were trained, as far as a ``run.json`` beside them says."""
     here, there = training_facts(train), _facts_of_run(checkpoint)
-    text = (
-        f"These weights were taken after epoch {description['epoch']} of their training. "
-        if "epoch" in description
-        else ""
+    text = f"These weights were taken after epoch {description.get('epoch')} of their training. " * (
+        "epoch" in description
     )
     if not there:
         text += (
@@ -212,8 +178,13 @@ def _text(value: Any) -> str:
 
 
 def _table(head: Any, rows: Any) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    lines = [[_cell(value) for value in line] for line in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """A value in one line, and in one column."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _network(arguments: Mapping[str, Any]) -> str:

@@ -21,18 +21,19 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import tsfm
 from tsfm.cases.licences import licence_list
-from tsfm.files import PARTIAL, atomic_write, scratch_name, sweep
+from tsfm.files import PARTIAL, atomic_write, locked, scratch_name, sweep
 from tsfm.schema import read_json
 from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
 
 from .fitting import NOT_EVALUATED, dice_per_target, fill_configs, fill_metadata, merge_overlay
-from .readme import licences_seen, readme_parts, write_readme
+from .readme import licences_seen, performance, system_table, training_table, weights_table, write_readme
 from .rules import PROMPTABLE, ReleaseError, check_name, check_version, check_weights
 
 LARGE_FILE_BYTES = 25 * 2**20
@@ -44,9 +45,13 @@ WEIGHT_SUFFIXES = (".pt", ".safetensors", ".ts", ".onnx")
 STAGED = ("LICENSE", "configs/*.json", "configs/*.conf", "docs/*")
 """What a release takes from a bundle's folder; weights and package come beside it, runs and their data never do."""
 
-RELEASED_WEIGHTS = ("model.pt", "model.safetensors")
+LEFT_OUT = "monailabel_train.json"
+"""Among the configs: where MONAI Label notes a training on several GPUs, with the images' paths."""
 
-LABEL_APP = "label_app"
+PARTS = {"LICENSE", "configs", "docs", "label_app", "models", "tsfm", "large_files.yml"}
+"""All that lies in a release's folder."""
+
+RELEASED_WEIGHTS = ("model.pt", "model.safetensors")
 
 PINS = ("requirements.txt", "requirements-label.txt")
 """Files of the repository's root that a reader of the zip needs too; staged in ``docs/``."""
@@ -76,7 +81,8 @@ def release(
         bundle_dir: a bundle folder of this repository (``bundles/tsfm_finetune``).
         checkpoint: weights that a bundle trained (``model.pt``, a training checkpoint, safetensors), or a list of folds',
             which become one network whose logits are their mean.
-        output_dir: created if needed; an older release of the same name in it is replaced, any other folder is refused.
+        output_dir: created if needed; an older release of the same name in it is replaced; any other folder is refused, and
+            one to which runs, results or weights were added.
         name: of the released bundle; the folder's name by default, with ``_deepedit`` for weights with click channels
             (MONAI Label's name for what takes clicks), whose training always uses ``clicks.json``.
         version: by default that of ``metadata.json``.
@@ -118,8 +124,9 @@ def release(
         metadata["changelog"] = {metadata["version"]: changelog, **earlier}
     check_version(metadata)
     metadata["eval_metrics"] = dice_per_target(read_json(metrics), metrics) if metrics else dict(NOT_EVALUATED)
-    overlays = [overlays] if isinstance(overlays, str) else list(overlays)
-    for overlay in ["clicks.json", *overlays] if takes_clicks else overlays:
+    licence = read_licence(data_license) if data_license else None
+    overlays = [overlays] if isinstance(overlays, str) else overlays
+    for overlay in dict.fromkeys([*["clicks.json"] * takes_clicks, *overlays]):
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
         about = configs["train.json"].get("_desc_", "")
@@ -132,20 +139,22 @@ def release(
         config.update(merge_overlay(config, changed))
     fill_configs(configs, description)
     shown = display_name or _display_name(name, bundle_dir, metadata)
-    fill_metadata(metadata, description, shown, trained_on, sum(tensor.numel() for tensor in tensors.values()))
+    parameters, seen = sum(tensor.numel() for tensor in tensors.values()), licences_seen(description, configs)
+    fill_metadata(metadata, description, shown, trained_on, parameters)
     first = checkpoint if isinstance(checkpoint, str) else checkpoint[0]
-    seen, train = licences_seen(description, configs), configs.get("train.json", {})
-    parts = readme_parts(description, metadata, tensors, train, first, seen, trained_on, metrics_of)
+    parts = {
+        "weights": weights_table(description, metadata, parameters, seen, trained_on),
+        "training": training_table(configs.get("train.json", {}), description, first),
+        "performance": performance(metadata, metrics_of),
+        "system": system_table(parameters, description["patch_size"]),
+    }
     bundle = os.path.join(output_dir, name)
     _refuse_to_lose(bundle, bundle_dir, checkpoint)
     with _replaced(bundle) as folder:
         _copy_bundle(bundle_dir, folder)
         for file, content in configs.items():
             _write_json(os.path.join(folder, "configs", file), content)
-        licenses = _read_text(data_license) if data_license else licence_list(seen)
-        os.makedirs(os.path.join(folder, "docs"), exist_ok=True)
-        with open(os.path.join(folder, "docs", "data_license.txt"), "w", encoding="utf-8") as file:
-            file.write(licenses)
+        Path(folder, "docs/data_license.txt").write_text(licence or licence_list(seen), encoding="utf-8")
         names = os.path.basename(os.path.abspath(bundle_dir)), name
         write_readme(os.path.join(folder, "docs", "README.md"), names, metadata["version"], parts)
         _write_weights(os.path.join(folder, "models"), tensors, description, safetensors)
@@ -155,14 +164,27 @@ def release(
     if not zipped:
         return bundle
     path = zip_bundle(bundle, output_dir)
-    with open(path + ".sha256", "w", encoding="utf-8") as file:
-        file.write(f"{file_hash(path, 'sha256')}  {os.path.basename(path)}\n")
-    entry = {"checksum": file_hash(path, "sha1"), "source": _url(base_url, os.path.basename(path))}
-    listing = os.path.join(output_dir, "model_info.json")
-    known = read_json(listing) if os.path.isfile(listing) else {}
-    known[os.path.basename(path).removesuffix(".zip")] = entry
-    atomic_write(listing, lambda temporary: _write_json(temporary, dict(sorted(known.items()))))
+    file = os.path.basename(path)
+    Path(path + ".sha256").write_text(f"{file_hash(path, 'sha256')}  {file}\n", encoding="utf-8")
+    list_release(output_dir, file.removesuffix(".zip"), file_hash(path, "sha1"), _url(base_url, file))
     return path
+
+
+def read_licence(path: str) -> str:
+    """The text of a file for ``docs/data_license.txt``; ReleaseError where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReleaseError(f"--data_license {path} cannot be read ({error}); expected a text file in UTF-8") from None
+
+
+def list_release(output_dir: str, release: str, checksum: str, source: str) -> None:
+    """Add a release (NAME_vX.Y.Z) to the ``model_info.json`` of a folder, to which other processes may add theirs."""
+    listing = os.path.join(output_dir, "model_info.json")
+    with locked(output_dir):
+        known = read_json(listing) if os.path.isfile(listing) else {}
+        known[release] = {"checksum": checksum, "source": source}
+        atomic_write(listing, lambda temporary: _write_json(temporary, dict(sorted(known.items()))))
 
 
 @contextmanager
@@ -177,66 +199,66 @@ def _replaced(folder: str) -> Iterator[str]:
         yield scratch
         os.chmod(scratch, 0o755)
         if os.path.isdir(folder):
-            os.replace(folder, before := f"{scratch}.before")
-            os.replace(scratch, folder)
-            shutil.rmtree(before)
-        else:
-            os.replace(scratch, folder)
+            os.replace(folder, f"{scratch}.before")
+        os.replace(scratch, folder)
+        shutil.rmtree(f"{scratch}.before", ignore_errors=True)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
 def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str | Sequence[str]) -> None:
-    """ReleaseError where the folder to be replaced is no earlier release, or holds what the release is made from."""
+    """ReleaseError where the folder to be replaced is no earlier release, or holds what no release writes."""
     sources = [bundle_dir, *([checkpoint] if isinstance(checkpoint, str) else checkpoint)]
-    inside = [path for path in sources if _is_below(path, target)]
+    inside = [path for path in sources if Path(path).resolve().is_relative_to(Path(target).resolve())]
     is_release = all(os.path.exists(os.path.join(target, part)) for part in ("configs/metadata.json", "tsfm", "models"))
-    trained = _trained_since(target)
-    if is_release and trained:
-        raise ReleaseError(
-            f"{os.path.abspath(target)} would be replaced, but its models/ holds {trained[:5]}, which no release writes (a "
-            "training of MONAI Label?): move these files away, or choose another --output_dir or --name"
-        )
-    if inside or (os.path.lexists(target) and not (is_release and not os.path.islink(target))):
-        found = f"it holds {inside[0]}" if inside else "what is there is no earlier release"
-        raise ReleaseError(
-            f"{os.path.abspath(target)} would be replaced, but {found}: choose another --output_dir or --name"
-        )
+    if inside:
+        found = f"it holds {inside[0]}"
+    elif os.path.lexists(target) and (not is_release or os.path.islink(target)):
+        found = "what is there is no earlier release"
+    elif is_release and (added := _added(target)):
+        found = f"it holds {added[:5]}, which no release writes (results, a run, a training?): move these away, or"
+    else:
+        return
+    raise ReleaseError(
+        f"{os.path.abspath(target)} would be replaced, but {found}: choose another --output_dir or --name"
+    )
 
 
-def _trained_since(folder: str) -> list[str]:
-    """Weight files in a release that no release writes: a MONAI Label server's trainings leave them there."""
-    found = list_files(os.path.join(folder, "models"))
-    return [file for file in found if file.endswith((".pt", ".safetensors")) and file not in RELEASED_WEIGHTS]
-
-
-def _is_below(path: str, folder: str) -> bool:
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath([path, folder]) == folder
+def _added(folder: str) -> list[str]:
+    """What people and a MONAI Label server's trainings left in a release: runs and results, weights."""
+    weights = [file for file in list_files(os.path.join(folder, "models")) if file.endswith((".pt", ".safetensors"))]
+    return [*sorted({*os.listdir(folder)} - PARTS), *(file for file in weights if file not in RELEASED_WEIGHTS)]
 
 
 def _copy_bundle(bundle_dir: str, folder: str) -> None:
     """A bundle's own files, and the pins of the repository that a source bundle lies in (a staged one has them)."""
     found = [path for pattern in STAGED for path in glob.glob(os.path.join(glob.escape(bundle_dir), pattern))]
+    for part in ("configs", "docs"):
+        os.mkdir(os.path.join(folder, part))
     for path in filter(os.path.isfile, found):
-        target = os.path.join(folder, os.path.relpath(path, bundle_dir))
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        shutil.copyfile(path, target)
+        if os.path.basename(path) != LEFT_OUT:
+            shutil.copyfile(path, os.path.join(folder, os.path.relpath(path, bundle_dir)))
     repository = os.path.dirname(os.path.dirname(os.path.abspath(bundle_dir)))
     for name in PINS:
-        source, target = os.path.join(repository, name), os.path.join(folder, "docs", name)
-        if os.path.isfile(source) and not os.path.exists(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
-                out.writelines(line for line in lines if not line.startswith("-e "))  # the package is in the bundle
+        source, target = Path(repository, name), Path(folder, "docs", name)
+        if source.is_file() and not target.exists():
+            lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if not line.startswith("-e ")]  # the package is in the bundle
+            target.write_text("".join(kept), encoding="utf-8")
 
 
 def zip_bundle(bundle: str, output_dir: str) -> str:
     """Zip a staged folder as ``NAME_vX.Y.Z.zip``: sorted names, one fixed time, fixed permissions; returns the path."""
-    name, version = os.path.basename(os.path.abspath(bundle)), read_json(_metadata_path(bundle))["version"]
+    name = os.path.basename(os.path.abspath(bundle))
+    version = read_json(os.path.join(bundle, "configs", "metadata.json"))["version"]
     path = os.path.join(output_dir, f"{name}_v{version}.zip")
-    with zipfile.ZipFile(path + ".partial", "w") as archive:
+    atomic_write(path, lambda temporary: _write_zip(temporary, bundle, name))
+    return path
+
+
+def _write_zip(path: str, bundle: str, name: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
         for file in list_files(bundle):
             if file == "large_files.yml":
                 continue
@@ -247,16 +269,16 @@ def zip_bundle(bundle: str, output_dir: str) -> str:
             entry.file_size = os.path.getsize(os.path.join(bundle, file))
             with open(os.path.join(bundle, file), "rb") as source, archive.open(entry, "w") as target:
                 shutil.copyfileobj(source, target, 2**20)
-    os.replace(path + ".partial", path)
-    return path
 
 
 def list_files(folder: str) -> list[str]:
     """Every file below `folder`, relative, with forward slashes, sorted."""
-    found = []
-    for root, _, names in os.walk(folder):
-        found += [os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/") for name in names]
-    return sorted(found)
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if not path.is_dir())
+
+
+def large_files(folder: str) -> list[str]:
+    """Those that the Model Zoo wants outside of its repository."""
+    return [file for file in list_files(folder) if os.path.getsize(os.path.join(folder, file)) > LARGE_FILE_BYTES]
 
 
 def file_hash(path: str, kind: str) -> str:
@@ -272,9 +294,9 @@ def _read_configs(bundle_dir: str) -> dict[str, Any]:
     folder = os.path.join(bundle_dir, "configs")
     if not os.path.isfile(os.path.join(folder, "metadata.json")):
         raise ReleaseError(f"{os.path.abspath(bundle_dir)} is not a bundle: it has no configs/metadata.json")
-    return {
-        file: read_json(os.path.join(folder, file)) for file in sorted(os.listdir(folder)) if file.endswith(".json")
-    }
+    files = [file for file in sorted(os.listdir(folder)) if file.endswith(".json") and file != LEFT_OUT]
+    contents = {file: read_json(os.path.join(folder, file)) for file in files}
+    return {file: content for file, content in contents.items() if isinstance(content, dict)}  # a list is no config
 
 
 def _write_weights(
@@ -295,43 +317,29 @@ def _display_name(name: str, bundle_dir: str, metadata: Mapping[str, Any]) -> st
     return words[:1].upper() + words[1:]
 
 
-def _read_text(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read()
-
-
 def _copy_package(folder: str) -> None:
     """Package and MONAI Label app as real copies: a link would be dropped or broken by what packs and unpacks bundles."""
-    app = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), LABEL_APP)
-    for source, name in ((os.path.dirname(os.path.abspath(tsfm.__file__)), "tsfm"), (app, LABEL_APP)):
+    for source in (Path(tsfm.__file__).parent, Path(__file__).parents[1] / "label_app"):
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
-        shutil.copytree(source, os.path.join(folder, name), ignore=ignored)
+        shutil.copytree(source, os.path.join(folder, source.name), ignore=ignored)
 
 
 def _write_large_files(bundle: str, name: str, base_url: str) -> None:
-    large = [file for file in list_files(bundle) if os.path.getsize(os.path.join(bundle, file)) > LARGE_FILE_BYTES]
-    if not large:
-        return
     lines = ["large_files:"]
-    for file in large:
+    for file in large_files(bundle):
         lines += [
             f'  - path: "{file}"',
             f'    url: "{_url(base_url, f"{name}/{file}")}"',
             f'    hash_val: "{file_hash(os.path.join(bundle, file), "sha256")}"',
             '    hash_type: "sha256"',
         ]
-    with open(os.path.join(bundle, "large_files.yml"), "w", encoding="utf-8") as out:
-        out.write("\n".join(lines) + "\n")
+    if lines[1:]:
+        Path(bundle, "large_files.yml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _url(base_url: str, file: str) -> str:
     return f"{base_url.rstrip('/')}/{file}" if base_url else file
 
 
-def _metadata_path(bundle: str) -> str:
-    return os.path.join(bundle, "configs", "metadata.json")
-
-
 def _write_json(path: str, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=4, ensure_ascii=False) + "\n")
+    Path(path).write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")

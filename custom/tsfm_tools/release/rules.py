@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from monai.bundle import ConfigParser
 from tsfm.training.checkpoint import EXTRA_STATE, read_state
 
 # MONAI Label takes them for other kinds of app
@@ -53,9 +54,7 @@ def check_version(metadata: Mapping[str, Any]) -> None:
             "what is new, or give --changelog."
         )
     if max(changelog) != version:
-        raise ReleaseError(
-            f"metadata.json: the changelog already holds {max(changelog)}, which is newer than {version}"
-        )
+        raise ReleaseError(f"metadata.json: the changelog already holds {max(changelog)}, newer than {version}")
 
 
 def check_weights(bundle: str) -> dict[str, int]:
@@ -75,11 +74,9 @@ def check_weights(bundle: str) -> dict[str, int]:
     for path in filter(os.path.isfile, paths):
         tensors, _ = read_state(path)
         found = {key: tuple(value.shape) for key, value in tensors.items()}
-        wrong = [f"{k}: {found.get(k)}, network_def has {expected.get(k)}" for k in {**expected, **found}
-                 if found.get(k) != expected.get(k)]  # fmt: skip
-        wrong += [
-            f"{key}: differs from model.pt" for key in tensors if not wrong and not tensors[key].equal(first[key])
-        ]
+        pairs = {key: (found.get(key), expected.get(key)) for key in {**expected, **found}}
+        wrong = [f"{key}: {one}, network_def has {other}" for key, (one, other) in pairs.items() if one != other]
+        wrong = wrong or [f"{key}: differs from model.pt" for key in tensors if not tensors[key].equal(first[key])]
         if wrong:
             raise ReleaseError(f"{path} does not fit network_def of inference.json ({len(wrong)} tensors): {wrong[:5]}")
     return {"tensors": len(expected), "parameters": sum(value.numel() for value in first.values())}
@@ -87,8 +84,6 @@ def check_weights(bundle: str) -> dict[str, int]:
 
 def built(bundle: str, file: str, name: str) -> Any:
     """What the entry `name` of a bundle's config file builds."""
-    from monai.bundle import ConfigParser
-
     parser = ConfigParser()
     parser.read_config(os.path.join(bundle, "configs", file))
     parser["bundle_root"] = bundle

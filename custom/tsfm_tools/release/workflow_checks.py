@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from monai.bundle import ConfigWorkflow, ckpt_export, verify_net_in_out
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LABEL_MAP, LabelTable
 from tsfm.network.tsfm_net import TSFM
@@ -49,8 +50,6 @@ def _label_maps(bundle: str) -> str:
 
 def _properties(kind: str) -> Callable[[str], str]:
     def check(bundle: str) -> str:
-        from monai.bundle import ConfigWorkflow
-
         files = ["inference.json"] if kind == "infer" else ["train.json"]
         if kind == "train" and not has_weights(bundle) and os.path.isfile(config_path(bundle, "small.json")):
             files.append("small.json")  # properties are built to be checked: a source bundle's are of full size
@@ -87,8 +86,8 @@ def _train_inputs(bundle: str, folder: str) -> dict[str, Any]:
     if has_weights(bundle):
         write_pool(data, 2, TINY, datasets=("msd_lung",))
         task = os.path.join(data, "Task06_Lung")
-        images = sorted(glob.glob(os.path.join(task, "imagesTr", "*.nii.gz")))
-        items = [{"image": image, "label": image.replace("imagesTr", "labelsTr")} for image in images]
+        names = sorted(os.listdir(os.path.join(task, "imagesTr")))
+        items = [{key: os.path.join(task, f"{key}sTr", name) for key in ("image", "label")} for name in names]
         return {
             **inputs,
             "train#dataset#data": items[:1],
@@ -118,7 +117,7 @@ def _toy_weights(bundle: str, folder: str) -> str:
 
 def _weights(bundle: str) -> str:
     need_weights(bundle)
-    shortest = min((os.path.basename(f) for f in glob.glob(os.path.join(bundle, "models", "*.pt"))), key=len)
+    shortest = min((path.name for path in Path(bundle, "models").glob("*.pt")), key=len)
     need(shortest == "model.pt", f"models/{shortest} has a shorter name than model.pt: MONAI Label would take it")
     found = check_weights(bundle)
     return f"{found['tensors']} tensors, {found['parameters']:,} parameters"
@@ -131,8 +130,6 @@ def _inference(bundle: str) -> dict[str, str]:
 
 
 def _shape(bundle: str) -> str:
-    from monai.bundle import verify_net_in_out
-
     need_weights(bundle)
     inputs = metadata_of(bundle)["network_data_format"]["inputs"]["image"]
     verify_net_in_out(net_id="network_def", device="cpu", **_inference(bundle))
@@ -140,8 +137,6 @@ def _shape(bundle: str) -> str:
 
 
 def _export(bundle: str) -> str:
-    from monai.bundle import ckpt_export
-
     need_weights(bundle)
     spec = metadata_of(bundle)["network_data_format"]["inputs"]["image"]
     shape = [1, spec["num_channels"], *spec["spatial_shape"]]
