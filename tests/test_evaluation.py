@@ -263,6 +263,29 @@ def test_images_of_nnunets_names_are_found_and_called_images(tmp_path):
         match_predictions(tmp_path / "images", labels, "kits", "image")
 
 
+def test_predictions_are_found_by_nnunets_names_behind_links_and_not_in_hidden_folders(tmp_path):
+    """Inference names its maps like the images: CASE_0000. Some archives unpack each file into a folder of its name."""
+    _, labels = folder_of_cases(tmp_path, 2)
+    save(tmp_path / "else/case_0_0000.nii.gz", case_of("kits", 0)[0])
+    (tmp_path / "maps/.old").mkdir(parents=True)
+    (tmp_path / "maps/linked").symlink_to(tmp_path / "else")
+    save(tmp_path / "maps/.old/case_0.nii.gz", case_of("kits", 0)[0])
+    save(tmp_path / "maps/case_1.nii/case_1.nii", case_of("kits", 1)[0])
+    found = [pair["prediction"] for pair in match_predictions(tmp_path / "maps", labels, "kits")]
+    assert found == [tmp_path / "maps/linked/case_0_0000.nii.gz", tmp_path / "maps/case_1.nii/case_1.nii"]
+
+
+def test_names_that_the_table_does_not_know_are_refused_before_earlier_scores_are_lost(table, tmp_path):
+    out, labels = folder_of_cases(tmp_path, 1)
+    evaluate_folder(out, labels, table, tmp_path / "scores", dataset="kits", tolerances_mm={"kidney": 1})
+    before = (tmp_path / "scores/cases.csv").read_text()
+    with pytest.raises(ValueError, match=r"tolerances_mm for unknown targets 'kidny' \(did you mean 'kidney'\?\)"):
+        evaluate_folder(out, labels, table, tmp_path / "scores", dataset="kits", tolerances_mm={"kidny": 1})
+    with pytest.raises(LabelError, match="unknown data set 'kit'"):
+        evaluate_folder(out, labels, table, tmp_path / "scores", dataset="kit")
+    assert (tmp_path / "scores/cases.csv").read_text() == before
+
+
 def test_one_bad_truth_is_reported_and_the_others_are_scored(table, tmp_path):
     out, labels = folder_of_cases(tmp_path, 3)
     save(labels / "case_1.nii.gz", np.full((10, 12, 8), 77, np.uint8))

@@ -91,18 +91,11 @@ def test_table1_lists_data_sets_with_lesions_and_averages_over_the_lesions_alone
     }  # fmt: skip
     rows = [row(dataset, "c", target, dice) for (dataset, target), dice in paper.items()]
     lesions = {target for _, target in paper if target.endswith("tumor")}
-    header, line = cells(table1({"Ours": rows}, lesion_targets=lesions))
-    assert line[0] == "Ours" and header[-1] == "mean Dice for tumor"
+    header, line = cells(table1(summarize(rows), lesions))
+    assert line[0] == "TSFM" and header[-1] == "mean Dice for tumor"
     assert float(line[-1]) == pytest.approx(0.7106, abs=1e-4)
     assert "Liver: liver" in header and "AMOS22: spleen" not in header
-    assert cells(table1(rows[-1:]))[0] == ["", "AMOS22: spleen", "mean Dice"]
-
-
-def test_table1_puts_methods_below_each_other():
-    first = [row("lits", "a", "liver_tumor", 0.5), row("kits", "a", "kidney_tumor", 0.7)]
-    second = [row("kits", "a", "kidney_tumor", 0.9)]
-    lines = cells(table1({"one": first, "two": second}, lesion_targets=["liver_tumor", "kidney_tumor"]))
-    assert lines[1:] == [["one", "0.5000", "0.7000", "0.6000"], ["two", "-", "0.9000", "0.9000"]]
+    assert cells(table1(summarize(rows[-1:]), []))[0] == ["", "AMOS22: spleen", "mean Dice"]
 
 
 def transfer():
@@ -272,6 +265,8 @@ def test_maps_in_raw_ids_give_the_same_page_and_other_values_none(table, tmp_pat
     report.CasePage(str(out), items, odd)(None)
     assert "holds values from 0 to 300" in caplog.text
     assert not list(out.glob("*.png")), "an earlier evaluation's pictures would be taken for this one's"
+    report.CasePage(str(out), items, odd, raw_ids="odd", save="probabilities")(None)
+    assert not list(out.glob("*.png")), "nor are its label maps this one's"
 
 
 def test_the_worst_case_of_each_target_is_shown_with_that_target_alone():
@@ -287,7 +282,7 @@ def test_the_worst_case_of_each_target_is_shown_with_that_target_alone():
     }
 
 
-def test_the_command_that_scores_a_folder_draws_the_page_too(table, tmp_path):
+def test_the_command_that_scores_a_folder_draws_the_page_too(table, tmp_path, capsys):
     evaluated_folder(table, tmp_path)
     (tmp_path / "pool.json").write_text(json.dumps(table.to_dict()))
     folders = {
@@ -299,6 +294,19 @@ def test_the_command_that_scores_a_folder_draws_the_page_too(table, tmp_path):
     }
     evaluate(**{key: str(tmp_path / name) for key, name in folders.items()}, dataset="lits")
     assert (tmp_path / "scores/page.png").stat().st_size > 5000 and (tmp_path / "scores/scores.md").is_file()
+    for path in (tmp_path / "label").iterdir():
+        nib.save(nib.Nifti1Image(np.zeros((40, 60, 10), np.uint8), nib.load(path).affine), path)
+    capsys.readouterr()
+    evaluate(**{key: str(tmp_path / name) for key, name in folders.items()}, dataset="lits")
+    printed = capsys.readouterr()
+    assert "No page of pictures: no case has a Dice" in printed.err and "lits: liver" in printed.out
+    assert not (tmp_path / "scores/page.png").exists()
+
+
+def test_an_image_that_names_no_modality_is_ct_where_it_holds_air_or_fat():
+    ramp = np.linspace(0, 1000, 1000).reshape(10, 10, 10)
+    assert overlays._window(ramp - 1000, {}) == overlays.CT_WINDOW_HU == overlays._window(ramp, {"modality": "CT"})
+    assert overlays._window(ramp, {}) == pytest.approx((11, 995), abs=2)
 
 
 def test_a_page_that_cannot_be_drawn_is_only_reported(table, tmp_path, caplog):

@@ -99,3 +99,9 @@ def test_the_command_draws_it_again_and_says_when_there_is_nothing(run, evaluati
     assert "3 epochs" in Reader(tmp_path / "again.html").text
     with pytest.raises(FileNotFoundError, match="expected the curve"):
         run_page(tmp_path)
+    (run / "curve.csv").write_text("epoch,loss\n")
+    (evaluation / "summary.json").write_text('{"mean": 1}')  # nnU-Net's has this name too
+    assert "Curves" not in Reader(run_page(run, evaluation)).text
+    (evaluation / "summary.json").write_text('{"datas')
+    with pytest.raises(ValueError, match=r"summary\.json is not valid JSON"):
+        run_page(run, evaluation)

@@ -17,7 +17,7 @@ from ..cases.grids import spacing_of, upright_share
 from ..cases.raw_ids import from_raw_ids, raw_values
 from ..inference.prediction import CaseEvaluator, FailedCases, case_name
 from ..labels import LabelTable, as_table
-from ..names import counted
+from ..names import counted, unknown_names
 from .label_maps import label_maps_in, load_map, load_truth, match_predictions
 from .score_files import ScoreWriter
 from .scores import only_dataset, score_case
@@ -36,8 +36,6 @@ class CaseScores:
     Args:
         output_dir: folder of the results.
         table: the label table.
-        dataset: data set of items that name none (default: the table's only one).
-        tolerances_mm: as for :func:`score_case`.
         targets: score these alone, where inference computed no others; None for all.
 
     A case that could not be scored makes the run end with an error, after the others were scored: raised here, or by a
@@ -48,12 +46,9 @@ class CaseScores:
         self,
         output_dir: str,
         table: LabelTable | Mapping | str,
-        dataset: str | None = None,
-        tolerances_mm: Mapping[str, float] | float | None = None,
         targets: Sequence[str] | str | None = None,
     ) -> None:
-        self.output_dir, self.table, self.dataset = output_dir, as_table(table), dataset
-        self.tolerances_mm = tolerances_mm
+        self.output_dir, self.table = output_dir, as_table(table)
         self.targets = (targets,) if isinstance(targets, str) else targets
         self.summary: dict[str, Any] = {}
 
@@ -78,12 +73,9 @@ class CaseScores:
                     engine.mark_failed(f"not scored: {error}")
 
     def _score_one(self, item: Mapping[str, Any], prediction: Any, name: str) -> list[dict[str, Any]]:
-        dataset = item.get("dataset") or self.dataset or only_dataset(self.table)
+        dataset = item.get("dataset") or only_dataset(self.table)
         affine = np.asarray(prediction.affine) if isinstance(prediction, MetaTensor) else np.eye(4)
-        array = np.asarray(prediction.cpu())[0]
-        truth, _ = load_truth(item["label"], self.table, dataset, (array, affine, name))
-        settings = {"tolerances_mm": self.tolerances_mm, "case": name}
-        rows = score_case(array, truth, self.table, dataset, **_voxel(affine), **settings)
+        rows = _scored((np.asarray(prediction.cpu())[0], affine, name), item["label"], self.table, dataset, name)
         return [row for row in rows if self.targets is None or row["target"] in self.targets]
 
     def _finish(self, engine: Engine) -> None:
@@ -170,12 +162,16 @@ def evaluate_folder(
 
     Raises:
         FileNotFoundError: predictions that are missing, all named at once, before any case is scored.
-        ValueError: grids that differ, all named at once; `raw_ids` that are no data set's.
+        ValueError: grids that differ, all named at once; `raw_ids`, a data set or targets that the table does not know.
         FailedCases: at the end, when cases could not be scored; the others' results are written.
     """
     table = as_table(table)
     if raw_ids is not None:
         raw_values(table, raw_ids)  # a data set without ids is refused
+    if dataset is not None:
+        table.local_ids(dataset)  # an unknown one is refused
+    if isinstance(tolerances_mm, Mapping) and (unknown := unknown_names(tolerances_mm, table.names)):
+        raise ValueError(f"tolerances_mm for unknown targets {unknown}; the targets are {list(table.names)}")
     pairs = match_predictions(predictions, labels, dataset)
     if others := sorted({*label_maps_in(predictions)} - {pair["prediction"] for pair in pairs}):
         logger.warning("label maps without a truth, which are not scored: %d, for example %s", len(others), others[0])
@@ -187,9 +183,8 @@ def evaluate_folder(
             if raw_ids is not None:
                 table.encode(raw_ids, prediction, str(pair["prediction"]))  # refuses ids that mean nothing
                 prediction = from_raw_ids(prediction, table, raw_ids)
-            truth, _ = load_truth(pair["label"], table, owner, (prediction, affine, str(pair["prediction"])))
-            settings = {"tolerances_mm": tolerances_mm, "case": pair["case"]}
-            writer.add(score_case(prediction, truth, table, owner, **_voxel(affine), **settings))
+            grid = prediction, affine, str(pair["prediction"])
+            writer.add(_scored(grid, pair["label"], table, owner, pair["case"], tolerances_mm))
         except (ValueError, OSError, EOFError) as error:
             writer.fail(pair["case"], error)
     summary = writer.finish()
@@ -198,12 +193,18 @@ def evaluate_folder(
     return summary
 
 
-def _voxel(affine: np.ndarray) -> dict[str, Any]:
-    """Voxel sides (to 10 nm: NIfTI keeps affines in 32 bits, and a score must not depend on that) and uprightness."""
-    return {
-        "spacing_mm": tuple(round(side, 5) for side in spacing_of(affine)),
-        "upright": round(upright_share(affine), 5),
-    }
+def _scored(
+    grid: tuple[np.ndarray, np.ndarray, str], label: Any, table: LabelTable, dataset: str, case: str, tolerances_mm=None
+) -> list[dict[str, Any]]:
+    """The rows of one case; `grid`: prediction, affine and name, as for `load_truth`.
+
+    Voxel sides count to 10 nm: NIfTI keeps affines in 32 bits, and a score must not depend on that.
+    """
+    prediction, affine, _ = grid
+    truth, _ = load_truth(label, table, dataset, grid)
+    spacing_mm = tuple(round(side, 5) for side in spacing_of(affine))
+    upright = round(upright_share(affine), 5)
+    return score_case(prediction, truth, table, dataset, spacing_mm, tolerances_mm, case, upright)
 
 
 def failure_text(failed: Sequence[Mapping[str, str]]) -> str:

@@ -5,6 +5,8 @@ Everything stays on the prediction's own grid; nothing is resampled here. Files 
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +67,8 @@ def match_predictions(
 ) -> list[dict[str, Any]]:
     """One ``{"case", "dataset", "label", "prediction"}`` per truth, in the truths' order, with grids compared.
 
-    `what` "image": the folder's files are images, perhaps of nnU-Net's names, of which the first channel is taken.
+    Names may be those of nnU-Net's images: of ``CASE_0000``, or what was made of it, the case is ``CASE`` too. `what` is
+    the word for the folder's files in errors.
 
     Raises:
         FileNotFoundError: folders that are missing or empty; all cases without a prediction, named at once.
@@ -79,8 +82,7 @@ def match_predictions(
     files: dict[str, list[Path]] = {}
     for path in label_maps_in(folder):
         name = stem(path)
-        first = [name.removesuffix("_0000")] if what == "image" else []
-        for key in dict.fromkeys((ENDINGS.sub("", name), name, *first)):
+        for key in dict.fromkeys((ENDINGS.sub("", name), name)):
             files.setdefault(key, []).append(path)
     pairs = _truths(labels, dataset)
     for pair in pairs:
@@ -103,8 +105,9 @@ def match_predictions(
 
 
 def label_maps_in(folder: str | Path) -> list[Path]:
-    """The files of a folder and of those in it that could be label maps, sorted."""
-    return sorted(path for path in Path(folder).rglob("[!.]*") if path.name.lower().endswith(SUFFIXES))
+    """The files of a folder and of those in it that could be label maps, sorted; links are followed, hidden ones left out."""
+    found = glob.glob(os.path.join(glob.escape(os.fspath(folder)), "**", "*"), recursive=True)
+    return sorted(Path(one) for one in found if one.lower().endswith(SUFFIXES) and not os.path.isdir(one))
 
 
 def _truths(labels: str | Path | Sequence[Mapping[str, Any]], dataset: str | None) -> list[dict[str, Any]]:
@@ -120,12 +123,11 @@ def _truths(labels: str | Path | Sequence[Mapping[str, Any]], dataset: str | Non
         image = item.get("image")
         image_name = stem(paths_of(image)[0]) if image else ""
         label_name = stem(paths_of(item["label"])[0])
-        names = [item.get("case"), image_name, re.sub(r"_\d{4}$", "", image_name), label_name]
-        names += [ENDINGS.sub("", label_name)]
-        names = list(dict.fromkeys(str(name) for name in names if name))
+        label_names = [label_name, ENDINGS.sub("", label_name)]
+        names = [item.get("case"), image_name, re.sub(r"_\d{4}$", "", image_name), *label_names]
+        names = list(dict.fromkeys(str(name) for name in names if name)) + [f"{name}_0000" for name in label_names]
         owner = item.get("dataset") or dataset
-        entry = {"case": names[0], "dataset": owner, "label": item["label"], "image": item.get("image"), "names": names}
-        result.append(entry)
+        result.append({"case": names[0], "dataset": owner, "label": item["label"], "names": names})
     return result
 
 

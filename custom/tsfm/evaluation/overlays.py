@@ -27,6 +27,9 @@ CT_WINDOW_HU = (-160.0, 240.0)
 LUNG_WINDOW_HU = (-1350.0, 150.0)
 """Lung: level -600, width 1500; the choice for cases whose only targets are in the lung."""
 
+CT_BELOW_HU = -100.0
+"""An image that names no modality is CT where it holds less: its fat and air do, MR does not."""
+
 ROW_INCHES, TITLE_INCHES = 3.4, 0.3
 
 EDGE = [withStroke(linewidth=1.6, foreground="black")]  # keeps letters readable on bright fat
@@ -47,7 +50,7 @@ def page_png(path: str | Path, cases: Sequence[Mapping[str, Any]], table: LabelT
     Args:
         cases: per case ``image``, ``prediction`` and ``truth`` (three axes on one grid, label-map values, see `truth_map`;
             no truth gives two columns), ``affine`` (to RAS+ mm: which slices are axial, their orientation and
-            proportions), and if wanted ``modality`` ("CT"), ``slices`` (1), ``title`` and ``annotated`` (targets that
+            proportions), and if wanted ``modality`` (else told by the values), ``slices`` (1), ``title`` and ``annotated`` (targets that
             the truth's data set annotates; the legend marks others that are predicted).
 
     Raises:
@@ -108,7 +111,7 @@ def _upright(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _window(image: np.ndarray, case: Mapping[str, Any]) -> tuple[float, float]:
-    if (case.get("modality") or "CT").upper() == "CT":
+    if (case.get("modality") or ("CT" if image.min() < CT_BELOW_HU else "MR")).upper() == "CT":
         known = case.get("annotated") or ()
         return LUNG_WINDOW_HU if known and all("lung" in name for name in known) else CT_WINDOW_HU
     values = image[image > image.min()]

@@ -1,8 +1,4 @@
-"""What people look at after a run: the page of best, median and worst case, training curves, transfer tables.
-
-The single overlay is drawn by :mod:`tsfm.evaluation.overlays`, tables by :mod:`tsfm.evaluation.tables` (formats of results are described
-there); both are offered here too.
-"""
+"""What people look at after a run: the page of best, median and worst case, and training curves."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from ignite.engine import Engine, Events
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..cases.folders import paths_of
+from ..cases.folders import paths_of, saved_outputs
 from ..cases.raw_ids import from_raw_ids
 from ..cases.volumes import RawVolume, as_label_map, on_grid_of, read_volume
 from ..labels import LabelTable, as_table
@@ -28,15 +24,15 @@ from .tables import load_rows
 logger = logging.getLogger(__name__)
 
 
-def choose_cases(rows: Sequence[Mapping[str, Any]], targets: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Best, median and worst case by the mean Dice over their targets (or over `targets` alone, e.g. the lesions).
+def choose_cases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Best, median and worst case by the mean Dice over their targets.
 
     Returns:
         ``{"best" | "median" | "worst": {"dataset", "case", "dice"}}``; fewer entries where there are fewer cases.
     """
     scores: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        if row["dice"] is not None and (targets is None or row["target"] in targets):
+        if row["dice"] is not None:
             scores.setdefault((row["dataset"], row["case"]), []).append(row["dice"])
     ranked = sorted(scores, key=lambda key: (np.mean(scores[key]), key))
     entries = [{"dataset": d, "case": c, "dice": float(np.mean(scores[d, c]))} for d, c in ranked]
@@ -63,9 +59,6 @@ def folder_page(
     items: Sequence[Mapping[str, Any]],
     table: LabelTable | Mapping | str,
     dataset: str | None = None,
-    modality: str = "CT",
-    targets: Sequence[str] | None = None,
-    slices: int = 1,
     per_target: bool = False,
     raw_ids: str | None = None,
 ) -> Path:
@@ -75,12 +68,11 @@ def folder_page(
         rows: scored rows, or the ``cases.csv`` that the evaluation wrote.
         predictions, dataset: as for :func:`tsfm.evaluation.evaluation.evaluate_folder`.
         items: the cases' pool items with ``image`` (the first channel is shown), ``label`` and, if known, ``modality``.
-        targets: rank by these targets alone.
         per_target: a row for each target, in the slice that shows most of it; nothing else is painted there.
         raw_ids: the data set in whose ids the predictions are; None where they are the table's values.
     """
     table, rows = as_table(table), load_rows(rows) if isinstance(rows, (str, Path)) else rows
-    chosen = worst_cases(rows) if per_target else choose_cases(rows, targets)
+    chosen = worst_cases(rows) if per_target else choose_cases(rows)
     wanted = {(entry["dataset"], entry["case"]) for entry in chosen.values()}
     owner = dataset or table.datasets[0]
     items = [i for i in items if "case" not in i or (i.get("dataset") or owner, str(i["case"])) in wanted]
@@ -104,8 +96,8 @@ def folder_page(
             inside = table.map_membership()[:, value - 1]
             maps = {key: (inside[array] * value).astype(array.dtype) for key, array in maps.items()}
         cases.append({
-            **maps, "image": np.asarray(image.array[0], np.float32), "affine": affine, "slices": slices,
-            "annotated": table.annotated(entry["dataset"]), "modality": item.get("modality") or modality,
+            **maps, "image": np.asarray(image.array[0], np.float32), "affine": affine,
+            "annotated": table.annotated(entry["dataset"]), "modality": item.get("modality"),
             "title": f"{name}: {entry['dataset']} {entry['case']}, {'' if per_target else 'mean '}Dice {entry['dice']:.3f}",
         })  # fmt: skip
     return page_png(path, cases, table)
@@ -118,7 +110,8 @@ class CasePage:
     Args:
         output_dir: folder of ``cases.csv`` and of the saved label maps; the pictures go there too.
         items: the evaluated pool items.
-        table, dataset, modality, targets, raw_ids: as for :func:`folder_page`.
+        table, raw_ids: as for :func:`folder_page`.
+        save: what is written of each case; without label maps there are no pictures.
     """
 
     def __init__(
@@ -126,13 +119,11 @@ class CasePage:
         output_dir: str,
         items: Sequence[Mapping[str, Any]],
         table: LabelTable | Mapping | str,
-        dataset: str | None = None,
-        modality: str = "CT",
-        targets: Sequence[str] | None = None,
         raw_ids: str | None = None,
+        save: str | Sequence[str] = "label_map",
     ) -> None:
-        self.output_dir, self.items, self.table = Path(output_dir), items, table
-        self.settings = {"dataset": dataset, "modality": modality, "targets": targets, "raw_ids": raw_ids}
+        self.output_dir, self.items, self.table, self.raw_ids = Path(output_dir), items, table, raw_ids
+        self.has_maps = "label_map" in saved_outputs(save)  # those that lie there may be an earlier run's
 
     def attach(self, engine: Engine) -> None:
         """Draw when the last case is done."""
@@ -146,9 +137,10 @@ class CasePage:
         for name in names:  # an earlier run's would be taken for this one's
             (self.output_dir / name).unlink(missing_ok=True)
         try:
-            for name in names:
+            for name in names if self.has_maps else ():
                 files = self.output_dir / name, self.output_dir / "cases.csv", self.output_dir
-                folder_page(*files, self.items, self.table, per_target=name == "targets.png", **self.settings)
+                per_target = name == "targets.png"
+                folder_page(*files, self.items, self.table, per_target=per_target, raw_ids=self.raw_ids)
         except (ValueError, OSError) as error:
             logger.warning("No page of pictures in %s: %s", self.output_dir, error)
 

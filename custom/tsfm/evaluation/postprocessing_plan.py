@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,14 @@ def determine(
     table = as_table(table)
     if not predictions or len(predictions) != len(truths):
         raise ValueError(f"{len(predictions)} predictions and {len(truths)} truths: expected one of each per case")
-    owners = (
-        [datasets or only_dataset(table)] * len(truths) if datasets is None or isinstance(datasets, str) else datasets
-    )
+    one_owner = datasets is None or isinstance(datasets, str)
+    owners = [datasets or only_dataset(table)] * len(truths) if one_owner else datasets
     cases = list(zip(predictions, truths, owners, strict=True))
     plan: dict[str, Any] = {"targets": list(table.names), "steps": [], "evidence": []}
     before = _mean_dice(cases, table, plan["steps"])
     for candidate in _candidates(table, {name for owner in owners for name in table.annotated(owner)}):
         after = _mean_dice(cases, table, [*plan["steps"], candidate])
-        helps = _helps_all if candidate["target"] == FOREGROUND else _helps_one(candidate["target"])
-        kept = helps(before, after)
+        kept = _helps(candidate["target"], before, after)
         plan["evidence"].append({"target": candidate["target"], "kept": kept, "before": before, "after": after})
         if kept:
             plan["steps"].append(candidate)
@@ -75,16 +73,16 @@ def _candidates(table: LabelTable, annotated: Collection[str]) -> list[dict[str,
     return steps
 
 
-def _helps_all(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-    """The mean rises and no target falls; a target left without any Dice to compare forbids it."""
+def _helps(target: str, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether that target strictly rises; of all foreground, the mean, and no target falls.
+
+    A target left without any Dice to compare forbids the latter.
+    """
+    if target != FOREGROUND:
+        return target in before and target in after and after[target] > before[target]
     means = [float(np.mean(list(dice.values()))) if dice else 0.0 for dice in (before, after)]
     same = before.keys() == after.keys()
     return same and means[1] > means[0] and all(after[name] >= before[name] for name in before)
-
-
-def _helps_one(target: str) -> Callable[[Mapping[str, float], Mapping[str, float]], bool]:
-    """That target strictly rises."""
-    return lambda before, after: target in before and target in after and after[target] > before[target]
 
 
 def _mean_dice(cases: Sequence[tuple], table: LabelTable, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from ignite.engine import Engine, Events
 
 from ..files import atomic_write
 from ..names import counted
+from ..schema import read_json
 from .pages import curve_png
 from .tables import load_rows, score_notes
 
@@ -91,7 +92,7 @@ def run_page(
             "of an evaluation; check --run_dir and --evaluation_dir"
         )
     again = {"run_dir": run_dir, "evaluation_dir": evaluation_dir}
-    again = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in again.items() if value)
+    again = " ".join(f"--{key} {shlex.quote(os.path.abspath(value))}" for key, value in again.items() if value)
     parts.append(("This page again", f"<pre>{escape(f'python -m tsfm page {again}')}</pre>"))
     path = Path(output_file or Path(run_dir or evaluation_dir) / "index.html")
     name = escape(Path(run_dir or evaluation_dir).resolve().name)
@@ -108,12 +109,10 @@ def _run_parts(folder: Path) -> list[tuple[str, str]]:
     """Titles and HTML of what a training leaves."""
     record, plan = _json(folder / "run.json"), _json(folder / "plan.json")
     parts = []
-    if (folder / "curve.csv").is_file():
-        rows = load_rows(folder / "curve.csv")
+    curve = folder / "curve.csv"
+    if rows := load_rows(curve) if curve.is_file() else []:
         with tempfile.TemporaryDirectory() as scratch:
-            picture = _picture(
-                curve_png(folder / "curve.csv", Path(scratch) / "curve.png"), "loss and Dice over epochs"
-            )
+            picture = _picture(curve_png(curve, Path(scratch) / "curve.png"), "loss and Dice over epochs")
         parts.append(("Curves", f"<p>{escape(_in_words(rows))}</p>{picture}"))
     if plan:
         parts.append(("Plan", _facts(plan)))
@@ -132,20 +131,19 @@ def _run_parts(folder: Path) -> list[tuple[str, str]]:
 
 def _in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     last = rows[-1]
-    scored = [row for row in rows if row.get("ema") is not None]
-    best = max(scored, key=lambda row: row["ema"]) if scored else None
-    dice = (
-        f"; Dice on patches of held-out cases (moving average) at best {best['ema']:.3f} in epoch {best['epoch']}"
-        if best
-        else ""
-    )
-    return f"{counted(last['epoch'], 'epoch')}, last loss {last['loss']:.3f}{dice}."
+    text = f"{counted(last['epoch'], 'epoch')}, last loss {last['loss']:.3f}"
+    if scored := [row for row in rows if row.get("ema") is not None]:
+        best = max(scored, key=lambda row: row["ema"])
+        text += (
+            f"; Dice on patches of held-out cases (moving average) at best {best['ema']:.3f} in epoch {best['epoch']}"
+        )
+    return text + "."
 
 
 def _scores(folder: Path) -> list[tuple[str, str]]:
     """Titles and HTML of what an evaluation leaves."""
     summary = _json(folder / "summary.json")
-    if not summary:
+    if "datasets" not in summary:
         return []
     rows = []
     for dataset, targets in summary["datasets"].items():
@@ -221,7 +219,7 @@ def _picture(path: Path, words: str) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _is_copy(path: Any, other: str) -> bool:

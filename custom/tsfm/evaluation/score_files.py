@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ class ScoreWriter:
         self.rows: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []
         self._part = f".part{rank or ''}"
-        self._save({"cases.csv": (COLUMNS, []), "lesions.csv": (LESION_COLUMNS, [])}, "w")
+        self._save([], "w")
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Keep one case's rows and append them to the files."""
         self.rows += rows
-        self._save({"cases.csv": (COLUMNS, rows), "lesions.csv": (LESION_COLUMNS, _lesion_rows(rows))}, "a")
+        self._save(rows, "a")
 
     def fail(self, case: str, error: Exception) -> None:
         """Remember a case that could not be scored; the others go on."""
@@ -58,10 +58,10 @@ class ScoreWriter:
             known = {(row["dataset"], row["case"]) for row in self.rows}
             self.rows += [row for row in rows if (row["dataset"], row["case"]) not in known]
             self.failed += failed
-        self._save({"cases.csv": (COLUMNS, self.rows), "lesions.csv": (LESION_COLUMNS, _lesion_rows(self.rows))}, "w")
+        self._save(self.rows, "w")
         lesion_targets = [name for name in self.table.names if is_lesion(self.table, name)]
         summary = {**summarize(self.rows), "lesion_targets": lesion_targets, "failed": self.failed}
-        text = f"{table1(self.rows, lesion_targets=lesion_targets)}\n\n{markdown_scores(summary)}\n"
+        text = f"{table1(summary, lesion_targets)}\n\n{markdown_scores(summary)}\n"
         text += f"\n{score_notes(summary)}\n" * bool(score_notes(summary))
         if protocol:
             summary["protocol"] = dict(protocol)
@@ -79,20 +79,16 @@ class ScoreWriter:
         for name in ("cases.csv", "lesions.csv"):
             (self.folder / f"{name}{self._part}").unlink(missing_ok=True)
 
-    def _save(self, files: Mapping[str, tuple[Sequence[str], list]], mode: str) -> None:
-        for name, (columns, rows) in files.items():
+    def _save(self, rows: list[dict[str, Any]], mode: str) -> None:
+        keys = LESION_COLUMNS[:3]
+        lesions = [{**{key: row[key] for key in keys}, **lesion} for row in rows for lesion in row["lesions"]]
+        for name, columns, lines in (("cases.csv", COLUMNS, rows), ("lesions.csv", LESION_COLUMNS, lesions)):
             with open(self.folder / f"{name}{self._part}", mode, newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns, extrasaction="ignore")
+                writer = csv.DictWriter(file, columns)
                 if mode == "w":
                     writer.writeheader()
-                writer.writerows({key: _rounded(row.get(key)) for key in columns} for row in rows)
+                writer.writerows({key: _rounded(line.get(key)) for key in columns} for line in lines)
 
 
 def _rounded(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def _lesion_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per lesion, from rows per target."""
-    keys = ("case", "dataset", "target")
-    return [{**{key: row[key] for key in keys}, **lesion} for row in rows for lesion in row["lesions"]]

@@ -41,7 +41,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         groups.setdefault(row["dataset"], {}).setdefault(row["target"], []).append(row)
     datasets = {name: {target: _summary(part) for target, part in parts.items()} for name, parts in groups.items()}
     entries = [entry for parts in datasets.values() for entry in parts.values()]
-    means = {key: _mean([entry[key]["mean"] for entry in entries if entry[key]]) for key in ("dice", "nsd")}
+    means = {key: [entry[key]["mean"] for entry in entries if entry[key]] for key in ("dice", "nsd")}
+    means = {key: float(np.mean(values)) if values else None for key, values in means.items()}
     cases = len({(row["dataset"], row["case"]) for row in rows})
     return {"cases": cases, "mean": means, "datasets": datasets}
 
@@ -95,10 +96,6 @@ def _statistics(values: Sequence[float]) -> dict[str, float] | None:
     # One case has no spread; a sample's standard deviation divides by n - 1.
     parts["sd"] = array.std(ddof=1) if len(array) > 1 else 0.0
     return {key: float(value) for key, value in parts.items()}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -157,32 +154,19 @@ def _with_spread(statistics: Mapping[str, float] | None, cases: int) -> str:
     return f"{statistics['mean']:.4f} ± {statistics['sd']:.4f}" if cases > 1 else f"{statistics['mean']:.4f} ± -"
 
 
-def table1(
-    rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
-    lesion_targets: Sequence[str] | None = None,
-) -> str:
-    """Mean Dice per data set and target, one line per method, the mean over tumors last: the paper's Table 1.
+def table1(summary: Mapping[str, Any], lesion_targets: Sequence[str]) -> str:
+    """Mean Dice per data set and target, the mean over the `lesion_targets` last: a line of the paper's Table 1.
 
     As there, only data sets with a lesion target are listed; where there is none, all are.
-
-    Args:
-        rows: scored rows of TSFM, or method -> rows.
-        lesion_targets: targets in the last column's mean (default: those whose rows count lesions).
     """
-    methods = {"TSFM": rows} if not isinstance(rows, Mapping) else rows
-    summaries = {name: summarize(part)["datasets"] for name, part in methods.items()}
-    columns = list(dict.fromkeys((d, t) for part in summaries.values() for d, ts in part.items() for t in ts))
-    if lesion_targets is None:
-        entries = [entry for part in summaries.values() for targets in part.values() for entry in targets.items()]
-        lesion_targets = {target for target, entry in entries if "lesions" in entry}
-    with_lesion = {dataset for dataset, target in columns if target in lesion_targets}
-    columns = [column for column in columns if not with_lesion or column[0] in with_lesion]
-    lines = []
-    for name, part in summaries.items():
-        dice = {(d, t): (part.get(d, {}).get(t) or {}).get("dice") for d, t in columns}
-        means = {column: entry["mean"] for column, entry in dice.items() if entry}
-        chosen = [value for column, value in means.items() if not with_lesion or column[1] in lesion_targets]
-        cells = [f"{means[column]:.4f}" if column in means else "-" for column in columns]
-        lines.append([name, *cells, f"{np.mean(chosen):.4f}" if chosen else "-"])
-    last = "mean Dice for tumor" if with_lesion else "mean Dice"
-    return markdown(["", *(f"{dataset}: {target}" for dataset, target in columns), last], lines)
+    dice = {
+        (name, target): entry["dice"] for name, part in summary["datasets"].items() for target, entry in part.items()
+    }
+    with_lesion = {dataset for dataset, target in dice if target in lesion_targets}
+    columns = [column for column in dice if not with_lesion or column[0] in with_lesion]
+    means = {column: dice[column]["mean"] for column in columns if dice[column]}
+    chosen = [value for (_, target), value in means.items() if not with_lesion or target in lesion_targets]
+    cells = [f"{means[column]:.4f}" if column in means else "-" for column in columns]
+    header = ["", *(f"{dataset}: {target}" for dataset, target in columns)]
+    header.append("mean Dice for tumor" if with_lesion else "mean Dice")
+    return markdown(header, [["TSFM", *cells, f"{np.mean(chosen):.4f}" if chosen else "-"]])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.data import get_track_meta, set_track_meta
 from monai.transforms import Compose
 from torch.utils.data import Dataset, DistributedSampler
@@ -181,17 +182,12 @@ class PatchDataset(Dataset):
         inside = np.clip(wanted, 0, np.asarray(case.shape)[:, None])
         box = tuple((int(start), int(stop)) for start, stop in inside)
         image = torch.from_numpy(np.ascontiguousarray(case.read_image(box), np.float32))
-        codes = torch.from_numpy(_signed(np.ascontiguousarray(case.read_codes(box))))
+        codes = np.ascontiguousarray(case.read_codes(box))
+        codes = torch.from_numpy(codes.astype(np.int32) if codes.dtype == np.uint16 else codes)
         if matrix is not None:
             return resample_patch(image, codes, inside[:, 0], matrix, origin, self.patch_size)
-        if np.array_equal(inside, wanted):
-            return image, codes[None]
-        place = tuple(slice(*side) for side in inside - origin[:, None])
-        padded = image.new_zeros((len(image), *self.patch_size))
-        padded_codes = codes.new_zeros((1, *self.patch_size))
-        padded[(slice(None), *place)] = image
-        padded_codes[(0, *place)] = codes
-        return padded, padded_codes
+        edges = np.abs(wanted - inside)[::-1].ravel().tolist()  # the last axis first, as `pad` wants them
+        return F.pad(image, edges), F.pad(codes[None], edges)
 
 
 def patch_origin(
@@ -223,8 +219,3 @@ def plain_tensors() -> Iterator[None]:
         yield
     finally:
         set_track_meta(tracked)
-
-
-def _signed(codes: np.ndarray) -> np.ndarray:
-    """uint16 as int32, which torch can compute with."""
-    return codes.astype(np.int32) if codes.dtype == np.uint16 else codes

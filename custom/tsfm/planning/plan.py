@@ -22,7 +22,7 @@ from ..cases.licences import inherited_licences
 from ..cases.pool import DatasetPool, is_bare
 from ..cases.sources import Sources, file_identity
 from ..errors import CaseError
-from ..files import atomic_write
+from ..files import check_writable, write_json
 from ..names import counted
 from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork
@@ -177,24 +177,27 @@ def take_over(
 
     Raises:
         CheckpointError: as `load_pretrained`.
+        OSError: an `output_dir` that cannot be written.
     """
-    if pretrained is not None:
-        report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
-        task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
-        if preparation is not None:
-            task["preparation"] = preparation.to_dict()
-        entries = load_pretrained(network, str(pretrained), report_path=report, task=task).entries
-        network.fresh = {entry.name for entry in entries if entry.new}
-        description = pretrained_description(pretrained)
-        if (again := sorted(set(description.get("trained_on", ())) & set(pool.entries))) and rank() == 0:
-            logger.warning(
-                "the weights in %s were trained on %s, too: cases that this run holds out may be among those that they saw (are "
-                "they another fold's?), and its validation too good", pretrained, ", ".join(again),
-            )  # fmt: skip
-        network.description["licences"] = inherited_licences(description)
-        goes_on(network, description)
-    else:
+    if pretrained is None:
         network.fresh = {name for name, _ in network.named_parameters()}
+        return network
+    if output_dir:
+        check_writable(output_dir, "--output_dir")
+    report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
+    task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
+    if preparation is not None:
+        task["preparation"] = preparation.to_dict()
+    entries = load_pretrained(network, str(pretrained), report_path=report, task=task).entries
+    network.fresh = {entry.name for entry in entries if entry.new}
+    description = pretrained_description(pretrained)
+    if (again := sorted(set(description.get("trained_on", ())) & set(pool.entries))) and rank() == 0:
+        logger.warning(
+            "the weights in %s were trained on %s, too: cases that this run holds out may be among those that they saw (are "
+            "they another fold's?), and its validation too good", pretrained, ", ".join(again),
+        )  # fmt: skip
+    network.description["licences"] = inherited_licences(description)
+    goes_on(network, description)
     return network
 
 
@@ -248,21 +251,21 @@ def _read_or_measure(pool: DatasetPool, store_dir: str, num_workers: int, orient
         except (FileError, TypeError) as error:
             logger.warning("the kept fingerprint %s is damaged (%s): it is measured again", kept, error)
     read_as = Preparation((1.0, 1.0, 1.0), in_channels=count_channels(pool), orientation=orientation)
-    found = fingerprint(pool.cases, pool.table, read_as, num_workers, progress=rank() == 0, sources=sources)
+    try:
+        found = fingerprint(pool.cases, pool.table, read_as, num_workers, progress=rank() == 0, sources=sources)
+    except OSError:
+        check_writable(store_dir, "--store_dir")
+        raise
     record_sources(sources, pool)
     if found.failed:
         listed = "\n".join(f"  {message}" for _, message in found.failed)
         raise PoolError(
             f'{len(found.failed)} of {len(pool.cases)} cases cannot be used; mend or "exclude" them:\n{listed}'
         )
-
-    def write(temporary: str) -> None:
-        content = asdict(found)
-        del content["failed"]
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=4)
-
-    atomic_write(path, write)
+    try:
+        write_json(path, {key: value for key, value in asdict(found).items() if key != "failed"})
+    except OSError as error:  # a store that others may only read serves all the same
+        logger.warning("the fingerprint is not kept: %s", error)
     return found
 
 
