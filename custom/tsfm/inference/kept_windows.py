@@ -15,8 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-_LARGEST = 32000.0
-"""Logits are clipped here, so that float16 can hold them."""
+from .windows import LARGEST
 
 _LOCK = threading.Lock()
 
@@ -35,7 +34,7 @@ class KeptWindows:
 
     def put(self, corner: Hashable, target: int | None, clicks: Hashable, logits: torch.Tensor) -> torch.Tensor:
         """`logits` as they are kept, in place of those with other clicks; where there is no room they are only returned."""
-        value = logits.float().clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16, copy=True).contiguous()
+        value = logits.float().clamp(-LARGEST, LARGEST).to("cpu", torch.float16, copy=True).contiguous()
         with _LOCK:
             before = self.values.pop((corner, target), None)
             more = value.nbytes - (0 if before is None else before[1].nbytes)

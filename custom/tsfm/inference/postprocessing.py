@@ -28,7 +28,7 @@ from monai.transforms import MapTransform
 
 from ..cases.volumes import as_label_map
 from ..preparation.resampling import boxes_of, enclosing
-from ..schema import read_json
+from ..schema import FileError, read_json
 from .notes import CLICKS, COMPUTED
 
 
@@ -54,6 +54,18 @@ def apply(
         fill = next(value for value in around if not value or computed is None or names[value - 1] in computed)
         _keep_largest(result, step["values"], fill)
     return result
+
+
+def _checked(plan: Any, path: str | Path) -> Mapping[str, Any]:
+    """What a file holds, or FileError where that is no plan."""
+    steps = plan.get("steps") if isinstance(plan, Mapping) else None
+    parts = {"target", "values", "fill"}
+    if not isinstance(steps, list) or not all(isinstance(step, Mapping) and parts <= step.keys() for step in steps):
+        raise FileError(
+            f'{path} is no post-processing plan; expected "steps", each with {sorted(parts)}: python -m tsfm '
+            "postprocessing makes one; give null for none"
+        )
+    return plan
 
 
 def _needs(step: Mapping[str, Any], names: Sequence[str]) -> Sequence[str]:
@@ -100,7 +112,7 @@ class PostProcessd(MapTransform):
         if isinstance(plan, (str, Path)):
             if not Path(plan).is_file():
                 raise FileNotFoundError(f"{plan}: no such post-processing plan; give null for none")
-            plan = read_json(plan)
+            plan = _checked(read_json(plan), plan)
         if plan and targets is not None and list(plan.get("targets", targets)) != list(targets):
             raise ValueError(
                 f"the post-processing plan was made for {plan['targets']}, the label map holds {list(targets)}"

@@ -72,16 +72,11 @@ class Quality:
 
     def _of_votes(self, count: int) -> dict[str, tuple[int, int]]:
         """Target -> sum n (n - 1) and (K - 1) sum n over the batch; n of K versions paint a voxel."""
-        found = {
-            name: torch.bincount(votes.flatten(), minlength=count + 1).tolist() for name, votes in self._votes.items()
-        }
-        return {
-            name: (
-                sum(n * (n - 1) * voxels for n, voxels in enumerate(voted)),
-                (count - 1) * sum(n * voxels for n, voxels in enumerate(voted)),
-            )
-            for name, voted in found.items()
-        }
+        n, found = torch.arange(count + 1), {}
+        for name, votes in self._votes.items():
+            voxels = torch.bincount(votes.flatten(), minlength=count + 1).cpu()
+            found[name] = int((n * (n - 1) * voxels).sum()), int((count - 1) * (n * voxels).sum())
+        return found
 
     def _of_winners(self) -> dict[str, tuple[int, int]]:
         """The same of a softmax, for all its targets at once: pairs of versions are few, its outputs may be a hundred."""
