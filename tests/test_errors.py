@@ -51,7 +51,7 @@ def test_texts_of_a_command_stay_texts_and_other_values_are_read(monkeypatch):
     assert said == [("2024", "LiTS, KiTS19", [0, 1], {"epochs": 3}), ("1e5", None, None, {})]
 
 
-def test_a_command_says_what_it_cannot_do_without(monkeypatch):
+def test_a_command_says_what_it_cannot_do_without_and_what_no_option_is(monkeypatch):
     def words_of(*words):
         monkeypatch.setattr("sys.argv", ["tsfm", *words])
         with pytest.raises(SystemExit) as end:
@@ -64,6 +64,10 @@ def test_a_command_says_what_it_cannot_do_without(monkeypatch):
     said = words_of("evaluate", "out", "--pool-file=pool.json", "truth")
     assert "needs --output_dir (for cases.csv" in said and " and " not in said.partition("(")[0]
     assert words_of("pool", "--help") == "0"
+    said = words_of("evaluate", "a", "b", "c", "d", "--tolerance_mm", "3")
+    assert said.startswith("tsfm: evaluate has no option --tolerance_mm (did you mean 'tolerances_mm'?); all options")
+    assert "has no option --lable_ids (did you mean 'label_ids'?)" in words_of("plan", "data", "--lable_ids", "{}")
+    assert "has no option" not in words_of("plan", "/nowhere", "--notimed")
     assert "no.json" in words_of("pool", "no.json"), "what is given without its name counts"
 
 

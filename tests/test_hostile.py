@@ -294,6 +294,7 @@ def test_a_run_without_any_whole_state_says_what_to_do(tmp_path):
 
 
 def test_a_damaged_record_is_set_aside(tmp_path, caplog):
+    tmp_path = tmp_path / "run.json of mine"
     record = RunRecord(str(tmp_path), {"seed": 0})
     engine = type("Engine", (), {"state": type("State", (), {"max_epochs": 1})})
     record(engine)

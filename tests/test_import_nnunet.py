@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,12 @@ def test_regions_lie_in_one_another_and_are_painted_in_their_order(tmp_path):
     del description["activation"]  # as imports of earlier versions were
     fill_in(description)
     assert description["activation"] == "regions"
+
+
+def test_names_of_any_script_are_those_that_a_fine_tuning_gives_them(tmp_path):
+    dataset = {**models.DATASET, "labels": {"background": 0, "Léber": 1, "肝 tumor": 2}}
+    description = read_folder(models.write_folder(tmp_path / "m", {0: models.unet()}, None, dataset)).description
+    assert list(description["targets"]) == ["léber", "肝_tumor"]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +209,10 @@ def test_readers_networks_folds_and_foreign_folders_are_refused(tmp_path):
         read_folder(path, folds=[0, 1])
     with pytest.raises(CheckpointError, match="no model folder of nnU-Net 2"):
         read_folder(str(tmp_path))
+    path = models.write_folder(tmp_path / "damaged", {0: models.unet()})
+    Path(path, "plans.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"plans\.json is not valid JSON"):
+        read_folder(path)
     wider = models.plans(residual=True)
     with pytest.raises(CheckpointError, match="does not fit the plans"):
         read_folder(models.write_folder(tmp_path / "n", {0: models.unet()}, wider))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tsfm.network.networks import create_network
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning.families import FAMILIES, SIZES, topology, tsfm_cost, unet_cost
 from tsfm.planning.planner import Budget, Plan, PlanError, coarse_spacing, plan, plan_patch
@@ -45,14 +46,16 @@ def test_the_plan_is_nnunets(name, network):
 
 def same_plan(ours, theirs, turn):
     """Our plan (S, P, L) and nnU-Net's, whose axes are transposed, agree in all that a network and a loader need."""
-    arguments = ours.network_arguments()
+    arguments = ours.create_arguments()
+    assert arguments["residual"] == ("n_blocks_per_stage" in theirs)
+    depth = "n_blocks_per_stage" if arguments["residual"] else "n_conv_per_stage"
     assert [ours.patch_size[axis] for axis in turn] == theirs["patch_size"]
     assert ours.batch_size == theirs["batch_size"]
     assert [ours.spacing_mm[axis] for axis in turn] == pytest.approx(theirs["spacing"])
-    for key in ("strides", "kernel_sizes"):
-        assert [[row[axis] for axis in turn] for row in arguments[key]] == theirs[key]
-    for key in set(arguments) & set(theirs) - {"strides", "kernel_sizes"}:
-        assert list(arguments[key]) == theirs[key]
+    for ours, key in (([[1, 1, 1], *arguments["strides"]], "strides"), (arguments["kernel_sizes"], "kernel_sizes")):
+        assert [[row[axis] for axis in turn] for row in ours] == theirs[key]
+    assert arguments["features"] == theirs["features_per_stage"] and arguments["depths_down"] == theirs[depth]
+    assert arguments["depths_up"][::-1] == theirs["n_conv_per_stage_decoder"]
     return True
 
 
@@ -65,7 +68,7 @@ def test_parameters_of_nnunets_networks(name, parameters):
 
 
 def network_of(found, **more):
-    return TSFM(out_channels=3, **found.network_arguments(), **more)
+    return create_network(out_channels=3, **found.create_arguments(), **more)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -76,6 +76,23 @@ def test_two_folders_are_paired_by_name(folders):
     assert pool.table.names == ("liver",)
 
 
+@pytest.mark.parametrize("spelled", ["{}/", "./{}", "FOLDER/{}", "../data/{}"])
+def test_folders_and_patterns_may_be_spelled_in_any_way(folders, spelled):
+    images, labels = (spelled.replace("FOLDER", str(folders)).format(kind) for kind in ("images", "labels"))
+    for ending in ("", "/{case}.nii.gz"):
+        pool = own_data.dataset_pool(
+            str(folders), images=images + ending, labels=labels + ending, label_ids={"1": "liver"}
+        )
+        assert [item["case"] for item in pool.cases] == ["a", "b"]
+        assert all(Path(item[key]).exists() for item in pool.cases for key in ("image", "label"))
+
+
+def test_a_home_folder_by_its_sign_is_a_folder(folders, monkeypatch):
+    monkeypatch.setenv("HOME", str(folders.parent))
+    assert own_data.default_pretrained("~/data", "models") is None
+    assert len(own_data.dataset_pool("~/data", label_ids={"1": "liver"}).cases) == 2
+
+
 def test_nnunets_channel_suffix_is_understood(tmp_path):
     write(tmp_path, "case_1", suffix="_0000")
     pool = own_data.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
@@ -350,6 +367,15 @@ def test_a_fingerprint_is_measured_once_and_anew_when_a_file_changes(pool, folde
     assert len(measured) == 2
 
 
+def test_a_store_that_may_only_be_read_keeps_no_fingerprint_and_stops_nothing(pool, tmp_path, monkeypatch, caplog):
+    def refuse(path, content):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(planning, "write_json", refuse)
+    assert planning.plan_preparation(pool, str(tmp_path / "store"), "auto", "fingerprint").spacing_mm
+    assert "the fingerprint is not kept: [Errno 13]" in caplog.text
+
+
 def test_what_was_measured_of_a_case_is_kept_by_its_bytes(pool, folders, tmp_path, monkeypatch):
     """A bad case at the end, another place, another pool around it: no case is read twice."""
     store, read = str(tmp_path / "store"), []
@@ -517,6 +543,13 @@ def test_a_plan_is_taken_back_from_its_file(pool, tmp_path):
         plan_run(pool, str(tmp_path), plan_file=str(tmp_path / "no.json"))
 
 
+def test_a_plan_that_cannot_be_written_is_not_made(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "fingerprint", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file cannot be written .*--output_file"):
+        show_plan(str(folders), label_ids={"1": "liver"}, output_file=str(tmp_path / "file/plan.json"))
+
+
 def test_a_plan_that_was_made_for_weights_needs_them_and_one_of_other_levels_does_not_fit(
     pool, weights, tmp_path, caplog
 ):
@@ -585,6 +618,13 @@ def test_the_network_is_the_pretrained_one_in_the_tasks_shape(pool, weights, tmp
     assert json.loads((tmp_path / "transfer_report.json").read_text())["targets"]["taken over"] == ["liver"]
     with pytest.raises(ValueError, match="freeze is 'decoder'"):
         freeze(network, "decoder")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_weights_are_taken_over(pool, weights, tmp_path):
+    (tmp_path / "file").touch()
+    network = planning.downstream_network(pool, (16, 32, 32), 1, weights)
+    with pytest.raises(OSError, match=r"out cannot be written .*--output_dir"):
+        planning.take_over(network, pool, weights, output_dir=str(tmp_path / "file/out"))
 
 
 def test_what_nothing_pretrained_fills_cannot_be_frozen(pool, weights, tmp_path):

@@ -121,6 +121,13 @@ def test_a_damaged_state_is_found_and_the_one_before_taken(tmp_path, caplog, nam
     assert same(whole, parts)
 
 
+def test_a_copy_that_someone_made_of_a_state_is_none(tmp_path):
+    train(tmp_path, epochs=1, sharded=True)
+    (tmp_path / "last/epoch_1").rename(tmp_path / "last/epoch_1_before")
+    assert len(train(tmp_path, epochs=1, sharded=True)[1].rows) == 1
+    assert {path.name for path in (tmp_path / "last").iterdir()} == {"epoch_1", "epoch_1_before"}
+
+
 def test_a_disk_that_is_full_stops_the_run_and_leaves_the_state_before(tmp_path, monkeypatch):
     train(tmp_path, epochs=2, sharded=True)
 

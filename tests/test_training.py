@@ -1,5 +1,7 @@
 import csv
+import json
 import logging
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.training.checkpoint import read_state
 from tsfm.training.curve import Curve, write_csv
-from tsfm.training.record import versions
+from tsfm.training.record import RunRecord, versions
 from tsfm.training.run_state import AllStepsSkipped, RunState
 from tsfm.training.steps import TrainStep, poly_schedule
 from tsfm.training.weight_files import CheckpointError
@@ -157,8 +159,8 @@ def test_bare_items_are_never_resumed(tmp_path, caplog):
 
 def test_a_run_with_other_settings_or_fewer_epochs_is_refused(tmp_path):
     run_state(tmp_path, TSFM(**SMALL))[0].run()
-    with pytest.raises(CheckpointError, match="seed: was 0, is 3"):
-        run_state(tmp_path, TSFM(**SMALL), settings={"seed": 3})[0].run()
+    with pytest.raises(CheckpointError, match="seed: was 0, is 3"):  # before anything is prepared or written
+        run_state(tmp_path, TSFM(**SMALL), settings={"seed": 3})
     with pytest.raises(CheckpointError, match="cases"):
         run_state(tmp_path, TSFM(**SMALL), items=[{**ITEM, "case": "other"}])[0].run()
     with pytest.raises(CheckpointError, match="optimizer: was SGD, is AdamW"):
@@ -176,6 +178,16 @@ def test_a_run_with_other_settings_or_fewer_epochs_is_refused(tmp_path):
     trainer.state.max_epochs = 1
     with pytest.raises(CheckpointError, match="has 2 epochs, 1 were asked for"):
         trainer.run()
+
+
+def test_another_spelling_of_a_place_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("data")
+    run_state(tmp_path, TSFM(**SMALL), settings={"pool": "data", "pretrained": "None"})[0].run()
+    for spelled in ("data/", "./data", str(tmp_path / "data"), "link"):
+        run_state(tmp_path, TSFM(**SMALL), settings={"pool": spelled, "pretrained": "None"})[0].run()
+    with pytest.raises(CheckpointError, match="pool: was data, is other"):
+        run_state(tmp_path, TSFM(**SMALL), settings={"pool": "other", "pretrained": "None"})
 
 
 def test_a_run_whose_label_ids_now_stand_for_other_targets_is_refused(tmp_path):
@@ -285,6 +297,24 @@ def test_an_extended_run_goes_on_with_the_longer_schedules_rate_and_says_so(sche
 def test_rows_with_other_columns_share_one_table(tmp_path):
     write_csv(str(tmp_path / "x.csv"), [{"a": 1}, {"a": 2, "b": None}, {"b": 3}])
     assert (tmp_path / "x.csv").read_text().splitlines() == ["a,b", "1,", "2,", ",3"]
+
+
+def test_a_git_that_does_not_answer_stops_no_run(monkeypatch):
+    def wait(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", wait)
+    assert "torch" in versions() and "git" not in versions()
+
+
+def test_a_record_holds_the_configs_that_the_run_was_made_of(tmp_path, monkeypatch):
+    config = tmp_path / "train.json"
+    config.write_text('{"epochs": 3}')
+    monkeypatch.setattr("sys.argv", ["monai.bundle", "run", "--config_file", str(config)])
+    record = RunRecord(str(tmp_path), {})
+    config.unlink()  # while the cases were prepared
+    record(SimpleNamespace(state=SimpleNamespace(max_epochs=1)))
+    assert json.loads((tmp_path / "run.json").read_text())["configs"] == {str(config): {"epochs": 3}}
 
 
 def test_versions_name_what_decides_the_numbers():

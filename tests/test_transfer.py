@@ -11,7 +11,7 @@ from torch import nn
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning.parts import freeze, parameter_groups
 from tsfm.planning.transfer import load_pretrained
-from tsfm.training.checkpoint import load_weights, save_weights
+from tsfm.training.checkpoint import load_weights, read_state, save_weights
 from tsfm.training.weight_files import CheckpointError
 
 pytestmark = pytest.mark.convolutions
@@ -215,14 +215,6 @@ def test_the_transformer_may_be_missing_on_either_side(checkpoint, tmp_path):
     assert {e.name.split(".")[0] for e in report.entries if e.how == "new"} == {"bottleneck"}
 
 
-def test_a_part_can_be_left_at_its_start(checkpoint):
-    other = network(hidden_size=24, seed=1)
-    before = weights(other)
-    report = load_pretrained(other, checkpoint, reinitialize=["bottleneck"])
-    assert torch.equal(other.bottleneck.project_in.weight, before["bottleneck.project_in.weight"])
-    assert any(name.startswith("bottleneck.") for name in report.unused)
-
-
 def test_deep_supervision_heads_may_be_missing_on_either_side(checkpoint, pretrained, tmp_path):
     one = network(deep_supervision=False, seed=1)
     report = load_pretrained(one, checkpoint)
@@ -292,6 +284,10 @@ def test_a_pickle_with_code_is_refused(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere\.pt does not exist"):
         load_pretrained(network(), tmp_path / "nowhere.pt")
+    with pytest.raises(CheckpointError, match=r"no model folder of nnU-Net 2: .*, or a weight file \(model\.pt\)"):
+        load_pretrained(network(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"is a folder; name a file in it"):
+        read_state(tmp_path)
 
 
 def test_lower_precision_weights_are_read(pretrained, tmp_path):

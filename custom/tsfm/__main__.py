@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from inspect import signature
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import fire
 from fire.decorators import SetParseFns
 from fire.docstrings import parse
+
+from .schema import nearest
 
 
 def pool(
@@ -34,6 +35,7 @@ def pool(
         output_file: also write the summary as JSON.
     """
     from .cases.pool import DatasetPool
+    from .files import write_json
 
     found = DatasetPool(pool_file, dataset_dir, datasets, allow_missing=True)
     print(found.describe())
@@ -43,7 +45,7 @@ def pool(
             counts = [sum(item["dataset"] == name for item in part) for part in (train, val)]
             print(f"fold {fold}, {name}: {counts[0]} training and {counts[1]} validation cases")
     if output_file:
-        _write_json(output_file, found.summary())
+        write_json(output_file, found.summary())
 
 
 def describe(checkpoint: str) -> None:
@@ -114,14 +116,14 @@ def postprocessing(predictions: str, labels: str, pool_file: str, output_file: s
     from .cases.dataset_folder import label_table
     from .evaluation.label_maps import match_predictions
     from .evaluation.postprocessing_plan import determine
-    from .files import check_writable
+    from .files import check_writable, write_json
     from .names import counted
 
     check_writable(os.path.dirname(os.path.abspath(output_file)), "--output_file")
     table = label_table(pool_file)
     pairs = match_predictions(predictions, labels, dataset)
     plan = determine([pair["prediction"] for pair in pairs], [pair["label"] for pair in pairs], table, dataset)
-    _write_json(output_file, plan)
+    write_json(output_file, plan)
     print(f"{counted(len(plan['steps']), 'step')}, written to {output_file}")
 
 
@@ -151,15 +153,6 @@ def page(run_dir: str | None = None, evaluation_dir: str | None = None, output_f
     print(run_page(run_dir, evaluation_dir, output_file))
 
 
-def _write_json(path: str, content: Any) -> None:
-    import json
-
-    from .files import atomic_write
-
-    text = json.dumps(content, indent=4)
-    atomic_write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
 COMMANDS = {function.__name__: function for function in (pool, describe, evaluate, postprocessing, curve, page)}
 
 
@@ -178,20 +171,24 @@ def _plan() -> Callable[..., Any]:
     return plan
 
 
-def _missing(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
-    """What a command cannot do without and these words do not give: ``--name (what it is)``; nothing where they ask for help."""
+def _wrong(function: Callable[..., Any], words: Sequence[str]) -> str:
+    """What no option of a command is, which fire would say after its work, or what it cannot do without and is not given:
+    ``needs --name (what it is)``; nothing where the words ask for help."""
     flags = [word for word in words if word.startswith("-") and not word[1:2].isdigit()]
     if any(flag in ("--", "--help") or not flag.startswith("--") for flag in flags):
-        return []
-    plain = [
-        word for before, word in pairwise(["", *words]) if word not in flags and (before not in flags or "=" in before)
-    ]
-    given = {flag[2:].split("=")[0].replace("-", "_") for flag in flags}
-    required = [
-        name for name, one in signature(function).parameters.items() if one.default is one.empty and one.kind < 2
-    ]
+        return ""
+    given = [flag[2:].split("=")[0].replace("-", "_") for flag in flags]
+    known = signature(function).parameters
+    if all(one.kind is not one.VAR_KEYWORD for one in known.values()):
+        for name in given:
+            if not {name, name.removeprefix("no")} & known.keys():
+                return f"has no option --{name}{nearest(name, known)}"
+    before = zip(["", *words], words, strict=False)
+    plain = [word for last, word in before if word not in flags and (last not in flags or "=" in last)]
+    required = [name for name, one in known.items() if one.default is one.empty and one.kind < 2 and name not in given]
     about = {one.name: (one.description or "").rstrip(".") for one in parse(function.__doc__ or "").args or ()}
-    return [f"--{name} ({about.get(name, name)})" for name in [n for n in required if n not in given][len(plain) :]]
+    missing = [f"--{name} ({about.get(name, name)})" for name in required[len(plain) :]]
+    return f"needs {' and '.join(missing)}" if missing else ""
 
 
 def _as_said(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,8 +206,8 @@ def main() -> None:
     names = asked if asked and asked[0] in found else found
     try:
         functions = {name: found[name]() for name in names}
-        if names is asked and (missing := _missing(functions[asked[0]], sys.argv[2:])):
-            sys.exit(f"tsfm: {asked[0]} needs {' and '.join(missing)}; all options: python -m tsfm {asked[0]} --help")
+        if names is asked and (wrong := _wrong(functions[asked[0]], sys.argv[2:])):
+            sys.exit(f"tsfm: {asked[0]} {wrong}; all options: python -m tsfm {asked[0]} --help")
         fire.Fire({name: _as_said(function) for name, function in functions.items()}, name="tsfm")
     except (ValueError, OSError) as error:
         sys.exit(f"tsfm: {error}")

@@ -90,11 +90,10 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
         if isinstance(cause, Stopped):
             sys.exit(128 + cause.number)  # as a shell counts; for SIGINT Python itself does so
         return
-    if _is_said_here(cause) or type(cause).__module__.split(".")[0] == OWN_MODULE:  # the way to it says nothing
-        print(f"\nThis run stopped because of\n{type(cause).__name__}: {cause}", file=sys.stderr, flush=True)
-        return
-    sys.__excepthook__(kind, error, trace)
-    if cause is not error:
+    in_own_words = _is_said_here(cause) or type(cause).__module__.split(".")[0] == OWN_MODULE
+    if not in_own_words:  # else the way to it says nothing
+        sys.__excepthook__(kind, error, trace)
+    if in_own_words or cause is not error:
         print(f"\nThis run stopped because of\n{type(cause).__name__}: {cause}", file=sys.stderr, flush=True)
 
 

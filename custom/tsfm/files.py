@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 PARTIAL = ".partial"
 """Is in the names of files that are being written: ``.HOST_PROCESS_NUMBER.partial``, and a suffix where one is needed."""
@@ -52,6 +54,16 @@ def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: 
         if is_full(error):
             raise FullDisk(errno.ENOSPC, full_message(path, written)) from error
         raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 as `atomic_write` does."""
+    atomic_write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
+    """Write JSON, indented by 4, as `atomic_write` does; `options` are those of `json.dumps`."""
+    write_text(path, json.dumps(content, indent=4, **options) + "\n")
 
 
 def write_first(path: str | os.PathLike, write: Callable[[str], None]) -> None:

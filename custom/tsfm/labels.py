@@ -56,9 +56,7 @@ class LabelTable:
         self._maps: dict[str, str] = {}
         values = {str(i + 1): name for i, name in enumerate(self.names)}
         self._datasets.setdefault(LABEL_MAP, _dataset_rules({"name": LABEL_MAP, "labels": values}))
-        if "background" in self._entries:
-            raise LabelError("'background' cannot be a target: it is what no target claims")
-        _check_names([*self.names, *(entry["name"] for entry in datasets)])
+        self._check_names()
         self._check_targets()
         self._build_codes()
 
@@ -77,11 +75,10 @@ class LabelTable:
 
     def ancestors(self, target: int) -> tuple[int, ...]:
         """Indices of the targets that contain target number `target`, nearest first."""
-        found, parent = [], self.parent(self.names[target])
-        while parent is not None:
+        found = [target]
+        while (parent := self.parent(self.names[found[-1]])) is not None:
             found.append(self.names.index(parent))
-            parent = self.parent(parent)
-        return tuple(found)
+        return tuple(found[1:])
 
     def parts(self, name: str) -> tuple[str, ...]:
         """The targets declared ``part_of`` `name`; together they make it up."""
@@ -171,6 +168,10 @@ class LabelTable:
         self._rules(dataset)
         return self._offsets[dataset]
 
+    def rows(self, dataset: str) -> np.ndarray:
+        """`targets` of the local codes of `dataset`: (codes, targets)."""
+        return self.targets[self.offset(dataset) :][: len(self.local_ids(dataset))]
+
     def ignored(self, dataset: str) -> tuple[int, ...]:
         """Local codes of `dataset` whose voxels enter no loss."""
         ids = self.local_ids(dataset)
@@ -195,15 +196,15 @@ class LabelTable:
         if any(isinstance(raw_id, str) for raw_id in ids):
             raise LabelError(f"data set '{dataset}' names structures, not ids: merge its masks first ({source})")
         raw = np.asarray(raw)
-        if raw.size and raw.min() >= 0 and raw.max() < 65536:
-            counts = np.bincount(raw.ravel().astype(np.uint16, copy=False))
-            found = np.flatnonzero(counts)
-            lookup = np.zeros(len(counts), self.code_dtype)
+        if raw.size and raw.min() >= 0 and raw.max() < 65536:  # counted, which is faster than sorting
+            index = raw.astype(np.uint16, copy=False)
+            counts = np.bincount(index.ravel())
+            values = range(len(counts))
         else:
-            found, inverse, counts = np.unique(raw, return_inverse=True, return_counts=True)
-            counts = dict(zip(found.tolist(), counts.tolist(), strict=True))
-            lookup = None
-        unknown = {int(value): int(counts[value]) for value in found.tolist() if value not in ids}
+            found, index, counts = np.unique(raw, return_inverse=True, return_counts=True)
+            index, values = index.reshape(raw.shape), found.tolist()
+        counts = dict(zip(values, counts.tolist(), strict=True))
+        unknown = {int(value): count for value, count in counts.items() if count and value not in ids}
         if unknown and self._rules(dataset)["others"] != "background":
             shown, rest = dict(list(unknown.items())[:8]), len(unknown) - 8
             more = f" and {rest} more (an image in place of a label map?)" if rest > 0 else ""
@@ -211,22 +212,17 @@ class LabelTable:
                 f"{source or 'label map'}: holds the ids {shown}{more} (id: voxels), which the label table of data set "
                 f"'{dataset}' does not list; it lists {list(ids)}. {self.advice}"
             )
-        local = {value: (0 if value in unknown else ids.index(value)) for value in found.tolist()}
-        if lookup is not None:
-            lookup[list(local)] = list(local.values())
-            return lookup[raw.astype(np.uint16, copy=False)] if raw.size else np.zeros(raw.shape, self.code_dtype)
-        return np.array([local[value] for value in found.tolist()], self.code_dtype)[inverse].reshape(raw.shape)
+        local = {value: code for code, value in enumerate(ids)}
+        return np.array([local.get(value, 0) for value in counts], self.code_dtype)[index]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON from which :meth:`from_dict` builds the same table."""
         datasets = []
         for name in self._declared:
-            rules = self._datasets[name]
-            labels = {str(raw): list(names) for raw, names in rules["labels"].items()}
-            entry: dict[str, Any] = {"name": name, "labels": labels}
-            entry |= {"ignore": list(rules["ignore"])} if rules["ignore"] else {}
-            entry |= {"others": rules["others"]} if rules["others"] else {}
-            datasets.append(entry)
+            rules = self.label_rules(name)
+            labels = {str(raw): list(names) for raw, names in self._datasets[name]["labels"].items()}
+            more = {key: rules[key] for key in ("ignore", "others") if rules[key]}
+            datasets.append({"name": name, "labels": labels, **more})
         plain = {name: {k: v for k, v in entry.items() if k != "_desc_"} for name, entry in self._entries.items()}
         return {"targets": plain, "datasets": datasets}
 
@@ -245,6 +241,14 @@ class LabelTable:
             raise LabelError(f"unknown data set '{dataset}'; the label table knows {list(self._declared)}")
         return self._datasets[dataset]
 
+    def _check_names(self) -> None:
+        """LabelError for names that could not travel with the weights."""
+        if "background" in self._entries:
+            raise LabelError("'background' cannot be a target: it is what no target claims")
+        wrong = [name for name in (*self.names, *self._declared) if not is_plain_name(name)]
+        if wrong:
+            raise LabelError(f"{wrong} cannot be names of targets or data sets; expected {NAME_RULE}")
+
     def _check_targets(self) -> None:
         for name, entry in self._entries.items():
             unknown = unknown_names(sorted(set(entry) - TARGET_FIELDS), TARGET_FIELDS)
@@ -252,15 +256,14 @@ class LabelTable:
                 raise LabelError(f"target '{name}': unknown fields {unknown}; known: {sorted(TARGET_FIELDS)}")
             if sum(key in entry for key in RELATIONS) > 1:
                 raise LabelError(f"target '{name}' is both part_of and inside; choose one")
-            seen, parent = [name], self.parent(name)
-            while parent is not None:
+            seen = [name]
+            while (parent := self.parent(seen[-1])) is not None:
                 if parent not in self._entries:
                     near = nearest(parent, self.names)
                     raise LabelError(f"target '{seen[-1]}' refers to '{parent}', which is not among the targets{near}")
-                if parent in seen:
-                    raise LabelError(f"targets refer to each other in a circle: {' -> '.join([*seen, parent])}")
                 seen.append(parent)
-                parent = self.parent(parent)
+                if parent in seen[:-1]:
+                    raise LabelError(f"targets refer to each other in a circle: {' -> '.join(seen)}")
         shown = list(self.channel_def().values())
         if len(set(shown)) < len(shown):
             raise LabelError(f'two targets have one name, or are shown under one ("display"): {sorted(shown)}')
@@ -301,13 +304,6 @@ class LabelTable:
         return [one for part in self.parts(name) for one in (part, *self._all_parts(part))]
 
 
-def _check_names(names: Sequence[str]) -> None:
-    """LabelError for names that could not travel with the weights."""
-    wrong = [name for name in names if not is_plain_name(name)]
-    if wrong:
-        raise LabelError(f"{wrong} cannot be names of targets or data sets; expected {NAME_RULE}")
-
-
 def _dataset_rules(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Normalise one data set's declaration: ids as integers where they are numbers, targets as tuples."""
     name, labels = entry["name"], {}
@@ -343,6 +339,4 @@ def as_table(table: LabelTable | Mapping[str, Any] | str | Path) -> LabelTable:
     """A label table from itself, its dict, or the path of a JSON file with ``targets`` and ``datasets``."""
     if isinstance(table, LabelTable):
         return table
-    if isinstance(table, Mapping):
-        return LabelTable.from_dict(table)
-    return LabelTable.from_dict(read_json(table, "pool"))
+    return LabelTable.from_dict(table if isinstance(table, Mapping) else read_json(table, "pool"))

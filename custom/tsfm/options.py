@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .schema import KINDS, check, nearest, read_json
+from .schema import KINDS, check, kind, nearest, read_json
 
 # options of `monai.bundle run` itself, and of its tracking
 RUN_OPTIONS = {
@@ -32,58 +32,54 @@ class OptionError(ValueError):
     """An option or an id of an overlay that no config file knows, or a value that cannot be meant."""
 
 
-def _kind(types: str | list[str], description: str, **more: Any) -> dict[str, Any]:
-    return {"type": types, "description": description, **more}
+COUNT = kind("int", "a whole number from 1", minimum=1)
 
+INDEX = kind("int", "a whole number from 0", minimum=0)
 
-COUNT = _kind("int", "a whole number from 1", minimum=1)
+RATE = kind("number", "a number from 0", minimum=0)
 
-INDEX = _kind("int", "a whole number from 0", minimum=0)
+RATE_OR_NONE = kind(["number", "null"], "a number from 0, or null", minimum=0)
 
-RATE = _kind("number", "a number from 0", minimum=0)
+FLAG = kind("boolean", "true or false (on a command line: True or False)")
 
-RATE_OR_NONE = _kind(["number", "null"], "a number from 0, or null", minimum=0)
+PATH = kind(["string", "null"], "a path (a name of digits alone: ./2024)")
 
-FLAG = _kind("boolean", "true or false (on a command line: True or False)")
-
-PATH = _kind(["string", "null"], "a path (a name of digits alone: ./2024)")
-
-NAMED = _kind("string", "a name")
+NAMED = kind("string", "a name")
 
 AUTO = r"\Aauto\Z"
 
-THREE = [_kind("number", "a number above 0", exclusiveMinimum=0)] * 3
+THREE = [kind("number", "a number above 0", exclusiveMinimum=0)] * 3
 
-KINDS["options"] = _kind(
+KINDS["options"] = kind(
     "object",
     "an object of ids",
     properties={
         **dict.fromkeys(("epochs", "iterations_per_epoch", "val_iterations", "val_interval", "parts", "sw_batch_size"), COUNT),
-        "batch_size": _kind(["int", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
+        "batch_size": kind(["int", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
         **dict.fromkeys(("seed", "part"), INDEX),
-        "warmup_epochs": _kind(["int", "string"], "a whole number from 0, or auto (the schedule's own)", minimum=0, pattern=AUTO),
-        "num_workers": _kind(
+        "warmup_epochs": kind(["int", "string"], "a whole number from 0, or auto (the schedule's own)", minimum=0, pattern=AUTO),
+        "num_workers": kind(
             ["int", "object"], "a whole number from 0", minimum=0, anyOf=[{"type": "int"}, {"required": ["_target_"]}]
         ),
-        "save_interval": _kind(["int", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
-        "checkpointing": _kind(["boolean", "string"], "true, false or auto (on a command line: True or False)", pattern=AUTO),
+        "save_interval": kind(["int", "string"], "a whole number from 1, or auto", minimum=1, pattern=AUTO),
+        "checkpointing": kind(["boolean", "string"], "true, false or auto (on a command line: True or False)", pattern=AUTO),
         "learning_rate": RATE,
         **dict.fromkeys(("head_learning_rate", "encoder_learning_rate"), RATE_OR_NONE),
         **dict.fromkeys(("allow_missing", "raw_data", "from_scratch", "amp", "compile", "progress", "save_sharded"), FLAG),
         **dict.fromkeys(("bundle_root", "output_dir", "store_dir", "ckpt_dir", "splits_file"), PATH),
-        "checkpoint": _kind(["string", "array", "null"], "a weight file, or a list of folds' weight files"),
-        "dataset_dir": _kind(["string", "array"], "a path (a name of digits alone: ./2024), or a list of them"),
-        "fold": _kind(["int", "string"], 'a fold\'s number from 0, or "all"', minimum=0, pattern=r"\A(all|\d+)\Z"),
-        "mirror_axes": _kind("string", "some of the letters S, P, L, each once", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
-        "amp_dtype": _kind("string", "bfloat16, float16 or (inference) auto", enum=["bfloat16", "float16", "auto"]),
-        "licence": _kind("string", "any, commercial or permissive", enum=["any", "commercial", "permissive"]),
-        "save": _kind(["string", "array"], "the name of an output, or a list of names", items=NAMED),
-        "existing": _kind("string", "error, skip or overwrite", enum=["error", "skip", "overwrite"]),
-        "spacing_mm": _kind(
+        "checkpoint": kind(["string", "array", "null"], "a weight file, or a list of folds' weight files"),
+        "dataset_dir": kind(["string", "array"], "a path (a name of digits alone: ./2024), or a list of them"),
+        "fold": kind(["int", "string"], 'a fold\'s number from 0, or "all"', minimum=0, pattern=r"\A(all|\d+)\Z"),
+        "mirror_axes": kind("string", "some of the letters S, P, L, each once", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
+        "amp_dtype": kind("string", "bfloat16, float16 or (inference) auto", enum=["bfloat16", "float16", "auto"]),
+        "licence": kind("string", "any, commercial or permissive", enum=["any", "commercial", "permissive"]),
+        "save": kind(["string", "array"], "the name of an output, or a list of names", items=NAMED),
+        "existing": kind("string", "error, skip or overwrite", enum=["error", "skip", "overwrite"]),
+        "spacing_mm": kind(
             ["array", "string"], "three numbers of millimetres (S, P, L), auto, coarse or checkpoint", prefixItems=THREE,
             minItems=3, maxItems=3, pattern=r"\A(auto|coarse|checkpoint)\Z",
         ),
-        "patch_size": _kind(
+        "patch_size": kind(
             ["array", "string"], "three whole numbers of voxels (S, P, L), auto or checkpoint", items=COUNT,
             minItems=3, maxItems=3, pattern=r"\A(auto|checkpoint)\Z",
         ),
@@ -98,16 +94,15 @@ def check_options(arguments: Sequence[str]) -> None:
         OptionError: listing unknown ids with the nearest known one, and values that cannot be meant.
         FileError: a config file with a key that is there twice.
     """
-    options = _options(arguments)
-    paths = config_files(arguments)
-    if "config_file" not in options or not paths:
+    options, paths = _options(arguments), config_files(arguments)
+    if not paths:
         return
     contents = {path: read_json(path) for path in paths}
     wrong = [path for path, content in contents.items() if not isinstance(content, dict)]
     if wrong:
         raise OptionError(f'{wrong[0]} holds no object of ids, expected one like {{"epochs": 10}}')
     beside = _ids_beside(contents)
-    first = _first_ids(contents, arguments)
+    first = _first_ids(contents, options)
     known = first.union(*beside.values())
     for path, content in list(contents.items())[1:]:
         listed = "; ".join(_unknown([key for key in content if not key.startswith("_")], known, contents, ""))
@@ -188,12 +183,11 @@ def _parts(key: str) -> list[str]:
     return re.split(r"#|::", key.lstrip("+"))
 
 
-def _first_ids(contents: Mapping[str, Any], arguments: Sequence[str]) -> set[str]:
+def _first_ids(contents: Mapping[str, Any], options: Mapping[str, str]) -> set[str]:
     """Top-level ids of the first file, what any file refers to, and entry points."""
     found = RUN_OPTIONS | ENTRY_POINTS | {_parts(key)[0] for key in next(iter(contents.values()))}
     found |= set(re.findall(r"[@%]([A-Za-z_]\w*)", json.dumps(list(contents.values()))))
-    named = _options(arguments)
-    return found | {named[name] for name in ("run_id", "init_id", "final_id") if name in named}
+    return found | {options[name] for name in ("run_id", "init_id", "final_id") if name in options}
 
 
 def _ids_beside(contents: Mapping[str, Any]) -> dict[Path, set[str]]:
@@ -242,10 +236,7 @@ def _dead_end(place: Any, steps: Sequence[str]) -> str:
 
 def config_files(arguments: Sequence[str]) -> list[str]:
     """The JSON files that ``--config_file`` names (none without it): one path, or a list of paths as text."""
-    position = next((i for i, argument in enumerate(arguments) if argument.startswith("--config_file")), None)
-    if position is None:
-        return []
-    value = arguments[position].partition("=")[2] or (arguments[position + 1] if position + 1 < len(arguments) else "")
+    value = _options(arguments).get("config_file", "")
     if value.startswith("["):
         try:
             paths = [str(path) for path in ast.literal_eval(value)]

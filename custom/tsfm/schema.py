@@ -135,7 +135,7 @@ def _place(path: list[Any], content: Any) -> str:
 
 
 @lru_cache
-def _validator(kind: str) -> Any:
+def _validator(name: str) -> Any:
     """The validator of one kind. jsonschema takes a tenth of a second to import."""
     import jsonschema
     from jsonschema import FormatChecker, ValidationError
@@ -158,53 +158,52 @@ def _validator(kind: str) -> Any:
     names.checks("snomed")(lambda text: is_snomed(text) and is_plain_name(text))
     # JSON's integer may be 2.0, which counts nothing in Python
     types = newest.TYPE_CHECKER.redefine("int", lambda _, one: isinstance(one, int) and not isinstance(one, bool))
-    return extend(newest, {"mistyped": mistyped}, type_checker=types)(KINDS[kind], format_checker=names)
+    return extend(newest, {"mistyped": mistyped}, type_checker=types)(KINDS[name], format_checker=names)
 
 
-def _kind(types: str | Sequence[str], description: str, **more: Any) -> dict[str, Any]:
+def kind(types: str | Sequence[str], description: str, **more: Any) -> dict[str, Any]:
+    """A JSON schema with the words that an error says it in."""
     return {"type": types, "description": description, **more}
 
 
-TEXT = _kind("string", "a text", minLength=1)
+TEXT = kind("string", "a text", minLength=1)
 
 NOTE: dict[str, Any] = {}
 
-NAME = _kind("string", NAME_RULE, format="name")
+NAME = kind("string", NAME_RULE, format="name")
 
-TEXTS = _kind("array", 'a list of texts, like ["a", "b"]', items=TEXT)
+TEXTS = kind("array", 'a list of texts, like ["a", "b"]', items=TEXT)
 
-CASES = _kind("array", 'a list of case names, like ["case_1", "case_2"]', items=TEXT)
+CASES = kind("array", 'a list of case names, like ["case_1", "case_2"]', items=TEXT)
 
-PATHS = _kind(["string", "array"], "a path, or a list of paths (one per channel)", minLength=1, minItems=1, items=TEXT)
+PATHS = kind(["string", "array"], "a path, or a list of paths (one per channel)", minLength=1, minItems=1, items=TEXT)
 
-CODE = _kind(
-    "string", 'a SNOMED CT code and its meaning, "10200004 Liver" (the last digit is a check)', format="snomed"
-)
+CODE = kind("string", 'a SNOMED CT code and its meaning, "10200004 Liver" (the last digit is a check)', format="snomed")
 
-SNOMED = _kind(
+SNOMED = kind(
     "object",
     'an object like {"type": "10200004 Liver"}, if needed with "site" and "side"',
     required=["type"],
     additionalProperties=False,
-    properties={"type": CODE, "site": CODE, "side": _kind("string", '"left" or "right"', enum=["left", "right"])},
+    properties={"type": CODE, "site": CODE, "side": kind("string", '"left" or "right"', enum=["left", "right"])},
 )
 
-TARGET = _kind(
+TARGET = kind(
     "object",
     'an object like {"inside": "liver"}',
     additionalProperties=False,
     properties={
         "part_of": TEXT,
         "inside": TEXT,
-        "lesion": _kind("boolean", "true or false"),
-        "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
+        "lesion": kind("boolean", "true or false"),
+        "tolerance_mm": kind("number", "millimetres above 0", exclusiveMinimum=0),
         "display": NAME,
         "snomed": SNOMED,
         "_desc_": NOTE,
     },
 )
 
-LICENCE = _kind(
+LICENCE = kind(
     ["string", "object"],
     'a licence\'s name, or {"name": ..., "commercial": true or false, "share_alike": true or false}',
     minLength=1,
@@ -212,99 +211,95 @@ LICENCE = _kind(
     additionalProperties=False,
     properties={
         "name": TEXT,
-        **dict.fromkeys(("commercial", "share_alike"), _kind("boolean", "true or false")),
+        **dict.fromkeys(("commercial", "share_alike"), kind("boolean", "true or false")),
         "_desc_": NOTE,
     },
 )
 
-DATASET = _kind(
+DATASET = kind(
     "object",
     "an object that declares a data set",
     required=["name", "labels"],
     additionalProperties=False,
     properties={
         "name": NAME,
-        "folder": _kind("string", "a path relative to the folder of all data sets"),
+        "folder": kind("string", "a path relative to the folder of all data sets"),
         "format": TEXT,
         "image": PATHS,
         "label": TEXT,
-        "modality": _kind(
+        "modality": kind(
             ["string", "object"],
             'a modality, or patterns of case names with a default: {"default": "CT", "amos_05*": "MR"}',
             minLength=1,
             additionalProperties=TEXT,
         ),
-        "labels": _kind(
+        "labels": kind(
             "object",
             'an object from raw ids (or structure names) to targets, like {"1": "liver"}',
             propertyNames={"format": "name"},
-            additionalProperties=_kind(
+            additionalProperties=kind(
                 ["string", "array"], "the name of a target, or a list of them", minLength=1, items=TEXT
             ),
         ),
-        "ignore": _kind(
-            "array", "a list of raw ids (whole numbers)", items=_kind("integer", "a raw id (whole number)")
-        ),
-        "others": _kind("string", '"background"'),
+        "ignore": kind("array", "a list of raw ids (whole numbers)", items=kind("integer", "a raw id (whole number)")),
+        "others": kind("string", '"background"'),
         "exclude": CASES,
-        "patient": _kind(
+        "patient": kind(
             "object",
             'an object with a "pattern", and a "group" where patients are shared between data sets',
             required=["pattern"],
             additionalProperties=False,
             properties={"group": TEXT, "pattern": TEXT},
         ),
-        "unlabelled": _kind("string", '"skip"'),
+        "unlabelled": kind("string", '"skip"'),
         "reference": NOTE,
         "licence": LICENCE,
-        "labels_by": _kind("string", '"experts", "model", or "both"', enum=["experts", "model", "both"]),
+        "labels_by": kind("string", '"experts", "model", or "both"', enum=["experts", "model", "both"]),
         "origin": TEXTS,
         "_desc_": NOTE,
     },
 )
 
-POOL = _kind(
+POOL = kind(
     "object",
     'an object with "targets" and "datasets"',
     required=["targets", "datasets"],
     additionalProperties=False,
     properties={
-        "targets": _kind(
+        "targets": kind(
             "object",
             'an object from target names to their relations, like {"liver": {}}',
             propertyNames={"format": "name"},
             additionalProperties=TARGET,
         ),
-        "datasets": _kind("array", "a list of data sets", items=DATASET),
+        "datasets": kind("array", "a list of data sets", items=DATASET),
         "_desc_": NOTE,
     },
 )
 
-CHANNELS = _kind(
-    ["object", "array", "string"], 'channel names, like {"0": "CT"}', additionalProperties=TEXT, items=TEXT
-)
+CHANNELS = kind(["object", "array", "string"], 'channel names, like {"0": "CT"}', additionalProperties=TEXT, items=TEXT)
 
-DATASET_JSON = _kind(
+DATASET_JSON = kind(
     "object",
     'an object with "labels", and "training" or "file_ending"',
     mistyped=["training", "labels", "modality", "channel_names", "file_ending", "regions_class_order"],
     properties={
-        "training": _kind(
+        "training": kind(
             "array",
             'a list of {"image": path, "label": path}',
-            items=_kind(
+            items=kind(
                 "object",
                 'an object with the paths "image" and "label"',
                 required=["image", "label"],
                 properties={"image": PATHS, "label": TEXT},
             ),
         ),
-        "labels": _kind(
+        "labels": kind(
             "object",
             'an object like {"0": "background", "1": "liver"}',
-            additionalProperties=_kind(
+            additionalProperties=kind(
                 ["string", "integer", "array"], "a name, a raw id, or a list of raw ids",
-                items=_kind(["string", "integer"], "a name or a raw id"),
+                items=kind(["string", "integer"], "a name or a raw id"),
             ),
         ),
         "modality": CHANNELS,
@@ -313,25 +308,25 @@ DATASET_JSON = _kind(
     },
 )  # fmt: skip
 
-ITEM = _kind(
+ITEM = kind(
     ["string", "array", "object"],
     'the path of an image, or an object with an "image"',
     minLength=1,
     items=TEXT,
     mistyped=["image", "label", "case", "modality", "dataset"],
-    properties={"image": PATHS, "case": _kind("string", "the case's name", minLength=1), "modality": TEXT},
+    properties={"image": PATHS, "case": kind("string", "the case's name", minLength=1), "modality": TEXT},
 )
 
-LISTED = _kind("array", "a list of images", items=ITEM)
+LISTED = kind("array", "a list of images", items=ITEM)
 
-DATALIST = _kind(
+DATALIST = kind(
     ["array", "object"],
     'a list of images, or an object with such a list under "testing"',
     items=ITEM,
     properties=dict.fromkeys(("testing", "test", "validation", "training"), LISTED),
 )
 
-FOLD = _kind(
+FOLD = kind(
     "object",
     'an object with the case names of "train" and "val"',
     required=["train", "val"],
@@ -339,9 +334,9 @@ FOLD = _kind(
     properties={"train": CASES, "val": CASES},
 )
 
-FOLDS = _kind("array", 'a list of folds, like [{"train": ["a"], "val": ["b"]}]', items=FOLD)
+FOLDS = kind("array", 'a list of folds, like [{"train": ["a"], "val": ["b"]}]', items=FOLD)
 
-SPLITS = _kind(
+SPLITS = kind(
     ["array", "object"], "folds, or an object from data sets to their folds", items=FOLD, additionalProperties=FOLDS
 )
 

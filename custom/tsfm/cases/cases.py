@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..errors import CaseError, CaseWarning
+from ..errors import CaseError
 from ..labels import LabelTable
-from .grids import spacing_of
+from .grids import spacing_of, warn
 from .pool import complete_items
 from .volumes import RawVolume, axis_codes, on_grid_of, read_labels, read_volume, to_spl
 
@@ -59,14 +58,14 @@ class Preparation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON from which `from_dict` builds the same preparation."""
-        plain = asdict(self)
-        plain["spacing_mm"] = list(self.spacing_mm)
-        plain["intensity"] = {
-            name: {k: float(v) for k, v in sorted(values.items())} for name, values in sorted(self.intensity.items())
+        intensity = sorted(self.intensity.items())
+        return {
+            **asdict(self),
+            "spacing_mm": list(self.spacing_mm),
+            "intensity": {name: {k: float(v) for k, v in sorted(values.items())} for name, values in intensity},
+            "channels": [dict(rule) for rule in self.channels],
+            "masked": {name: bool(value) for name, value in sorted(self.masked.items())},
         }
-        plain["channels"] = [dict(rule) for rule in self.channels]
-        plain["masked"] = {name: bool(value) for name, value in sorted(self.masked.items())}
-        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preparation:
@@ -107,12 +106,11 @@ def load_case(
     modality = item.get("modality") or preparation.default_modality
     raw = read_volume(item["image"])
     image, affine = to_spl(raw, np.float32, preparation.orientation)
-    image_grid = RawVolume(image, affine, raw.source)
-    del raw
-    check_image(image, preparation, modality, image_grid.source)
+    raw = RawVolume(image, affine, raw.source)
+    check_image(image, preparation, modality, raw.source)
     if codes is None and table is not None and item.get("label") is not None:
-        codes = np.ascontiguousarray(load_codes(item["label"], table, item["dataset"], image_grid).array[0])
-    return Case(image, codes, affine, image_grid.source, item.get("dataset", ""), modality, item.get("case", ""))
+        codes = np.ascontiguousarray(load_codes(item["label"], table, item["dataset"], raw).array[0])
+    return Case(image, codes, affine, raw.source, item.get("dataset", ""), modality, item.get("case", ""))
 
 
 def check_image(image, preparation: Preparation, modality: str, source: str) -> None:
@@ -137,17 +135,11 @@ def check_image(image, preparation: Preparation, modality: str, source: str) -> 
     for channel, (low, high) in enumerate(limits):
         if low == high:
             where = f"channel {channel} of {len(limits)}: " if len(limits) > 1 else ""
-            warnings.warn(
-                f"{source}: {where}every voxel holds {low:g}, so there is nothing in it; check the file",
-                CaseWarning,
-                stacklevel=2,
-            )
+            warn(f"{source}: {where}every voxel holds {low:g}, so there is nothing in it; check the file")
     if modality == "CT" and not (HU_RANGE[0] < lowest < -50 and 50 < highest < HU_RANGE[1]):
-        warnings.warn(
+        warn(
             f"{source}: intensities from {lowest:g} to {highest:g} cannot be Hounsfield units (air -1000, water 0, "
-            "bone up to 2000): check slope and intercept, or the modality (--modality MR, or the item's)",
-            CaseWarning,
-            stacklevel=2,
+            "bone up to 2000): check slope and intercept, or the modality (--modality MR, or the item's)"
         )
 
 
@@ -200,7 +192,7 @@ def _check_hidden(
 ) -> None:
     """CaseError where the mask of `name` (`inside`) lies over `codes` that stand for its targets and for more within them."""
     ids = table.local_ids(dataset)
-    rows = table.targets[table.offset(dataset) :][: len(ids)] == 1
+    rows = table.rows(dataset) == 1
     own = rows[ids.index(name)]
     within = [
         code for code in range(1, ids.index(name)) if own.any() and rows[code][own].all() and (rows[code] & ~own).any()

@@ -31,36 +31,31 @@ IGNORE = "ignore"  # nnU-Net's name of the label whose voxels enter no loss
 
 def check_entry(source: str, entry: Mapping[str, Any]) -> None:
     """Raise PoolError where what a pool file says about a data set makes no sense; no folder is looked at."""
+    where = f"{source}, data set '{entry['name']}'"
     if entry.get("unlabelled") not in (None, "skip"):
-        raise PoolError(
-            f'{source}, data set \'{entry["name"]}\': "unlabelled" is {entry["unlabelled"]!r}; the only choice is "skip"'
-        )
+        raise PoolError(f'{where}: "unlabelled" is {entry["unlabelled"]!r}; the only choice is "skip"')
     kind = entry.get("format", "patterns")
     if kind not in ("msd", "patterns"):
-        raise PoolError(f"{source}, data set '{entry['name']}': format {kind!r} is neither 'msd' nor 'patterns'")
+        raise PoolError(f"{where}: format {kind!r} is neither 'msd' nor 'patterns'")
     if kind == "patterns" and not {"image", "label"} <= set(entry):
-        raise PoolError(
-            f'{source}, data set \'{entry["name"]}\': give "format": "msd", or "image" and "label" patterns'
-        )
+        raise PoolError(f'{where}: give "format": "msd", or "image" and "label" patterns')
     for part in ("image", "label") if kind == "patterns" else ():
         for pattern in paths_of(entry[part]):
             if "{case}" not in pattern:  # all cases would share one file
-                raise PoolError(f"{source}, data set '{entry['name']}': the {part} pattern {pattern!r} has no {{case}}")
+                raise PoolError(f"{where}: the {part} pattern {pattern!r} has no {{case}}")
+    pattern = entry.get("patient", {}).get("pattern", "")
     try:
-        re.compile(entry.get("patient", {}).get("pattern", ""))
+        re.compile(pattern)
     except re.error as error:
-        raise PoolError(
-            f"{source}, data set '{entry['name']}': the patient pattern {entry['patient']['pattern']!r} is no regular "
-            f"expression ({error})"
-        ) from None
-    modality = entry.get("modality", "CT")
-    if not isinstance(modality, str) and "default" not in modality:
-        raise PoolError(f'{source}, data set \'{entry["name"]}\': "modality" {dict(modality)} has no "default"')
-    for name in [modality] if isinstance(modality, str) else modality.values():
+        raise PoolError(f"{where}: the patient pattern {pattern!r} is no regular expression ({error})") from None
+    modality = _modalities(entry)
+    if "default" not in modality:
+        raise PoolError(f'{where}: "modality" {modality} has no "default"')
+    for name in modality.values():
         try:
             modality_name(name)
         except ValueError as error:
-            raise PoolError(f"{source}, data set '{entry['name']}': {error}") from None
+            raise PoolError(f"{where}: {error}") from None
 
 
 def read_dataset(
@@ -89,32 +84,33 @@ def read_dataset(
     unknown = unknown_names(sorted(excluded), [case for case, _, _ in pairs])
     if unknown and recorded is None:
         raise PoolError(f'{folder}: "exclude" names cases that are not there: {unknown}')
-    items, absent, unlabelled = [], [], 0
+    items, absent, unlabelled, modalities = [], [], 0, _modalities(entry)
     labels = {os.path.normpath(path) for *_, label in pairs for path in paths_of(label)}
-    skips = entry.get("unlabelled") == "skip"
     for case, image, label in sorted(pairs, key=lambda pair: pair[0]):
         # in one folder "{case}.nii.gz" fits the labels of "{case}_seg.nii.gz", too
         if case in excluded or os.path.normpath(paths_of(image)[0]) in labels:
             continue
-        paths = [*paths_of(image), *paths_of(label)]
-        if recorded is None and skips and not any(os.path.exists(path) for path in paths_of(label)):
-            unlabelled += 1
-            continue
-        absent += [path for path in paths if recorded is None and not os.path.exists(path)]
-        modality = modality_name(_modality(entry.get("modality", "CT"), case), source)
+        if recorded is None:
+            if entry.get("unlabelled") == "skip" and not any(map(os.path.exists, paths_of(label))):
+                unlabelled += 1
+                continue
+            absent += [path for path in (*paths_of(image), *paths_of(label)) if not os.path.exists(path)]
+        modality = modality_name(modalities[next(iter(_fitting(modalities, case)), "default")], source)
         item = {"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case}
         items.append(item | {"licence": licence} if licence else item)
     if absent:
         shown = "\n    ".join(absent[:10])
         raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
+    is_msd = entry.get("format") == "msd"
     if recorded is None:
         _warn_of_unused_modalities(entry, [case for case, _, _ in pairs])
-    if recorded is None and entry.get("format") != "msd":
-        _warn_of_unused_files(folder, entry, pairs)
+        if not is_msd:
+            _warn_of_unused_files(folder, entry, pairs)
     if unlabelled:
         logger.info("%s: left out without a label file: %s", entry["name"], counted(unlabelled, "case"))
     if not items:
-        raise PoolError(f"folder {folder} holds no case in the layout {_layout(entry)}")
+        layout = "dataset.json" if is_msd else f"image {entry['image']}, label {entry['label']}"
+        raise PoolError(f"folder {folder} holds no case in the layout {layout}")
     return items
 
 
@@ -229,9 +225,9 @@ def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any
 
 def _warn_of_unused_modalities(entry: Mapping[str, Any], cases: Sequence[str]) -> None:
     """Name the patterns of "modality" that fit no case: those that were meant have the modality of the others."""
-    declared = entry.get("modality", "CT")
-    patterns = [] if isinstance(declared, str) else [pattern for pattern in declared if pattern != "default"]
-    lone = [pattern for pattern in patterns if not any(fnmatch.fnmatch(case, pattern) for case in cases)]
+    modalities = _modalities(entry)
+    fitting = {pattern for case in cases for pattern in _fitting(modalities, case)}
+    lone = [pattern for pattern in modalities if pattern not in {"default", *fitting}]
     if lone and cases:
         logger.warning(
             "%s: the modality patterns %s fit no case; the cases have names like %s", entry["name"], lone, cases[0]
@@ -295,12 +291,12 @@ def _resolve(folder: str, pattern: str, case: str) -> str:
     return matches[0] if matches else path
 
 
-def _layout(entry: Mapping[str, Any]) -> str:
-    return "dataset.json" if entry.get("format") == "msd" else f"image {entry['image']}, label {entry['label']}"
+def _modalities(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Pattern of case names -> modality, and that of all other cases under ``default``."""
+    declared = entry.get("modality", "CT")
+    return {"default": declared} if isinstance(declared, str) else dict(declared)
 
 
-def _modality(declared: str | Mapping[str, str], case: str) -> str:
-    if isinstance(declared, str):
-        return declared
-    matches = [name for pattern, name in declared.items() if pattern != "default" and fnmatch.fnmatch(case, pattern)]
-    return matches[0] if matches else declared["default"]
+def _fitting(modalities: Mapping[str, str], case: str) -> list[str]:
+    """The patterns that a case's name fits."""
+    return [pattern for pattern in modalities if pattern != "default" and fnmatch.fnmatch(case, pattern)]

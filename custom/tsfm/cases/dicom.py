@@ -44,7 +44,7 @@ def open_series(folder: str) -> Opened:
         CaseError: no series or several; slices that are uneven, repeated, turned, of other sizes or without a position.
     """
     slices = _slices(folder)
-    if max(_number(one, FRAMES, 1) for one in slices) > 1:
+    if _is_multi_frame(slices):
         if len(slices) > 1:
             raise CaseError(f"{folder}: {len(slices)} multi-frame DICOM files; expected one, or one file per slice")
         return open_file(slices[0]["name"])
@@ -76,7 +76,7 @@ def slice_files(folder: str) -> list[str]:
         CaseError: as `open_series`; a multi-frame file.
     """
     slices = _slices(folder)
-    if max(_number(one, FRAMES, 1) for one in slices) > 1:
+    if _is_multi_frame(slices):
         raise CaseError(f"{folder}: a multi-frame DICOM file; expected one file per slice")
     return [slices[i]["name"] for i in _stack(folder, slices)[0]]
 
@@ -94,6 +94,10 @@ def _slices(folder: str) -> list[dict]:
             f"{folder}: {len(series)} DICOM series: {listed}; expected a folder that holds exactly one: {advice}"
         )
     return [_information(sitk, name) for name in names[series[0]]]
+
+
+def _is_multi_frame(slices: Sequence[Mapping]) -> bool:
+    return any(_number(one, FRAMES, 1) > 1 for one in slices)
 
 
 def _stack(folder: str, slices: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
@@ -175,14 +179,14 @@ def _repeats(slices: Sequence[Mapping], along: np.ndarray, allowed: float) -> st
     counts = np.bincount(place)
     where = along[np.flatnonzero(np.isin(place, np.flatnonzero(counts > 1)))]
     first = np.flatnonzero(place == np.argmax(counts > 1))
-    reason = "nothing in their headers tells them apart (copies?)"
-    for tag, what in PHASES.items():
-        values = [str(slices[i].get(tag)) for i in first]
-        if len(set(values)) > 1:
-            reason = f"they differ in {what}: {', '.join(values)}"
-            break
-    if reason.startswith("they differ in SOP"):
-        reason = "only their SOPInstanceUID tells them apart"
+    told = {what: [str(slices[i].get(tag)) for i in first] for tag, what in PHASES.items()}
+    what = next((what for what, values in told.items() if len(set(values)) > 1), None)
+    reason = (
+        f"they differ in {what}: {', '.join(told[what])}"
+        if what
+        else "nothing in their headers tells them apart (copies?)"
+    )
+    reason = "only their SOPInstanceUID tells them apart" if what == "SOPInstanceUID" else reason
     return (
         f"{len(slices)} slices of one DICOM series lie at {len(counts)} places, {int((counts > 1).sum())} of them taken "
         f"more than once (from {where[0]:g} to {where[-1]:g} mm along the normal); {reason}"
@@ -229,9 +233,8 @@ def open_file(path: str) -> Opened:
     direction = np.array(reader.GetDirection()).reshape(len(size), -1)[:3, :3]
     affine[:3, :3] = direction * np.array(reader.GetSpacing()[:3])
     affine[:3, 3] = reader.GetOrigin()[:3]
-    colors = channels in (3, 4) and (
-        "RGB" in sitk.GetPixelIDValueAsString(reader.GetPixelIDValue()) or _is_byte(reader)
-    )
+    kind = reader.GetPixelIDValue()
+    colors = channels in (3, 4) and (kind == sitk.sitkVectorUInt8 or "RGB" in sitk.GetPixelIDValueAsString(kind))
 
     def load() -> np.ndarray:
         with _naming(path):
@@ -254,12 +257,6 @@ def open_file(path: str) -> Opened:
     return Opened(1 if colors else channels * extra, tuple(size[:3]), LPS_TO_RAS @ affine, "", load)
 
 
-def _is_byte(reader) -> bool:
-    import SimpleITK
-
-    return reader.GetPixelIDValue() == SimpleITK.sitkVectorUInt8
-
-
 def _check_alone(sitk, path: str, reader) -> None:
     """A DICOM file is a volume of its own, or CaseError; frames of one file are read as ITK reads them."""
     folder = os.path.dirname(os.path.abspath(path))
@@ -268,7 +265,7 @@ def _check_alone(sitk, path: str, reader) -> None:
         raise CaseError(
             f"{path}: one of {len(others)} files of a DICOM series; give its folder, {folder}, to use the series"
         )
-    if _number({FRAMES: [float(reader.GetMetaData(FRAMES))]} if reader.HasMetaDataKey(FRAMES) else {}, FRAMES, 1) > 1:
+    if reader.HasMetaDataKey(FRAMES) and float(reader.GetMetaData(FRAMES)) > 1:
         warn(f"{path}: a multi-frame DICOM file; SimpleITK places its frames, even steps are taken for granted")
 
 
@@ -283,21 +280,19 @@ def _information(sitk, name: str) -> dict:
     numbers = {POSITION: 3, ORIENTATION: 6, PIXEL_SPACING: 2, THICKNESS: 1, SLOPE: 1, INTERCEPT: 1, FRAMES: 1}
     for tag in (*numbers, *PHASES):
         text = reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
-        if not text:
-            continue
-        if tag not in numbers:
-            found[tag] = text
-            continue
-        try:
-            values = [float(part) for part in text.split("\\")]
-        except ValueError:
-            values = []
-        if len(values) != numbers[tag] or not np.isfinite(values).all():
-            raise CaseError(
-                f"{name}: the DICOM tag ({tag.replace('|', ',')}) is {text!r}; expected {numbers[tag]} numbers"
-            )
-        found[tag] = values
+        if text:
+            found[tag] = _numbers(text, numbers[tag], name, tag) if tag in numbers else text
     return found
+
+
+def _numbers(text: str, count: int, name: str, tag: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split("\\")]
+    except ValueError:
+        values = []
+    if len(values) != count or not np.isfinite(values).all():
+        raise CaseError(f"{name}: the DICOM tag ({tag.replace('|', ',')}) is {text!r}; expected {count} numbers")
+    return values
 
 
 def _number(one: Mapping, tag: str, default: float) -> float:

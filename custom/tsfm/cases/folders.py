@@ -114,11 +114,10 @@ def find_images(
             f"{len(others)} of {len(items)} images are no folder with a DICOM series, for example {others[0]}, and "
             f"{as_dicom[0]} refers to one: leave it out of --save, or give those images a run of their own"
         )
-    for item, name in zip(items, _case_names(items), strict=True):
-        item["case"] = name
-        item.update((clicks or {}).get(name, {}))
-    names = [item["case"] for item in items]
-    for name in clicks or {}:
+    clicks, names = clicks or {}, _case_names(items)
+    for item, name in zip(items, names, strict=True):
+        item.update({"case": name, **clicks.get(name, {})})
+    for name in clicks:
         if name not in names:
             raise ValueError(f"clicks for a case {name!r}, which is not in {source}{nearest(name, names)}")
     if output_dir is not None:
@@ -128,9 +127,8 @@ def find_images(
     if output_dir is None or existing == "overwrite":
         return items
     enough = all if existing == "skip" else any
-    done = {
-        item["case"] for item in items if enough(path.exists() for path in output_paths(output_dir, item["case"], save))
-    }
+    cases = [item["case"] for item in items]
+    done = {case for case in cases if enough(path.exists() for path in output_paths(output_dir, case, save))}
     if done and existing == "error":
         raise FileExistsError(
             f"{len(done)} of {len(items)} results are already in {output_dir}, for example {min(done)}: set "
@@ -139,10 +137,8 @@ def find_images(
     if done:
         logger.info(
             "%d of %d results are in %s and stay, whatever weights and options made them",
-            len(done),
-            len(items),
-            output_dir,
-        )
+            len(done), len(items), output_dir,
+        )  # fmt: skip
     return [item for item in items if item["case"] not in done]
 
 
@@ -216,11 +212,13 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
     Links to folders are followed, and each folder is searched once. A folder that cannot be listed is among what is found,
     so that it is reported as a case that fails; other files that cannot be read are warned of.
     """
-    found, closed, seen = [], [], set() if output_dir is None else {os.path.realpath(output_dir)}
-    seen -= {os.path.realpath(folder)}
-    for parent, folders, files in os.walk(
-        folder, onerror=lambda error: closed.append(os.fspath(error.filename)), followlinks=True
-    ):
+    found, closed = [], []
+    seen = {os.path.realpath(one) for one in (output_dir,) if one is not None} - {os.path.realpath(folder)}
+
+    def close(error: OSError) -> None:
+        closed.append(os.fspath(error.filename))
+
+    for parent, folders, files in os.walk(folder, onerror=close, followlinks=True):
         if (place := os.path.realpath(parent)) in seen:
             folders[:] = []
             continue
@@ -232,11 +230,11 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
         visible = sorted(name for name in files if not name.startswith(".") and name not in results)
         images = [os.path.join(parent, name) for name in visible if name.lower().endswith(SUFFIXES)]
         others = [os.path.join(parent, name) for name in visible if not name.lower().endswith(SUFFIXES)]
-        unread = [path for path in others if path.lower().endswith(UNREAD)]
+        unread = [name for name in visible if name.lower().endswith(UNREAD)]
         if unread:
             logger.warning(
                 "%d files in %s are left out, for example %s: such files are not read, convert them to NIfTI",
-                len(unread), parent, os.path.basename(unread[0]),
+                len(unread), parent, unread[0],
             )  # fmt: skip
         series = any(_is_dicom(path) for path in others)
         if images and series:
@@ -289,9 +287,10 @@ def _from_datalist(path: str) -> list[dict[str, Any]]:
         if not item.get("image"):
             raise FileError(f'{path}: entry {number} has no "image"; it has {list(item)}')
         for key in ("image", "label"):
-            if isinstance(item.get(key), str | list):
-                found = [os.fspath(Path(base, one)) for one in paths_of(item[key])]
-                item[key] = found if isinstance(item[key], list) else found[0]
+            if isinstance(item.get(key), list):
+                item[key] = [os.fspath(Path(base, one)) for one in item[key]]
+            elif isinstance(item.get(key), str):
+                item[key] = os.fspath(Path(base, item[key]))
         items.append(item)
     return items
 

@@ -10,7 +10,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import nibabel as nib
@@ -216,16 +216,14 @@ def _stream(path: str):
         if not compressed and magic[:2] == b"\x1f\x8b":
             raise CaseError(f"{path}: compressed with gzip although its name ends in .nii; rename it to end in .nii.gz")
         file.seek(0)
-        if not compressed:
-            yield file
-            return
-        with gzip.GzipFile(fileobj=file) as unpacked:
-            yield unpacked
+        with gzip.GzipFile(fileobj=file) if compressed else nullcontext(file) as content:
+            yield content
 
 
 @contextmanager
 def _naming(path: str):
     """Errors from below as CaseErrors that name the file; nibabel, gzip, zlib and numpy each raise their own kind."""
+    again = "; copy or download it again"
     try:
         yield
     except CaseError:
@@ -235,13 +233,11 @@ def _naming(path: str):
     except PermissionError as error:
         raise CaseError(f"{path}: cannot be read ({error.strerror}); ask for the right to read it") from error
     except gzip.BadGzipFile as error:
-        raise CaseError(f"{path}: damaged, or not compressed with gzip ({error}); copy or download it again") from error
+        raise CaseError(f"{path}: damaged, or not compressed with gzip ({error}){again}") from error
     except zlib.error as error:
-        raise CaseError(f"{path}: damaged, it cannot be decompressed ({error}); copy or download it again") from error
+        raise CaseError(f"{path}: damaged, it cannot be decompressed ({error}){again}") from error
     except EOFError as error:
-        raise CaseError(f"{path}: the file ends too early ({error}); copy or download it again") from error
+        raise CaseError(f"{path}: the file ends too early ({error}){again}") from error
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CaseError(
-            f"{path}: not a readable NIfTI file, or cut short ({reason}); copy or download it again"
-        ) from error
+        raise CaseError(f"{path}: not a readable NIfTI file, or cut short ({reason}){again}") from error

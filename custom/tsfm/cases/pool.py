@@ -262,8 +262,8 @@ class DatasetPool:
         return "\n".join(lines)
 
     def _meaning(self, dataset: str, raw: int | str) -> str:
-        code = self.table.offset(dataset) + self.table.local_ids(dataset).index(raw)
-        positive = [i for i, value in enumerate(self.table.targets[code]) if value == 1]
+        row = self.table.rows(dataset)[self.table.local_ids(dataset).index(raw)]
+        positive = np.flatnonzero(row == 1)
         inner = [i for i in positive if not any(i in self.table.ancestors(j) for j in positive)]
         return " + ".join(self.table.names[i] for i in inner) or "ignored"
 

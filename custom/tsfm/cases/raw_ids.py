@@ -22,7 +22,7 @@ def raw_values(table: LabelTable, dataset: str) -> dict[int, int]:
     if any(isinstance(raw, str) for raw in ids):
         raise LabelError(f"data set '{dataset}' names structures, not ids: its label maps have no raw ids")
     member, found = table.map_membership()[:, known], {}
-    rows = table.targets[table.offset(dataset) : table.offset(dataset) + len(ids)][:, known]
+    rows = table.rows(dataset)[:, known]
     for value in range(1, len(table.names) + 1):
         same = np.flatnonzero(((rows == member[value]) | (rows < 0)).all(1) & (rows == 1).any(1))
         if member[value].any() and same.size:

@@ -61,10 +61,9 @@ def file_identity(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     Raises:
         CaseError: a file that does not exist.
     """
-    label = item.get("label")
-    paths = [*paths_of(item["image"]), *([] if label is None else paths_of(label))]
+    paths = [*paths_of(item["image"]), *paths_of(item.get("label"))]
     found = []
-    for path in map(os.path.abspath, paths):
+    for path in (os.path.abspath(path) for path in paths if path is not None):
         try:
             for file in _files_behind(path):
                 state = os.stat(file)
@@ -119,7 +118,7 @@ class Sources:
             files = [[*row, known.get(row) or file_digest(row[0])] for row in file_identity(item)]
         except OSError as error:
             raise CaseError(f"{error.filename}: cannot be read ({error.strerror})") from error
-        cases[item["case"]] = {"image": item["image"], "label": item.get("label"), "files": files}
+        cases[item["case"]] = _recorded(item, files)
         return files
 
     def of(self, dataset: str) -> dict[str, Any]:
@@ -157,21 +156,19 @@ class Sources:
         """
         if not self.raw_data:
             return
-        rows = self.look_at(items)
-        for dataset in dict.fromkeys(item["dataset"] for item in items):
-            before = self._read(dataset)
-            own = [
-                (item, files) for item, files in zip(items, rows, strict=True) if item["dataset"] == dataset and files
-            ]
-            if not own:
-                continue
-            cases = {i["case"]: {"image": i["image"], "label": i.get("label"), "files": files} for i, files in own}
+        found: dict[str, list[tuple[Mapping[str, Any], list[list[Any]]]]] = {}
+        for item, files in zip(items, self.look_at(items), strict=True):
+            if files:
+                found.setdefault(item["dataset"], []).append((item, files))
+        for dataset, own in found.items():
+            before, first = self._read(dataset), own[0][0]
+            cases = {item["case"]: _recorded(item, files) for item, files in own}
             left_out = entries[dataset].get("exclude", ())  # by this run; another still wants them
             cases = {case: before["cases"][case] for case in left_out if case in before["cases"]} | cases
-            licence = {key: own[0][0][key] for key in ("licence",) if key in own[0][0]}  # may stand in a dataset.json
+            licence = {"licence": first["licence"]} if "licence" in first else {}  # may stand in a dataset.json
             declared = {"targets": targets, "entry": licence | dict(entries[dataset])}
-            content = {"format": FORMAT, "declared": declared, "channels": None, "cases": cases}
-            content["channels"] = before.get("channels") if before["cases"] == cases else _channels(own[0][0])
+            channels = before.get("channels") if before["cases"] == cases else _channels(first)
+            content = {"format": FORMAT, "declared": declared, "channels": channels, "cases": cases}
             self._known[dataset] = content
             if before != content:
                 try:
@@ -241,6 +238,10 @@ def dataset_folder(name: str) -> str:
     """A data set's folder in a store, which no other data set has: where its name had to be changed, a digest tells."""
     plain = folder_name(name)
     return plain if plain == name else f"{plain}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+
+
+def _recorded(item: Mapping[str, Any], files: list[list[Any]]) -> dict[str, Any]:
+    return {"image": item["image"], "label": item.get("label"), "files": files}
 
 
 def _channels(item: Mapping[str, Any]) -> int | None:

@@ -58,11 +58,10 @@ def table_with_maps(
 
 def _reads_maps(table: LabelTable) -> bool:
     """Whether bare items of this table are label maps: their values mean what 1..N mean."""
-    ids, rows = [], []
-    for dataset in (table.bare_dataset, LABEL_MAP):
-        ids.append(table.local_ids(dataset))
-        rows.append(table.targets[table.offset(dataset) :][: len(ids[-1])])
-    return ids[0] == ids[1] and np.array_equal(*rows)
+    bare = table.bare_dataset
+    return table.local_ids(bare) == table.local_ids(LABEL_MAP) and np.array_equal(
+        table.rows(bare), table.rows(LABEL_MAP)
+    )
 
 
 def named_targets(choice: str | Sequence[str], targets: Sequence[str]) -> tuple[str, ...]:

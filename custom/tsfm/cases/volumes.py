@@ -76,11 +76,10 @@ def read_volume(path) -> RawVolume:
 
 def read_grid(path) -> ImageGrid:
     """The grid of what `read_volume` reads, from the header alone (of the first file, where each holds a channel)."""
-    paths = paths_of(path)
-    opened = _open(os.fspath(paths[0]))
-    return ImageGrid(
-        len(paths) if len(paths) > 1 else opened.channels, opened.shape, opened.affine, os.fspath(paths[0])
-    )
+    paths = [os.fspath(one) for one in paths_of(path)]
+    opened = _open(paths[0])
+    channels = len(paths) if len(paths) > 1 else opened.channels
+    return ImageGrid(channels, opened.shape, opened.affine, paths[0])
 
 
 def read_labels(path) -> RawVolume:
@@ -103,7 +102,7 @@ def as_whole_numbers(array: np.ndarray, source: str = "label map") -> np.ndarray
     """
     array = np.asarray(array)
     if array.dtype.kind in "iub":
-        return array.astype(np.uint8) if array.dtype.kind == "b" else array
+        return array.view(np.uint8) if array.dtype.kind == "b" else array
     with np.errstate(invalid="ignore"):
         whole = array.astype(np.int32)
     wrong = array != whole
@@ -176,22 +175,24 @@ def to_spl(volume: RawVolume, dtype: type | None = None, orientation: str = "SPL
 def _open(path: str) -> Opened:
     """The header of a file or DICOM folder, with everything checked that does not need the voxels."""
     try:
-        mode = os.stat(path).st_mode
+        state = os.stat(path)
     except OSError as error:
-        reason = (
-            f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else "no such file or folder"
-        )
+        reason = "no such file or folder"
         if not isinstance(error, FileNotFoundError):
             reason = f"cannot be read ({error.strerror})"
+        elif os.path.islink(path):
+            reason = f"a link to {os.readlink(path)}, which is not there"
         raise CaseError(f"{path}: {reason}; check the data folder and the datalist") from error
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    if stat.S_ISDIR(state.st_mode):
+        opened = open_series(path)
+    elif not stat.S_ISREG(state.st_mode):
         raise CaseError(f"{path}: neither a file nor a folder (a pipe or a device); expected an image")
-    if stat.S_ISREG(mode) and os.path.getsize(path) == 0:
+    elif state.st_size == 0:
         raise CaseError(f"{path}: an empty file; copy or download it again")
-    if stat.S_ISREG(mode) and not os.access(path, os.R_OK):
+    elif not os.access(path, os.R_OK):
         raise CaseError(f"{path}: cannot be read (permission denied); ask for the right to read it")
-    kind = open_series if stat.S_ISDIR(mode) else open_nifti if path.lower().endswith(NIFTI) else open_file
-    opened = kind(path)
+    else:
+        opened = open_nifti(path) if path.lower().endswith(NIFTI) else open_file(path)
     if 0 in opened.shape or not opened.channels:
         raise CaseError(f"{path}: {'x'.join(map(str, opened.shape))} voxels; expected a 3D volume")
     check_body(opened.shape, opened.affine, path, opened.unit)
@@ -213,8 +214,7 @@ class Reader(ImageReader):
 
     def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
         """Voxels (C, I, J, K) and MONAI's meta data for one file or a sequence of channel files."""
-        paths = list(img) if isinstance(img, (list, tuple)) else img
-        volume = read_volume(paths)
+        volume = read_volume(img)
         meta = {
             "affine": volume.affine,
             "original_affine": volume.affine.copy(),

@@ -19,7 +19,11 @@ INSTALL = {
     "medim": "pip install --no-deps medim==0.1.2 && pip install appdirs requests",
 }
 
-REQUIRED = {"nnunet": ("dynamic-network-architectures", "0.4.4"), "stunet": ("medim", "0.1.2")}
+REQUIRED = {
+    "nnunet": ("dynamic-network-architectures", "0.4.4"),
+    **dict.fromkeys(("stunet", "sam_med3d"), ("medim", "0.1.2")),
+}
+"""Packages that a network's bundle needs beside the others, for its metadata."""
 
 
 class NetworkError(ValueError):

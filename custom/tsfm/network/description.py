@@ -14,19 +14,33 @@ from ..cases.cases import Preparation
 from ..schema import KINDS, NAME, NAME_RULE, SNOMED, check, is_plain_name, nearest
 
 
-def _kind(types: str, description: str, **more: Any) -> dict[str, Any]:
+def _kind(types: str | list[str], description: str, **more: Any) -> dict[str, Any]:
     return {"type": types, "description": description, **more}
+
+
+def _list(description: str, items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    return _kind("array", description, items=items, **more)
+
+
+def _map(description: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Any names, all with such values."""
+    return _kind("object", description, additionalProperties=values)
+
+
+def _object(description: str, properties: Mapping[str, Any], required: Sequence[str] = ()) -> dict[str, Any]:
+    """These names and no others."""
+    return _kind("object", description, additionalProperties=False, required=list(required), properties=properties)
 
 
 LARGEST = 2**20
 
 COUNT = _kind("integer", "a whole number from 0 to a million", minimum=0, maximum=LARGEST)
 
-COUNTS = _kind("array", "a list of whole numbers", items=COUNT, maxItems=64)
+COUNTS = _list("a list of whole numbers", COUNT, maxItems=64)
 
-THREE_COUNTS = _kind("array", "three whole numbers (S, P, L)", items=COUNT, minItems=3, maxItems=3)
+THREE_COUNTS = _list("three whole numbers (S, P, L)", COUNT, minItems=3, maxItems=3)
 
-STRIDES = _kind("array", "a list of three whole numbers per level", items=THREE_COUNTS, maxItems=64)
+STRIDES = _list("a list of three whole numbers per level", THREE_COUNTS, maxItems=64)
 
 STRIDES_OR_NONE = {**STRIDES, "type": ["array", "null"]}
 
@@ -74,121 +88,85 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 """Arguments, and their types, of each network that a description may name (``"name"``; without it: tsfm)."""
 
-THREE_MM = _kind(
-    "array", "three numbers of millimetres (S, P, L)", minItems=3, maxItems=3,
-    items=_kind("number", "millimetres above 0", exclusiveMinimum=0, maximum=1000),
+THREE_MM = _list(
+    "three numbers of millimetres (S, P, L)", _kind("number", "millimetres above 0", exclusiveMinimum=0, maximum=1000),
+    minItems=3, maxItems=3,
 )  # fmt: skip
 
-NAMES = _kind("array", "a list of names", items=NAME)
+NAMES = _list("a list of names", NAME)
+
+STATISTICS = dict.fromkeys(("lower", "upper", "mean", "sd"), NUMBER)
+
+RULE = _object("an object with a scheme", {"scheme": NAME, "masked": FLAG, **STATISTICS}, ["scheme"])
 
 PREPARATION = {
     "spacing_mm": THREE_MM,
-    "intensity": _kind(
-        "object",
+    "intensity": _map(
         "an object from modalities to lower, upper, mean and sd",
-        additionalProperties=_kind(
-            "object",
-            "an object with the numbers lower, upper, mean and sd",
-            additionalProperties=False,
-            required=["lower", "upper", "mean", "sd"],
-            properties=dict.fromkeys(("lower", "upper", "mean", "sd"), NUMBER),
-        ),
+        _object("an object with the numbers lower, upper, mean and sd", STATISTICS, list(STATISTICS)),
     ),
     "in_channels": COUNT,
     "default_modality": NAME,
-    "masked": _kind("object", "an object from modalities to true or false", additionalProperties=FLAG),
-    "channels": _kind(
-        "array",
-        "a list of rules, one per channel",
-        items=_kind(
-            "object",
-            "an object with a scheme",
-            required=["scheme"],
-            additionalProperties=False,
-            properties={"scheme": NAME, "masked": FLAG, **dict.fromkeys(("lower", "upper", "mean", "sd"), NUMBER)},
-        ),
-    ),
+    "masked": _map("an object from modalities to true or false", FLAG),
+    "channels": _list("a list of rules, one per channel", RULE),
     "orientation": _kind("string", "three letters", pattern=r"\A[A-Za-z]{3}\Z"),
     "resample_first": FLAG,
 }
 
-TARGETS = _kind(
-    "object",
-    "an object from target names to their relations",
-    additionalProperties=_kind(
-        "object",
-        "an object with relations of a target",
-        additionalProperties=False,
-        properties={
-            "part_of": NAME,
-            "inside": NAME,
-            "lesion": FLAG,
-            "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
-            "display": NAME,
-            "snomed": SNOMED,
-        },
-    ),
+TARGET = _object(
+    "an object with relations of a target",
+    {
+        "part_of": NAME,
+        "inside": NAME,
+        "lesion": FLAG,
+        "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
+        "display": NAME,
+        "snomed": SNOMED,
+    },
 )
 
-DATASET_LABELS = _kind(
-    "array",
-    "a list of data sets' labels",
-    items=_kind(
-        "object",
-        "an object with a data set's name and labels",
-        required=["name", "labels"],
-        additionalProperties=False,
-        properties={
-            "name": NAME,
-            "labels": _kind("object", "an object from raw ids to lists of targets", additionalProperties=NAMES),
-            "ignore": _kind("array", "a list of raw ids", items=_kind("integer", "a raw id (whole number)")),
-            "others": NAME,
-        },
-    ),
+LABELS = _object(
+    "an object with a data set's name and labels",
+    {
+        "name": NAME,
+        "labels": _map("an object from raw ids to lists of targets", NAMES),
+        "ignore": _list("a list of raw ids", _kind("integer", "a raw id (whole number)")),
+        "others": NAME,
+    },
+    ["name", "labels"],
 )
 
-DESCRIPTION = _kind(
-    "object",
+LICENCE = _object(
+    "an object with a licence's name and what it permits",
+    {"name": NAME, "commercial": YES_NO_UNKNOWN, "share_alike": YES_NO_UNKNOWN},
+    ["name", "commercial", "share_alike"],
+)
+
+RANGE = _list("two numbers", NUMBER, minItems=2, maxItems=2)
+
+DESCRIPTION = _object(
     "an object",
-    additionalProperties=False,
-    properties={
+    {
         "format": COUNT,
         "version": NAME,
         "epoch": _kind(["integer", "null"], "a whole number from 0", minimum=0),
         "network": _kind("object", "an object with a network's arguments"),
-        "targets": TARGETS,
-        "dataset_labels": DATASET_LABELS,
-        "preparation": _kind(
-            "object",
+        "targets": _map("an object from target names to their relations", TARGET),
+        "dataset_labels": _list("a list of data sets' labels", LABELS),
+        "preparation": _object(
             "an object with what Preparation takes",
-            required=["spacing_mm"],
-            additionalProperties=False,
-            properties={field.name: PREPARATION.get(field.name, {}) for field in fields(Preparation)},
+            {field.name: PREPARATION.get(field.name, {}) for field in fields(Preparation)},
+            ["spacing_mm"],
         ),
         "patch_size": THREE_COUNTS,
         "modalities": NAMES,
         "trained_on": NAMES,
         "trained_targets": NAMES,
         "trained_by": NAME,
-        "licences": _kind(
-            "object",
-            "an object from data sets to their licences",
-            additionalProperties=_kind(
-                "object",
-                "an object with a licence's name and what it permits",
-                required=["name", "commercial", "share_alike"],
-                additionalProperties=False,
-                properties={"name": NAME, **dict.fromkeys(("commercial", "share_alike"), YES_NO_UNKNOWN)},
-            ),
-        ),
-        "familiar": _kind(
-            "object",
+        "licences": _map("an object from data sets to their licences", LICENCE),
+        "familiar": _map(
             "an object from modalities to statistics of the images that were seen",
-            additionalProperties=_kind(
-                "object",
-                "an object from statistics to smallest and largest",
-                additionalProperties=_kind("array", "two numbers", items=NUMBER, minItems=2, maxItems=2),
-            ),
+            _map("an object from statistics to smallest and largest", RANGE),
         ),
         "activation": WORD,
         "click_sigma": _kind("number", "voxels above 0", exclusiveMinimum=0, maximum=1000),
@@ -201,10 +179,7 @@ KINDS["description"] = DESCRIPTION
 SHAPING = ("features", "depths_down", "depths_up", "skip", "bottleneck", "hidden_size", "num_layers", "mlp_dim")
 """Arguments of TSFM that decide whether weights fit, whatever the channels, targets, patch and strides are."""
 
-KINDS |= {
-    f"network {name}": _kind("object", "an object of arguments", additionalProperties=False, properties=arguments)
-    for name, arguments in NETWORKS.items()
-}
+KINDS |= {f"network {name}": _object("an object of arguments", arguments) for name, arguments in NETWORKS.items()}
 
 
 def check_description(description: Any, source: str, error: type[ValueError] = ValueError) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapted import REQUIRED, Adapted, NetworkError, drop_duplicates, given, only_finest, package, recompute
+from .adapted import Adapted, NetworkError, drop_duplicates, given, only_finest, package, recompute
 from .described import DescribedNetwork, Parts
 from .prompted import SAMMed3D
 from .tsfm_net import TSFM
@@ -36,10 +36,6 @@ LEVEL_STRIDES = ((2, 2, 2),) * 5
 STUNET_STRIDES = (*((2, 2, 2),) * 4, (1, 1, 2))
 
 STUNET_SIZES = {"S": (16, 1), "B": (32, 1), "L": (64, 2), "H": (96, 3)}  # first width, blocks per level
-
-
-REQUIRED["sam_med3d"] = REQUIRED["stunet"]
-"""Packages that a network's bundle needs beside the others, for its metadata."""
 
 
 class NNUNet(Adapted):
@@ -76,12 +72,8 @@ class NNUNet(Adapted):
         depths_down = depths_down or ([1, 3, 4, *[6] * levels][:levels] if residual else [2] * levels)
         depths_up = depths_up or [1 if residual else 2] * (levels - 1)
         arguments = {"name": "nnunet", **given(NNUNet, locals())}
-        for key, expected in (
-            ("features", levels),
-            ("kernel_sizes", levels),
-            ("depths_down", levels),
-            ("depths_up", levels - 1),
-        ):
+        lengths = {"features": levels, "kernel_sizes": levels, "depths_down": levels, "depths_up": levels - 1}
+        for key, expected in lengths.items():
             if len(arguments[key]) != expected:
                 raise NetworkError(
                     f"nnunet: {key} has {len(arguments[key])} entries, expected {expected} for {len(strides)} strides"
@@ -176,10 +168,8 @@ class STUNet(Adapted):
             in_channels, out_channels, list(depths_down), list(features), [list(stride) for stride in strides],
             [[3, 3, 3]] * levels, enable_deep_supervision=True,
         )  # fmt: skip
-        net.final_nonlin, net.upscale_logits_ops = (
-            nn.Identity(),
-            [nn.Identity()] * (levels - 2),
-        )  # lambdas do not pickle
+        net.final_nonlin = nn.Identity()  # lambdas do not pickle
+        net.upscale_logits_ops = [nn.Identity()] * (levels - 2)
         finest = len(strides) - 1
         parts = Parts(
             r"net\.conv_blocks_context\.",
@@ -244,7 +234,6 @@ def create_network(name: str | None = None, plan: Any = None, **arguments: Any) 
     Raises:
         NetworkError: an unknown network, an argument that no network knows, a package that is not installed.
     """
-    found = NETWORKS
     planned = plan.create_arguments() if plan is not None else {}
     name = name or planned.get("name", "tsfm")
     if planned.pop("name", name) == name:
@@ -255,10 +244,10 @@ def create_network(name: str | None = None, plan: Any = None, **arguments: Any) 
                 ", ".join(sorted(changed)), plan.network,
             )  # fmt: skip
         arguments = {**planned, **arguments}
-    if name not in found:
-        raise NetworkError(f"network {name!r} is unknown; expected one of {', '.join(found)}")
-    known = {key: inspect.signature(network).parameters for key, network in found.items()}
+    if name not in NETWORKS:
+        raise NetworkError(f"network {name!r} is unknown; expected one of {', '.join(NETWORKS)}")
+    known = {key: inspect.signature(network).parameters for key, network in NETWORKS.items()}
     unknown = [key for key in arguments if not any(key in parameters for parameters in known.values())]
     if unknown:
         raise NetworkError(f"no network has the argument(s) {unknown}; {name} has {list(known[name])}")
-    return found[name](**{key: value for key, value in arguments.items() if key in known[name]})
+    return NETWORKS[name](**{key: value for key, value in arguments.items() if key in known[name]})

@@ -205,9 +205,8 @@ class RandPerChanneld(RandomizableTransform, MapTransform):
         return d
 
     def _apply(self, channel: torch.Tensor, thick: int | None) -> torch.Tensor:
-        if thick is not None:
-            return self.transform(channel.transpose(0, thick + 1)).transpose(0, thick + 1)
-        return self.transform(channel)
+        axis = 0 if thick is None else thick + 1
+        return self.transform(channel.transpose(0, axis)).transpose(0, axis)
 
 
 class RandGamma(RandomizableTransform):
@@ -245,8 +244,6 @@ class RandGaussianBlur(RandomizableTransform):
         prob: probability of the blur.
     """
 
-    TRUNCATE = 4.0  # in standard deviations, as scipy.ndimage.gaussian_filter
-
     def __init__(self, sigma: Sequence[float] = (0.5, 1.0), prob: float = 1.0) -> None:
         RandomizableTransform.__init__(self, prob)
         self.sigma = tuple(sigma)
@@ -256,13 +253,13 @@ class RandGaussianBlur(RandomizableTransform):
         self.randomize(None)
         if self._do_transform:
             for axis in range(1, img.ndim):
-                img = blur_axis(img, axis, self.R.uniform(*self.sigma), self.TRUNCATE)
+                img = blur_axis(img, axis, self.R.uniform(*self.sigma))
         return img
 
 
-def blur_axis(img: torch.Tensor, axis: int, sigma: float, truncate: float = 4.0) -> torch.Tensor:
+def blur_axis(img: torch.Tensor, axis: int, sigma: float) -> torch.Tensor:
     """One axis blurred by a sampled Gaussian of `sigma` voxels, mirrored at the border (scipy's mode "mirror")."""
-    radius = int(truncate * sigma + 0.5)
+    radius = int(4 * sigma + 0.5)  # as scipy.ndimage.gaussian_filter
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     weights = (weights / weights.sum()).tolist()
     size = img.shape[axis]

@@ -181,7 +181,8 @@ class PatchDataset(Dataset):
         inside = np.clip(wanted, 0, np.asarray(case.shape)[:, None])
         box = tuple((int(start), int(stop)) for start, stop in inside)
         image = torch.from_numpy(np.ascontiguousarray(case.read_image(box), np.float32))
-        codes = torch.from_numpy(_signed(np.ascontiguousarray(case.read_codes(box))))
+        codes = np.ascontiguousarray(case.read_codes(box))
+        codes = torch.from_numpy(codes.astype(np.int32) if codes.dtype == np.uint16 else codes)
         if matrix is not None:
             return resample_patch(image, codes, inside[:, 0], matrix, origin, self.patch_size)
         if np.array_equal(inside, wanted):
@@ -223,8 +224,3 @@ def plain_tensors() -> Iterator[None]:
         yield
     finally:
         set_track_meta(tracked)
-
-
-def _signed(codes: np.ndarray) -> np.ndarray:
-    """uint16 as int32, which torch can compute with."""
-    return codes.astype(np.int32) if codes.dtype == np.uint16 else codes

@@ -149,12 +149,12 @@ def _json(content: Any) -> bytes:
     return json.dumps(content, indent=4, default=_plain_number).encode()
 
 
-def sample_foreground(codes: np.ndarray, seed: int = 1234) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+def sample_foreground(codes: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
     """Coordinates (n, 3) of foreground voxels, and (code, first row, last row + 1) of each code but 0.
 
     max(min(10000, N), 1% of N) voxels per code, drawn without replacement.
     """
-    random = np.random.RandomState(seed)
+    random = np.random.RandomState(1234)
     flat = np.flatnonzero(codes)
     values = codes.reshape(-1)[flat]
     by_code = flat[np.argsort(values, kind="stable")]
@@ -181,8 +181,9 @@ def files_of(prepared) -> dict[str, bytes]:
     _warn_of_outliers(prepared.image, steps, prepared.properties["source"], exact)
     if exact:
         levels, steps = np.asarray(prepared.image, np.float32), [(0.0, 0.0)] * len(steps)
-    voxels, spans = sample_foreground(codes)
-    files = {"image.b2nd": _compress(levels), "codes.b2nd": _compress(codes), "foreground.npy": _npy(voxels)}
+    (voxels, spans), npy = sample_foreground(codes), io.BytesIO()
+    np.save(npy, voxels)
+    files = {"image.b2nd": _compress(levels), "codes.b2nd": _compress(codes), "foreground.npy": npy.getvalue()}
     index = {"format": FORMAT, "properties": prepared.properties, "steps": steps, "foreground": spans}
     index["checksums"] = {name: zlib.crc32(content) for name, content in files.items()}
     return {**files, "case.json": _json({**index, "checksum": zlib.crc32(_json(index))})}
@@ -232,11 +233,11 @@ def _warn_of_outliers(image: np.ndarray, steps: Sequence[tuple[float, float]], s
 
 def _compress(array: np.ndarray) -> bytes:
     """A blosc2 frame, chunked for reading patches. One thread: with more, the order of blocks in a chunk varies."""
-    extra = array.ndim - 3
+    lead = (1,) * (array.ndim - 3)
     stored = blosc2.asarray(
         array,
-        chunks=(1,) * extra + tuple(min(c, n) for c, n in zip(CHUNK, array.shape[extra:], strict=True)),
-        blocks=(1,) * extra + tuple(min(b, n) for b, n in zip(BLOCK, array.shape[extra:], strict=True)),
+        chunks=(*lead, *map(min, CHUNK, array.shape[-3:])),
+        blocks=(*lead, *map(min, BLOCK, array.shape[-3:])),
         cparams={"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
     )
     return stored.to_cframe()
@@ -266,12 +267,6 @@ def write_folder(store_dir: str, path: str, files: Mapping[str, bytes]) -> None:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
 
 
 def _plain_number(value: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
+from ..network.networks import LEVEL_STRIDES, STUNET_SIZES, STUNET_STRIDES
 from ..network.tsfm_net import DEFAULT_SKIP
 
 MIN_EDGE = 4
@@ -107,15 +108,10 @@ class Family:
         return tuple(down), tuple(self.blocks_up[min(i, len(self.blocks_up) - 1)] for i in range(levels - 1))
 
 
-SWIN_STRIDES = ((2, 2, 2),) * 5
-
-STUNET_STRIDES = (*((2, 2, 2),) * 4, (1, 1, 2))
-
-
-def _stunet(size: str, base: int, depth: int) -> Family:
-    return Family(
-        f"stunet_{size}", "fixed", base, 16 * base, (depth,), (depth,), strides=STUNET_STRIDES, patch=(128, 128, 128)
-    )
+def _stunet(size: str) -> Family:
+    width, depth = STUNET_SIZES[size]
+    name, patch = f"stunet_{size.lower()}", (128, 128, 128)
+    return Family(name, "fixed", width, 16 * width, (depth,), (depth,), strides=STUNET_STRIDES, patch=patch)
 
 
 FAMILIES = {
@@ -129,8 +125,8 @@ FAMILIES = {
         Family("tsfm_b", "tsfm", 32, 320, (1,), (1,), levels=6, transformer=(192, 6, 6, 768)),
         Family("tsfm_l", "tsfm", 48, 1024, (2,), (2,), levels=6, transformer=(576, 12, 12, 2304)),
         Family("tsfm_h", "tsfm", 64, 2048, (2,), (2, 2, 2, 2, 3), bottom=4, levels=6, transformer=(768, 12, 12, 3072)),
-        Family("swinunetr", "fixed", 48, 768, (2,), (1,), strides=SWIN_STRIDES, patch=(96, 96, 96)),
-        *(_stunet(*row) for row in (("s", 16, 1), ("b", 32, 1), ("l", 64, 2), ("h", 96, 3))),
+        Family("swinunetr", "fixed", 48, 768, (2,), (1,), strides=LEVEL_STRIDES, patch=(96, 96, 96)),
+        *map(_stunet, STUNET_SIZES),
     )
 }
 """Networks that `plan` knows by name; tsfm_h is the paper's."""

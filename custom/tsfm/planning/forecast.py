@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ..files import atomic_write
+from ..files import check_writable, write_json
 from ..names import counted
 from ..network.cpu import autocast
 from ..training.step_memory import fit_memory
@@ -46,8 +44,7 @@ class Forecast:
     def save(self, engine: Any = None, **measured: float) -> None:
         """Write the plan, and what was measured of it."""
         if self.write:
-            text = json.dumps(self.plan.to_dict() | measured, indent=4) + "\n"
-            atomic_write(self.path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+            write_json(self.path, self.plan.to_dict() | measured)
 
     def _stamp(self, engine: Engine) -> None:
         if len(self.stamps) > TIMED:
@@ -125,15 +122,20 @@ def plan(
     ct_normalization: Any = "fingerprint",
     store_dir: str | None = None,
     timed: bool = True,
-    **data: Any,
+    pool_file: str | None = None,
+    images: Any = "images",
+    labels: str = "labels",
+    label_ids: dict[str, Any] | None = None,
+    regions: dict[str, Any] | None = None,
+    modality: str | None = None,
+    licence: str = "any",
 ) -> None:
     """Show what a fine-tuning run would do with a data set: spacing, patch, network, memory, images, time; nothing is trained.
 
-    The options are the ids of the bundle's train.json; `data` are those that say what the data set is (images, labels,
-    label_ids, regions, modality, pool_file).
+    The options are the ids of the bundle's train.json.
 
     Args:
-        dataset_dir: the data set.
+        dataset_dir: the data set; pool_file, images, labels, label_ids, regions, modality and licence say what it is.
         output_file: also write the plan, for ``--plan FILE``.
         memory_gb, step_seconds: the budget: of a GPU, of a CPU core.
         device: "cuda" or "cpu"; default: a GPU where there is one.
@@ -141,8 +143,12 @@ def plan(
         store_dir: the run's store, where the data's fingerprint is kept; by default nothing is kept.
         timed: run a few training steps on random numbers.
     """
+    if output_file:
+        check_writable(os.path.dirname(os.path.abspath(output_file)), "--output_file")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pool = dataset_pool(dataset_dir, pretrained=pretrained, **data)
+    pool = dataset_pool(
+        dataset_dir, pool_file, images, labels, regions, label_ids, modality, pretrained, licence=licence
+    )
     channels = count_channels(pool, pretrained)
     with tempfile.TemporaryDirectory() as folder:
         found = plan_run(
@@ -154,9 +160,7 @@ def plan(
     if pool.entries:
         print(f"  images    {describe_images(pool, prepared)}")
     if output_file:
-        forecast = Forecast(os.path.dirname(os.path.abspath(output_file)), found)
-        forecast.path = output_file
-        forecast.save()
+        write_json(output_file, found.to_dict())
     if timed:
         network = downstream_network(
             pool, found.patch_size, channels, pretrained, found, checkpointing=checkpointing is True

@@ -6,7 +6,6 @@ change the network, readers that turn axes otherwise, other resampling, two-dime
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,10 @@ from torch import Tensor
 from .._version import __version__
 from ..cases.cases import Preparation
 from ..labels import LabelTable
+from ..names import plain_name
 from ..network.networks import create_network
-from ..training.weight_files import CheckpointError, load_file
+from ..schema import read_json
+from ..training.weight_files import CheckpointError, load_file, misfits
 
 # Trainers of nnU-Net 2.8.1 that change how is trained, not what: loss, augmentation, optimizer, length, sampling.
 TRAINER = re.compile(
@@ -123,11 +124,7 @@ def describe(
     if missing:
         raise CheckpointError(f"{source} is no checkpoint of nnU-Net 2: it lacks {sorted(missing)}")
     name = content["trainer_name"]
-    if name != trainer and not TRAINER.fullmatch(name):
-        raise CheckpointError(
-            f"{source}: trainer '{name}' is unknown, so its network and preprocessing may be its own; if it only trains "
-            f"otherwise, say so: --trainer {name}"
-        )
+    check_trainer(name, TRAINER, trainer, source)
     configuration = _configuration(plans, content["init_args"]["configuration"], source)
     channels = list((dataset.get("channel_names") or dataset.get("modality") or {}).values())
     table, softmax = _labels(dataset, plans.get("dataset_name", "nnunet"), source)
@@ -135,7 +132,29 @@ def describe(
     network = _network(configuration, len(channels), outputs, source)
     preparation = _preparation(plans, configuration, channels, source)
     mirrored = content.get("inference_allowed_mirroring_axes") or ()
-    description = {
+    return {
+        **whole_description(network, table, preparation),
+        "mirror_axes": "".join("SPL"[axis] for axis in mirrored),
+        "epoch": content.get("current_epoch"),
+        "trained_by": f"nnU-Net 2, {name}",
+        "activation": "softmax" if softmax else "regions",
+    }
+
+
+def check_trainer(name: str, known: re.Pattern, trusted: str, source: str) -> None:
+    """CheckpointError for a trainer that may have changed more than the training."""
+    if name != trusted and not known.fullmatch(name):
+        raise CheckpointError(
+            f"{source}: trainer '{name}' is unknown, so its network and preprocessing may be its own; if it only trains "
+            f"otherwise, say so: --trainer {name}"
+        )
+
+
+def whole_description(
+    network: Mapping[str, Any], table: Mapping[str, Any], preparation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is said of imported weights, whatever version trained them."""
+    return {
         "format": 1,
         "version": __version__,
         "network": network,
@@ -144,11 +163,7 @@ def describe(
         "patch_size": network["img_size"],
         "modalities": [preparation["default_modality"]],
         "trained_on": [table["dataset_labels"][0]["name"]],
-        "mirror_axes": "".join("SPL"[axis] for axis in mirrored),
-        "epoch": content.get("current_epoch"),
-        "trained_by": f"nnU-Net 2, {name}",
     }
-    return {**description, "activation": "softmax" if softmax else "regions"}
 
 
 def rename(state: Mapping[str, Tensor], network: Mapping[str, Any], source: str) -> dict[str, Tensor]:
@@ -157,8 +172,7 @@ def rename(state: Mapping[str, Tensor], network: Mapping[str, Any], source: str)
     Raises:
         CheckpointError: tensors that are missing, superfluous, of another shape, or two of one thing that differ.
     """
-    found: dict[str, Tensor] = {}
-    problems = []
+    found, problems = {}, []
     for name, value in state.items():
         name = name.removeprefix("module.").removeprefix("_orig_mod.").replace("decoder.encoder.", "encoder.")
         name = "net." + name.replace(".conv.", ".all_modules.0.").replace(".norm.", ".all_modules.1.")
@@ -168,15 +182,7 @@ def rename(state: Mapping[str, Tensor], network: Mapping[str, Any], source: str)
     with torch.device("meta"):
         own = create_network(**network).state_dict()
     own.pop("_extra_state")
-    problems += [f"{name} {tuple(own[name].shape)}: missing" for name in own if name not in found]
-    problems += [
-        f"{name} {tuple(found[name].shape)}: not in the network of the plans" for name in found if name not in own
-    ]
-    problems += [
-        f"{name}: {tuple(found[name].shape)}, the plans say {tuple(own[name].shape)}"
-        for name in own
-        if name in found and found[name].shape != own[name].shape
-    ]
+    problems += misfits(found, own)
     if problems:
         listed = "\n  ".join(problems[:10])
         raise CheckpointError(f"{source} does not fit the plans ({len(problems)} tensors):\n  {listed}")
@@ -188,10 +194,10 @@ def _read_json(folder: str, name: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise CheckpointError(
             f"{os.path.abspath(folder)} is no model folder of nnU-Net 2: it has no {name}; expected "
-            "DatasetNNN_NAME/TRAINER__PLANS__CONFIGURATION with plans.json, dataset.json and fold_0/checkpoint_final.pth"
+            "DatasetNNN_NAME/TRAINER__PLANS__CONFIGURATION with plans.json, dataset.json and fold_0/checkpoint_final.pth, or "
+            "a weight file (model.pt)"
         )
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(path, error=CheckpointError)
 
 
 def _configuration(plans: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
@@ -275,7 +281,7 @@ def _labels(dataset: Mapping[str, Any], name: str, source: str) -> tuple[dict[st
     """Targets and data set of a label table, and whether the network ends in a softmax (background first)."""
     labels = {key: ids for key, ids in dataset["labels"].items() if key != "ignore"}
     regions = any(isinstance(ids, list) and len(ids) > 1 for ids in labels.values())
-    sets = {_plain(key): {int(i) for i in (ids if isinstance(ids, list) else [ids])} for key, ids in labels.items()}
+    sets = {plain_name(key): {int(i) for i in (ids if isinstance(ids, list) else [ids])} for key, ids in labels.items()}
     sets = {key: ids for key, ids in sets.items() if ids != {0}}
     if len(sets) != len(labels) - 1 or any(0 in ids for ids in sets.values()):
         raise CheckpointError(f"{source}: labels {dict(labels)}; expected background 0 and names that differ")
@@ -283,7 +289,7 @@ def _labels(dataset: Mapping[str, Any], name: str, source: str) -> tuple[dict[st
         sets = dict(sorted(sets.items(), key=lambda item: min(item[1])))
     raw_ids = sorted(set().union(*sets.values()))
     entry = {
-        "name": _plain(name),
+        "name": plain_name(name),
         "labels": {str(i): [key for key, ids in sets.items() if i in ids] for i in raw_ids},
         **({"ignore": [int(dataset["labels"]["ignore"])]} if "ignore" in dataset["labels"] else {}),
     }
@@ -315,34 +321,30 @@ def _preparation(
             f"{source}: normalization {unknown or schemes} for channels {channels}; expected one of {list(SCHEMES)} for each"
         )
     statistics = plans.get("foreground_intensity_properties_per_channel") or {}
-    rules = []
-    for index, scheme in enumerate(schemes):
-        rule: dict[str, Any] = {"scheme": SCHEMES[scheme]}
-        if rule["scheme"] == "ct":
-            values = statistics[str(index)]
-            rule |= {"lower": values["percentile_00_5"], "upper": values["percentile_99_5"]}
-            rule |= {"mean": values["mean"], "sd": values["std"]}
-        elif rule["scheme"] == "zscore":
-            rule["masked"] = bool(configuration["use_mask_for_norm"][index])
-        rules.append(rule)
+    rules = [
+        channel_rule(SCHEMES[scheme], statistics.get(str(index)), configuration["use_mask_for_norm"][index])
+        for index, scheme in enumerate(schemes)
+    ]
     orientation = "".join(ORIENTATIONS[reader][axis] for axis in plans["transpose_forward"])
     spacing, count = configuration["spacing"], len(channels)
     return Preparation(spacing, in_channels=count, orientation=orientation, **by_modality(rules)).to_dict()
+
+
+def channel_rule(scheme: str, statistics: Mapping[str, Any], masked: Any) -> dict[str, Any]:
+    """A rule of `Preparation.channels`; the spread is named ``std`` in version 2, ``sd`` in version 1."""
+    if scheme == "ct":
+        lower, upper, mean = (float(statistics[key]) for key in ("percentile_00_5", "percentile_99_5", "mean"))
+        sd = float(statistics["std"] if "std" in statistics else statistics["sd"])
+        return {"scheme": scheme, "lower": lower, "upper": upper, "mean": mean, "sd": sd}
+    return {"scheme": scheme, "masked": bool(masked)} if scheme == "zscore" else {"scheme": scheme}
 
 
 def by_modality(rules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The rules of all channels as a `Preparation` says them: one for the modality, where that is enough."""
     first = rules[0]
     if len(rules) == 1 and first["scheme"] == "ct":
-        return {
-            "default_modality": "CT",
-            "intensity": {"CT": {key: first[key] for key in ("lower", "upper", "mean", "sd")}},
-        }
+        numbers = {key: value for key, value in first.items() if key != "scheme"}
+        return {"default_modality": "CT", "intensity": {"CT": numbers}}
     if all(rule == first for rule in rules) and first["scheme"] == "zscore":
         return {"default_modality": "MR", "masked": {"MR": first["masked"]}}
     return {"default_modality": "MR", "channels": [dict(rule) for rule in rules]}
-
-
-def _plain(name: str) -> str:
-    """Lower case with underscores, as label tables and MONAI Label have it."""
-    return re.sub(r"[^0-9a-z]+", "_", str(name).lower()).strip("_")

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._version import __version__
 from ..cases.cases import Preparation
 from ..training.safe_pickle import read_pickle
 from ..training.weight_files import CheckpointError, load_file
-from .nnunet import Model, by_modality, rename
+from .nnunet import Model, by_modality, channel_rule, check_trainer, find_folds, rename, whole_description
 
 CHECKPOINT = "model_final_checkpoint.model"
 
@@ -34,8 +33,6 @@ def read_model(
     Raises:
         CheckpointError: as `nnunet.read_model`.
     """
-    from .nnunet import find_folds
-
     description, weights = None, {}
     for fold in find_folds(folder, folds, checkpoint):
         path = os.path.join(folder, f"fold_{fold}", checkpoint)
@@ -48,11 +45,7 @@ def read_checkpoint(path: str, trainer: str = "") -> tuple[dict[str, Tensor], di
     """Tensors and description of one ``.model`` file with its ``.model.pkl``."""
     information = read_pickle(path + ".pkl")
     name, plans = information["name"], information["plans"]
-    if name != trainer and not TRAINER.fullmatch(name):
-        raise CheckpointError(
-            f"{path}: trainer '{name}' is unknown, so its network and preprocessing may be its own; if it only trains "
-            f"otherwise, say so: --trainer {name}"
-        )
+    check_trainer(name, TRAINER, trainer, path)
     stage = _trained_stage(information, path)
     if stage and name.endswith("CascadeFullRes"):
         raise CheckpointError(f"{path} is the second stage of a cascade; import 3d_fullres")
@@ -111,16 +104,10 @@ def describe(
         **by_modality(rules),
     ).to_dict()
     names = [f"label_{value}" for value in range(1, len(heads))]
+    labels = {str(value): name for value, name in enumerate(names, 1)}
+    table = {"targets": {name: {} for name in names}, "dataset_labels": [{"name": "nnunet", "labels": labels}]}
     return {
-        "format": 1,
-        "version": __version__,
-        "network": network,
-        "targets": {name: {} for name in names},
-        "dataset_labels": [{"name": "nnunet", "labels": {str(i): name for i, name in enumerate(names, 1)}}],
-        "preparation": preparation,
-        "patch_size": patch,
-        "modalities": [preparation["default_modality"]],
-        "trained_on": ["nnunet"],
+        **whole_description(network, table, preparation),
         "mirror_axes": "" if re.search("noMirroring|noDataAugmentation", trainer) else "SPL",
         "activation": "softmax",
         "trained_by": f"nnU-Net 1, {trainer}",
@@ -128,20 +115,14 @@ def describe(
 
 
 def _rules(plans: Mapping[str, Any], channels: int, source: str) -> list[dict[str, Any]]:
-    rules = []
-    for channel in range(channels):
-        scheme = plans["normalization_schemes"][channel]
-        if scheme not in SCHEMES:
-            raise CheckpointError(f"{source}: normalization '{scheme}' is unknown; expected one of {list(SCHEMES)}")
-        rule: dict[str, Any] = {"scheme": SCHEMES[scheme]}
-        if rule["scheme"] == "ct":
-            values = plans["dataset_properties"]["intensityproperties"][channel]
-            rule |= {"lower": float(values["percentile_00_5"]), "upper": float(values["percentile_99_5"])}
-            rule |= {"mean": float(values["mean"]), "sd": float(values["sd"])}
-        elif rule["scheme"] == "zscore":
-            rule["masked"] = bool(plans["use_mask_for_norm"][channel])
-        rules.append(rule)
-    return rules
+    schemes = [plans["normalization_schemes"][channel] for channel in range(channels)]
+    if unknown := [scheme for scheme in schemes if scheme not in SCHEMES]:
+        raise CheckpointError(f"{source}: normalization '{unknown[0]}' is unknown; expected one of {list(SCHEMES)}")
+    statistics = plans.get("dataset_properties", {}).get("intensityproperties") or {}
+    return [
+        channel_rule(SCHEMES[scheme], statistics.get(channel), plans["use_mask_for_norm"][channel])
+        for channel, scheme in enumerate(schemes)
+    ]
 
 
 def _first_conv(state: Mapping[str, Tensor], level: int) -> Tensor:
@@ -152,8 +133,7 @@ def _first_conv(state: Mapping[str, Tensor], level: int) -> Tensor:
 
 def _as_version_2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Version 1's names in version 2's; transposed convolutions and heads get biases of 0, which they lack there."""
-    found: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    found, counts = {}, {}
     for name, value in state.items():
         name = name.removeprefix("module.")
         block = re.fullmatch(

@@ -60,7 +60,8 @@ def dataset_pool(
     """
     _check_weights(pretrained, licence)
     options["licence"] = licence
-    name = _plain_name(os.path.basename(os.path.abspath(dataset_dir)))
+    dataset_dir = os.path.expanduser(dataset_dir)
+    name = plain_name(os.path.basename(os.path.abspath(dataset_dir))) or "data"
     if pool_file is not None or kept_in is not None:
         content = recorded_pool(kept_in, name) if pool_file is None else pool_file
         if pool_file is None:
@@ -119,7 +120,8 @@ def default_pretrained(dataset_dir: str, ckpt_dir: str, raw_data: bool = True) -
 
     None, so from nothing, for a data set in a folder or in the store; the bundle's own for items that a server hands in.
     """
-    return None if os.path.isdir(dataset_dir) or not raw_data else os.path.join(ckpt_dir, "model.pt")
+    is_there = os.path.isdir(os.path.expanduser(dataset_dir))
+    return None if is_there or not raw_data else os.path.join(ckpt_dir, "model.pt")
 
 
 def pretrained_description(pretrained: str | None) -> dict[str, Any]:
@@ -173,11 +175,6 @@ def _check_recorded(
             f"{list(content['targets'])} and modality {entry['modality']}. Leave the options out to go on with these, or prepare "
             "it anew where its files are (leave --raw_data out)"
         )
-
-
-def _plain_name(name: str) -> str:
-    """Of a data set: its folder's name, or "data" where that has no letter or digit."""
-    return plain_name(name) or "data"
 
 
 def _declared_files(content: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -239,7 +236,7 @@ def _two_folders(dataset_dir: str, images: str, labels: str) -> dict[str, Any]:
         raise PoolError(f"folder {os.path.join(dataset_dir, labels)} does not exist")
     labelled, label_ending = _names(os.path.join(dataset_dir, labels))
     # "case_0001" may be a case's own number: then there is a label of that name
-    numbers = {name[-4:] for name in names if re.search(r"_\d{4}$", name) and name not in labelled}
+    numbers = {name[-4:] for name in set(names) - set(labelled) if re.search(r"_\d{4}$", name)}
     channels = [f"_{number}" for number in sorted(numbers)] if "0000" in numbers else [""]
     cases = sorted({name.removesuffix(channel) for name in names for channel in channels if name.endswith(channel)})
     image, label = ("{case}", "{case}") if set(cases) & set(labelled) else _paired(cases, labelled)

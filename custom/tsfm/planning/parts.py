@@ -9,6 +9,7 @@ from torch import nn
 
 from ..network.described import Parts
 from ..network.tsfm_net import PARTS
+from ..training.run_state import unwrap
 
 FREEZE = ("none", "encoder", "all_but_heads")
 
@@ -27,10 +28,8 @@ def freeze(network: nn.Module, what: str) -> nn.Module:
     for part, parameter in zip(parts, network.parameters(), strict=True):
         frozen = part != "heads" if what == "all_but_heads" else part == what
         parameter.requires_grad_(not frozen)
-    fresh = getattr(network, "fresh", ())
-    if drawn := [
-        name for name, parameter in network.named_parameters() if name in fresh and not parameter.requires_grad
-    ]:
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    if drawn := [name for name in frozen if name in getattr(network, "fresh", ())]:
         raise ValueError(
             f"freeze is {what!r}, but nothing pretrained fills {drawn[0]}{f' and {len(drawn) - 1} more' * (len(drawn) > 1)}: they "
             "would stay as they were drawn at random. Give weights that have them (--pretrained), or leave --freeze out"
@@ -47,9 +46,7 @@ def part_of(name: str, parts: Parts = PARTS) -> str:
 
 def parts_of(network: nn.Module) -> Parts:
     """The parts of a network, wrapped or not; TSFM's where it declares none."""
-    while hasattr(network, "module") or hasattr(network, "_orig_mod"):
-        network = network.module if hasattr(network, "module") else network._orig_mod
-    return getattr(network, "parts", PARTS)
+    return getattr(unwrap(network), "parts", PARTS)
 
 
 def parameter_groups(

@@ -22,7 +22,7 @@ from ..cases.licences import inherited_licences
 from ..cases.pool import DatasetPool, is_bare
 from ..cases.sources import Sources, file_identity
 from ..errors import CaseError
-from ..files import atomic_write
+from ..files import check_writable, write_json
 from ..names import counted
 from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork
@@ -177,9 +177,12 @@ def take_over(
 
     Raises:
         CheckpointError: as `load_pretrained`.
+        OSError: an `output_dir` that cannot be written.
     """
     if pretrained is not None:
         report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
+        if output_dir:
+            check_writable(output_dir, "--output_dir")
         task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
         if preparation is not None:
             task["preparation"] = preparation.to_dict()
@@ -255,14 +258,10 @@ def _read_or_measure(pool: DatasetPool, store_dir: str, num_workers: int, orient
         raise PoolError(
             f'{len(found.failed)} of {len(pool.cases)} cases cannot be used; mend or "exclude" them:\n{listed}'
         )
-
-    def write(temporary: str) -> None:
-        content = asdict(found)
-        del content["failed"]
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=4)
-
-    atomic_write(path, write)
+    try:
+        write_json(path, {key: value for key, value in asdict(found).items() if key != "failed"})
+    except OSError as error:  # a store that others may only read serves all the same
+        logger.warning("the fingerprint is not kept: %s", error)
     return found
 
 

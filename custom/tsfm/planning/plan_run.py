@@ -16,12 +16,13 @@ import torch
 
 from ..cases.folders import PoolError
 from ..cases.pool import DatasetPool
+from ..network.networks import LEVEL_STRIDES
 from ..preparation.fingerprint import Fingerprint, fit_patch, plan_spacing
 from ..schema import FileError, read_json
-from .families import FAMILIES, SWIN_STRIDES, Family
+from .families import FAMILIES, Family
 from .own_data import pretrained_description
 from .plan import pool_fingerprint
-from .planner import MIN_BATCH, Budget, Plan, PlanError, coarse_spacing, plan
+from .planner import MIN_BATCH, Budget, Plan, PlanError, coarse_spacing, plan, shown
 from .turns import rank
 
 logger = logging.getLogger(__name__)
@@ -125,9 +126,6 @@ def plan_run(
 
 def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | None = None) -> str:
     """A plan in words, for a terminal."""
-    shape, patch, spacing = (
-        "x".join(f"{n:.4g}" for n in v) for v in (plan.median_shape, plan.patch_size, plan.spacing_mm)
-    )
     start = f"starts from {pretrained}" if pretrained else "starts from nothing: no pretrained weights were given"
     strides = " ".join("".join(map(str, stride)) for stride in plan.strides)
     kernels = " ".join("".join(map(str, kernel)) for kernel in plan.kernel_sizes)
@@ -137,8 +135,8 @@ def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | No
     return "\n".join(
         (
             f"plan{f' for {budget}' if budget else ''} (S, P, L):",
-            f"  spacing   {spacing} mm, median case {shape} voxels",
-            f"  patch     {patch}, batch {plan.batch_size}",
+            f"  spacing   {shown(plan.spacing_mm)} mm, median case {shown(plan.median_shape)} voxels",
+            f"  patch     {shown(plan.patch_size)}, batch {plan.batch_size}",
             f"  network   {plan.network}{size}; {start}",
             f"  levels    {len(plan.features)}: features {' '.join(map(str, plan.features))}, strides {strides}, kernels {kernels}",
             f"  estimate  {cost}",
@@ -150,7 +148,7 @@ def weights_family(description: Mapping[str, Any]) -> Family | None:
     """The network of given weights as the planner wants it: TSFM's depth may change, others are as they are."""
     network = description["network"]
     if network.get("name", "tsfm") != "tsfm":
-        strides = tuple(map(tuple, network.get("strides", SWIN_STRIDES)))
+        strides = tuple(map(tuple, network.get("strides", LEVEL_STRIDES)))
         levels = len(strides) + 1
         return Family(
             "weights", "fixed", 0, 0, tuple(network.get("depths_down", (1,) * levels)), (1,), levels=levels,
@@ -202,7 +200,7 @@ def warn_of_small_structures(pool: DatasetPool, found: Fingerprint, spacing_mm: 
                 logger.warning(
                     "spacing %s mm (S, P, L) is coarse for %s: at its smallest it is %s voxels; the images have %s mm, give "
                     "--spacing_mm auto or finer numbers",
-                    _numbers(spacing_mm), datasets[name]["labels"][raw], _numbers(voxels), _numbers(own),
+                    shown(spacing_mm, 3), datasets[name]["labels"][raw], shown(voxels, 3), shown(own, 3),
                 )  # fmt: skip
 
 
@@ -221,7 +219,7 @@ def warn_of_distance(description: Mapping[str, Any], pool: DatasetPool, spacing_
     if theirs and any(max(a / b, b / a) > FAR_SPACING for a, b in zip(theirs, spacing_mm, strict=True)):
         logger.warning(
             "the weights were trained at %s mm (S, P, L), the plan has %s: structures look to them more than %g times as large "
-            "or small; --spacing_mm checkpoint keeps theirs", _numbers(theirs), _numbers(spacing_mm), FAR_SPACING,
+            "or small; --spacing_mm checkpoint keeps theirs", shown(theirs, 3), shown(spacing_mm, 3), FAR_SPACING,
         )  # fmt: skip
 
 
@@ -299,7 +297,3 @@ def _geometry(network: Mapping[str, Any]) -> tuple[tuple[tuple[int, ...], ...], 
     """Strides and kernel sizes of a TSFM's arguments."""
     kernels = network.get("kernel_sizes") or [[3, 3, 3]] * len(network["features"])
     return tuple(map(tuple, network["strides"])), tuple(map(tuple, kernels))
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return "x".join(f"{value:.3g}" for value in values)

@@ -7,6 +7,7 @@ same rule with their own cost: bytes on a GPU, seconds on a CPU. All axes are (S
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -53,7 +54,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return _lists(asdict(self))
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
@@ -65,46 +66,30 @@ class Plan:
         missing = [name for name in cls.__dataclass_fields__ if name not in values]
         if missing:
             raise PlanError(f"the plan lacks {missing}; expected what `python -m tsfm plan` or a run's plan.json holds")
-        return cls(**{name: _tuples(values[name]) for name in cls.__dataclass_fields__ if name in values})
+        return cls(**{name: _tuples(values[name]) for name in cls.__dataclass_fields__})
 
     def kernels_if_any_is_flat(self) -> list[list[int]] | None:
         """`kernel_sizes` as TSFM takes them: None where all are 3x3x3."""
-        return _lists(self.kernel_sizes) if any(min(kernel) == 1 for kernel in self.kernel_sizes) else None
+        is_flat = any(min(kernel) == 1 for kernel in self.kernel_sizes)
+        return [list(kernel) for kernel in self.kernel_sizes] if is_flat else None
 
     def create_arguments(self) -> dict[str, Any]:
         """Name and arguments of `networks.create_network` that the plan decides."""
-        family = FAMILIES[self.network]
-        if family.kind == "tsfm":
-            return {"name": "tsfm", **self.network_arguments()}
+        family, own = FAMILIES[self.network], self.to_dict()
         if self.network == "swinunetr":
-            return {"name": "swinunetr", "img_size": list(self.patch_size)}
-        shared = {
-            "features": list(self.features),
-            "depths_down": list(self.blocks_down),
-            "strides": _lists(self.strides),
-        }
-        shared |= {"img_size": list(self.patch_size)}
+            return {"name": "swinunetr", "img_size": own["patch_size"]}
+        names = {"patch_size": "img_size", "features": "features", "blocks_down": "depths_down", "strides": "strides"}
+        arguments = {name: own[field] for field, name in names.items()}
         if family.kind == "fixed":
-            return {"name": "stunet", **shared}
-        shared |= {"kernel_sizes": _lists(self.kernel_sizes), "depths_up": list(self.blocks_up)}
-        return {"name": "nnunet", "residual": family.kind == "residual", **shared}
-
-    def network_arguments(self) -> dict[str, Any]:
-        """The constructor arguments that the plan decides: of TSFM, PlainConvUNet or ResidualEncoderUNet."""
-        family = FAMILIES[self.network]
+            return {"name": "stunet", **arguments}
+        arguments["depths_up"] = own["blocks_up"]
         if family.kind == "tsfm":
-            hidden, layers, heads, mlp = family.transformer
-            return {
-                "features": list(self.features), "depths_down": list(self.blocks_down), "depths_up": list(self.blocks_up),
-                "strides": _lists(self.strides), "kernel_sizes": self.kernels_if_any_is_flat(), "img_size": list(self.patch_size),
-                "hidden_size": hidden, "num_layers": layers, "num_heads": heads, "mlp_dim": mlp,
-            }  # fmt: skip
-        blocks = "n_conv_per_stage" if family.kind == "plain" else "n_blocks_per_stage"
-        return {
-            "n_stages": len(self.features), "features_per_stage": list(self.features),
-            "kernel_sizes": _lists(self.kernel_sizes), "strides": [[1, 1, 1], *_lists(self.strides)],
-            blocks: list(self.blocks_down), "n_conv_per_stage_decoder": list(self.blocks_up)[::-1],
-        }  # fmt: skip
+            transformer = dict(
+                zip(("hidden_size", "num_layers", "num_heads", "mlp_dim"), family.transformer, strict=True)
+            )
+            return {"name": "tsfm", **arguments, "kernel_sizes": self.kernels_if_any_is_flat(), **transformer}
+        arguments["kernel_sizes"] = own["kernel_sizes"]
+        return {"name": "nnunet", **arguments, "residual": family.kind == "residual"}
 
 
 @dataclass(frozen=True)
@@ -161,7 +146,7 @@ def plan(
     options |= {"patch_size": patch_size, "batch_size": batch_size, "checkpointing": checkpointing}
     if len(median_shape) != 3 or min(median_shape) < 2 or min(spacing_mm) <= 0:
         raise PlanError(
-            f"cases of {_shown(median_shape)} voxels (S, P, L) at {_shown(spacing_mm)} mm: expected three axes of at least "
+            f"cases of {shown(median_shape)} voxels (S, P, L) at {shown(spacing_mm)} mm: expected three axes of at least "
             "two voxels; single slices are two-dimensional data, for which there is no network here: stack the slices of "
             "each patient into one volume"
         )
@@ -212,8 +197,8 @@ def _plan_fixed(family: Family, median_shape, spacing_mm, patch_size, batch_size
         fits[int(np.argmax(median_shape))] *= 2
     if patch_size and fits != patch:
         raise PlanError(
-            f"patch {_shown(patch)} (S, P, L): {family.name} halves the axes until {_shown(divisor)} voxels are one, so a side "
-            f"is a multiple of that; {_shown(fits)} would fit"
+            f"patch {shown(patch)} (S, P, L): {family.name} halves the axes until {shown(divisor)} voxels are one, so a side "
+            f"is a multiple of that; {shown(fits)} would fit"
         )
     down, up = family.depths(levels)
     return Plan(
@@ -225,16 +210,14 @@ def _plan_fixed(family: Family, median_shape, spacing_mm, patch_size, batch_size
 def _largest(median_shape, spacing_mm, budget: Budget | None, options: Mapping[str, Any]) -> Plan:
     """The largest TSFM whose patch is no smaller than nnU-Net's default one."""
     sight = plan(median_shape, spacing_mm, "nnunet", cases=options["cases"], in_channels=options["in_channels"])
-    for name in SIZES:
+    for name in SIZES[:-1]:
         try:
             found = plan(median_shape, spacing_mm, name, budget, **options)
         except PlanError:
-            if name == SIZES[-1]:
-                raise
             continue
-        if prod(found.patch_size) >= prod(sight.patch_size) or name == SIZES[-1] or options["patch_size"]:
+        if prod(found.patch_size) >= prod(sight.patch_size) or options["patch_size"]:
             return found
-    raise AssertionError("unreachable")
+    return plan(median_shape, spacing_mm, SIZES[-1], budget, **options)
 
 
 def _plan_ordered(
@@ -258,8 +241,8 @@ def _plan_ordered(
         found = lay_out(patch_size)
         if list(found.patch_size) != [int(n) for n in patch_size]:
             raise PlanError(
-                f"patch {_shown(patch_size)}: the strides that fit it, {found.total_stride} together, do not divide it; "
-                f"{_shown(found.patch_size)} would fit (axes: thickest first)"
+                f"patch {shown(patch_size)}: the strides that fit it, {found.total_stride} together, do not divide it; "
+                f"{shown(found.patch_size)} would fit (axes: thickest first)"
             )
     else:
         inverse = 1 / np.asarray(spacing_mm, float)
@@ -284,13 +267,12 @@ def _plan_ordered(
 
 def _shrink(found: Topology, median_shape, lay_out, budget: Budget, family: Family) -> Topology:
     """nnU-Net's next smaller patch: the side that is largest for its case, less what its strides then divide."""
-    patch = list(found.patch_size)
+    patch, smaller = list(found.patch_size), list(found.patch_size)
     axis = int(np.argsort([n / m for n, m in zip(patch, median_shape, strict=True)])[-1])
-    smaller = list(patch)
     smaller[axis] -= found.total_stride[axis]
     if smaller[axis] < MIN_EDGE:
         raise PlanError(
-            f"{family.name}: nothing fits into {budget}: even a patch of {_shown(patch)} voxels exceeds it; raise the budget "
+            f"{family.name}: nothing fits into {budget}: even a patch of {shown(patch)} voxels exceeds it; raise the budget "
             "(--memory_gb, --step_seconds), or take a smaller network or a coarser --spacing_mm"
         )
     patch[axis] -= lay_out(smaller).total_stride[axis]
@@ -335,14 +317,9 @@ def coarse_spacing(fine: Plan, **options: Any) -> tuple[float, ...]:
     return tuple(spacing.tolist()) if whole / prod(shape) >= 2 else fine.spacing_mm
 
 
-def _shown(numbers: Sequence[float]) -> str:
-    return "x".join(f"{float(number):.4g}" for number in numbers)
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _lists(entry) for key, entry in value.items()}
-    return [_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
+def shown(numbers: Sequence[float], digits: int = 4) -> str:
+    """Lengths along the axes, for a message: ``1.5x1x1``."""
+    return "x".join(f"{float(number):.{digits}g}" for number in numbers)
 
 
 def _tuples(value: Any) -> Any:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -80,12 +80,8 @@ def _own(path: str) -> Pretrained:
     network = description.get("network", {})
     if network.get("name") != "ensemble":
         return Pretrained(tensors, description)
-    prefix = "" if network["network"].get("name", "tsfm") == "tsfm" else "net."
-    first = {
-        prefix + name.removeprefix("members.0."): value
-        for name, value in tensors.items()
-        if name.startswith("members.0.")
-    }
+    prefix, member = "" if network["network"].get("name", "tsfm") == "tsfm" else "net.", "members.0."
+    first = {prefix + name.removeprefix(member): value for name, value in tensors.items() if name.startswith(member)}
     note = f"the first of {network['count']} networks whose mean the checkpoint holds"
     return Pretrained(first, {**description, "network": network["network"]}, (note,))
 
@@ -119,19 +115,11 @@ def _stunet(path: str, content: Mapping[str, Any], state: Mapping[str, Tensor]) 
         "deep_supervision": True,
     }
     channels = network["in_channels"]
-    preparation = Preparation(
-        (1.5, 1.5, 1.5),
-        in_channels=channels,
-        channels=[{"scheme": "zscore", "masked": False}] * channels,
-        resample_first=True,
-    )
+    rules = [{"scheme": "zscore", "masked": False}] * channels
+    preparation = Preparation((1.5, 1.5, 1.5), in_channels=channels, channels=rules, resample_first=True)
     description = {
-        "network": network,
-        "targets": {name: {} for name in names},
+        **_ct_description(network, preparation, names),
         "dataset_labels": [{"name": "totalsegmentator", "labels": {str(i): [name] for i, name in enumerate(names, 1)}}],
-        "preparation": preparation.to_dict(),
-        "patch_size": [128, 128, 128],
-        "modalities": ["CT"],
         "activation": "softmax",
         "mirror_axes": "SPL",
     }
@@ -168,29 +156,28 @@ def _swin_encoder(tensors: dict[str, Tensor]) -> Pretrained:
         "out_channels": 1,
         "img_size": [96, 96, 96],
         "feature_size": size,
+        "deep_supervision": False,
     }
-    description = {
-        "network": {**network, "deep_supervision": False},
-        "targets": {},
-        "dataset_labels": [],
-        "preparation": Preparation((2.0, 1.5, 1.5), {"CT": SWIN_RANGE}, channels).to_dict(),
-        "patch_size": [96, 96, 96],
-        "modalities": ["CT"],
-    }
+    description = _ct_description(network, Preparation((2.0, 1.5, 1.5), {"CT": SWIN_RANGE}, channels))
     note = "the weights are of the encoder alone: the rest starts anew"
     return Pretrained(tensors, description, (note,), r"(?!net\.swinViT\.)", r"(?!net\.swinViT\.(patch_embed|layers\d))")
 
 
 def _sam_med3d(path: str, content: Mapping[str, Any], state: Mapping[str, Tensor]) -> Pretrained:
-    description = {
-        "network": {"name": "sam_med3d", "in_channels": 1, "out_channels": 1, "img_size": [128, 128, 128]},
-        "targets": {"target": {}},
+    network = {"name": "sam_med3d", "in_channels": 1, "out_channels": 1, "img_size": [128, 128, 128]}
+    description = _ct_description(network, Preparation((1.5, 1.5, 1.5), orientation="RAS"), ["target"])
+    return Pretrained({f"net.{name}": value for name, value in state.items()}, description)
+
+
+def _ct_description(network: dict[str, Any], preparation: Preparation, targets: Sequence[str] = ()) -> dict[str, Any]:
+    return {
+        "network": network,
+        "targets": {name: {} for name in targets},
         "dataset_labels": [],
-        "preparation": Preparation((1.5, 1.5, 1.5), orientation="RAS").to_dict(),
-        "patch_size": [128, 128, 128],
+        "preparation": preparation.to_dict(),
+        "patch_size": network["img_size"],
         "modalities": ["CT"],
     }
-    return Pretrained({f"net.{name}": value for name, value in state.items()}, description)
 
 
 LAYOUTS = (

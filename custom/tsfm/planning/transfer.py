@@ -34,6 +34,7 @@ from ..training.checkpoint import EXTRA_STATE
 from ..training.weight_files import CheckpointError
 from .public_weights import read_pretrained
 from .transfer_report import SHOWN, Entry, TransferReport
+from .turns import rank
 
 CONVOLUTIONS = ("stem.", "encoder.", "down.", "decoder.")
 
@@ -43,7 +44,6 @@ def load_pretrained(
     checkpoint: str | os.PathLike,
     report_path: str | os.PathLike | None = None,
     task: Mapping[str, Any] | None = None,
-    reinitialize: Sequence[str] = (),
 ) -> TransferReport:
     """Put the weights of `checkpoint` into `network`, whose channels, targets, patch or strides may differ.
 
@@ -56,7 +56,6 @@ def load_pretrained(
         report_path: JSON file for the report; a ``.txt`` goes beside it.
         task: description of the new task where the network does not carry one yet: ``targets`` (names in order),
             ``preparation``, ``modalities``. Its entries go before those of ``network.description``.
-        reinitialize: beginnings of names that shall keep their fresh start ("bottleneck", "heads.0").
 
     Raises:
         CheckpointError: an unreadable or unsafe file, or weights that do not fit; the network is then unchanged.
@@ -73,10 +72,9 @@ def load_pretrained(
 
     entries, values, problems = [], {}, []
     for name, current in own.items():
-        fresh = name.startswith(tuple(reinitialize))
-        source = None if fresh else found.get(name)
+        source = found.get(name)
         if source is None:
-            if not fresh and not re.match(read.absent, name) and not _may_be_absent(parts, name, found):
+            if not re.match(read.absent, name) and not _may_be_absent(parts, name, found):
                 problems.append(f"{name} {tuple(current.shape)}: not in the checkpoint")
             entries.append(Entry(name, tuple(current.shape), "new", 0, current.numel()))
             continue
@@ -102,19 +100,10 @@ def load_pretrained(
         for name, value in values.items():
             if value is not None:
                 own[name].copy_(value)  # entries of a state dict share the network's memory
-    report = TransferReport(
-        path,
-        entries,
-        unused,
-        sum(value.numel() for value in found.values()),
-        heads.summary(),
-        [*_none_shared(parts, heads, entries), *read.notes, *_mismatches(theirs, ours)],
-    )
-    if (
-        not torch.distributed.is_available()
-        or not torch.distributed.is_initialized()
-        or torch.distributed.get_rank() == 0
-    ):
+    notes = [*_none_shared(parts, heads, entries), *read.notes, *_mismatches(theirs, ours)]
+    parameters = sum(value.numel() for value in found.values())
+    report = TransferReport(path, entries, unused, parameters, heads.summary(), notes)
+    if rank() == 0:
         print(report, flush=True)
         if report_path is not None:
             report.save(report_path)
@@ -182,24 +171,21 @@ def _adapt(
         return Entry(name, shape, "adapted" if reused else "new", reused, size - reused, note), value
     if source.shape == current.shape:
         return Entry(name, shape, "loaded", size, 0), source
-    if (
-        re.match(parts.inputs, name)
-        and source.shape[1] != current.shape[1]
-        and _differ_only_in(source, current, (1, 2, 3, 4))
-    ):
-        note = f"{source.shape[1]} to {current.shape[1]} input channels"
-        fitted = _fit_kernel(source, (*source.shape[:2], *shape[2:]))
-        return Entry(name, shape, "adapted", size, 0, note), _spread(fitted, shape)
-    if name.startswith("down.") and ".shortcut." in name and _differ_only_in(source, current, (2, 3, 4)):
-        note = f"stride {tuple(source.shape[2:])} to {shape[2:]}"
-        return Entry(name, shape, "adapted", size, 0, note), _spread(source, shape)
-    if name.startswith(CONVOLUTIONS) and name.endswith(".weight") and _differ_only_in(source, current, (2, 3, 4)):
-        note = f"kernel {tuple(source.shape[2:])} to {shape[2:]}"
-        return Entry(name, shape, "adapted", size, 0, note), _fit_kernel(source, shape)
-    if name == "bottleneck.position_embedding" and _differ_only_in(source, current, (2, 3, 4)):
-        note = f"token grid {tuple(source.shape[2:])} to {shape[2:]}"
-        return Entry(name, shape, "adapted", size, 0, note), interpolate_positions(source, shape[2:])
-    return None
+    before = tuple(source.shape)
+    if re.match(parts.inputs, name) and before[0] == shape[0] and before[1] != shape[1]:
+        note = f"{before[1]} to {shape[1]} input channels"
+        value = _spread(_fit_kernel(source, (*before[:2], *shape[2:])), shape)
+    elif before[:2] != shape[:2]:
+        return None
+    elif name.startswith("down.") and ".shortcut." in name:
+        note, value = f"stride {before[2:]} to {shape[2:]}", _spread(source, shape)
+    elif name.startswith(CONVOLUTIONS) and name.endswith(".weight"):
+        note, value = f"kernel {before[2:]} to {shape[2:]}", _fit_kernel(source, shape)
+    elif name == "bottleneck.position_embedding":
+        note, value = f"token grid {before[2:]} to {shape[2:]}", interpolate_positions(source, shape[2:])
+    else:
+        return None
+    return Entry(name, shape, "adapted", size, 0, note), value
 
 
 def _adapt_prompted(
@@ -213,14 +199,14 @@ def _adapt_prompted(
     adapted = _adapt(parts, name, theirs[0], ours[0], heads)
     if adapted is None or (clicks == (True, True) and theirs[1].shape != ours[1].shape):
         return None
-    own = theirs[1] if all(clicks) else ours[1].detach()
-    fresh = 0 if all(clicks) else own.numel()
     entry, value = adapted
-    note = "click channels " + ("loaded" if all(clicks) else "new" if clicks[1] else "left out")
-    kind = entry.how if all(clicks) else "adapted"
-    found = Entry(
-        name, tuple(current.shape), kind, current.numel() - fresh, fresh, "; ".join(filter(None, [entry.note, note]))
-    )
+    if all(clicks):
+        own, fresh, how, what = theirs[1], 0, entry.how, "loaded"
+    else:
+        own, how, what = ours[1].detach(), "adapted", "new" if clicks[1] else "left out"
+        fresh = own.numel()
+    note = "; ".join(filter(None, [entry.note, f"click channels {what}"]))
+    found = Entry(name, tuple(current.shape), how, current.numel() - fresh, fresh, note)
     return found, torch.cat([value.to(own), own], 1)
 
 
@@ -251,10 +237,6 @@ def _fit_kernel(weight: Tensor, shape: Sequence[int]) -> Tensor:
     return weight
 
 
-def _differ_only_in(source: Tensor, current: Tensor, axes: tuple[int, ...]) -> bool:
-    return all(a == b or i in axes for i, (a, b) in enumerate(zip(source.shape, current.shape, strict=True)))
-
-
 def _may_be_absent(parts: Parts, name: str, other: Mapping[str, Any]) -> bool:
     """Whether the side `other` may lack `name`: the whole Transformer, or the head of one level."""
     group = re.match(parts.optional, name)
@@ -263,16 +245,14 @@ def _may_be_absent(parts: Parts, name: str, other: Mapping[str, Any]) -> bool:
 
 def _misfit(path: str, problems: list[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     lines = [f"{path} does not fit the network ({len(problems)} problems); the network was not changed:"]
-    was, now = theirs.get("network", {}), ours.get("network", {})
-    lines += [f"  {line}" for line in differences(was, now)]
-    lines += [f"  {problem}" for problem in problems[:SHOWN]]
+    differ = differences(theirs.get("network", {}), ours.get("network", {}))
+    lines += [f"  {line}" for line in [*differ, *problems[:SHOWN]]]
     if len(problems) > SHOWN:
         lines.append(f"  ... and {len(problems) - SHOWN} more")
-    lines.append(
-        "Declare the network with the checkpoint's features, depths and skip (its channels, targets, patch and strides may "
-        "differ), or name parts that shall start anew in reinitialize, for example ['bottleneck']."
+    declare = (
+        "Declare the network with the checkpoint's features, depths and skip (its channels, targets, patch and strides"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{declare} may differ)."])
 
 
 def _none_shared(parts: Parts, heads: _HeadMap, entries: Sequence[Entry]) -> list[str]:
@@ -296,39 +276,41 @@ def _mismatches(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         found.append("the checkpoint does not name its targets: all heads start anew")
     if theirs.get("version") not in (None, __version__):
         found.append(f"the checkpoint was written by tsfm {theirs['version']}, this is {__version__}")
-    was, now = theirs.get("network", {}), ours.get("network", {})
-    for key, meaning in (
-        ("in_channels", "input channels"),
-        ("img_size", "patch (S, P, L)"),
-        ("strides", "strides"),
-        ("kernel_sizes", "kernels"),
-    ):
-        if key in was and key in now and was[key] != now[key]:
-            found.append(f"{meaning}: {was[key]} in the checkpoint, {now[key]} now")
+    was, now = theirs["network"], ours.get("network", {})
+    meanings = {
+        "in_channels": "input channels",
+        "img_size": "patch (S, P, L)",
+        "strides": "strides",
+        "kernel_sizes": "kernels",
+    }
+    pairs = [(meaning, was[key], now[key]) for key, meaning in meanings.items() if key in was and key in now]
     before, after = theirs.get("preparation") or {}, ours.get("preparation") or {}
     modalities = {*(ours.get("modalities") or [after[key] for key in ("default_modality",) if key in after])}
     if before and after:
-        if list(before["spacing_mm"]) != list(after["spacing_mm"]):
-            found.append(
-                f"spacing (S, P, L): {before['spacing_mm']} mm in the checkpoint, {after['spacing_mm']} mm now"
-            )
-        for key, meaning, default in (
-            ("orientation", "orientation of the axes", "SPL"),
-            ("resample_first", "resampled before it is normalized", False),
-        ):
-            was, now = before.get(key, default), after.get(key, default)
-            if was != now:
-                found.append(f"{meaning}: {was} in the checkpoint, {now} now")
-        rules = [list(side.get("channels", ())) for side in (before, after)]
-        if rules[0] != rules[1]:
-            was, now = (", ".join(rule["scheme"] for rule in side) or "by modality" for side in rules)
-            found.append(f"normalization of the channels: {was} in the checkpoint, {now} now")
-        was, now = before.get("intensity", {}), after.get("intensity", {})
-        for modality in sorted(modalities) if not any(rules) else ():
-            if was.get(modality) != now.get(modality):
-                shown = [values.get(modality, "z-score per case") for values in (was, now)]
-                found.append(f"normalization of {modality}: {shown[0]} in the checkpoint, {shown[1]} now")
+        pairs += _preparations((before, after), sorted(modalities))
+    found += [f"{meaning}: {old} in the checkpoint, {new} now" for meaning, old, new in pairs if old != new]
     unseen = sorted(modalities - {*theirs.get("modalities", ())})
     if unseen and theirs.get("modalities"):
         found.append(f"modality {', '.join(unseen)} is new: the checkpoint saw {', '.join(theirs['modalities'])}")
     return found
+
+
+def _preparations(
+    sides: tuple[Mapping[str, Any], Mapping[str, Any]], modalities: Sequence[str]
+) -> list[tuple[str, Any, Any]]:
+    """(what is prepared, how it was, how it is now)."""
+    rules = [", ".join(map(_rule_in_words, side.get("channels", ()))) or "by modality" for side in sides]
+    pairs = [
+        ("spacing (S, P, L)", *(f"{[float(mm) for mm in side['spacing_mm']]} mm" for side in sides)),
+        ("orientation of the axes", *(side.get("orientation", "SPL") for side in sides)),
+        ("resampled before it is normalized", *(side.get("resample_first", False) for side in sides)),
+        ("normalization of the channels", *rules),
+    ]
+    for modality in modalities if rules == ["by modality"] * 2 else ():
+        values = (side.get("intensity", {}).get(modality, "z-score per case") for side in sides)
+        pairs.append((f"normalization of {modality}", *values))
+    return pairs
+
+
+def _rule_in_words(rule: Mapping[str, Any]) -> str:
+    return " ".join([rule["scheme"], *(f"{key} {value}" for key, value in rule.items() if key != "scheme")])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
-import torch
-
-from ..files import atomic_write
+from ..files import write_json, write_text
 
 SHOWN = 10  # names that an error or a report spells out
 
@@ -64,7 +61,7 @@ class TransferReport:
             }
             for how, count in parameters.items()
         }
-        unused = sum(_count(shape) for shape in self.unused.values())
+        unused = sum(prod(shape) for shape in self.unused.values())
         percent = 100 * unused / max(self.checkpoint_parameters, 1)
         return {**totals, "unused": {"tensors": len(self.unused), "parameters": unused, "percent": percent}}
 
@@ -89,12 +86,8 @@ class TransferReport:
 
     def save(self, path: str | os.PathLike) -> None:
         """JSON at `path`, and the text beside it with the suffix ``.txt``."""
-        path = os.fspath(path)
-        for name, text in (
-            (path, json.dumps(self.to_dict(), indent=4)),
-            (os.path.splitext(path)[0] + ".txt", str(self)),
-        ):
-            atomic_write(name, lambda temporary, text=text: _write(temporary, text + "\n"))
+        write_json(path, self.to_dict())
+        write_text(f"{os.path.splitext(path)[0]}.txt", f"{self}\n")
 
 
 def _listed(title: str, names: list[str]) -> list[str]:
@@ -104,12 +97,3 @@ def _listed(title: str, names: list[str]) -> list[str]:
 
 def _percent(value: float) -> str:
     return f"{value:.2f}" if value < 99.995 or value == 100 else "99.99"
-
-
-def _count(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import blosc2
+import cc3d
 import numpy as np
 from tqdm import tqdm
 
@@ -23,11 +24,8 @@ from ..errors import CaseError
 from ..files import atomic_write
 from ..labels import LabelTable
 from .parallel import run_all
-from .preprocessing import MASKED_BELOW, _extents_mm, crop_box
-from .resampling import (
-    ANISOTROPY,
-    new_shape,
-)
+from .preprocessing import MASKED_BELOW, crop_box
+from .resampling import ANISOTROPY, new_shape
 
 FINGERPRINT_VOXELS = 10**7
 """Foreground voxels that a fingerprint draws over all cases (nnU-Net draws 1e8; the percentiles agree to 1e-3)."""
@@ -193,14 +191,30 @@ def _look_at_case(item, table: LabelTable, preparation: Preparation, voxels: int
     kept = image[0].size / case.image[0].size
     measured = Measured(case.modality, values, whole, image.shape[1:], case.spacing_mm, kept, extents)
     if path is not None:
-        plain = json.dumps(measured._replace(values=None))
-        packed = (
-            {}
-            if codes is None
-            else {"codes": np.frombuffer(blosc2.asarray(codes, cparams=PACKED).to_cframe(), np.uint8)}
-        )
-        atomic_write(path, lambda name: np.savez_compressed(name, values=values, plain=plain, **packed), ".npz")
+        arrays = {"values": values, "plain": json.dumps(measured._replace(values=None))}
+        if codes is not None:
+            arrays["codes"] = np.frombuffer(blosc2.asarray(codes, cparams=PACKED).to_cframe(), np.uint8)
+        atomic_write(path, lambda name: np.savez_compressed(name, **arrays), ".npz")
     return measured
+
+
+def _extents_mm(codes: np.ndarray, ids: Sequence[int | str], spacing_mm: Sequence[float]) -> dict[str, list[float]]:
+    """Raw id -> box (S, P, L) around its largest connected piece, in mm."""
+    pieces = cc3d.connected_components(codes)
+    found = cc3d.statistics(pieces)
+    left = set(np.unique(codes).tolist()) - {0}
+    extents = {}
+    for number in np.argsort(found["voxel_counts"])[::-1]:
+        if not left:
+            break
+        box = found["bounding_boxes"][number]
+        if number == 0 or box is None:
+            continue
+        code = int(codes[box][pieces[box] == number][0])
+        if code in left:
+            left.remove(code)
+            extents[str(ids[code])] = [(b.stop - b.start) * mm for b, mm in zip(box, spacing_mm, strict=True)]
+    return extents
 
 
 def kept_path(sources: Sources, item: Mapping[str, Any], table: LabelTable, preparation: Preparation) -> str:

@@ -54,13 +54,8 @@ def run_all(function: Callable, jobs: Sequence[tuple], num_workers: int = 0) -> 
             alone: list[int] = []
             yield from _run_pool(function, jobs, deque([index]), 1, alone)
             if alone:
-                yield (
-                    index,
-                    WorkerDied(
-                        f"the worker process died on {_name(jobs[index])} (out of memory?): try fewer workers, or look at "
-                        "this case"
-                    ),
-                )
+                died = f"the worker process died on {_name(jobs[index])} (out of memory?)"
+                yield index, WorkerDied(f"{died}: try fewer workers, or look at this case")
 
 
 def check_guard() -> None:

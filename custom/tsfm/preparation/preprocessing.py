@@ -23,16 +23,7 @@ from ..cases.volumes import axis_codes
 from ..errors import CaseError
 from ..labels import LabelTable
 from ..names import modality_name
-from .resampling import (
-    enclosing,
-    label_box,
-    nearest,
-    new_shape,
-    one_thread,
-    resample,
-    resample_labels,
-    thick_axis,
-)
+from .resampling import enclosing, label_box, nearest, new_shape, one_thread, resample, resample_labels, thick_axis
 
 MASKED_BELOW = 0.75
 """A crop that keeps less than this share of the voxels makes the z-score look at the non-zero region only."""
@@ -57,7 +48,7 @@ class Grid:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, as MONAI's transform records and JSON want them."""
-        return {name: _lists(value) for name, value in asdict(self).items()}
+        return {name: np.array(value).tolist() for name, value in asdict(self).items()}
 
     def affine(self) -> np.ndarray:
         """(4, 4) from prepared voxel indices to source voxel indices (voxel edges stay where they are)."""
@@ -228,7 +219,7 @@ def prepare_case(
         "dataset": case.dataset,
         "case": case.name,
         "modality": case.modality,
-        "source_affine": _lists(affine.tolist()),
+        "source_affine": affine.tolist(),
         "empty_label": None if codes is None else not codes.any(),
     }
     return Prepared(np.ascontiguousarray(image.numpy()), codes, properties)
@@ -302,7 +293,7 @@ class PrepareImaged(MapTransform, InvertibleTransform):
         prepared, grid = prepare_image(plain.float(), spacing_of(affine), self.preparation, modality, own, source)
         result = MetaTensor(prepared, meta={**image.meta, "affine": torch.from_numpy(affine @ grid.affine())})
         result.applied_operations = list(image.applied_operations)
-        record = {**grid.to_dict(), "source_affine": _lists(affine.tolist())}
+        record = {**grid.to_dict(), "source_affine": affine.tolist()}
         return self.push_transform(result, orig_size=grid.source_shape, extra_info=record)
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -324,26 +315,3 @@ class PrepareImaged(MapTransform, InvertibleTransform):
             result.applied_operations = list(tensor.applied_operations)
             out[key] = result
         return out
-
-
-def _extents_mm(codes: np.ndarray, ids: Sequence[int | str], spacing_mm: Sequence[float]) -> dict[str, list[float]]:
-    """Raw id -> box (S, P, L) around its largest connected piece, in mm."""
-    pieces = cc3d.connected_components(codes)
-    found = cc3d.statistics(pieces)
-    left = set(np.unique(codes).tolist()) - {0}
-    extents = {}
-    for number in np.argsort(found["voxel_counts"])[::-1]:
-        if not left:
-            break
-        box = found["bounding_boxes"][number]
-        if number == 0 or box is None:
-            continue
-        code = int(codes[box][pieces[box] == number][0])
-        if code in left:
-            left.remove(code)
-            extents[str(ids[code])] = [(b.stop - b.start) * mm for b, mm in zip(box, spacing_mm, strict=True)]
-    return extents
-
-
-def _lists(value: Any) -> Any:
-    return [_lists(v) for v in value] if isinstance(value, (list, tuple)) else value

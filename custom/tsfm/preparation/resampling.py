@@ -136,10 +136,8 @@ class AxisResampler:
         return out.reshape(shape)
 
 
-@lru_cache(maxsize=64)
-def axis_resampler(n_in: int, n_out: int, order: int) -> AxisResampler:
-    """The same as `AxisResampler(n_in, n_out, order)`, kept for the next volume of this size."""
-    return AxisResampler(n_in, n_out, order)
+axis_resampler = lru_cache(maxsize=64)(AxisResampler)
+"""`AxisResampler`, kept for the next volume of this size."""
 
 
 def resize_axis(x: torch.Tensor, axis: int, size: int, order: int) -> torch.Tensor:
@@ -196,43 +194,31 @@ def resample(volume, shape: Sequence[int], order: int = 3, thick: int | None = N
     if tuple(x.shape) == shape:
         return x
     if thick is not None and shape[thick] < x.shape[thick]:
-        x = x.index_select(thick, _nearest_tensor(x, thick, shape))
+        x = _nearest_along(x, thick, shape[thick])
     kept = [axis for axis in range(3) if axis != thick]
-    limits = _limits(x, kept if thick is not None else None) if order > 1 else None
+    limits = (x.amin(kept, keepdim=True), x.amax(kept, keepdim=True)) if order > 1 else None
     for axis in sorted(kept, key=lambda a: shape[a] / x.shape[a]):
         if shape[axis] != x.shape[axis]:
             x = resize_axis(x, axis, shape[axis], order)
     if limits is not None:
         x = torch.maximum(torch.minimum(x, limits[1], out=x if x is not volume else None), limits[0])
-    if thick is not None and shape[thick] != x.shape[thick]:
-        x = x.index_select(thick, _nearest_tensor(x, thick, shape))
-    return x
-
-
-def _limits(x: torch.Tensor, axes: list[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest value, of the whole tensor or over these axes (kept as size one)."""
-    if axes is None:
-        low, high = torch.aminmax(x)
-        return low, high
-    return x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-
-
-def _nearest_tensor(x: torch.Tensor, axis: int, shape: Sequence[int]) -> torch.Tensor:
-    return torch.from_numpy(nearest_index(x.shape[axis], shape[axis])).to(x.device)
+    return x if thick is None else _nearest_along(x, thick, shape[thick])
 
 
 def nearest(volume, shape: Sequence[int]):
     """Volume (..., S, P, L), numpy or torch, any type, resized to `shape` by its nearest voxel."""
     for axis, size in zip(range(-3, 0), shape, strict=True):
-        n = volume.shape[axis]
-        if n == size:
-            continue
-        index = nearest_index(n, size)
-        if isinstance(volume, torch.Tensor):
-            volume = volume.index_select(volume.ndim + axis, torch.from_numpy(index).to(volume.device))
-        else:
-            volume = np.take(volume, index, axis=axis)
+        volume = _nearest_along(volume, axis, size)
     return volume
+
+
+def _nearest_along(volume, axis: int, size: int):
+    if volume.shape[axis] == size:
+        return volume
+    index = nearest_index(volume.shape[axis], size)
+    if isinstance(volume, torch.Tensor):
+        return volume.index_select(axis, torch.from_numpy(index).to(volume.device))
+    return np.take(volume, index, axis=axis)
 
 
 def resample_labels(codes: np.ndarray, shape: Sequence[int], thick: int | None = None) -> np.ndarray:
@@ -249,13 +235,8 @@ def resample_labels(codes: np.ndarray, shape: Sequence[int], thick: int | None =
     box = label_box(codes)
     if box is None:
         return out
-    rows, cells = zip(
-        *(
-            _cells(*sizes, *span, axis == thick)
-            for axis, (*sizes, span) in enumerate(zip(codes.shape, shape, box, strict=True))
-        ),
-        strict=False,
-    )
+    sides = enumerate(zip(codes.shape, shape, box, strict=True))
+    rows, cells = zip(*(_cells(*sizes, *span, axis == thick) for axis, (*sizes, span) in sides), strict=True)
     inner = np.ascontiguousarray(codes[tuple(slice(*span) for span in box)])
     padded = np.pad(inner, 1)
     part = padded

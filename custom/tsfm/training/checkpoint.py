@@ -25,7 +25,7 @@ from ..network.described import DescribedNetwork
 from ..network.description import as_options, check_description, differences, fill_in
 from ..network.networks import create_network
 from .folds import combine
-from .weight_files import CheckpointError, load_file, write_state
+from .weight_files import CheckpointError, load_file, misfits, write_state
 
 EXTRA_STATE = "_extra_state"
 
@@ -309,14 +309,7 @@ def load_weights(network: nn.Module, path: Weights) -> dict[str, Any]:
     """
     tensors, description = read_state(path)
     own = {key: value for key, value in network.state_dict().items() if key != EXTRA_STATE}
-    problems = [f"missing {key}" for key in own if key not in tensors]
-    problems += [f"unexpected {key}" for key in tensors if key not in own]
-    problems += [
-        f"{key}: file {tuple(tensors[key].shape)}, network {tuple(own[key].shape)}"
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
-    ]
-    if problems:
+    if problems := misfits(tensors, own):
         theirs, ours = (known.get("network", {}) for known in (description, getattr(network, "description", {})))
         shown = "\n  ".join([*differences(theirs, ours), *problems[:12]])
         declared = as_options(theirs, ours)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -11,14 +10,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
 
 from .._version import __version__
 from ..cases.pool import is_bare
-from ..files import atomic_write, check_writable
+from ..files import check_writable, write_json
 from ..options import config_files
 from ..schema import FileError, read_json
 
@@ -43,12 +41,9 @@ class RunRecord:
     def __init__(
         self, output_dir: str, settings: Mapping[str, Any], pool: Any = None, items: Sequence[Any] = ()
     ) -> None:
-        self.path, self.settings, self.pool, self.items = (
-            os.path.join(output_dir, "run.json"),
-            dict(settings),
-            pool,
-            items,
-        )
+        self.path = os.path.join(output_dir, "run.json")
+        self.settings, self.pool, self.items = dict(settings), pool, items
+        self.configs = {path: read_json(path) for path in config_files(sys.argv)}  # before anyone changes them
         check_writable(output_dir, "--output_dir")
         os.makedirs(output_dir, exist_ok=True)
 
@@ -63,7 +58,7 @@ class RunRecord:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv,
             "folder": os.getcwd(),
-            "configs": {path: json.loads(Path(path).read_text(encoding="utf-8")) for path in config_files(sys.argv)},
+            "configs": self.configs,
             "settings": self.settings,
             "epochs": engine.state.max_epochs,
             "versions": versions(),
@@ -72,7 +67,7 @@ class RunRecord:
         }
         if os.path.exists(self.path):
             record["earlier"] = self._earlier()
-        atomic_write(self.path, lambda temporary: _dump_json(record, temporary))
+        write_json(self.path, record, default=str)
 
     def _earlier(self) -> list[Any]:
         """The records of the run's earlier parts; a file that cannot be read is set aside, and the run goes on."""
@@ -80,7 +75,7 @@ class RunRecord:
             before = read_json(self.path)
             return [*before.pop("earlier", []), before]
         except (FileError, AttributeError, TypeError) as error:
-            aside = self.path.replace("run.json", "run_damaged.json")
+            aside = os.path.join(os.path.dirname(self.path), "run_damaged.json")
             os.replace(self.path, aside)
             logger.warning(
                 "the record of this run is damaged (%s): it is kept as %s, and a new one begins", error, aside
@@ -93,16 +88,11 @@ def versions() -> dict[str, str]:
     found = {"tsfm": __version__, "python": platform.python_version(), "machine": platform.platform()}
     folder = os.path.dirname(os.path.abspath(__file__))
     try:
-        commit = subprocess.run(
-            ["git", "-C", folder, "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
+        command = ["git", "-C", folder, "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         if commit.returncode == 0:
             found["git"] = commit.stdout.strip()
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a slow disk
         pass
     for package in RECORDED_PACKAGES:
         try:
@@ -110,8 +100,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _dump_json(value: Any, path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=4, default=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from .checkpoint import EXTRA_STATE, decode_description, table_of
 
 NO_SETTINGS = {"lr", "fused", "foreach", "capturable", "differentiable"}
 """Options of an optimizer with which it takes the same steps, or that have a setting of their own."""
+
+PLACES = ("pool", "pretrained", "initial_weights")
+"""Settings that are paths: another spelling of the same place is no difference."""
 
 ADDED = ("labels",)
 """What earlier versions did not write down, and is not compared with theirs."""
@@ -42,7 +46,10 @@ def run_settings(
 
 def changed(state: Mapping[str, Any], settings: Mapping[str, Any], network: nn.Module) -> str:
     """What differs between the settings of a run and those in a state, in words; empty where nothing does."""
-    before = state["settings"]
+    before = {
+        key: settings[key] if key in PLACES and key in settings and _place(value) == _place(settings[key]) else value
+        for key, value in state["settings"].items()
+    }
     found = changes(before, {key: value for key, value in settings.items() if key in before or key not in ADDED})
     theirs, ours = (known.get("network", {}) for known in (description_of(state), getattr(network, "description", {})))
     words = {
@@ -56,6 +63,10 @@ def changed(state: Mapping[str, Any], settings: Mapping[str, Any], network: nn.M
 def description_of(state: Mapping[str, Any], path: str = "the run's state") -> dict[str, Any]:
     """What the weights of a state, whole or in shares, say of themselves. CheckpointError where that is damaged."""
     return decode_description((state["model"] if "model" in state else state["shares"]["model"]).get(EXTRA_STATE), path)
+
+
+def _place(path: Any) -> str:
+    return os.path.realpath(os.path.expanduser(str(path)))
 
 
 def _labels(description: Mapping[str, Any], datasets: set[str]) -> str | None:

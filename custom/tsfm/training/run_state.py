@@ -76,8 +76,8 @@ class RunState:
         sharded: write ``last/`` in place of ``last.pt``.
 
     Raises:
-        OSError: a `ckpt_dir` that cannot be written, before the first epoch.
-        CheckpointError: when the run starts in a folder that holds a run with other settings, or a damaged one alone.
+        OSError: a `ckpt_dir` that cannot be written.
+        CheckpointError: a folder that holds a run with other settings; when the run starts, a damaged one alone.
     """
 
     def __init__(
@@ -94,6 +94,9 @@ class RunState:
         sharded: bool = False,
     ) -> None:
         self.output_dir, self.network, self.parts, self.curve = output_dir, network, dict(parts), curve
+        self.last_path, self.previous_path, self.model_path = (
+            os.path.join(output_dir, name) for name in ("last.pt", "last_previous.pt", "model.pt")
+        )
         self.resumable = not is_bare(items)
         self.settings = run_settings(settings, items, unwrap(network), self.parts["optimizer"])
         weights = sum(parameter.numel() for parameter in unwrap(network).parameters())
@@ -104,21 +107,24 @@ class RunState:
         self.shares = ShardedStates(os.path.join(output_dir, "last"), write)
         if write and ckpt_dir not in (None, "none"):
             check_writable(ckpt_dir, "--ckpt_dir; 'none' for no copy")
+        if self.resumable:
+            self._refuse_another_run()
 
-    @property
-    def last_path(self) -> str:
-        """The file to resume from."""
-        return os.path.join(self.output_dir, "last.pt")
+    def _refuse_another_run(self) -> None:
+        """CheckpointError where the folder holds a run with other settings; whether its states are whole shows later."""
+        for path in (self.last_path, self.previous_path, *map(str, self.shares.finished())):
+            try:
+                state = _read_run(path, checked=True)
+            except CheckpointError:
+                continue
+            return self._check_settings(state)
 
-    @property
-    def previous_path(self) -> str:
-        """The state of the epoch before."""
-        return os.path.join(self.output_dir, "last_previous.pt")
-
-    @property
-    def model_path(self) -> str:
-        """The best weights so far."""
-        return os.path.join(self.output_dir, "model.pt")
+    def _check_settings(self, state: Mapping[str, Any]) -> None:
+        if differs := changed(state, self.settings, unwrap(self.network)):
+            raise CheckpointError(
+                f"{self.output_dir} holds a run with other settings ({differs}). Give this run its own --output_dir, "
+                "or use the settings of the run that is there to go on with it."
+            )
 
     def attach(self, engine: Engine) -> None:
         """Resume when `engine` starts; at the end of its epochs complete the curve, then save; publish at its end."""
@@ -148,11 +154,7 @@ class RunState:
         if source is None:
             return
         state = _read_run(source, checked=True)
-        if differs := changed(state, self.settings, unwrap(self.network)):
-            raise CheckpointError(
-                f"{self.output_dir} holds a run with other settings ({differs}). Give this run its own --output_dir, "
-                "or use the settings of the run that is there to go on with it."
-            )
+        self._check_settings(state)
         if state["epoch"] > engine.state.max_epochs:
             raise CheckpointError(
                 f"{self.output_dir}: the run there has {counted(state['epoch'], 'epoch')}, {engine.state.max_epochs} were asked for: "

@@ -53,7 +53,8 @@ class ShardedStates:
 
     def finished(self) -> list[Path]:
         """Whole states, the newest first."""
-        return sorted((path for path in self.folder.glob("epoch_*") if path.is_dir()), key=epoch_of, reverse=True)
+        found = [path for path in self.folder.glob("epoch_*") if path.is_dir() and path.name[6:].isdigit()]
+        return sorted(found, key=epoch_of, reverse=True)
 
     def sweep(self) -> None:
         """Remove what a killed run left unfinished."""

@@ -11,6 +11,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -96,9 +97,8 @@ def walk(
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
         live.after_each()  # the last gradient comes after the last operation
     units = [sum(p.numel() for p in m.parameters()) for m in network.modules() if isinstance(m, UNITS)]
-    weights, trained = (
-        sum(p.numel() for p in network.parameters() if p.requires_grad or every) for every in (True, False)
-    )
+    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    weights, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     return Walk(tuple(moments), weights, trained, max(units, default=weights))
 
 
@@ -114,12 +114,10 @@ def _shell(network: nn.Module, kind: torch.dtype) -> nn.Module:
     if is_sharded(network):
         with torch.device("meta"):
             return create_network(**network.description["network"]).to(kind).train()
-    shapes: dict[int, Any] = {}  # what deepcopy takes in place of each weight
-    for p in network.parameters():
-        shapes[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=kind, device="meta"), p.requires_grad)
-    for b in network.buffers():
-        shapes[id(b)] = torch.empty(b.shape, dtype=b.dtype, device="meta")
-    return copy.deepcopy(network, shapes).train()
+    empty = partial(torch.empty, device="meta")
+    shapes = {id(p): nn.Parameter(empty(p.shape, dtype=kind), p.requires_grad) for p in network.parameters()}
+    shapes |= {id(b): empty(b.shape, dtype=b.dtype) for b in network.buffers()}
+    return copy.deepcopy(network, shapes).train()  # which takes these in place of the weights
 
 
 def peak_bytes(

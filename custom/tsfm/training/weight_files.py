@@ -132,6 +132,16 @@ def _checksum(state: Mapping[str, torch.Tensor]) -> str:
     return f"{value:08x}"
 
 
+def misfits(found: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:
+    """In words, what is in the way of the tensors of a file (`found`) into a network (its `own`)."""
+    shapes = {key: (tuple(found[key].shape), tuple(own[key].shape)) for key in own if key in found}
+    return [
+        *(f"missing {key}" for key in own if key not in found),
+        *(f"unexpected {key}" for key in found if key not in own),
+        *(f"{key}: file {theirs}, network {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours),
+    ]
+
+
 def load_file(path: str) -> dict[str, Any]:
     """What a weight file holds, as it is, the tensors of ``.pt`` files mapped.
 
@@ -139,7 +149,8 @@ def load_file(path: str) -> dict[str, Any]:
         CheckpointError: as `read_state`.
     """
     if not os.path.isfile(path):
-        raise CheckpointError(f"weight file {os.path.abspath(path)} does not exist")
+        what = "is a folder; name a file in it, like model.pt" if os.path.isdir(path) else "does not exist"
+        raise CheckpointError(f"weight file {os.path.abspath(path)} {what}")
     if path.endswith(".safetensors"):
         return _load_safetensors(path)
     state = load_pt(path)
