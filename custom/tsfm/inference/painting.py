@@ -91,7 +91,7 @@ class Painter:
         """Paint the source slices begin to end."""
         low, high = self.axes[0].needed(begin, end)
         logits = slab.logits[:, low - slab.start : high - slab.start]
-        peaks = _peaks(logits, self.exclusive)
+        peaks = highest_logits(logits, self.exclusive)
         if peaks.max().isnan():
             raise ValueError(f"the network's output is NaN in slices {low} to {high}: check the weights and the image")
         painted = self.label_map[begin:end].to(logits.device)
@@ -136,7 +136,7 @@ class Painter:
         return torch.lerp(planes[index[0]], planes[index[1]], float(weights[1]))
 
 
-def _peaks(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
+def highest_logits(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
     """Largest logit (above the background's, if exclusive) along S, float32 (T, P, L), one slice at a time: torch
     reduces float16 and strided tensors many times slower than it converts and compares them."""
     peaks = None

@@ -126,17 +126,13 @@ class PostProcessd(MapTransform):
                 result[key] = self._process(result[key])
         return result
 
-    def _process(self, label_map: torch.Tensor | np.ndarray, **notes: Any) -> torch.Tensor | np.ndarray:
-        if not isinstance(label_map, torch.Tensor):
-            return np.stack([apply(as_label_map(channel, 65535), self.plan, **notes) for channel in label_map]).astype(
-                label_map.dtype
-            )
+    def _process(self, label_map: torch.Tensor) -> torch.Tensor:
         meta = label_map.meta if isinstance(label_map, MetaTensor) else {}
-        clicks = json.loads(meta.get(CLICKS, "[]"))
-        notes = {"computed": json.loads(meta.get(COMPUTED, "null"))}
-        notes["clicked"] = {name for kind, name, _ in clicks if kind != "outside" and name in self.plan["targets"]}
-        array = label_map.detach().cpu().as_subclass(torch.Tensor).numpy()
-        kept = torch.from_numpy(self._process(array, **notes)).to(label_map.device)
+        clicks, computed = json.loads(meta.get(CLICKS, "[]")), json.loads(meta.get(COMPUTED, "null"))
+        clicked = {name for kind, name, _ in clicks if kind != "outside" and name in self.plan["targets"]}
+        plain = label_map.detach().as_subclass(torch.Tensor)
+        kept = [apply(as_label_map(channel, 65535), self.plan, computed, clicked) for channel in plain.cpu().numpy()]
+        kept = torch.from_numpy(np.stack(kept)).to(plain)
         if not isinstance(label_map, MetaTensor):
             return kept
         return MetaTensor(kept, meta=label_map.meta, applied_operations=label_map.applied_operations)

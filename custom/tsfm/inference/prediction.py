@@ -196,11 +196,10 @@ class CaseEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> Any:
         case = _case_of(batchdata, len(self.results) + 1)
-        row: dict[str, Any] = {"case": case}
+        unread = {key: batchdata[key][0] for key in ("error", "left") if key in batchdata}
+        row: dict[str, Any] = {"case": case, **unread}
         try:
-            if "error" in batchdata or "left" in batchdata:
-                row |= {key: batchdata[key][0] for key in ("error", "left") if key in batchdata}
-            else:
+            if not unread:
                 if self.annotated is not None:
                     known = self.annotated[batchdata["dataset"][0]] if "dataset" in batchdata else self.every.chosen
                     self.inferer = self.every.restricted_to(known)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .painting import Slab
+from ..preparation.resampling import label_box
+from .painting import Slab, highest_logits
 from .passes import Version
 
 
@@ -99,11 +100,17 @@ class Quality:
     def see(self, slab: Slab) -> None:
         """Take in averaged logits; the first slices may have come before. All or, where memory runs out, nothing counts."""
         logits, seen = slab.logits[:, max(self._done - slab.start, 0) :], {}
+        peaks = highest_logits(logits, self.exclusive)
         for name, (_, channel) in self.targets.items():
-            found = logits[channel].float() - logits[0].float() if self.exclusive else logits[channel].float()
-            found = found[found > (0.0 if self.exclusive else self.levels[name])]
-            if found.numel():
-                seen[name] = float(binary_entropy(found).sum()), found.numel()
+            level = 0.0 if self.exclusive else self.levels[name]
+            box = label_box((peaks[channel] > level).cpu().numpy())
+            if box is None:
+                continue
+            where = (slice(None), *(slice(*side) for side in box))  # to look at a target everywhere takes long
+            found = logits[channel][where].float()
+            found = found - logits[0][where].float() if self.exclusive else found
+            found = found[found > level]
+            seen[name] = float(binary_entropy(found).sum()), found.numel()
         for name, (bits, voxels) in seen.items():
             self.bits[name] = [self.bits[name][0] + bits, self.bits[name][1] + voxels]
         self._done = slab.stop
