@@ -184,6 +184,13 @@ def test_an_unknown_data_set_is_refused(tmp_path):
         phantoms.write_pool(str(tmp_path), datasets=("kits99",))
 
 
+@pytest.mark.parametrize("wrong", [{"cases_per_dataset": 0}, {"size": 16}, {"layouts": "kits99"}])
+def test_what_cannot_be_drawn_is_refused(wrong, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        phantoms_command(str(tmp_path), **{"layouts": "brats2020", **wrong})
+    assert not list(tmp_path.iterdir())
+
+
 def test_brats2020(tmp_path):
     (name,) = phantoms.write_brats2020(str(tmp_path), cases=1)
     root = os.path.join(tmp_path, name)

@@ -28,18 +28,19 @@ def phantoms(
     """
     from .phantoms import layouts as writers
 
-    cases = cases_per_dataset or (1 if layouts == "all_ten" else 6)
-    given = {"seed": seed} | ({"size": tuple(size)} if size else {})
-    downstream = {name: getattr(writers, f"write_{name}") for name in ("brats2020", "kits19", "abdomenct1k")}
-    if layouts == "demo":
-        writers.write_pool(output_dir, cases, **given)
-    elif layouts == "all_ten":
-        writers.write_all_ten(output_dir, cases, **given)
-    elif layouts == "downstream" or layouts in downstream:
-        for name in downstream if layouts == "downstream" else [layouts]:
-            downstream[name](output_dir, cases, **given)
-    else:
+    cases = (1 if layouts == "all_ten" else 6) if cases_per_dataset is None else cases_per_dataset
+    if cases < 1:
+        raise ValueError(f"cases_per_dataset is {cases}; expected 1 or more")
+    if size is not None and (isinstance(size, int) or len(size) != 3):
+        raise ValueError(f"size is {size!r}; expected three numbers of voxels along (S, P, L), like [64,80,96]")
+    downstream = ("brats2020", "kits19", "abdomenct1k")
+    write = {name: getattr(writers, f"write_{name}") for name in downstream}
+    write |= {"demo": writers.write_pool, "all_ten": writers.write_all_ten}
+    names = downstream if layouts == "downstream" else (layouts,)
+    if not write.keys() >= set(names):
         raise ValueError(f"layouts is {layouts!r}; expected one of {['demo', 'all_ten', 'downstream', *downstream]}")
+    for name in names:
+        write[name](output_dir, cases, seed=seed, **({} if size is None else {"size": tuple(size)}))
     print(f"phantoms written below {os.path.abspath(output_dir)}")
 
 

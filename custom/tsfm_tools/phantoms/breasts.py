@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .canvas import Canvas
+from .canvas import EVERYWHERE, Canvas
 
 
 def draw_breasts(
@@ -16,18 +16,17 @@ def draw_breasts(
     low = [-n * d / 2 for n, d in zip(shape, spacing_mm, strict=True)]
     c = Canvas(tuple(shape), tuple(spacing_mm), tuple(low), rng, scale=float(rng.uniform(0.95, 1.1)), modality="MR")
     _, p, lat = c.grid
-    everywhere = (slice(None),) * 3
     chest = p - 32 - (lat / 95) ** 2 * 14
     tissue, texture = np.full(c.shape, -1e3, np.float32), c.noise(16)
-    c.paint(everywhere, chest, 420.0)
-    c.paint(everywhere, chest - 26, 120.0)
+    c.paint(EVERYWHERE, chest, 420.0)
+    c.paint(EVERYWHERE, chest - 26, 120.0)
     for sign in (-1, 1):
         where, depth = c.ellipsoid((c.rng.uniform(-5, 5), 34, sign * 78), (68, 92, 62))
         depth = np.minimum(depth, -chest[where] + 3)
         c.paint(where, depth, 260.0)
         tissue[where] = np.maximum(tissue[where], depth - 14)
     gland = np.minimum(tissue, 9 * texture + 3)
-    c.paint(everywhere, gland, 480.0)
+    c.paint(EVERYWHERE, gland, 480.0)
     voxels = np.argwhere(tissue > 3)
     center = np.array([g[tuple(voxels[c.rng.integers(len(voxels))])] for g in c.grid])
     where, depth = c.ellipsoid(center, c.rng.uniform(9, 19) * c.rng.uniform(0.8, 1.2, 3))

@@ -38,6 +38,8 @@ TISSUES = {
 
 BLEND_FLOOR_MM = 1.5
 
+EVERYWHERE = (slice(None),) * 3
+
 
 @dataclass
 class Body:
@@ -134,12 +136,11 @@ class Canvas:
         """Part of the grid around an ellipsoid, and the depth (mm) of its voxels below the surface."""
         reach = 1.3 * np.asarray(radii)
         where = self.box(np.asarray(center) - reach, np.asarray(center) + reach)
-        terms = [((g[where] - c) / r) ** 2 for g, c, r in zip(self.grid, center, radii, strict=True)]
-        return where, (1 - np.sqrt(terms[0] + terms[1] + terms[2])) * min(radii)
+        return where, self.ellipsoid_depth(center, radii, where)
 
-    def ellipsoid_full(self, center: Sequence[float], radii: Sequence[float]) -> np.ndarray:
-        """Depth (mm) of every voxel of the grid below the surface of an ellipsoid, (S, P, L)."""
-        terms = [((g - c) / r) ** 2 for g, c, r in zip(self.grid, center, radii, strict=True)]
+    def ellipsoid_depth(self, center: Sequence[float], radii: Sequence[float], where: tuple = EVERYWHERE) -> np.ndarray:
+        """Depth (mm) of the voxels of a part of the grid below the surface of an ellipsoid."""
+        terms = [((g[where] - c) / r) ** 2 for g, c, r in zip(self.grid, center, radii, strict=True)]
         return (1 - np.sqrt(sum(terms))) * min(radii)
 
     def tube(self, points: Sequence[Sequence[float]], radii: Sequence[float]) -> tuple[tuple, np.ndarray]:

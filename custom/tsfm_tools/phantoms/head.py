@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .canvas import Canvas
+from .canvas import EVERYWHERE, Canvas
 
 
 def draw_head(
@@ -25,12 +25,12 @@ def draw_head(
     sulci = np.minimum(np.abs(folds) * 9 - 2.0, 9 - brain + 4)
     white = brain - 10 + 4 * folds
     fissure = 2.5 - np.abs(lat) + (s < 5) * -9
-    ventricles = np.maximum(c.ellipsoid_full((8, -4, -13), (13, 30, 6)), c.ellipsoid_full((8, -4, 13), (13, 30, 6)))
+    ventricles = np.maximum(c.ellipsoid_depth((8, -4, -13), (13, 30, 6)), c.ellipsoid_depth((8, -4, 13), (13, 30, 6)))
     side = float(rng.choice((-1, 1)))
     center = (rng.uniform(-15, 32), rng.uniform(-38, 38), side * rng.uniform(22, 38))
     radius = rng.uniform(13, 19)
     bumps = c.noise(18) + 0.5 * c.noise(9)
-    tumor = np.minimum(c.ellipsoid_full(center, radius * rng.uniform(0.85, 1.2, 3)) + 2 * bumps, brain - 3)
+    tumor = np.minimum(c.ellipsoid_depth(center, radius * rng.uniform(0.85, 1.2, 3)) + 2 * bumps, brain - 3)
     edema = np.minimum(np.maximum(tumor + rng.uniform(8, 13) + 3 * c.noise(22), tumor), brain - 2)
     necrosis = tumor - rng.uniform(4, 7) + 1.5 * bumps
     label = np.zeros(c.shape, np.uint8)
@@ -45,9 +45,9 @@ def draw_head(
         c.value = np.zeros(c.shape, np.float32)
         layers = ((brain, liquor), (np.minimum(brain - 1.5, sulci), gray), (np.minimum(white, brain - 9), pale))
         for depth, value in (*layers, (np.minimum(fissure, brain), liquor), (ventricles, liquor)):
-            c.paint((slice(None),) * 3, depth, float(value))
+            c.paint(EVERYWHERE, depth, float(value))
         for depth, value in ((edema, wet), (tumor, bright), (necrosis, dead)):
-            c.paint((slice(None),) * 3, depth, float(value))
+            c.paint(EVERYWHERE, depth, float(value))
         image = c.finish(noise=18.0).image
         image[brain < -1] = 0  # skull-stripped: outside there is nothing at all
         images[name] = image

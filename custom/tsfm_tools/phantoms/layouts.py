@@ -137,10 +137,7 @@ def _write_msd(folder: str, name: str, cases: int, size: Sequence[int], seed: in
     _write_cases(name, os.path.join(folder, task), files, size, seed)
     os.makedirs(os.path.join(folder, task, "imagesTs"), exist_ok=True)
     training = [{"image": f"./{image}", "label": f"./{label}"} for image, label in files]
-    _write_json(
-        _path(folder, task, "dataset.json"),
-        _dataset_json(task.split("_")[1], {"0": "CT"}, ids, training) | {"test": [], "numTest": 0},
-    )
+    _describe(os.path.join(folder, task), task.split("_")[1], {"0": "CT"}, ids, training, test=[], numTest=0)
     return names
 
 
@@ -153,7 +150,7 @@ def _write_kits(folder: str, name: str, cases: int, size: Sequence[int], seed: i
 
 
 def _write_amos(folder: str, name: str, cases: int, size: Sequence[int], seed: int) -> list[str]:
-    mr = max(1, cases // 4) if cases > 1 else 1
+    mr = max(1, cases // 4)
     numbers = [*range(1, max(cases - mr, 1) + 1), *range(507, 507 + mr)]
     listed: dict[str, list[dict[str, str]]] = {"Tr": [], "Va": []}
     for index, (number, part) in enumerate([*((n, "Tr") for n in numbers), (8, "Va")]):
@@ -163,8 +160,8 @@ def _write_amos(folder: str, name: str, cases: int, size: Sequence[int], seed: i
         save_case(body, name, *(_path(folder, "amos22", path[2:]) for path in entry.values()))
         listed[part].append(entry)
     ids = ("background", *(structures[0] for structures in IDS[name].values()))
-    described = _dataset_json("AMOS", {"0": "CT", "1": "MR"}, ids, listed["Tr"])
-    _write_json(_path(folder, "amos22", "dataset.json"), described | {"validation": listed["Va"], "test": []})
+    root, modality = os.path.join(folder, "amos22"), {"0": "CT", "1": "MR"}
+    _describe(root, "AMOS", modality, ids, listed["Tr"], validation=listed["Va"], test=[])
     return [f"amos_{number:04d}" for number in numbers]
 
 
@@ -211,16 +208,15 @@ _WRITERS = {
 }
 
 
-def _dataset_json(name: str, modality: dict[str, str], ids: Sequence[str], training: list) -> dict:
+def _describe(
+    folder: str, name: str, modality: dict[str, str], ids: Sequence[str], training: list, **more: list | int
+) -> None:
+    """Write a ``dataset.json``."""
     about = {"name": name, "description": "phantoms made by tsfm_tools.phantoms.layouts; no patient data"}
     about |= {"licence": "Apache-2.0", "release": "1.0", "tensorImageSize": "3D", "modality": modality}
-    labels = {str(i): label for i, label in enumerate(ids)}
-    return {**about, "labels": labels, "numTraining": len(training), "training": training}
-
-
-def _write_json(path: str, content: dict) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=4)
+    about |= {"labels": {str(i): label for i, label in enumerate(ids)}, "numTraining": len(training)}
+    with open(_path(folder, "dataset.json"), "w", encoding="utf-8") as file:
+        json.dump({**about, "training": training, **more}, file, indent=4)
 
 
 def _path(*parts: str) -> str:

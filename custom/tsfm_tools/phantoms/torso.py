@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from .canvas import ORGANS, Body, Canvas
+from .canvas import EVERYWHERE, ORGANS, Body, Canvas
 
 RIGHT_KIDNEY, LEFT_KIDNEY = (150.0, 48.0, -60.0), (162.0, 48.0, 60.0)
 
@@ -27,19 +27,18 @@ def _wall(c: Canvas, fat_mm: float) -> np.ndarray:
     reach = np.sqrt(lat**2 + p**2) / np.maximum(radial, 1e-3)
     depth = reach * (1 - radial)
     fat = fat_mm * (1 + 0.5 * np.exp(-(((s - 70) / 70) ** 2)) * (0.4 + np.clip(p / 100, -0.3, 1)))
-    everywhere = (slice(None),) * 3
-    c.paint(everywhere, 3 - np.abs(p - 131 - lat**2 * 4e-4), c.tissue("couch"))
-    c.paint(everywhere, depth, c.tissue("skin"))
-    c.paint(everywhere, depth - 3, c.tissue("fat"))
-    c.paint(everywhere, depth - fat, c.tissue("muscle") + 4 * c.noise(14))
+    c.paint(EVERYWHERE, 3 - np.abs(p - 131 - lat**2 * 4e-4), c.tissue("couch"))
+    c.paint(EVERYWHERE, depth, c.tissue("skin"))
+    c.paint(EVERYWHERE, depth - 3, c.tissue("fat"))
+    c.paint(EVERYWHERE, depth - fat, c.tissue("muscle") + 4 * c.noise(14))
     inner = depth - fat - 13
     ribs = np.minimum(5 - np.abs(inner + 5), 24 * (np.cos(2 * np.pi * (s + 0.5 * p) / 27) - 0.35) / 6)
-    c.paint(everywhere, np.minimum(ribs, s - 195 - 0.4 * np.abs(lat)), c.tissue("bone"))
+    c.paint(EVERYWHERE, np.minimum(ribs, s - 195 - 0.4 * np.abs(lat)), c.tissue("bone"))
     sternum = np.minimum(np.minimum(7 - np.abs(inner + 6), 16 - np.abs(lat)), np.minimum(s - 255, -p - 60))
-    c.paint(everywhere, sternum, c.tissue("marrow"))
+    c.paint(EVERYWHERE, sternum, c.tissue("marrow"))
     gluteal = np.clip((105 - s) / 25, -1, 1) * 30 + np.clip(p - 25, -40, 30)
     cavity = np.minimum(inner, 30 - gluteal)
-    c.paint(everywhere, cavity, c.tissue("fat") + 5 * c.noise(16))
+    c.paint(EVERYWHERE, cavity, c.tissue("fat") + 5 * c.noise(16))
     return cavity
 
 
@@ -54,9 +53,8 @@ def _dome(c: Canvas) -> np.ndarray:
 def _chest(c: Canvas, cavity: np.ndarray, over_dome: np.ndarray) -> None:
     """Mediastinum, heart, trachea and the five lobes of the lungs, with vessels."""
     s, p, lat = c.grid
-    everywhere = (slice(None),) * 3
-    c.paint(everywhere, np.minimum(over_dome + 4, cavity), c.tissue("mediastinum") + 20 * c.noise(18))
-    c.paint(everywhere, np.minimum(4 - np.abs(over_dome - 1), cavity), c.tissue("muscle"))
+    c.paint(EVERYWHERE, np.minimum(over_dome + 4, cavity), c.tissue("mediastinum") + 20 * c.noise(18))
+    c.paint(EVERYWHERE, np.minimum(4 - np.abs(over_dome - 1), cavity), c.tissue("muscle"))
     vessels = np.maximum(c.noise(13) - 1.5, 0) * 330 + np.maximum(c.noise(8) - 1.9, 0) * 500
     lung = c.tissue("lung") + np.minimum(vessels, 800) * (1 if c.modality == "CT" else 0.15) + 18 * c.noise(30)
     for side, sign in (("right", -1.0), ("left", 1.0)):
@@ -72,7 +70,7 @@ def _chest(c: Canvas, cavity: np.ndarray, over_dome: np.ndarray) -> None:
                 "lung_middle_lobe_right": np.minimum(oblique, -horizontal),
                 "lung_lower_lobe_right": -oblique,
             }
-        c.paint(everywhere, depth, lung)
+        c.paint(EVERYWHERE, depth, lung)
         for name, inside in lobes.items():
             c.organs[(depth > 0) & (inside > 0)] = ORGANS.index(name) + 1
     where, depth = c.ellipsoid(c.jitter((283, -28, 26)), c.rng.uniform(0.93, 1.07) * np.array((46, 50, 56)))
@@ -181,29 +179,25 @@ def _abdomen(c: Canvas, cavity: np.ndarray, over_dome: np.ndarray) -> None:
     c.paint(where, liver[where], c.tissue("liver") + 5 * texture[where], organ="liver")
     _liver_vessels(c, liver)
     where, depth = c.ellipsoid(c.jitter((228, 44, 112)), size(46, 40, 25))
-    c.paint(
-        where, np.minimum(depth + texture[where], under[where]), c.tissue("spleen") + 4 * texture[where], organ="spleen"
-    )
-    for organ, center in (("kidney_right", c.jitter(RIGHT_KIDNEY)), ("kidney_left", c.jitter(LEFT_KIDNEY))):
+    depth = np.minimum(depth + texture[where], under[where])
+    c.paint(where, depth, c.tissue("spleen") + 4 * texture[where], organ="spleen")
+    right, left = c.jitter(RIGHT_KIDNEY), c.jitter(LEFT_KIDNEY)
+    for side, center, lift in (("right", right, (206, 42, -34)), ("left", left, (206, 36, 38))):
         where, depth = c.ellipsoid(center, size(52, 26, 28))
         medial = center[2] * 0.62
         part, hilum = c.ellipsoid((center[0], center[1] - 8, medial), (20, 16, 14))
         dent = np.full(c.shape, -1e3, np.float32)
         dent[part] = hilum
         depth = np.minimum(depth, -dent[where] + 1)
-        c.paint(where, depth, c.tissue("cortex"), organ=organ)
+        c.paint(where, depth, c.tissue("cortex"), organ=f"kidney_{side}")
         c.paint(where, depth - 8 - 3 * c.noise(16)[where], c.tissue("medulla"))
-        side = "right" if "right" in organ else "left"
-        lift = (206, 42, -34) if side == "right" else (206, 36, 38)
         where, depth = c.ellipsoid(c.jitter(lift, 2), (15, 11, 6.5))
         c.paint(where, depth, c.tissue("adrenal"), organ=f"adrenal_gland_{side}")
-    where, depth = c.tube(
-        [c.jitter(q, 4) for q in [(158, -6, -26), (184, -14, -6), (194, -12, 28), (210, 26, 84)]], (17, 12, 11, 9)
-    )
+    course = [(158, -6, -26), (184, -14, -6), (194, -12, 28), (210, 26, 84)]
+    where, depth = c.tube([c.jitter(point, 4) for point in course], (17, 12, 11, 9))
     c.paint(where, depth + 1.5 * texture[where], c.tissue("pancreas") + 10 * texture[where], organ="pancreas")
-    where, depth = c.tube(
-        [c.jitter(q, 3) for q in [(192, -32, -20), (180, -8, -50), (140, 6, -48), (132, 12, 0)]], (12, 12, 11, 10)
-    )
+    course = [(192, -32, -20), (180, -8, -50), (140, 6, -48), (132, 12, 0)]
+    where, depth = c.tube([c.jitter(point, 3) for point in course], (12, 12, 11, 10))
     c.paint(where, depth, c.tissue("duodenum"), organ="duodenum")
     c.paint(where, depth - 6.5, c.tissue("fluid"))
     where, depth = c.ellipsoid(c.jitter((166, -46, -54)), size(30, 16, 15))
