@@ -45,10 +45,9 @@ class CaseScores:
         self,
         output_dir: str,
         table: LabelTable | Mapping | str,
-        targets: Sequence[str] | str | None = None,
+        targets: Sequence[str] | None = None,
     ) -> None:
-        self.output_dir, self.table = output_dir, as_table(table)
-        self.targets = (targets,) if isinstance(targets, str) else targets
+        self.output_dir, self.table, self.targets = output_dir, as_table(table), targets
         self.summary: dict[str, Any] = {}
 
     def attach(self, engine: Engine) -> None:

@@ -276,10 +276,7 @@ def volumes_ml(
         table: label table, by which a target holds its parts and what lies inside; or the names of the values.
         computed: the targets to report, others were not looked for; None for all.
     """
-    counts = np.zeros(65536, np.int64)
-    for plane in np.asarray(label_map.detach().cpu())[0]:
-        found = np.bincount(plane.ravel())
-        counts[: len(found)] += found
+    counts = torch.bincount(label_map.detach().cpu().as_subclass(torch.Tensor).flatten(), minlength=65536).numpy()
     affine = np.asarray(label_map.affine) if isinstance(label_map, MetaTensor) else np.eye(4)
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
     if isinstance(table, LabelTable):
