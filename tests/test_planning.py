@@ -362,6 +362,12 @@ def test_a_fingerprint_is_measured_once_and_anew_when_a_file_changes(pool, folde
     assert len(measured) == 2
 
 
+def test_a_store_that_cannot_be_written_is_named_with_its_option(pool, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"store cannot be written .*--store_dir"):
+        planning.plan_preparation(pool, str(tmp_path / "file/store"), "auto", "fingerprint")
+
+
 def test_a_store_that_may_only_be_read_keeps_no_fingerprint_and_stops_nothing(pool, tmp_path, monkeypatch, caplog):
     def refuse(path, content):
         raise PermissionError(13, "Permission denied", path)

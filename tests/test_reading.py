@@ -1,6 +1,7 @@
 """Every odd input is either read right or refused with the file's name, what was found and what was expected."""
 
 import gzip
+import os
 import sys
 import warnings
 
@@ -128,6 +129,18 @@ def test_a_folder_with_one_dicom_series_is_a_volume(tmp_path):
     write_dicom(tmp_path / "series", HU, (0.8, 0.7, 2.0), "1.2.826.0.1.3680043.2.1125.2")
     with pytest.raises(CaseError, match="2 DICOM series"):
         read_volume(tmp_path / "series")
+
+
+@pytest.mark.parametrize("of", ["a folder", "a slice"])
+def test_a_name_in_another_encoding_is_refused_before_it_ends_the_process(tmp_path, of):
+    name = os.fsdecode(b"m\xfcller")
+    write_dicom(tmp_path / "series", np.zeros((4, 5, 3), np.int16), (1.0, 1.0, 2.0))
+    if of == "a slice":
+        slices = sorted((tmp_path / "series").iterdir())
+        slices[0].rename(slices[0].with_name(name))
+    folder = (tmp_path / "series").rename(tmp_path / ("series" if of == "a slice" else name))
+    with pytest.raises(CaseError, match=r"m.xfcller: a name in another encoding"):
+        read_volume(str(folder))
 
 
 def test_gray_saved_as_rgb_is_read_and_colors_are_refused(tmp_path):

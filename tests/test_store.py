@@ -230,6 +230,11 @@ def test_digests_are_those_of_the_whole_content(tmp_path):
     assert sources.file_digest(str(tmp_path / "file")) in digests
 
 
+def test_a_download_that_broke_off_at_once_has_a_digest_too(tmp_path):
+    (tmp_path / "cut.nii.gz").write_bytes(b"\x1f\x8b")
+    assert len(sources.file_digest(str(tmp_path / "cut.nii.gz"))) == 20
+
+
 def test_without_raw_data_the_store_alone_is_enough(tmp_path):
     phantoms.write_pool(str(tmp_path / "data"), 2, (24, 32, 32), datasets=["msd_liver", "totalsegmentator"])
     declared = Path(__file__).parents[1] / "bundles/tsfm_pretrain/configs/pool.json"
@@ -322,8 +327,8 @@ def test_two_processes_that_prepare_the_same_case_agree(tmp_path, items):
 def test_leftovers_of_a_killed_process_are_swept(tmp_path, items):
     import socket
 
-    dead = tmp_path / "store" / ".writing" / f"{socket.gethostname()}_999999999_x"
-    alive = tmp_path / "store" / ".writing" / f"{socket.gethostname()}_{os.getpid()}_x"
+    dead = tmp_path / "store" / ".writing" / f".{socket.gethostname()}_999999999_x.partial"
+    alive = tmp_path / "store" / ".writing" / f".{socket.gethostname()}_{os.getpid()}_x.partial"
     dead.mkdir(parents=True)
     alive.mkdir()
     CaseStore(tmp_path / "store", TABLE, PREPARATION).prepare([], progress=False)

@@ -52,7 +52,7 @@ class LabelTable:
         self._datasets = {entry["name"]: _dataset_rules(entry) for entry in datasets}
         if len(self._datasets) != len(datasets):
             raise LabelError(f"two data sets share a name: {[entry['name'] for entry in datasets]}")
-        self._declared = tuple(self._datasets)
+        self.datasets: tuple[str, ...] = tuple(self._datasets)  # as declared, in order
         self._maps: dict[str, str] = {}
         values = {str(i + 1): name for i, name in enumerate(self.names)}
         self._datasets.setdefault(LABEL_MAP, _dataset_rules({"name": LABEL_MAP, "labels": values}))
@@ -114,18 +114,13 @@ class LabelTable:
     # ---- data sets and codes ----------------------------------------------------------------------------------
 
     @property
-    def datasets(self) -> tuple[str, ...]:
-        """Names of the declared data sets, in order."""
-        return self._declared
-
-    @property
     def bare_dataset(self) -> str:
         """The data set that bare ``{image, label}`` items belong to.
 
         It is the only declared one; where several (or none) are declared it is ``label_map``, which every table has:
         label maps that hold the values 1..N of :meth:`channel_def`, as MONAI Label sends them.
         """
-        return self._declared[0] if len(self._declared) == 1 else LABEL_MAP
+        return self.datasets[0] if len(self.datasets) == 1 else LABEL_MAP
 
     def with_maps(self, annotated: Mapping[str, Sequence[str]]) -> LabelTable:
         """This table for certain label maps: file -> the targets it says something about; about others it says nothing.
@@ -169,7 +164,7 @@ class LabelTable:
         return self._offsets[dataset]
 
     def rows(self, dataset: str) -> np.ndarray:
-        """`targets` of the local codes of `dataset`: (codes, targets)."""
+        """`targets` of the local codes of `dataset`, (codes, targets): 1 is, 0 is not, -1 not annotated or ignored."""
         return self.targets[self.offset(dataset) :][: len(self.local_ids(dataset))]
 
     def ignored(self, dataset: str) -> tuple[int, ...]:
@@ -218,7 +213,7 @@ class LabelTable:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON from which :meth:`from_dict` builds the same table."""
         datasets = []
-        for name in self._declared:
+        for name in self.datasets:
             rules = self.label_rules(name)
             labels = {str(raw): list(names) for raw, names in self._datasets[name]["labels"].items()}
             more = {key: rules[key] for key in ("ignore", "others") if rules[key]}
@@ -232,20 +227,20 @@ class LabelTable:
         return cls(table["targets"], table["datasets"])
 
     def __repr__(self) -> str:
-        return f"LabelTable({len(self.names)} targets, {len(self._declared)} data sets, {self.num_codes} codes)"
+        return f"LabelTable({len(self.names)} targets, {len(self.datasets)} data sets, {self.num_codes} codes)"
 
     # ---- building ---------------------------------------------------------------------------------------------
 
     def _rules(self, dataset: str) -> dict[str, Any]:
         if dataset not in self._datasets:
-            raise LabelError(f"unknown data set '{dataset}'; the label table knows {list(self._declared)}")
+            raise LabelError(f"unknown data set '{dataset}'; the label table knows {list(self.datasets)}")
         return self._datasets[dataset]
 
     def _check_names(self) -> None:
         """LabelError for names that could not travel with the weights."""
         if "background" in self._entries:
             raise LabelError("'background' cannot be a target: it is what no target claims")
-        wrong = [name for name in (*self.names, *self._declared) if not is_plain_name(name)]
+        wrong = [name for name in (*self.names, *self.datasets) if not is_plain_name(name)]
         if wrong:
             raise LabelError(f"{wrong} cannot be names of targets or data sets; expected {NAME_RULE}")
 

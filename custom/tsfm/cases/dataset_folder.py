@@ -238,12 +238,9 @@ def _warn_of_unused_files(folder: str, entry: Mapping[str, Any], pairs: Sequence
     """Name the images beside the cases' own, and the label files of no image, that nothing uses; patterns whose folder or
     label file is not one are not looked at."""
     known = {os.path.normpath(path) for _, image, label in pairs for path in (*paths_of(image), *paths_of(label))}
-    folders = {os.path.dirname(pattern) for pattern in paths_of(entry["image"])}
-    fixed = [os.path.join(folder, one) for one in sorted(folders) if "{" not in one and "*" not in one]
-    beside = [
-        os.path.join(one, name) for one in fixed for name in sorted(os.listdir(one) if os.path.isdir(one) else ())
-    ]
-    images = [path for path in beside if path.lower().endswith(SUFFIXES) and not os.path.basename(path).startswith(".")]
+    folders = {os.path.join(folder, os.path.dirname(pattern)) for pattern in paths_of(entry["image"])}
+    beside = (path for one in sorted(folders) for path in sorted(glob.glob(os.path.join(glob.escape(one), "*"))))
+    images = [path for path in beside if path.lower().endswith(SUFFIXES)]
     pattern, labels = entry["label"], {}
     if "{case}" in pattern and "{structure}" not in pattern and "*" not in pattern:
         labels = _match(folder, pattern)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from ..errors import CaseError
-from .folders import SUFFIXES
+from .folders import SUFFIXES, legible
 from .grids import SAME_GRID, warn
 from .nifti import Opened, gray
 from .packed import voxel_bytes
@@ -93,7 +93,7 @@ def _slices(folder: str) -> list[dict]:
         raise CaseError(
             f"{folder}: {len(series)} DICOM series: {listed}; expected a folder that holds exactly one: {advice}"
         )
-    return [_information(sitk, name) for name in names[series[0]]]
+    return [_information(name) for name in names[series[0]]]
 
 
 def _is_multi_frame(slices: Sequence[Mapping]) -> bool:
@@ -269,9 +269,9 @@ def _check_alone(sitk, path: str, reader) -> None:
         warn(f"{path}: a multi-frame DICOM file; SimpleITK places its frames, even steps are taken for granted")
 
 
-def _information(sitk, name: str) -> dict:
+def _information(name: str) -> dict:
     """Name, size, spacing and the tags above of one DICOM file; those that are numbers as tuples of floats."""
-    reader = sitk.ImageFileReader()
+    reader = _simpleitk(name).ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(name)
     with _naming(name):
@@ -300,10 +300,15 @@ def _number(one: Mapping, tag: str, default: float) -> float:
 
 
 def _simpleitk(path: str):
+    """SimpleITK, for a path that it takes: with other names it ends the process."""
     try:
         import SimpleITK
     except ImportError as error:
         raise CaseError(f"{path}: reading this format needs SimpleITK: pip install SimpleITK") from error
+    if legible(path) != path:
+        raise CaseError(
+            f"{legible(path)}: a name in another encoding than UTF-8, which SimpleITK does not read; rename it"
+        )
     return SimpleITK
 
 

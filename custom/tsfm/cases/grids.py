@@ -92,7 +92,7 @@ def check_body(shape: Sequence[int], affine: np.ndarray, source: str, unit: str 
     `unit`: what the header says of its unit, for the message.
     """
     sides = np.array(spacing_of(affine))
-    if not np.isfinite(affine).all() or not sides.all() or upright_share(affine) < 1e-6:
+    if not np.isfinite(affine).all() or not sides.all() or (share := upright_share(affine)) < 1e-6:
         raise CaseError(f"{source}: its affine is singular or not finite, so voxels have no size; correct the header")
     longest = float((sides * shape).max())
     advice = f"; correct the voxel sizes of the header{f' ({unit})' if unit else ''}, or convert the image again"
@@ -104,12 +104,12 @@ def check_body(shape: Sequence[int], affine: np.ndarray, source: str, unit: str 
             f"{source}: {'x'.join(map(str, shape))} voxels measure {longest:.4g} mm along the longest side; expected "
             f"{EXTENT_MM[0]:g} to {EXTENT_MM[1]:g} mm{advice}"
         )
-    if upright_share(affine) < SHEAR[0]:
+    if share < SHEAR[0]:
         raise CaseError(
-            f"{source}: its axes are sheared until a voxel has {upright_share(affine):.0%} of its upright volume, which "
-            "no scanner does; correct the header's affine"
+            f"{source}: its axes are sheared until a voxel has {share:.0%} of its upright volume, which no scanner does; "
+            "correct the header's affine"
         )
-    if not is_upright(affine):
+    if share < SHEAR[1]:
         warn(f"{source}: its axes are not at right angles; it is used as it lies, and results lie on the same grid")
 
 

@@ -221,10 +221,7 @@ class DatasetPool:
             name: {
                 "cases": len(found[name]),
                 "modalities": dict(Counter(item["modality"] for item in found[name])),
-                "labels": {
-                    str(raw): "background" if raw == 0 else self._meaning(name, raw)
-                    for raw in self.table.local_ids(name)
-                },
+                "labels": self._meanings(name),
                 "annotated": list(self.table.annotated(name)),
                 "sampling_share": shares[name],
                 "licence": licences_of(found[name][:1])[name],
@@ -237,11 +234,8 @@ class DatasetPool:
     def describe(self) -> str:
         """The summary as text for a terminal."""
         summary = self.summary()
-        lines = [
-            f"{self.source}: {counted(summary['cases'], 'case')} in {counted(len(summary['datasets']), 'data set')} below "
-            f"{self.dataset_dir}",
-            "",
-        ]
+        number = f"{counted(summary['cases'], 'case')} in {counted(len(summary['datasets']), 'data set')}"
+        lines = [f"{self.source}: {number} below {self.dataset_dir}", ""]
         lines.append(f"{'data set':<24}{'cases':>6}  {'modality':<16}{'share':>6}  labels")
         for name, entry in summary["datasets"].items():
             modalities = ", ".join(f"{count} {modality}" for modality, count in entry["modalities"].items())
@@ -261,11 +255,14 @@ class DatasetPool:
             lines += [f"  {name}: {reason}" for name, reason in summary["missing"].items()]
         return "\n".join(lines)
 
-    def _meaning(self, dataset: str, raw: int | str) -> str:
-        row = self.table.rows(dataset)[self.table.local_ids(dataset).index(raw)]
-        positive = np.flatnonzero(row == 1)
-        inner = [i for i in positive if not any(i in self.table.ancestors(j) for j in positive)]
-        return " + ".join(self.table.names[i] for i in inner) or "ignored"
+    def _meanings(self, dataset: str) -> dict[str, str]:
+        """Raw id -> the innermost targets that it stands for."""
+        found = {}
+        for raw, row in zip(self.table.local_ids(dataset), self.table.rows(dataset), strict=True):
+            positive = np.flatnonzero(row == 1)
+            inner = [i for i in positive if not any(i in self.table.ancestors(j) for j in positive)]
+            found[str(raw)] = " + ".join(self.table.names[i] for i in inner) or "ignored"
+        return {**found, "0": "background"}
 
 
 def sampling_weights(items: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -288,16 +285,13 @@ def complete_items(items: Sequence[Mapping[str, Any]], table: LabelTable, modali
     for item in items:
         if "image" not in item:
             raise PoolError(f"a datalist item has no 'image': {dict(item)}")
-        dataset = table.dataset_of(item)
+        dataset, first = table.dataset_of(item), paths_of(item["image"])[0]
         if not table.knows(dataset):
-            raise PoolError(
-                f"item {item['image']}: unknown data set '{dataset}'{nearest(dataset, table.datasets)}; the table knows "
-                f"{list(table.datasets)}"
-            )
-        first = paths_of(item["image"])[0]
-        case = item.get("case") or stem(first)
+            near = nearest(dataset, table.datasets)
+            known = f"the table knows {list(table.datasets)}"
+            raise PoolError(f"item {item['image']}: unknown data set '{dataset}'{near}; {known}")
         kind = modality_name(item["modality"], f"item {first}") if item.get("modality") else modality
-        completed.append({**item, "modality": kind, "dataset": dataset, "case": case})
+        completed.append({**item, "modality": kind, "dataset": dataset, "case": item.get("case") or stem(first)})
     return completed
 
 

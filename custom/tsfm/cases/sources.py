@@ -47,7 +47,7 @@ def file_digest(path: str) -> str:
     with open(path, "rb") as file:
         head = file.read(ENDS)
         total.update(head)
-        if head[:2] == GZIP and not head[3] & MORE_MEMBERS:
+        if head[:2] == GZIP and len(head) == ENDS and not head[3] & MORE_MEMBERS:
             file.seek(max(len(head), os.path.getsize(path) - ENDS))
         while piece := file.read(1 << 20):
             total.update(piece)

@@ -42,7 +42,7 @@ def count_voxels(prediction: np.ndarray, truth: np.ndarray, table: LabelTable, d
         part = (slice(None),) * axis + (slice(start, start + step),)
         pairs = prediction[part].astype(np.int32) * number + truth[part]
         joint += np.bincount(pairs.ravel(), minlength=joint.size).reshape(joint.shape)
-    rows, member = _rows_of(table, dataset), table.map_membership()
+    rows, member = table.rows(dataset), table.map_membership()
     counts = {}
     for name in table.annotated(dataset):
         target = names.index(name)
@@ -102,12 +102,6 @@ def score_case(
     return result
 
 
-def _rows_of(table: LabelTable, dataset: str) -> np.ndarray:
-    """(local codes, targets): 1 is, 0 is not, -1 not annotated or ignored."""
-    start = table.offset(dataset)
-    return table.targets[start : start + len(table.local_ids(dataset))]
-
-
 def _tolerance(table: LabelTable, target: str, given: Mapping[str, float] | float | None) -> float:
     if isinstance(given, (int, float)):
         return float(given)
@@ -117,7 +111,7 @@ def _tolerance(table: LabelTable, target: str, given: Mapping[str, float] | floa
 
 def _cut_out(prediction, truth, table, dataset, name, boxes) -> tuple[np.ndarray, np.ndarray]:
     """Both masks of one target inside the box that holds them, ignored voxels taken out."""
-    target, codes = table.names.index(name), _rows_of(table, dataset)[:, table.names.index(name)]
+    target, codes = table.names.index(name), table.rows(dataset)[:, table.names.index(name)]
     member = table.map_membership()[:, target]
     found = [boxes[0][value - 1] for value in np.flatnonzero(member) if value <= len(boxes[0])]
     found += [boxes[1][code - 1] for code in np.flatnonzero(codes == 1) if code <= len(boxes[1])]

@@ -214,19 +214,19 @@ def fill_in(description: dict[str, Any]) -> None:
         network = network.get("network")  # of an ensemble
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Sequence[str] = SHAPING) -> list[str]:
-    """The arguments of `names` in which two networks differ, in words: what is in a checkpoint, and what is here."""
-    return [f"{key}: checkpoint {theirs[key]}, network {ours[key]}" for key in _differing(theirs, ours, names)]
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """In what two networks differ, in words: what is in a checkpoint, and what is here."""
+    return [f"{key}: checkpoint {theirs[key]}, network {ours[key]}" for key in _differing(theirs, ours)]
 
 
 def as_options(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """Options of a training with which our network becomes theirs; empty where `differences` finds none."""
-    quotes = {key: '"' if isinstance(theirs[key], list) else "" for key in _differing(theirs, ours, SHAPING)}
+    quotes = {key: '"' if isinstance(theirs[key], list) else "" for key in _differing(theirs, ours)}
     return " ".join(f"--network_def#{key} {quote}{theirs[key]}{quote}" for key, quote in quotes.items())
 
 
-def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    return [key for key in names if key in theirs and key in ours and theirs[key] != ours[key]]
+def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    return [key for key in SHAPING if key in theirs and key in ours and theirs[key] != ours[key]]
 
 
 def split_network(network: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

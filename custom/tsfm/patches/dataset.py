@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.data import get_track_meta, set_track_meta
 from monai.transforms import Compose
 from torch.utils.data import Dataset, DistributedSampler
@@ -185,14 +186,8 @@ class PatchDataset(Dataset):
         codes = torch.from_numpy(codes.astype(np.int32) if codes.dtype == np.uint16 else codes)
         if matrix is not None:
             return resample_patch(image, codes, inside[:, 0], matrix, origin, self.patch_size)
-        if np.array_equal(inside, wanted):
-            return image, codes[None]
-        place = tuple(slice(*side) for side in inside - origin[:, None])
-        padded = image.new_zeros((len(image), *self.patch_size))
-        padded_codes = codes.new_zeros((1, *self.patch_size))
-        padded[(slice(None), *place)] = image
-        padded_codes[(0, *place)] = codes
-        return padded, padded_codes
+        edges = np.abs(wanted - inside)[::-1].ravel().tolist()  # the last axis first, as `pad` wants them
+        return F.pad(image, edges), F.pad(codes[None], edges)
 
 
 def patch_origin(

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +21,13 @@ from ..cases.cases import Preparation
 from ..cases.pool import complete_items
 from ..cases.sources import Sources, dataset_folder, file_identity, folder_name, missing_in
 from ..errors import CaseError
-from ..files import is_abandoned
+from ..files import sweep
 from ..labels import LabelTable
 from ..names import counted
 from ..preparation.fingerprint import kept_codes, kept_path
 from ..preparation.parallel import WorkerDied, run_all
 from ..preparation.preprocessing import prepare_case
-from .stored_case import _VERIFIED, FORMAT, StoredCase, files_of, folder_bytes, read_index, write_folder
+from .stored_case import _VERIFIED, FORMAT, UNFINISHED, StoredCase, files_of, folder_bytes, read_index, write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class CaseStore:
         Raises:
             StoreError: the store cannot be written (at once, since every other case would fail too).
         """
-        self._sweep()
+        sweep(os.path.join(self.store_dir, UNFINISHED))
         report, missing, compared, taken_over = PrepareReport(), [], 0, 0
         with tqdm(total=len(items), desc="prepare", disable=not progress) as bar:
             for item in items:
@@ -158,12 +157,11 @@ class CaseStore:
             workers = min(num_workers, -(-len(jobs) // CASES_PER_WORKER)) if self.sources.raw_data else 0
             for index, outcome in run_all(_prepare_one, jobs, workers):
                 bar.update()
+                was_there = False
                 if isinstance(outcome, tuple):
                     path, outcome, was_there = outcome
                     _VERIFIED.add(path)  # in a worker, too: those of a loader begin as copies of this process
-                    report.add(missing[index], outcome, "reused" if was_there else "prepared")
-                else:
-                    report.add(missing[index], outcome)
+                report.add(missing[index], outcome, "reused" if was_there else "prepared")
         report.empty_labels.sort()
         return report
 
@@ -204,26 +202,15 @@ class CaseStore:
         if taken_over:
             logger.warning("%s: %d cases that an earlier version stored are taken over", self.store_dir, taken_over)
         paths = [self.path(item) for item in missing]
-        folders = {os.path.dirname(path) for path in paths}
-        stored = {
-            os.path.join(folder, name) for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)
-        }
-        names = {path[:-KEY_DIGITS] for path in stored}
-        others = sum(path[:-KEY_DIGITS] in names for path in paths)
+        folders = filter(os.path.isdir, {os.path.dirname(path) for path in paths})
+        stored = {os.path.join(folder, name)[:-KEY_DIGITS] for folder in folders for name in os.listdir(folder)}
+        others = sum(path[:-KEY_DIGITS] in stored for path in paths)
         if others and self.sources.raw_data:
             logger.warning(
                 "%s: %d of the %d cases to prepare are stored, but with other settings, labels or files, or by an earlier "
                 "version from another place: they are prepared anew; folders that no run needs any more may be deleted",
                 self.store_dir, others, len(missing),
             )  # fmt: skip
-
-    def _sweep(self) -> None:
-        """Remove what processes of this host that no longer live, or of any host a day ago, left half-written."""
-        scratch = os.path.join(self.store_dir, ".writing")
-        for name in os.listdir(scratch) if os.path.isdir(scratch) else []:
-            path = os.path.join(scratch, name)
-            if is_abandoned(path):
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _prepare_one(store: CaseStore, item: Mapping[str, Any], path: str, kept: str) -> tuple[str, dict[str, Any], bool]:

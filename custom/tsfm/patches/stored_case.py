@@ -21,7 +21,7 @@ import numpy as np
 
 from ..cases.grids import warn
 from ..errors import CaseError
-from ..files import scratch_name
+from ..files import PARTIAL, scratch_name
 from ..labels import LabelTable
 from ..schema import FileError, read_json
 
@@ -50,6 +50,9 @@ FOREGROUND_VOXELS = 10_000
 
 FOREGROUND_SHARE = 0.01
 """nnU-Net keeps max(min(10000, N), 1% of N) voxels of each class."""
+
+UNFINISHED = ".writing"
+"""In a store: the folder in which cases are written."""
 
 Box = Sequence[tuple[int, int]]
 
@@ -245,7 +248,7 @@ def _compress(array: np.ndarray) -> bytes:
 
 def write_folder(store_dir: str, path: str, files: Mapping[str, bytes]) -> None:
     """Write files into a new folder and move it to `path` in one step; on failure leave nothing behind."""
-    scratch = os.path.join(store_dir, ".writing", scratch_name())
+    scratch = os.path.join(store_dir, UNFINISHED, f".{scratch_name()}{PARTIAL}")
     try:
         os.makedirs(scratch)
         os.makedirs(os.path.dirname(path), exist_ok=True)

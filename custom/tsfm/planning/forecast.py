@@ -75,12 +75,7 @@ def _duration(seconds: float) -> str:
 
 
 def time_steps(
-    network: nn.Module,
-    plan: Plan,
-    in_channels: int,
-    device: torch.device,
-    amp: bool = True,
-    checkpointing: bool | str = "auto",
+    network: nn.Module, plan: Plan, in_channels: int, device: torch.device, checkpointing: bool | str = "auto"
 ) -> float:
     """Seconds of one training step of `network` on random images of the plan's patch and batch.
 
@@ -89,19 +84,20 @@ def time_steps(
     """
     network = network.to(device).train()
     optimizer = torch.optim.SGD(network.parameters(), 1e-6, momentum=0.99, fused=device.type == "cuda")
-    fit_memory(network, optimizer, plan.patch_size, plan.batch_size, checkpointing, amp, device=device)
+    fit_memory(network, optimizer, plan.patch_size, plan.batch_size, checkpointing, device=device)
     images = torch.randn(plan.batch_size, in_channels, *plan.patch_size, device=device)
     images = images.to(memory_format=torch.channels_last_3d)
     seconds = []
     for _ in range(WARM_UP):
         start = time.perf_counter()
-        with autocast(device, amp):
+        with autocast(device):
             outputs = network(images)
         loss = sum(output.float().square().mean() for output in outputs)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        seconds.append(float(loss.detach()) * 0 + time.perf_counter() - start)  # reading the loss waits for a GPU
+        loss.item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
     return min(seconds)
 
 

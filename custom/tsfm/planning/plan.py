@@ -179,25 +179,25 @@ def take_over(
         CheckpointError: as `load_pretrained`.
         OSError: an `output_dir` that cannot be written.
     """
-    if pretrained is not None:
-        report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
-        if output_dir:
-            check_writable(output_dir, "--output_dir")
-        task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
-        if preparation is not None:
-            task["preparation"] = preparation.to_dict()
-        entries = load_pretrained(network, str(pretrained), report_path=report, task=task).entries
-        network.fresh = {entry.name for entry in entries if entry.new}
-        description = pretrained_description(pretrained)
-        if (again := sorted(set(description.get("trained_on", ())) & set(pool.entries))) and rank() == 0:
-            logger.warning(
-                "the weights in %s were trained on %s, too: cases that this run holds out may be among those that they saw (are "
-                "they another fold's?), and its validation too good", pretrained, ", ".join(again),
-            )  # fmt: skip
-        network.description["licences"] = inherited_licences(description)
-        goes_on(network, description)
-    else:
+    if pretrained is None:
         network.fresh = {name for name, _ in network.named_parameters()}
+        return network
+    if output_dir:
+        check_writable(output_dir, "--output_dir")
+    report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
+    task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
+    if preparation is not None:
+        task["preparation"] = preparation.to_dict()
+    entries = load_pretrained(network, str(pretrained), report_path=report, task=task).entries
+    network.fresh = {entry.name for entry in entries if entry.new}
+    description = pretrained_description(pretrained)
+    if (again := sorted(set(description.get("trained_on", ())) & set(pool.entries))) and rank() == 0:
+        logger.warning(
+            "the weights in %s were trained on %s, too: cases that this run holds out may be among those that they saw (are "
+            "they another fold's?), and its validation too good", pretrained, ", ".join(again),
+        )  # fmt: skip
+    network.description["licences"] = inherited_licences(description)
+    goes_on(network, description)
     return network
 
 
@@ -251,7 +251,11 @@ def _read_or_measure(pool: DatasetPool, store_dir: str, num_workers: int, orient
         except (FileError, TypeError) as error:
             logger.warning("the kept fingerprint %s is damaged (%s): it is measured again", kept, error)
     read_as = Preparation((1.0, 1.0, 1.0), in_channels=count_channels(pool), orientation=orientation)
-    found = fingerprint(pool.cases, pool.table, read_as, num_workers, progress=rank() == 0, sources=sources)
+    try:
+        found = fingerprint(pool.cases, pool.table, read_as, num_workers, progress=rank() == 0, sources=sources)
+    except OSError:
+        check_writable(store_dir, "--store_dir")
+        raise
     record_sources(sources, pool)
     if found.failed:
         listed = "\n".join(f"  {message}" for _, message in found.failed)

@@ -289,8 +289,9 @@ def _plan_of_weights(
         return plan(patch, spacing, patch_size=patch, batch_size=number, family=family)
     strides, kernels = _geometry(network)
     found = plan(patch, spacing, patch_size=None, family=family, levels=family.levels, budget=Budget(memory_gb=1e6))
-    geometry = {"patch_size": tuple(patch), "strides": strides, "kernel_sizes": kernels}
-    return Plan.from_dict(found.to_dict() | geometry | {"batch_size": number or 2})
+    return replace(
+        found, patch_size=tuple(patch), strides=strides, kernel_sizes=kernels, batch_size=number or MIN_BATCH
+    )
 
 
 def _geometry(network: Mapping[str, Any]) -> tuple[tuple[tuple[int, ...], ...], ...]:

@@ -170,8 +170,10 @@ def plan(
     found = _plan_ordered(family, median, spacing, budget, **options | {"patch_size": patches[0] if patches else None})
     back = [order.index(axis) for axis in range(3)]
     spacing, shape, patch = turn((found.spacing_mm, found.median_shape, found.patch_size), back)
-    values = asdict(found) | {"spacing_mm": spacing, "median_shape": shape, "patch_size": patch}
-    return Plan(**values | {"strides": turn(found.strides, back), "kernel_sizes": turn(found.kernel_sizes, back)})
+    strides, kernels = turn(found.strides, back), turn(found.kernel_sizes, back)
+    return replace(
+        found, spacing_mm=spacing, median_shape=shape, patch_size=patch, strides=strides, kernel_sizes=kernels
+    )
 
 
 def plan_patch(

@@ -51,7 +51,7 @@ def first_process_first(doing: str = "prepares the data") -> Iterator[None]:
     store.set(turn, "done")
 
 
-def _wait(store: dist.Store, turn: str, doing: str, every_s: float = 0.2) -> None:
+def _wait(store: dist.Store, turn: str, doing: str) -> None:
     """Ask again and again; a barrier would end with the process group's timeout, and keep a GPU busy."""
     began, reminders = time.monotonic(), 0
     while not store.check([turn]):
@@ -59,6 +59,6 @@ def _wait(store: dist.Store, turn: str, doing: str, every_s: float = 0.2) -> Non
         if waited > max(1, reminders * REMIND_S):
             reminders += 1
             logger.info("process %d waits while the first process %s (%d min so far)", rank(), doing, waited // 60)
-        time.sleep(min(every_s + waited / 100, 2))
+        time.sleep(min(0.2 + waited / 100, 2))
     if store.get(turn) != b"done":
         raise FirstFailed(f"the first process, which {doing} for all, stopped with an error: see its output")
