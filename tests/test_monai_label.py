@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -21,7 +22,7 @@ import pytest
 import torch
 from conftest import free_port
 from monai.bundle import ConfigParser
-from monai_label_server import LABEL_PYTHON, Server, form, staged, write_studies
+from monai_label_server import LABEL_PYTHON, Server, form, shim, staged, write_studies
 from tsfm.labels import LabelTable
 from tsfm.training.checkpoint import read_description
 from tsfm_tools.click_server import ClickRequests
@@ -252,6 +253,34 @@ def test_labels_go_to_a_dicomweb_server_and_come_back_by_name(server, tmp_path):
         for process in (pacs, first.process, second.process):
             process.terminate()
             process.wait(30)
+
+
+REMOVED = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+from label_tasks import UncertaintyScoring
+
+class Store(dict):
+    list_images = get_unlabeled_images = lambda self: list(self)
+    get_image_info, get_image_uri = dict.__getitem__, lambda self, image: image
+    refresh = lambda self: self.pop("a", None)
+    update_image_info = lambda self, image, info: self[image].update(info)
+
+task = type("Task", (), {"get_path": lambda self: __import__("os").__file__})()
+scoring = UncertaintyScoring(task, "doubt")
+scoring.score = lambda path, request: 0.5
+store = Store(a={}, b={})
+scoring({}, store)
+assert list(store) == ["b"] and store["b"]["doubt"] == 0.5, store
+"""
+
+
+def test_an_image_that_is_removed_while_images_are_scored_stops_no_other(tmp_path):
+    app = Path(__file__).parents[1] / "custom/tsfm_tools/label_app"
+    surroundings = {**os.environ, "PYTHONPATH": str(shim(tmp_path))}
+    done = subprocess.run([LABEL_PYTHON, "-c", REMOVED, app], env=surroundings, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")

@@ -652,6 +652,16 @@ def break_cleanness(bundle: Path) -> None:
     write(bundle / "tsfm/__pycache__/x.pyc", "a cache")
 
 
+def link_package(bundle: Path) -> None:
+    (bundle / "tsfm").rename(bundle.parent / "package")
+    (bundle / "tsfm").symlink_to(bundle.parent / "package")
+
+
+def name_home(bundle: Path) -> None:
+    with open(bundle / "models/model.pt", "ab") as file:
+        file.write(f"{Path.home()}/data".encode())
+
+
 def leave_results(bundle: Path) -> None:
     write(bundle / "evaluation/patient.nii.gz", "a label map")
 
@@ -668,6 +678,8 @@ def leave_results(bundle: Path) -> None:
         (break_license, "required files"),
         (break_cleanness, "self-contained and clean"),
         (leave_results, "self-contained and clean"),
+        (link_package, "self-contained and clean"),
+        (name_home, "self-contained and clean"),
     ],
 )
 def test_each_fault_is_caught_by_its_check(staged, damage, check):

@@ -22,12 +22,11 @@ def served_bundles(app_dir: str, conf: dict[str, str]) -> dict[str, str]:
     named = [name.strip() for name in conf.get("models", "").split(",") if name.strip()]
     around = os.path.dirname(os.path.realpath(app_dir))
     if not named:
-        named = [around] if _is_bundle(around) else sorted(map(str, Path(app_dir, "model").glob("*")))
+        inside = sorted(map(str, Path(app_dir, "model").glob("*")))
+        named = [around] if _is_bundle(around) else list(filter(_is_bundle, inside))
     found = {}
     for name in named:
         folder = next((f for f in (os.path.join(app_dir, "model", name), name) if _is_bundle(f)), None)
-        if folder is None and not conf.get("models"):
-            continue
         if folder is None:
             raise ValueError(
                 f"--conf models: '{name}' is no folder of a bundle with weights, nor one below {app_dir}/model"

@@ -106,7 +106,8 @@ class TrainTask(BundleTrainTask):
 
     def config(self) -> dict[str, Any]:
         """The options of a request to train."""
-        return {**super().config(), "annotated": [self.rule, *(word for word in ("drawn", "all") if word != self.rule)]}
+        known = [self.rule, *(word for word in ("drawn", "all") if word != self.rule)]
+        return {**super().config(), "model_filename": weight_files(self.bundle_path), "annotated": known}
 
     def named(self, request: dict[str, Any]) -> str:
         """What the request says about the targets that its labels annotate, as one text."""
@@ -188,8 +189,9 @@ class UncertaintyScoring(ScoringMethod):
                 logger.exception("%s of %s cannot be computed: it comes last", self.key, image)
                 score = 0.0
             datastore.refresh()  # labels submitted meanwhile are in the same file, which is written whole
-            datastore.update_image_info(image, {self.key: score, f"{self.key}_weights": weights})
-            logger.info("%s of %s: %.4f", self.key, image, score)
+            if image in datastore.list_images():  # or else it was removed meanwhile
+                datastore.update_image_info(image, {self.key: score, f"{self.key}_weights": weights})
+                logger.info("%s of %s: %.4f", self.key, image, score)
         return {"total": total, "executed": len(due), "skipped": total - len(due)}
 
     def score(self, path: str, request: dict[str, Any]) -> float:

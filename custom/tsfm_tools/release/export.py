@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,13 +83,13 @@ def export(
         run = WRITERS[format](network, torch.zeros(2, *window), output_file, metadata)
         difference = max(relative_difference(network, run, (batch, *window)) for batch in (1, 2))
     if not difference <= tolerance:
-        os.remove(output_file)
+        for path in (output_file, f"{output_file}.data"):
+            Path(path).unlink(missing_ok=True)
         raise ExportError(
             f"{output_file}: logits differ from the network's by up to {difference:.2g} of the largest; "
             f"at most {tolerance:g} may"
         )
-    with open(f"{output_file}.json", "w", encoding="utf-8") as file:
-        file.write(metadata)
+    Path(f"{output_file}.json").write_text(metadata, encoding="utf-8")
     return difference
 
 

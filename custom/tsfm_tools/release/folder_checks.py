@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _clean(bundle: str) -> str:
     if not os.path.isdir(os.path.join(bundle, "tsfm")):
         raise Skipped("the source bundle holds no package; `python -m tsfm release` adds it")
     litter = [file for file in files if "__pycache__" in file or file.endswith(".pyc") or "/." in f"/{file}"]
-    links = [file for file in files if os.path.islink(os.path.join(bundle, file))]
+    links = [path.name for path in Path(bundle).rglob("*") if path.is_symlink()]
     strange = sorted({file.split("/")[0] for file in files} - PARTS)
     need(not strange, f"{strange} are no parts of a bundle: runs, images and results do not belong into a release")
     need(not litter and not links, f"caches, hidden files or links: {(litter + links)[:5]}")
@@ -93,14 +94,11 @@ def _clean(bundle: str) -> str:
 
 
 def _holds(path: str, text: str) -> bool:
-    """Does a file hold `text`? Read in overlapping pieces, so that weights of any size can be searched."""
-    needle, tail = text.encode(), b""
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            if needle in tail + block:
-                return True
-            tail = block[-len(needle) :]
-    return False
+    """Does a file, of any size, hold `text`?"""
+    if os.path.getsize(path) == 0:  # which cannot be mapped
+        return False
+    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return content.find(text.encode()) >= 0
 
 
 def _text(*path: str | Path) -> str:
