@@ -49,6 +49,19 @@ TREE = LabelTable(
 RIVALS = LabelTable({"tumor": {"inside": "liver"}, "liver": {}, "spleen": {}}, [])
 
 
+def full_in(number, function):
+    """(`function`, whose call of this number runs out of memory; the list of its calls)."""
+    calls = []
+
+    def scarce(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return function(*arguments)
+
+    return scarce, calls
+
+
 class Fake(torch.nn.Module):
     """A network whose logits are a fixed linear function of the voxel, so that windows cannot disagree."""
 
@@ -330,14 +343,7 @@ class TestSlabInferer:
 
     @pytest.mark.parametrize("place", [(Painter, "add"), (Quality, "see")])
     def test_painting_and_doubting_go_to_the_cpu_where_memory_runs_out(self, place, monkeypatch):
-        calls, add = [], getattr(*place)
-
-        def scarce(taker, slab):
-            calls.append(slab)
-            if len(calls) == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            add(taker, slab)
-
+        scarce, calls = full_in(2, getattr(*place))
         image = prepared((40, 20, 25), (63, 31, 17))
         inferer = SlabInferer((16, 12, 10), TREE, amp=False, progress=False, doubts=True)
         expected, quality = inferer(image, convolution()), inferer.quality
@@ -347,14 +353,7 @@ class TestSlabInferer:
 
     @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
     def test_uncertainty_goes_on_on_the_cpu_where_memory_runs_out(self, activation, monkeypatch):
-        calls, image = [], prepared((40, 20, 25), (63, 31, 17))
-
-        def scarce(logits):
-            calls.append(logits)
-            if len(calls) == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return binary_entropy(logits)
-
+        (scarce, calls), image = full_in(2, binary_entropy), prepared((40, 20, 25), (63, 31, 17))
         inferer = SlabInferer((16, 12, 10), ["a", "b"], amp=False, progress=False, activation=activation)
         network = convolution(3 if activation == "softmax" else 2)
         expected = inferer.uncertainty(image, network)
@@ -363,19 +362,14 @@ class TestSlabInferer:
 
     def test_an_image_that_a_gpu_does_not_hold_stays_on_the_cpu(self, monkeypatch, caplog):
         """Moving it, and padding it to a window: the fake GPU ("cpu:0") takes windows alone."""
-        gpu, pad, moved, padded = torch.device("cpu", 0), torch.nn.functional.pad, [], []
+        gpu, moved = torch.device("cpu", 0), []
+        scarce, padded = full_in(1, torch.nn.functional.pad)
 
         def prepare(batch, device, non_blocking=False, **kwargs):
             moved.append(device)
             if device == gpu:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return batch["image"].to(device), None
-
-        def scarce(tensor, margins):
-            padded.append(margins)
-            if len(padded) == 1:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return pad(tensor, margins)
 
         image, network = prepared((6, 20, 25), (6, 20, 25)), convolution()
         inferer = SlabInferer((16, 12, 10), TREE, amp=False, progress=False)
@@ -392,16 +386,9 @@ class TestSlabInferer:
         assert len(said) == 2 and all("the image is left to the CPU" in text for text in said)
 
     def test_entropy_that_runs_out_of_memory_half_way_counts_once(self, monkeypatch):
-        slab, calls = Slab(torch.randn(2, 4, 8, 8), 0), []
+        slab, (full, _) = Slab(torch.randn(2, 4, 8, 8), 0), full_in(2, binary_entropy)
         plain, scarce = (Quality({"a": (0, 0), "b": (1, 1)}, {"a": 0.0, "b": 0.0}) for _ in range(2))
         plain.see(slab)
-
-        def full(logits):
-            calls.append(logits)
-            if len(calls) == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return binary_entropy(logits)
-
         monkeypatch.setattr("tsfm.inference.quality.binary_entropy", full)
         with pytest.raises(torch.OutOfMemoryError):
             scarce.see(slab)
@@ -411,14 +398,9 @@ class TestSlabInferer:
     @pytest.mark.parametrize("limit", [2**30, 0])
     def test_averaging_goes_to_the_cpu_where_memory_runs_out_amid_a_window(self, limit, monkeypatch):
         monkeypatch.setattr("tsfm.inference.windows.FULL_PRECISION_BYTES", limit)
-        clamp, calls = torch.Tensor.clamp, []
-
-        def scarce(tensor, *args):
-            calls.append(tensor)
-            if len(calls) == 4:  # a fake GPU ("cpu:0") is full in the fourth slice of the first window
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return clamp(tensor, *args)
-
+        scarce, calls = full_in(
+            4, torch.Tensor.clamp
+        )  # the fake GPU ("cpu:0") is full in the first window's fourth slice
         plain, moved = (RollingAverage(2, (12, 8, 8), (8, 8, 8), place) for place in (CPU, torch.device("cpu", 0)))
         windows = torch.randn(2, 3, 8, 8, 8)
         for logits in windows:

@@ -104,12 +104,13 @@ class Passes:
                 continue
             yield from zip(found, some, strict=True)
             todo = todo[len(some) :]
+            del found  # its memory serves the next batch
 
     def _mean(self, image: Tensor, corners: Sequence, window: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
         """Mean logits (B, T, *window) over all versions."""
         batch = self._batch(image, corners, window).to(self.device)
-        if self.wants_layout:
-            batch = batch.contiguous(memory_format=torch.channels_last_3d)
+        if self.wants_layout:  # `contiguous` leaves one channel as it is, and outputs may follow its strides
+            batch = batch.clone(memory_format=torch.channels_last_3d)
         dtype = amp_type(self.device, self.amp_dtype)
         with autocast(self.device, self.amp, dtype):
             total = self._sum(batch, corners, *args, **kwargs)

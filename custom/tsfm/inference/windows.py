@@ -292,6 +292,7 @@ class SlabInferer(Inferer):
                 corners = list(itertools.product([s], *starts[1:]))
                 for one, corner in passes.logits(image, corners, self.roi_size, average, *args, **kwargs):
                     average.add(one, corner, self.channels)
+                    del one
                     progress.update()
                 until = starts[0][row + 1] if row + 1 < len(starts[0]) else image.shape[1]
                 slab = average.finish(until)
