@@ -65,7 +65,7 @@ def test_a_network_that_does_not_fit_its_targets_or_channels_is_refused():
 def test_weights_that_do_not_fit_change_nothing(network, tmp_path):
     save_weights(TSFM(1, 3, **SMALL), tmp_path / "other.pt")
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"heads\.0.*nothing was loaded|nothing was loaded"):
+    with pytest.raises(CheckpointError, match=r"nothing was loaded:\n(.*\n)*.*heads\.0"):
         load_weights(network, tmp_path / "other.pt")
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from conftest import touch
 from tsfm.cases import sources
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import PoolError
@@ -167,12 +168,6 @@ def test_two_folders_with_a_file_per_channel(tmp_path):
         write(tmp_path, "case_0007", suffix=f"_{channel:04d}")
     pool = own_data.dataset_pool(str(tmp_path), label_ids={"1": "liver"})
     assert pool.cases[0]["case"] == "case_0007" and len(pool.cases[0]["image"]) == 3
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
 
 
 def pairs_of(folder, **options):
