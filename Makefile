@@ -12,8 +12,9 @@ NETWORKS = dynamic-network-architectures==0.4.4 medim==0.1.2
 
 .PHONY: demo test test-avx2 test-device test-label test-docs lint format gate release bench-env clean
 
+# Waiting threads spin for a moment here: without bfloat16 it computes on two, which wait for each other all the time.
 demo: $(VENV)/run
-	OMP_NUM_THREADS=1 $(BIN)/python -m tsfm demo --output_dir demo_output
+	env -u OMP_WAIT_POLICY OMP_NUM_THREADS=1 $(BIN)/python -m tsfm demo --output_dir demo_output
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal -q

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tsfm.files import atomic_write
+from tsfm.files import write_json
 from tsfm.training.checkpoint import read_state
 from tsfm_tools.demo import POOL_CASES, SIZE
 from tsfm_tools.paper.commands import run_grid
@@ -58,8 +58,7 @@ def measure(
             )  # fmt: skip
             seconds.append(time.process_time() - began)
         each = (seconds[2] - seconds[1]) / (LONG - SHORT)
-        text = json.dumps([max(0.0, seconds[1] - SHORT * each), each])
-        atomic_write(kept, lambda temporary: Path(temporary).write_text(text))
+        write_json(kept, [max(0.0, seconds[1] - SHORT * each), each])
     start, each = json.loads(kept.read_text())
     return start, each
 

@@ -30,6 +30,7 @@ from monai.data import MetaTensor
 from tsfm.cases.cases import Preparation
 from tsfm.inference.windows import SlabInferer
 from tsfm.labels import LabelTable
+from tsfm.network.cpu import keep_freed_memory
 from tsfm.network.tsfm_net import TSFM
 from tsfm.preparation.preprocessing import Grid
 from tsfm.training.checkpoint import describe_network, save_weights
@@ -90,6 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.from_file:
         return from_file((args.slices, args.size, args.size), tuple(args.spacing), args.targets)
+    keep_freed_memory()  # as inference.json does
     source = (args.slices, args.size, args.size)
     shape = tuple(round(n * a / b) for n, a, b in zip(source, args.spacing, SPACING_MM, strict=True))
     image = torch.zeros(1, 1, *shape)

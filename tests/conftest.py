@@ -90,6 +90,13 @@ def bundle_command(bundle, configs, run_id=None, launcher=("-m",), python=sys.ex
     return command
 
 
+def touch(folder, *names):
+    """Empty files, in folders that are made."""
+    for path in (Path(folder, name) for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as free:

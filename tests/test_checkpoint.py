@@ -65,7 +65,7 @@ def test_a_network_that_does_not_fit_its_targets_or_channels_is_refused():
 def test_weights_that_do_not_fit_change_nothing(network, tmp_path):
     save_weights(TSFM(1, 3, **SMALL), tmp_path / "other.pt")
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"heads\.0.*nothing was loaded|nothing was loaded"):
+    with pytest.raises(CheckpointError, match=r"nothing was loaded:\n(.*\n)*.*heads\.0"):
         load_weights(network, tmp_path / "other.pt")
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
@@ -166,7 +166,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_safetensors_beside_the_bundles_weights_are_not_left_behind_by_a_training(tmp_path):
     run = object.__new__(RunState)
-    run.write, run.output_dir, run.ckpt_dir = True, str(tmp_path / "run"), str(tmp_path / "models")
+    run.write, run.model_path, run.ckpt_dir = True, str(tmp_path / "run/model.pt"), str(tmp_path / "models")
     for folder, value in (("run", 2.0), ("models", 1.0)):
         (tmp_path / folder).mkdir()
         save_weights({"weight": torch.full((2,), value)}, tmp_path / folder / "model.pt")

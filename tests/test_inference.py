@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import blosc2
 import nibabel as nib
@@ -23,7 +24,7 @@ from tsfm.cases.folders import find_images
 from tsfm.cases.raw_ids import from_raw_ids, in_raw_ids, raw_values
 from tsfm.cases.volumes import Reader
 from tsfm.inference.claims import Claims
-from tsfm.inference.painting import Painter, Slab, export_logits
+from tsfm.inference.painting import Painter, Slab
 from tsfm.inference.passes import CPU, amp_type, free_bytes
 from tsfm.inference.prediction import CaseDataset, CaseEvaluator, FailedCases
 from tsfm.inference.probabilities import Probabilities
@@ -46,6 +47,19 @@ TREE = LabelTable(
 )
 
 RIVALS = LabelTable({"tumor": {"inside": "liver"}, "liver": {}, "spleen": {}}, [])
+
+
+def full_in(number, function):
+    """(`function`, whose call of this number runs out of memory; the list of its calls)."""
+    calls = []
+
+    def scarce(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return function(*arguments)
+
+    return scarce, calls
 
 
 class Fake(torch.nn.Module):
@@ -110,6 +124,18 @@ def naive_paint(logits, table, threshold=0.5):
         above = probabilities[rivals].max(0) > threshold
         painted[above] = surest[above] + 1
     return painted
+
+
+def export_logits(logits, source_shape, thick=None, exclusive=False, depth=32):
+    """A whole volume of logits (T, S, P, L) painted `depth` slices at a time, regions in their order."""
+    logits = torch.as_tensor(logits)
+    values = [(channel, channel + 1 - exclusive) for channel in range(exclusive, len(logits))]
+    tiers = [values] if exclusive else [[one] for one in values]
+    painter = Painter(logits.shape[1:], source_shape, tiers, [0.0] * len(logits), thick, exclusive)
+    for start in range(0, logits.shape[1], depth):
+        first = max(start - 1, 0)
+        painter.add(Slab(logits[:, first : start + depth], first))
+    return painter.label_map
 
 
 def prepared(shape, source_shape, spacing=(1.5, 1, 1), source_spacing=(1.5, 1, 1), seed=0, batched=True):
@@ -317,14 +343,7 @@ class TestSlabInferer:
 
     @pytest.mark.parametrize("place", [(Painter, "add"), (Quality, "see")])
     def test_painting_and_doubting_go_to_the_cpu_where_memory_runs_out(self, place, monkeypatch):
-        calls, add = [], getattr(*place)
-
-        def scarce(taker, slab):
-            calls.append(slab)
-            if len(calls) == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            add(taker, slab)
-
+        scarce, calls = full_in(2, getattr(*place))
         image = prepared((40, 20, 25), (63, 31, 17))
         inferer = SlabInferer((16, 12, 10), TREE, amp=False, progress=False, doubts=True)
         expected, quality = inferer(image, convolution()), inferer.quality
@@ -334,14 +353,7 @@ class TestSlabInferer:
 
     @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
     def test_uncertainty_goes_on_on_the_cpu_where_memory_runs_out(self, activation, monkeypatch):
-        calls, image = [], prepared((40, 20, 25), (63, 31, 17))
-
-        def scarce(logits):
-            calls.append(logits)
-            if len(calls) == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return binary_entropy(logits)
-
+        (scarce, calls), image = full_in(2, binary_entropy), prepared((40, 20, 25), (63, 31, 17))
         inferer = SlabInferer((16, 12, 10), ["a", "b"], amp=False, progress=False, activation=activation)
         network = convolution(3 if activation == "softmax" else 2)
         expected = inferer.uncertainty(image, network)
@@ -350,19 +362,14 @@ class TestSlabInferer:
 
     def test_an_image_that_a_gpu_does_not_hold_stays_on_the_cpu(self, monkeypatch, caplog):
         """Moving it, and padding it to a window: the fake GPU ("cpu:0") takes windows alone."""
-        gpu, pad, moved, padded = torch.device("cpu", 0), torch.nn.functional.pad, [], []
+        gpu, moved = torch.device("cpu", 0), []
+        scarce, padded = full_in(1, torch.nn.functional.pad)
 
         def prepare(batch, device, non_blocking=False, **kwargs):
             moved.append(device)
             if device == gpu:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return batch["image"].to(device), None
-
-        def scarce(tensor, margins):
-            padded.append(margins)
-            if len(padded) == 1:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return pad(tensor, margins)
 
         image, network = prepared((6, 20, 25), (6, 20, 25)), convolution()
         inferer = SlabInferer((16, 12, 10), TREE, amp=False, progress=False)
@@ -379,16 +386,9 @@ class TestSlabInferer:
         assert len(said) == 2 and all("the image is left to the CPU" in text for text in said)
 
     def test_entropy_that_runs_out_of_memory_half_way_counts_once(self, monkeypatch):
-        slab, calls = Slab(torch.randn(2, 4, 8, 8), 0), []
+        slab, (full, _) = Slab(torch.randn(2, 4, 8, 8), 0), full_in(2, binary_entropy)
         plain, scarce = (Quality({"a": (0, 0), "b": (1, 1)}, {"a": 0.0, "b": 0.0}) for _ in range(2))
         plain.see(slab)
-
-        def full(logits):
-            calls.append(logits)
-            if len(calls) == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return binary_entropy(logits)
-
         monkeypatch.setattr("tsfm.inference.quality.binary_entropy", full)
         with pytest.raises(torch.OutOfMemoryError):
             scarce.see(slab)
@@ -398,14 +398,9 @@ class TestSlabInferer:
     @pytest.mark.parametrize("limit", [2**30, 0])
     def test_averaging_goes_to_the_cpu_where_memory_runs_out_amid_a_window(self, limit, monkeypatch):
         monkeypatch.setattr("tsfm.inference.windows.FULL_PRECISION_BYTES", limit)
-        clamp, calls = torch.Tensor.clamp, []
-
-        def scarce(tensor, *args):
-            calls.append(tensor)
-            if len(calls) == 4:  # a fake GPU ("cpu:0") is full in the fourth slice of the first window
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return clamp(tensor, *args)
-
+        scarce, calls = full_in(
+            4, torch.Tensor.clamp
+        )  # the fake GPU ("cpu:0") is full in the first window's fourth slice
         plain, moved = (RollingAverage(2, (12, 8, 8), (8, 8, 8), place) for place in (CPU, torch.device("cpu", 0)))
         windows = torch.randn(2, 3, 8, 8, 8)
         for logits in windows:
@@ -454,7 +449,8 @@ class TestSlabInferer:
         image, networks = prepared((14, 13, 12), (14, 13, 12)), [convolution(seed=seed) for seed in (0, 1)]
         ensemble = torch.nn.Module()
         ensemble.count, ensemble.versions = 2, lambda x: (network(x) for network in networks)
-        inferer = SlabInferer((8, 8, 8), TREE, mirror="SP", amp=False, progress=False, watch=seen.append)
+        inferer = SlabInferer((8, 8, 8), TREE, mirror="SP", amp=False, progress=False)
+        inferer._observer = SimpleNamespace(watch=seen.append)
         result = inferer.logits(image, ensemble)
         expected = [naive_logits(image[0].numpy(), network, (8, 8, 8), (2, 3)) for network in networks]
         np.testing.assert_allclose(result[0], np.mean(expected, 0), atol=1e-5)
@@ -499,6 +495,8 @@ class TestSlabInferer:
             SlabInferer((8, 8, 8), ["a"], threshold=1.0)
         with pytest.raises(ValueError, match="overlap"):
             SlabInferer((8, 8, 8), ["a"], overlap=1.0)
+        with pytest.raises(ValueError, match="sw_batch_size is 0"):
+            SlabInferer((8, 8, 8), ["a"], sw_batch_size=0)
 
 
 # ---- from file to file ------------------------------------------------------------------------------------------

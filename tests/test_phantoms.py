@@ -12,6 +12,7 @@ import fire
 import nibabel as nib
 import numpy as np
 import pytest
+from tsfm.cases.pool import DatasetPool
 from tsfm_tools import demo
 from tsfm_tools.commands import phantoms as phantoms_command
 from tsfm_tools.phantoms import layouts as phantoms
@@ -230,11 +231,8 @@ def test_the_commands_that_the_demo_prints_write_its_phantoms(tmp_path, monkeypa
 
 def test_the_pool_file_reads_every_layout(ten):
     """The bundle's own declaration finds every case in the folders that the phantoms write."""
-    pool = pytest.importorskip("tsfm.cases.pool")
-    if not os.path.isfile(POOL_FILE):
-        pytest.skip("the pretraining bundle has no pool.json")
     found: dict[str, set[str]] = {}
-    for item in pool.DatasetPool(POOL_FILE, ten[0]).cases:
+    for item in DatasetPool(POOL_FILE, ten[0]).cases:
         found.setdefault(item["dataset"], set()).add(item["case"])
         if item["case"] == "amos_0507":
             assert item["modality"] == "MR"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import touch
 from tsfm.cases.folders import PoolError, find_images
 from tsfm.cases.pool import DatasetPool, complete_items, is_bare, sampling_weights
 from tsfm.planning.own_data import dataset_pool
@@ -18,13 +19,6 @@ PAPER_SHARES = {
     "totalsegmentator": 0.235, "msd_hepaticvessel": 0.118, "kits21": 0.117, "msd_pancreas": 0.113, "amos22": 0.105,
     "msd_liver": 0.078, "msd_colon": 0.076, "breast_dce": 0.068, "msd_lung": 0.054, "btcv": 0.037,
 }  # fmt: skip
-
-
-def touch(folder, *names):
-    for name in names:
-        path = Path(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
 
 
 def one_dataset(**fields):

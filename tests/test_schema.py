@@ -1,9 +1,9 @@
 """What users write in JSON: every slip is named with its file, its place and the nearest right word; what is meant is read."""
 
 import json
-from pathlib import Path
 
 import pytest
+from conftest import touch
 from tsfm.cases.folders import PoolError, find_images
 from tsfm.cases.pool import DatasetPool, complete_items
 from tsfm.labels import LabelError, LabelTable
@@ -14,13 +14,6 @@ from tsfm.schema import FileError, read_json
 
 LAYOUT = {"image": "img/{case}.nii.gz", "label": "lab/{case}.nii.gz"}
 OWN = {"name": "own", "folder": "own", "modality": "CT", "labels": {"1": "liver"}, **LAYOUT}
-
-
-def touch(folder, *names):
-    for name in names:
-        path = Path(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
 
 
 def write(path, content, encoding="utf-8"):

@@ -1,11 +1,12 @@
-"""Hippocampus from nothing at equal processor minutes: TSFM, the baselines' overlays, and nnU-Net 2.8.1 itself.
+"""Real data from nothing at equal processor minutes: TSFM, the baselines' overlays, and nnU-Net 2.8.1 itself.
 
 Every side trains in a process of one thread until its minutes of processor time are used up (start, loader, augmentation and
 validation included, preparation not) by its own recipe (STU-Net by that of its pretraining, since it starts from nothing): a first short run tells what a step costs, and the number of steps, over which the
-learning rate falls, follows from it. The held-out cases of nnU-Net's fold 0 are then segmented whole, without mirrored
-windows, and scored. A cell that has its result is not run again.
+learning rate falls, follows from it. The held-out cases of the data set's split are then segmented whole, without mirrored
+windows, and scored. A cell that has its result is not run again. DIR is of one data set.
 
     python benchmarks/real_data/equal_minutes.py --work DIR --peer .venv-bench/bin/python --minutes 5 15 --seeds 0 1 2
+    python benchmarks/real_data/equal_minutes.py --work DIR --dataset sarcoma_mr --minutes 5 --sides tsfm_s stunet_s
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles/tsfm_finetune"
 ITERATIONS = 25
+DATASETS = {"hippocampus": ("Task004_Hippocampus", 4), "sarcoma_mr": ("Task902_SarcomaMR", 902)}
+"""Name (of the split too) -> folder of the data, nnU-Net's id."""
 SIDES = {
     "tsfm_s": (["train.json", "small.json", "tsfm_s.json"], {}),
     "tsfm_auto": (["train.json", "small.json"], {}),
@@ -64,13 +67,13 @@ class Ours:
 
     unit, first = ITERATIONS, (2, 8)
 
-    def __init__(self, work: Path, data: Path, side: str):
-        self.work, self.data, (self.configs, self.settings) = work, data, SIDES[side]
+    def __init__(self, work: Path, data: Path, splits: Path, side: str):
+        self.work, self.data, self.splits, (self.configs, self.settings) = work, data, splits, SIDES[side]
 
     def train(self, folder: Path, epochs: int, seed: int) -> float:
         settings = {"dataset_dir": self.data, "store_dir": self.work / "store", "output_dir": folder, "epochs": epochs,
                     "ckpt_dir": folder / "published", "iterations_per_epoch": ITERATIONS, "seed": seed, "num_workers": 1,
-                    "splits_file": ROOT / "benchmarks/real_data/splits_hippocampus.json"}  # fmt: skip
+                    "splits_file": self.splits}  # fmt: skip
         return run(bundle(self.configs, **settings | self.settings), folder / "log")
 
     def predict(self, folder: Path) -> None:
@@ -83,34 +86,36 @@ class Peer:
 
     unit, first = 1, (5, 10)
 
-    def __init__(self, work: Path, python: str):
-        self.work, self.command = work, [python, "-W", "ignore", str(Path(__file__).with_name("equal_minutes_peer.py"))]
+    def __init__(self, work: Path, splits: Path, name: str, number: int, python: str):
+        self.work, self.splits, self.number = work, splits, number
+        self.folder = f"Dataset{number:03d}_{name}"
+        self.command = [python, "-W", "ignore", str(Path(__file__).with_name("equal_minutes_peer.py")), str(work)]
 
     def prepare(self, data: Path) -> None:
-        raw = self.work / "raw/Dataset004_hippocampus"
+        raw = self.work / "raw" / self.folder
         if not (raw / "dataset.json").exists():
             for source in sorted((data / "imagesTr").glob("*.nii.gz")):
                 for part, name in (("imagesTr", source.name.replace(".nii", "_0000.nii")), ("labelsTr", source.name)):
                     (raw / part).mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(data / part / source.name, raw / part / name)
-            declared = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "anterior": 1, "posterior": 2}}
+            declared = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, **targets(data)}}
             declared |= {"numTraining": len(list((raw / "imagesTr").iterdir())), "file_ending": ".nii.gz"}
             (raw / "dataset.json").write_text(json.dumps(declared))
-        splits = self.work / "preprocessed/Dataset004_hippocampus/splits_final.json"
+        splits = self.work / "preprocessed" / self.folder / "splits_final.json"
         if not splits.exists():
-            run([*self.command, str(self.work), "prepare"], self.work / "peer.log")
-            shutil.copyfile(ROOT / "benchmarks/real_data/splits_hippocampus.json", splits)
+            run([*self.command, self.folder, "prepare"], self.work / "peer.log")
+            shutil.copyfile(self.splits, splits)
 
     def train(self, folder: Path, steps: int, seed: int) -> float:
-        command = [*self.command, str(self.work), "train", str(folder), str(steps), str(seed)]
+        command = [*self.command, self.folder, "train", str(folder), str(steps), str(seed)]
         seconds = run(command, folder / "log")
         for name in ("dataset.json", "plans.json", "dataset_fingerprint.json"):
-            source = self.work / "preprocessed/Dataset004_hippocampus" / name.replace("plans", "nnUNetPlans")
+            source = self.work / "preprocessed" / self.folder / name.replace("plans", "nnUNetPlans")
             shutil.copyfile(source, folder / name)
         return seconds
 
     def predict(self, folder: Path) -> None:
-        run([*self.command, str(self.work), "predict", str(folder)], folder / "log")
+        run([*self.command, self.folder, "predict", str(folder)], folder / "log")
 
 
 def cell(side: Ours | Peer, folder: Path, minutes: float, seed: int, data: Path, cost: tuple[float, float]) -> None:
@@ -123,17 +128,23 @@ def cell(side: Ours | Peer, folder: Path, minutes: float, seed: int, data: Path,
     units = max(1, int((minutes * 60 - start) / each))
     seconds = side.train(folder, units, seed)
     side.predict(folder)
-    dice = score(folder / "maps", data / "labelsTr")
+    dice = score(folder / "maps", data)
     found = {"minutes": seconds / 60, "steps": units * side.unit, "dice": dice}
     (folder / "cell.json").write_text(json.dumps(found, indent=2))
 
 
-def score(maps: Path, truths: Path) -> dict[str, float]:
+def targets(data: Path) -> dict[str, int]:
+    """Target -> value in the label maps, background left out."""
+    labels = json.loads((data / "dataset.json").read_text())["labels"]
+    return {name: int(value) for value, name in labels.items() if int(value)}
+
+
+def score(maps: Path, data: Path) -> dict[str, float]:
     """Mean Dice per target over all maps; independent of both sides' own code."""
-    found: dict[str, list[float]] = {"anterior": [], "posterior": []}
+    found: dict[str, list[float]] = {name: [] for name in targets(data)}
     for path in sorted(maps.glob("*.nii.gz")):
-        ours, truth = (np.asarray(nib.load(p).dataobj) for p in (path, truths / path.name))
-        for value, target in enumerate(found, start=1):
+        ours, truth = (np.asarray(nib.load(p).dataobj) for p in (path, data / "labelsTr" / path.name))
+        for target, value in targets(data).items():
             ones, others = ours == value, truth == value
             found[target].append(2 * np.sum(ones & others) / (np.sum(ones) + np.sum(others)))
     return {target: float(np.mean(values)) for target, values in found.items()}
@@ -192,7 +203,7 @@ def draw(curves: dict[str, list[tuple[float, float, float, float]]], path: Path)
         minutes, mean, low, high = zip(*points, strict=True)
         spread = [[m - a for m, a in zip(mean, low, strict=True)], [b - m for m, b in zip(mean, high, strict=True)]]
         axes.errorbar(minutes, mean, spread, marker="o", capsize=3, label=name)
-    axes.set(xlabel="processor minutes of training, one thread", ylabel="mean Dice, 35 held-out cases", ylim=(0, 1))
+    axes.set(xlabel="processor minutes of training, one thread", ylabel="mean Dice, held-out cases", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
@@ -201,21 +212,28 @@ def draw(curves: dict[str, list[tuple[float, float, float, float]]], path: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/Task004_Hippocampus")
+    parser.add_argument("--dataset", choices=DATASETS, default="hippocampus")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared/data", help="where the data sets' folders are"
+    )
     parser.add_argument("--peer", default=".venv-bench/bin/python", help="Python with nnunetv2 2.8.1")
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15, 30])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     options = parser.parse_args()
-    work, data = options.work.resolve(), options.data.resolve()
-    held_out = json.loads((ROOT / "benchmarks/real_data/splits_hippocampus.json").read_text())[0]["val"]
+    folder, number = DATASETS[options.dataset]
+    work, data = options.work.resolve(), options.data.resolve() / folder
+    splits = ROOT / f"benchmarks/real_data/splits_{options.dataset}.json"
+    held_out = json.loads(splits.read_text())[0]["val"]
     (work / "held_out").mkdir(parents=True, exist_ok=True)
     for case in held_out:
         shutil.copyfile(data / f"imagesTr/{case}.nii.gz", work / f"held_out/{case}.nii.gz")
     sides = {}
     for name in options.sides:
-        sides[name] = Ours(work, data, name) if SIDES[name] else Peer(work, options.peer)
-        if not SIDES[name]:
+        if SIDES[name]:
+            sides[name] = Ours(work, data, splits, name)
+        else:
+            sides[name] = Peer(work, splits, options.dataset, number, options.peer)
             sides[name].prepare(data)
     for minutes in options.minutes:
         for seed in options.seeds:

@@ -2,9 +2,11 @@
 
 nnU-Net's own planner, preprocessing, trainer (3d_fullres, its batch, SGD) and predictor, one thread. WORK has the raw data.
 
-    equal_minutes_peer.py WORK prepare                       plans and prepares; not part of a budget
-    equal_minutes_peer.py WORK train FOLDER STEPS SEED       trains into FOLDER; the learning rate falls to 0 over STEPS
-    equal_minutes_peer.py WORK predict FOLDER                label maps of the images in WORK/held_out
+    equal_minutes_peer.py WORK DATASET prepare                   plans and prepares; not part of a budget
+    equal_minutes_peer.py WORK DATASET train FOLDER STEPS SEED   trains into FOLDER; the rate falls to 0 over STEPS
+    equal_minutes_peer.py WORK DATASET predict FOLDER            label maps of the images in WORK/held_out
+
+DATASET is nnU-Net's name of the folder, Dataset004_hippocampus for example.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-WORK = Path(sys.argv[1])
+WORK, DATASET = Path(sys.argv[1]), sys.argv[2]
 for name in ("raw", "preprocessed", "results"):
     os.environ[f"nnUNet_{name}"] = str(WORK / name)
 os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
@@ -30,14 +32,15 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as Train
 
 # nnU-Net looks a trainer up by importing all of them, some of which need torchvision.
 predict_from_raw_data.recursive_find_trainer_class_by_name = lambda name: Trainer
-PREPARED = WORK / "preprocessed/Dataset004_hippocampus"
+PREPARED = WORK / "preprocessed" / DATASET
+NUMBER = int(DATASET[7:10])
 STEPS_PER_EPOCH = 5
 
 
 def prepare() -> None:
-    extract_fingerprints([4], num_processes=1, check_dataset_integrity=False)
-    plan_experiments([4])
-    preprocess([4], configurations=["3d_fullres"], num_processes=[1])
+    extract_fingerprints([NUMBER], num_processes=1, check_dataset_integrity=False)
+    plan_experiments([NUMBER])
+    preprocess([NUMBER], configurations=["3d_fullres"], num_processes=[1])
 
 
 def train(folder: Path, steps: int, seed: int) -> None:
@@ -64,9 +67,10 @@ def predict(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_num_threads = lambda count: None  # nnU-Net would ask for as many as it has loader processes: none
-    if sys.argv[2] == "prepare":
+    command, arguments = sys.argv[3], sys.argv[4:]
+    if command == "prepare":
         prepare()
-    elif sys.argv[2] == "train":
-        train(Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    elif command == "train":
+        train(Path(arguments[0]), int(arguments[1]), int(arguments[2]))
     else:
-        predict(Path(sys.argv[3]))
+        predict(Path(arguments[0]))

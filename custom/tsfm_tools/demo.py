@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from tsfm.cases.pool import DatasetPool
 from tsfm.evaluation.tables import format_scores
+from tsfm.network.cpu import computes_in
 
 from .narration import Narrator
 from .paper.commands import transfer_table
@@ -42,6 +45,11 @@ def demo(output_dir: str = "demo_output", bundles_dir: str = "bundles", seed: in
     pool_data, new_data, pool_file = out / "pool", out / "kits19", pretrain / "configs/demo_pool.json"
     checkpoint = out / "pretrain/model.pt"
     screen = Narrator(out / "demo.log")
+    with screen.quiet():
+        fast = computes_in("cpu", torch.bfloat16)
+    if not fast:
+        torch.set_num_threads(min(2, os.cpu_count() or 1))  # float32 gains from a second one, bfloat16 hardly does
+        screen.say(f"This processor has no bfloat16 arithmetic: float32, on {torch.get_num_threads()} threads.")
 
     made = 'python -m tsfm phantoms --output_dir {} --cases_per_dataset {} --size "{}" --seed {} --layouts {}'
     screen.step("Phantoms: a pool of four data sets, each with its own ids, voxels and targets, and a new data set",

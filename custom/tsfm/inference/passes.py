@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Version(NamedTuple):
     logits: Tensor
 
 
+@dataclass
 class Passes:
     """The windows of one image through a network, on the network's device as far as memory goes.
 
@@ -54,22 +56,18 @@ class Passes:
         watch: is called with every `Version` of every batch.
     """
 
-    def __init__(
-        self,
-        network: Callable,
-        device: torch.device,
-        size: int = 1,
-        flips: Sequence[tuple[int, ...]] = (),
-        amp: bool = True,
-        amp_dtype: str = "auto",
-        wants_layout: bool = True,
-        check: Callable[[Any], Tensor] = lambda logits: logits,
-        watch: Callable[[Version], None] | None = None,
-    ) -> None:
-        self.network, self.device, self.home, self.size = network, device, device, size
-        self.flips, self.amp, self.amp_dtype = [(), *flips], amp, amp_dtype
-        self.wants_layout, self.check, self.watch = wants_layout, check, watch
-        self.stack = ExitStack()
+    network: Callable
+    device: torch.device
+    size: int
+    flips: Sequence[tuple[int, ...]]
+    amp: bool
+    amp_dtype: str
+    wants_layout: bool
+    check: Callable[[Any], Tensor]
+    watch: Callable[[Version], None] | None
+
+    def __post_init__(self) -> None:
+        self.home, self.flips, self.stack = self.device, [(), *self.flips], ExitStack()
 
     def __enter__(self) -> Passes:
         self.stack.enter_context(torch.no_grad())
@@ -106,12 +104,13 @@ class Passes:
                 continue
             yield from zip(found, some, strict=True)
             todo = todo[len(some) :]
+            del found  # its memory serves the next batch
 
     def _mean(self, image: Tensor, corners: Sequence, window: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
         """Mean logits (B, T, *window) over all versions."""
         batch = self._batch(image, corners, window).to(self.device)
-        if self.wants_layout:
-            batch = batch.contiguous(memory_format=torch.channels_last_3d)
+        if self.wants_layout:  # `contiguous` leaves one channel as it is, and outputs may follow its strides
+            batch = batch.clone(memory_format=torch.channels_last_3d)
         dtype = amp_type(self.device, self.amp_dtype)
         with autocast(self.device, self.amp, dtype):
             total = self._sum(batch, corners, *args, **kwargs)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -16,7 +14,7 @@ from tsfm.cases.folders import PoolError
 from tsfm.cases.licences import weights_terms
 from tsfm.cases.pool import DatasetPool
 from tsfm.errors import CaseError
-from tsfm.files import atomic_write, check_writable
+from tsfm.files import check_writable, write_json, write_text
 from tsfm.labels import LabelTable
 from tsfm.planning.own_data import dataset_pool
 from tsfm.preparation.parallel import WorkerDied, run_all
@@ -75,13 +73,8 @@ def audit(
     drawn = _draw(findings, cases, records, cache_dir, pictures, progress)
     facts = _facts(sources, cases, records, left_out, drawn)
     content = {**facts, "findings": [asdict(one) for one in findings]}
-    written = {
-        "audit.json": json.dumps(content, indent=4, ensure_ascii=False) + "\n",
-        "audit.html": page("Audit of a pool", facts, findings, drawn),
-    }
-    for name, text in written.items():
-        path = os.path.join(output_dir, name)
-        atomic_write(path, lambda temporary, text=text: Path(temporary).write_text(text, encoding="utf-8"))
+    write_json(os.path.join(output_dir, "audit.json"), content, ensure_ascii=False)
+    write_text(os.path.join(output_dir, "audit.html"), page("Audit of a pool", facts, findings, drawn))
     print(_summary(findings))
     print(f"{len(records)} of {len(cases)} cases measured: {os.path.join(output_dir, 'audit.html')}, audit.json")
 

@@ -17,7 +17,7 @@ from typing import Any
 import monai
 from tsfm.cases.pool import DatasetPool
 from tsfm.errors import changes, first_cause
-from tsfm.files import atomic_write
+from tsfm.files import write_json
 from tsfm.options import OptionError, check_options, check_texts
 from tsfm.planning.own_data import pretrained_description
 from tsfm.schema import FileError, nearest, read_json
@@ -219,7 +219,7 @@ class GridRunner:
                 bundle, configs, dataset_dir=str(self.folder_of(run.dataset)), output_dir=str(folder), **options,
                 store_dir=str(self.output_dir / "store"), ckpt_dir=str(folder / "published"),
             )  # fmt: skip
-            self._write(run, {"settings": settings})
+            write_json(folder / "cell.json", {"settings": settings})
         return folder / "model.pt"
 
     def weights_of(self, name: str) -> str:
@@ -241,7 +241,7 @@ class GridRunner:
             checkpoint=str(checkpoint), output_dir=str(evaluated), progress=False, **data,
         )  # fmt: skip
         scores = _dice(evaluated)
-        self._write(run, {**record, "scores": scores})
+        write_json(checkpoint.parent / "cell.json", {**record, "scores": scores})
         return scores
 
     def _published(self, run: Run) -> dict[str, dict[str, float]]:
@@ -253,7 +253,7 @@ class GridRunner:
         if not record:
             scores = self._prompted if run.row.get("prompted") else self._zero_shot
             record = {"settings": settings, "scores": scores(run, weights, **chosen)}
-            self._write(run, record)
+            write_json(self.cell(run) / "cell.json", record)
         return record["scores"]
 
     def _prompted(self, run: Run, weights: str, splits_file: Any = None, **chosen: Any) -> dict[str, dict[str, float]]:
@@ -296,10 +296,6 @@ class GridRunner:
                     f"{self.cell(run)} holds a cell with other settings ({changed}); give this grid its own --output_dir"
                 )
         return record
-
-    def _write(self, run: Run, record: Mapping[str, Any]) -> None:
-        text = json.dumps(record, indent=4)
-        atomic_write(self.cell(run) / "cell.json", lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def _dice(evaluated: Path) -> dict[str, dict[str, float]]:

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tsfm.evaluation.tables import markdown
+from tsfm.files import write_text
 
 from .grid_files import Column, Grid, Run
 
@@ -118,10 +119,8 @@ def write_tables(
     name: str,
 ) -> str:
     """Markdown and CSV (a line per run and target); returns the Markdown."""
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = table(grid, results, obstacles)
-    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    folder, text = Path(output_dir), table(grid, results, obstacles)
+    write_text(folder / f"{name}.md", text + "\n")
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(FIELDS)
