@@ -445,7 +445,7 @@ def test_an_earlier_release_is_replaced_and_nothing_else_is(source, checkpoint, 
     trained.unlink()
     result = tmp_path / "other/toy/predictions/case.nii.gz"  # where inference.json writes
     write(result, "a label map")
-    with pytest.raises(ReleaseError, match=r"it holds \['predictions'\], which no release writes"):
+    with pytest.raises(ReleaseError, match=r"it holds \['predictions'\], which .*: move these away, or choose another"):
         release.release(str(source), str(checkpoint), str(tmp_path / "other"), zipped=False)
     assert result.exists()
 
@@ -488,6 +488,12 @@ def test_the_readmes_commands_carry_the_name_and_version_of_the_release(source, 
     release.release(str(source), str(checkpoint), str(tmp_path / "dist"), **arguments)
     text = (tmp_path / "dist/kidneys/docs/README.md").read_text()
     assert "unzip kidneys_v0.2.0.zip; serve --conf models kidneys; toys" in text
+    renamed = source.rename(tmp_path / "of last year")
+    release.release(str(renamed), str(checkpoint), str(tmp_path / "again"), name="livers", zipped=False)
+    assert (
+        "unzip livers_v0.1.0.zip; serve --conf models livers; toys"
+        in (tmp_path / "again/livers/docs/README.md").read_text()
+    )
 
 
 def test_the_zip_brings_the_pins_of_its_environments(brats_weights, tmp_path):

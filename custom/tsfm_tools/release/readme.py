@@ -19,15 +19,16 @@ from tsfm.training.checkpoint import image_channels, table_of
 from .fitting import merge_overlay
 
 
-def write_readme(path: str, names: tuple[str, str], version: str, parts: Mapping[str, str]) -> None:
+def write_readme(path: str, name: str, version: str, parts: Mapping[str, str]) -> None:
     """Fill the README's `parts` (name -> Markdown); where it has no place for the weights' table, append a section.
 
-    `names`: of the source bundle and of the release; the README's commands get the latter, and the version.
+    Its commands get the release's `name` and `version` in place of those by which they unzip a bundle.
     """
     text = Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else ""
-    before, name = names
-    text = re.sub(rf"\b{re.escape(before)}_v\d\.\d\.\d\b", f"{name}_v{version}", text)
-    text = re.sub(rf"\b{re.escape(before)}\b", name, text)
+    if unzipped := re.search(r"\b(\w+)_v\d\.\d\.\d\.zip", text):
+        before = unzipped[1]
+        text = re.sub(rf"\b{before}_v\d\.\d\.\d\b", f"{name}_v{version}", text)
+        text = re.sub(rf"\b{before}\b", name, text)
     for part, content in parts.items():
         begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
         if begin in text and end in text:

@@ -156,8 +156,7 @@ def release(
         for file, content in configs.items():
             _write_json(os.path.join(folder, "configs", file), content)
         Path(folder, "docs/data_license.txt").write_text(licence or licence_list(seen), encoding="utf-8")
-        names = os.path.basename(os.path.abspath(bundle_dir)), name
-        write_readme(os.path.join(folder, "docs", "README.md"), names, metadata["version"], parts)
+        write_readme(os.path.join(folder, "docs", "README.md"), name, metadata["version"], parts)
         _write_weights(os.path.join(folder, "models"), tensors, description, safetensors)
         _copy_package(folder)
         _write_large_files(folder, name, base_url)
@@ -214,15 +213,15 @@ def _refuse_to_lose(target: str, bundle_dir: str, checkpoint: str | Sequence[str
     inside = [path for path in sources if Path(path).resolve().is_relative_to(Path(target).resolve())]
     is_release = all(os.path.exists(os.path.join(target, part)) for part in ("configs/metadata.json", "tsfm", "models"))
     if inside:
-        found = f"it holds {inside[0]}"
+        found = f"it holds {inside[0]}:"
     elif os.path.lexists(target) and (not is_release or os.path.islink(target)):
-        found = "what is there is no earlier release"
+        found = "what is there is no earlier release:"
     elif is_release and (added := _added(target)):
         found = f"it holds {added[:5]}, which no release writes (results, a run, a training?): move these away, or"
     else:
         return
     raise ReleaseError(
-        f"{os.path.abspath(target)} would be replaced, but {found}: choose another --output_dir or --name"
+        f"{os.path.abspath(target)} would be replaced, but {found} choose another --output_dir or --name"
     )
 
 
