@@ -192,8 +192,6 @@ def check_writable(folder: str | os.PathLike, option: str) -> None:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:  # another user's may not be asked, but lives
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -14,28 +14,12 @@ from .schema import LONGEST_NAME, PUNCTUATION, FileError, nearest
 MODALITY_WORDS = {
     "CT": {"ct", "cect", "ncct", "cta", "ldct", "cbct", "computed"},
     "MR": {
-        *(
-            "mr",
-            "mri",
-            "mra",
-            "magnetic",
-            "t1",
-            "t1w",
-            "t1c",
-            "t1ce",
-            "t1gd",
-            "t1n",
-            "t2",
-            "t2w",
-            "t2f",
-            "flair",
-            "dwi",
-        ),
-        *("adc", "dce", "swi", "pd", "pdw", "dixon", "gd", "t1wce", "t2s"),
+        "mr", "mri", "mra", "magnetic", "t1", "t1w", "t1c", "t1ce", "t1wce", "t1gd", "t1n", "t2", "t2w", "t2f", "t2s", "flair",
+        "dwi", "adc", "dce", "swi", "pd", "pdw", "dixon", "gd",
     },
     "PET": {"pet", "pt", "fdg", "suv", "positron"},
     "US": {"us", "ultrasound", "sonography"},
-}
+}  # fmt: skip
 """Words by which a modality is recognised; CT is normalized as Hounsfield units, everything else by z-score."""
 
 

@@ -197,16 +197,14 @@ class RandPerChanneld(RandomizableTransform, MapTransform):
         for key in self.key_iterator(d):
             chosen = self.R.random_sample(len(d[key])) < self.channel_prob
             if chosen.any():
-                channels = d[key].split(1)
                 spacing = d.get("spacing_mm", (1.0, 1.0, 1.0))
                 thick = thick_patch_axis(d[key].shape[1:], spacing) if self.thick_in_plane else None
-                pairs = zip(channels, chosen, strict=True)
-                d[key] = torch.cat([self._apply(c, thick) if hit else c for c, hit in pairs])
+                axis = 0 if thick is None else thick + 1
+                channels = list(d[key].split(1))
+                for number in np.flatnonzero(chosen):
+                    channels[number] = self.transform(channels[number].transpose(0, axis)).transpose(0, axis)
+                d[key] = torch.cat(channels)
         return d
-
-    def _apply(self, channel: torch.Tensor, thick: int | None) -> torch.Tensor:
-        axis = 0 if thick is None else thick + 1
-        return self.transform(channel.transpose(0, axis)).transpose(0, axis)
 
 
 class RandGamma(RandomizableTransform):
