@@ -19,6 +19,9 @@ import sys
 import tempfile
 import time
 
+DEPTH = 32
+"""Slices that the painter takes at a time, as it does when windows end."""
+
 SHAPE, SOURCE_SHAPE = (200, 256, 256), (300, 512, 512)
 SPACING_MM, SOURCE_SPACING_MM = (1.5, 1.0, 1.0), (1.0, 0.5, 0.5)
 
@@ -44,14 +47,17 @@ def write_logits(path, classes, kind):
 def tsfm(path):
     import numpy as np
     import torch
-    from tsfm.inference.painting import export_logits
+    from tsfm.inference.painting import Painter, Slab
     from tsfm.network.cpu import keep_freed_memory
 
     keep_freed_memory()  # as inference.json does
     logits = torch.from_numpy(np.load(path))
     started = time.perf_counter()
-    label_map = export_logits(logits, SOURCE_SHAPE, exclusive=True)
-    return time.perf_counter() - started, label_map.numpy()
+    painter = Painter(logits.shape[1:], SOURCE_SHAPE, [[(c, c) for c in range(1, len(logits))]], [], exclusive=True)
+    for start in range(0, logits.shape[1], DEPTH):
+        first = max(start - 1, 0)
+        painter.add(Slab(logits[:, first : start + DEPTH], first))
+    return time.perf_counter() - started, painter.label_map.numpy()
 
 
 def nnunet(path):

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import blosc2
 import nibabel as nib
@@ -23,7 +24,7 @@ from tsfm.cases.folders import find_images
 from tsfm.cases.raw_ids import from_raw_ids, in_raw_ids, raw_values
 from tsfm.cases.volumes import Reader
 from tsfm.inference.claims import Claims
-from tsfm.inference.painting import Painter, Slab, export_logits
+from tsfm.inference.painting import Painter, Slab
 from tsfm.inference.passes import CPU, amp_type, free_bytes
 from tsfm.inference.prediction import CaseDataset, CaseEvaluator, FailedCases
 from tsfm.inference.probabilities import Probabilities
@@ -123,6 +124,18 @@ def naive_paint(logits, table, threshold=0.5):
         above = probabilities[rivals].max(0) > threshold
         painted[above] = surest[above] + 1
     return painted
+
+
+def export_logits(logits, source_shape, thick=None, exclusive=False, depth=32):
+    """A whole volume of logits (T, S, P, L) painted `depth` slices at a time, regions in their order."""
+    logits = torch.as_tensor(logits)
+    values = [(channel, channel + 1 - exclusive) for channel in range(exclusive, len(logits))]
+    tiers = [values] if exclusive else [[one] for one in values]
+    painter = Painter(logits.shape[1:], source_shape, tiers, [0.0] * len(logits), thick, exclusive)
+    for start in range(0, logits.shape[1], depth):
+        first = max(start - 1, 0)
+        painter.add(Slab(logits[:, first : start + depth], first))
+    return painter.label_map
 
 
 def prepared(shape, source_shape, spacing=(1.5, 1, 1), source_spacing=(1.5, 1, 1), seed=0, batched=True):
@@ -436,7 +449,8 @@ class TestSlabInferer:
         image, networks = prepared((14, 13, 12), (14, 13, 12)), [convolution(seed=seed) for seed in (0, 1)]
         ensemble = torch.nn.Module()
         ensemble.count, ensemble.versions = 2, lambda x: (network(x) for network in networks)
-        inferer = SlabInferer((8, 8, 8), TREE, mirror="SP", amp=False, progress=False, watch=seen.append)
+        inferer = SlabInferer((8, 8, 8), TREE, mirror="SP", amp=False, progress=False)
+        inferer._observer = SimpleNamespace(watch=seen.append)
         result = inferer.logits(image, ensemble)
         expected = [naive_logits(image[0].numpy(), network, (8, 8, 8), (2, 3)) for network in networks]
         np.testing.assert_allclose(result[0], np.mean(expected, 0), atol=1e-5)
@@ -481,6 +495,8 @@ class TestSlabInferer:
             SlabInferer((8, 8, 8), ["a"], threshold=1.0)
         with pytest.raises(ValueError, match="overlap"):
             SlabInferer((8, 8, 8), ["a"], overlap=1.0)
+        with pytest.raises(ValueError, match="sw_batch_size is 0"):
+            SlabInferer((8, 8, 8), ["a"], sw_batch_size=0)
 
 
 # ---- from file to file ------------------------------------------------------------------------------------------

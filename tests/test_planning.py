@@ -20,6 +20,7 @@ from tsfm.cases.pool import DatasetPool
 from tsfm.errors import first_cause
 from tsfm.labels import LabelError, LabelTable
 from tsfm.network.tsfm_net import TSFM
+from tsfm.options import OptionError, check_options
 from tsfm.planning import own_data
 from tsfm.planning import plan as planning
 from tsfm.planning.forecast import Forecast
@@ -542,6 +543,27 @@ def test_a_plan_is_taken_back_from_its_file(pool, tmp_path):
         plan_run(pool, str(tmp_path), patch_size=[8, 16, 16], plan_file=str(tmp_path / "plan.json"))
     with pytest.raises(PlanError, match=r"no\.json cannot be read"):
         plan_run(pool, str(tmp_path), plan_file=str(tmp_path / "no.json"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("spacing_mm", [1, 1], "three numbers of millimetres"),
+        ("patch_size", 64, "three whole numbers"),
+        ("batch_size", "two", "a whole number from 1"),
+        ("memory_gb", "24GB", "a number above 0, without its unit"),
+        ("step_seconds", 0, "a number above 0"),
+        ("ct_normalization", {"lower": -100, "upper": 300}, r"lacks \['mean', 'sd'\]"),
+        ("label_ids", "1:liver", 'an object from raw ids to targets, like {"1": "liver"}'),
+        ("regions", ["liver"], "an object from targets to their relations"),
+    ],
+)
+def test_values_that_cannot_be_planned_by_are_refused_as_in_a_training(option, value, message, tmp_path):
+    with pytest.raises(OptionError, match=message):
+        show_plan("nowhere", **{option: value})
+    (tmp_path / "train.json").write_text(json.dumps({option: value}))
+    with pytest.raises(OptionError, match=message):
+        check_options(["monai.bundle", "run", "--config_file", str(tmp_path / "train.json")])
 
 
 def test_a_plan_that_cannot_be_written_is_not_made(folders, tmp_path, monkeypatch):

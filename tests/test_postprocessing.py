@@ -101,7 +101,7 @@ def test_the_plan_is_json_and_the_input_stays_as_it_was(tmp_path):
     assert isinstance(result, MetaTensor) and result.dtype == torch.uint8
     assert torch.equal(result.affine, affine)
     np.testing.assert_array_equal(result.numpy()[0], truth)
-    np.testing.assert_array_equal(step({"pred": prediction[None]})["pred"][0], truth)
+    np.testing.assert_array_equal(step({"pred": torch.from_numpy(prediction)[None]})["pred"][0], truth)
     np.testing.assert_array_equal(prediction, before)
     np.testing.assert_array_equal(item["pred"].numpy()[0], before)
 
@@ -167,6 +167,10 @@ def test_without_a_plan_nothing_changes():
 def test_wrong_plans_and_lists_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such post-processing plan"):
         PostProcessd("pred", str(tmp_path / "none.json"))
+    for other in ({"cases": {}}, [1], {}, {"steps": [{"target": "a"}]}):
+        (tmp_path / "report.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=r"report\.json is no post-processing plan; expected .steps."):
+            PostProcessd("pred", str(tmp_path / "report.json"))
     with pytest.raises(ValueError, match="made for"):
         PostProcessd("pred", {"targets": ["a"], "steps": []}, targets=["b"])
     prediction, truth = liver_case()

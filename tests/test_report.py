@@ -201,18 +201,17 @@ def test_pictures_are_radiological_whatever_the_files_axes(axcodes, table, tmp_p
     assert np.ptp(rows) / np.ptp(cols) == pytest.approx(10 / 16, abs=0.08)
 
 
-def test_the_slices_shown_hold_what_matters(table):
+def test_the_slice_shown_holds_what_matters(table):
     image, truth = np.zeros((40, 8, 8)), np.zeros((40, 8, 8), np.uint8)
     truth[2:20, 1:7, 1:7] = 1
     truth[11, 3, 3] = 2
     prediction = np.zeros_like(truth)
     prediction[37] = 3
     panels = {"image": image, "truth": truth, "prediction": prediction, "spacing": np.array([5.0, 1, 1])}
-    assert overlays.informative_slices(panels, 1) == [11]
-    assert 37 in overlays.informative_slices(panels, 3)
-    assert 37 not in overlays.informative_slices(panels, 3, {1: 1, 2: 2, 3: 0, 4: 0})
+    assert overlays.informative_slice(panels) == 11
+    assert overlays.informative_slice(panels, {1: 0, 2: 0, 3: 1}) == 37
     empty = {**panels, "truth": truth * 0, "prediction": truth * 0}
-    assert overlays.informative_slices(empty, 1) == [20]
+    assert overlays.informative_slice(empty) == 20
 
 
 def test_best_median_and_worst_are_chosen_by_mean_dice():

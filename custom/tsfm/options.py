@@ -48,7 +48,11 @@ NAMED = kind("string", "a name")
 
 AUTO = r"\Aauto\Z"
 
-THREE = [kind("number", "a number above 0", exclusiveMinimum=0)] * 3
+POSITIVE = kind("number", "a number above 0", exclusiveMinimum=0)
+
+BUDGET = kind(["number", "null"], "a number above 0, without its unit, or null", exclusiveMinimum=0)
+
+THREE = [POSITIVE] * 3
 
 KINDS["options"] = kind(
     "object",
@@ -65,6 +69,17 @@ KINDS["options"] = kind(
         "checkpointing": kind(["boolean", "string"], "true, false or auto (on a command line: True or False)", pattern=AUTO),
         "learning_rate": RATE,
         **dict.fromkeys(("head_learning_rate", "encoder_learning_rate"), RATE_OR_NONE),
+        **dict.fromkeys(("memory_gb", "step_seconds"), BUDGET),
+        "label_ids": kind(
+            ["object", "null"], 'an object from raw ids to targets, like {"1": "liver"}',
+            additionalProperties=kind(["string", "array"], "the name of a target, or a list of them"),
+        ),
+        "regions": kind(["object", "null"], 'an object from targets to their relations, like {"liver": {}}'),
+        "ct_normalization": kind(
+            ["string", "object"], "fingerprint, checkpoint, or an object with the numbers lower, upper, mean and sd",
+            pattern=r"\A(fingerprint|checkpoint)\Z", required=["lower", "upper", "mean", "sd"],
+            properties={**dict.fromkeys(("lower", "upper", "mean"), kind("number", "a number")), "sd": POSITIVE},
+        ),
         **dict.fromkeys(("allow_missing", "raw_data", "from_scratch", "amp", "compile", "progress", "save_sharded"), FLAG),
         **dict.fromkeys(("bundle_root", "output_dir", "store_dir", "ckpt_dir", "splits_file"), PATH),
         "checkpoint": kind(["string", "array", "null"], "a weight file, or a list of folds' weight files"),

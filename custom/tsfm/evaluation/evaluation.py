@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
@@ -46,10 +45,9 @@ class CaseScores:
         self,
         output_dir: str,
         table: LabelTable | Mapping | str,
-        targets: Sequence[str] | str | None = None,
+        targets: Sequence[str] | None = None,
     ) -> None:
-        self.output_dir, self.table = output_dir, as_table(table)
-        self.targets = (targets,) if isinstance(targets, str) else targets
+        self.output_dir, self.table, self.targets = output_dir, as_table(table), targets
         self.summary: dict[str, Any] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -59,7 +57,7 @@ class CaseScores:
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _start(self, engine: Engine) -> None:
-        self._writer = ScoreWriter(self.output_dir, self.table, idist.get_rank())
+        self._writer = ScoreWriter(self.output_dir, self.table)
 
     def _score(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
@@ -79,15 +77,11 @@ class CaseScores:
         return [row for row in rows if self.targets is None or row["target"] in self.targets]
 
     def _finish(self, engine: Engine) -> None:
-        parts = idist.all_gather((self._writer.rows, self._writer.failed)) if idist.get_world_size() > 1 else []
-        if idist.get_rank() != 0:
-            self._writer.discard()
-            return
         known = {failure["case"] for failure in self._writer.failed}
         is_told = isinstance(engine, CaseEvaluator)
         rows = [row for row in engine.failed if row["case"] not in known] if is_told else []
         self._writer.failed += [{"case": row["case"], "error": row["error"]} for row in rows]
-        self.summary = self._writer.finish(parts[1:], engine.protocol if is_told else None)
+        self.summary = self._writer.finish(engine.protocol if is_told else None)
         cases, table = counted(self.summary["cases"], "case"), format_scores(self.summary)
         logger.info("Scores of %s in %s\n%s", cases, self.output_dir, table)
         if self._writer.failed and not is_told:
@@ -123,7 +117,7 @@ def items_to_score(
             "existing is 'skip', but an evaluation computes what it scores; expected 'overwrite' or 'error'"
         )
     apart = "segment the folder with inference.json alone and score it with python -m tsfm evaluate"
-    if parts > 1 and idist.get_world_size() == 1:
+    if parts > 1:
         raise ValueError(
             f"this is one of {parts} processes, and scores are made by one: start a single one, or {apart}"
         )

@@ -30,6 +30,8 @@ LUNG_WINDOW_HU = (-1350.0, 150.0)
 CT_BELOW_HU = -100.0
 """An image that names no modality is CT where it holds less: its fat and air do, MR does not."""
 
+PANELS = ("image", "truth", "prediction")
+
 ROW_INCHES, TITLE_INCHES = 3.4, 0.3
 
 EDGE = [withStroke(linewidth=1.6, foreground="black")]  # keeps letters readable on bright fat
@@ -45,13 +47,13 @@ def truth_map(codes: np.ndarray, table: LabelTable, dataset: str) -> np.ndarray:
 
 
 def page_png(path: str | Path, cases: Sequence[Mapping[str, Any]], table: LabelTable) -> Path:
-    """A page of cases below each other: a row of image, truth and prediction per slice, the most informative ones.
+    """A page of cases below each other: image, truth and prediction in the most informative slice of each.
 
     Args:
-        cases: per case ``image``, ``prediction`` and ``truth`` (three axes on one grid, label-map values, see `truth_map`;
-            no truth gives two columns), ``affine`` (to RAS+ mm: which slices are axial, their orientation and
-            proportions), and if wanted ``modality`` (else told by the values), ``slices`` (1), ``title`` and ``annotated`` (targets that
-            the truth's data set annotates; the legend marks others that are predicted).
+        cases: per case ``image``, ``prediction`` and ``truth`` (three axes on one grid, label-map values, see `truth_map`),
+            ``affine`` (to RAS+ mm: which slices are axial, their orientation and proportions), and if wanted ``modality``
+            (else told by the values), ``title`` and ``annotated`` (targets that the truth's data set annotates; the legend
+            marks others that are predicted).
 
     Raises:
         ValueError: arrays whose shapes differ.
@@ -59,28 +61,27 @@ def page_png(path: str | Path, cases: Sequence[Mapping[str, Any]], table: LabelT
     rows, shown = [], set()
     for case in cases:
         panels = _upright(case)
-        for number, index in enumerate(informative_slices(panels, case.get("slices", 1), _weights(table, case))):
-            rows.append((panels, index, case.get("title", "") if number == 0 else ""))
-            for key in {"truth", "prediction"} & panels.keys():
-                shown |= {int(value) for value in np.unique(panels[key][index]) if value}
-    columns = max(2 + ("truth" in row[0]) for row in rows)
+        index = informative_slice(panels, _weights(table, case))
+        rows.append((panels, index, case.get("title", "")))
+        shown |= {int(value) for key in PANELS[1:] for value in np.unique(panels[key][index]) if value}
+    columns = len(PANELS)
     handles = _legend_entries(table, shown, cases)
     header = 0.34
     footer = 0.26 + 0.25 * -(-max(len(handles), 1) // (columns + 1))
-    tall = [TITLE_INCHES * bool(title) + ROW_INCHES * _crop_of(panels)[2] for panels, _, title in rows]
+    tall = [TITLE_INCHES * bool(title) + ROW_INCHES * panels["crop"][2] for panels, _, title in rows]
     width, height = ROW_INCHES * columns, header + footer + sum(tall)
     figure = Figure(figsize=(width, height), dpi=110, facecolor="black")
     FigureCanvasAgg(figure)
     top = height - header
-    for column, name in enumerate(("image", "truth", "prediction") if columns == 3 else ("image", "prediction")):
+    for column, name in enumerate(PANELS):
         figure.text((column + 0.5) / columns, (top + 0.08) / height, name, color="white", ha="center", fontsize=11)
     for (panels, index, title), row_height in zip(rows, tall, strict=True):
         figure.text(0.008, (top - 0.06) / height, title, color="white", va="top", fontsize=10)
         picture = row_height - TITLE_INCHES * bool(title)
-        _draw_row(figure, panels, index, colors_of(table), ((top - row_height) / height, picture / height, columns))
+        _draw_row(figure, panels, index, colors_of(table), ((top - row_height) / height, picture / height))
         top -= row_height
-    style = {"loc": "lower center", "frameon": False, "labelcolor": "white", "fontsize": 9}
     if handles:
+        style = {"loc": "lower center", "frameon": False, "labelcolor": "white", "fontsize": 9}
         figure.legend(handles=handles, ncols=min(columns + 1, len(handles)), **style)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, facecolor="black")
@@ -94,19 +95,18 @@ def _weights(table: LabelTable, case: Mapping[str, Any]) -> dict[int, float]:
 
 
 def _upright(case: Mapping[str, Any]) -> dict[str, Any]:
-    """The case's arrays with axes (superior, posterior, left), their spacing in that order, and the gray window."""
+    """The case's arrays with axes (superior, posterior, left), their spacing in that order, gray window, and crop."""
     image, affine = np.asarray(case["image"]), np.asarray(case["affine"], float)
     turn = turn_to(affine, SPL)
     panels: dict[str, Any] = {}
-    for key in ("image", "truth", "prediction"):
-        if case.get(key) is None:
-            continue
+    for key in PANELS:
         array = np.asarray(case[key])
         if array.shape != image.shape:
             raise ValueError(f"{case.get('title', 'case')}: {key} has shape {array.shape}, the image {image.shape}")
         panels[key] = turn_array(array, turn)
-    spacing = np.array(spacing_of(turn_grid(image.shape, affine, turn)[1]))
-    panels["spacing"], panels["window"] = spacing, _window(panels["image"], case)
+    panels["spacing"] = np.array(spacing_of(turn_grid(image.shape, affine, turn)[1]))
+    panels["window"] = _window(panels["image"], case)
+    panels["crop"] = _crop_of(panels)
     return panels
 
 
@@ -119,33 +119,23 @@ def _window(image: np.ndarray, case: Mapping[str, Any]) -> tuple[float, float]:
     return float(low), float(max(high, low + 1e-6))
 
 
-def informative_slices(panels: Mapping[str, Any], number: int, weights: Mapping[int, float] | None = None) -> list[int]:
-    """The axial slices that show most, from head to foot.
+def informative_slice(panels: Mapping[str, Any], weights: Mapping[int, float] | None = None) -> int:
+    """The axial slice that shows most.
 
     Each target counts by the share of its largest cross-section in the slice, so small ones count as much as large
-    ones; what is only predicted counts half. What a chosen slice shows, and slices near it, count less for the next.
+    ones; what is only predicted counts half.
 
     Args:
         weights: label-map value -> weight (default 1).
     """
     size = panels["image"].shape[0]
-    shares, worth = [np.zeros(size)], [0.0]
+    worth = np.zeros(size)
     for key, part in (("truth", 1.0), ("prediction", 0.5)):
-        for value in np.unique(panels[key]).tolist() if key in panels else ():
-            if value and (weights or {}).get(value, 1.0):
+        for value in np.unique(panels[key]).tolist():
+            if value:
                 area = (panels[key] == value).sum((1, 2))
-                shares.append(area / area.max())
-                worth.append(part * (weights or {}).get(value, 1.0))
-    if len(shares) == 1:
-        return sorted({int(at) for at in np.linspace(0, size - 1, number + 2)[1:-1].round()}, reverse=True)
-    shares, worth, near = np.stack(shares), np.array(worth), np.ones(size)
-    chosen: list[int] = []
-    while len(chosen) < number and ((worth @ shares) * near).any():
-        chosen.append(int(((worth @ shares) * near).argmax()))
-        worth = worth * (1 - 0.7 * shares[:, chosen[-1]])
-        apart = np.abs(np.arange(size) - chosen[-1]) * panels["spacing"][0]
-        near = near * np.clip(apart / 30, 0, 1)  # 30 mm away a slice is as good as new
-    return sorted(chosen, reverse=True)
+                worth += part * (weights or {}).get(value, 1.0) * area / area.max()
+    return int(worth.argmax()) if worth.any() else round((size - 1) / 2)
 
 
 def _crop_of(panels: Mapping[str, Any]) -> tuple[slice, slice, float]:
@@ -156,7 +146,7 @@ def _crop_of(panels: Mapping[str, Any]) -> tuple[slice, slice, float]:
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
     body = (sizes >= max(1, 0.2 * sizes.max()))[pieces]
-    for key in {"truth", "prediction"} & panels.keys():
+    for key in PANELS[1:]:
         body |= panels[key].any(0)
     around, margins = label_box(body) or ((0, None), (0, None)), (round(6 / step_p), round(6 / step_l))
     box = [slice(max(0, low - m), high and high + m) for (low, high), m in zip(around, margins, strict=True)]
@@ -164,13 +154,13 @@ def _crop_of(panels: Mapping[str, Any]) -> tuple[slice, slice, float]:
     return box[0], box[1], float(np.clip(shape[0] * step_p / (shape[1] * step_l), 0.4, 1.6))
 
 
-def _draw_row(figure: Figure, panels: Mapping[str, Any], index: int, colors, place: tuple[float, float, int]) -> None:
-    """Image, truth and prediction of one slice side by side; `place`: bottom and height in the figure, columns."""
-    bottom, tall, columns = place
-    rows, cols, _ = _crop_of(panels)
+def _draw_row(figure: Figure, panels: Mapping[str, Any], index: int, colors, place: tuple[float, float]) -> None:
+    """Image, truth and prediction of one slice side by side; `place`: bottom and height in the figure."""
+    (bottom, tall), columns = place, len(PANELS)
+    rows, cols, _ = panels["crop"]
     spacing, gray = panels["spacing"], panels["image"][index][rows, cols]
     shades = {"cmap": "gray", "vmin": panels["window"][0], "vmax": panels["window"][1], "interpolation": "bilinear"}
-    for column, name in enumerate(name for name in ("image", "truth", "prediction") if name in panels):
+    for column, name in enumerate(PANELS):
         axes = figure.add_axes((column / columns + 0.003, bottom + 0.02 * tall, 1 / columns - 0.006, 0.96 * tall))
         axes.imshow(gray, aspect=spacing[1] / spacing[2], **shades)
         axes.set_axis_off()

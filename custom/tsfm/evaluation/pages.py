@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -67,7 +66,7 @@ def folder_page(
     Args:
         rows: scored rows, or the ``cases.csv`` that the evaluation wrote.
         predictions, dataset: as for :func:`tsfm.evaluation.evaluation.evaluate_folder`.
-        items: the cases' pool items with ``image`` (the first channel is shown), ``label`` and, if known, ``modality``.
+        items: the cases' pool items with ``case``, ``image`` (the first channel is shown), ``label`` and, if known, ``modality``.
         per_target: a row for each target, in the slice that shows most of it; nothing else is painted there.
         raw_ids: the data set in whose ids the predictions are; None where they are the table's values.
     """
@@ -75,7 +74,7 @@ def folder_page(
     chosen = worst_cases(rows) if per_target else choose_cases(rows)
     wanted = {(entry["dataset"], entry["case"]) for entry in chosen.values()}
     owner = dataset or table.datasets[0]
-    items = [i for i in items if "case" not in i or (i.get("dataset") or owner, str(i["case"])) in wanted]
+    items = [item for item in items if (item.get("dataset") or owner, str(item["case"])) in wanted]
     if not wanted:
         raise ValueError("no case has a Dice to rank by: the truths hold nothing of these targets")
     pairs = match_predictions(predictions, items, dataset)
@@ -131,8 +130,6 @@ class CasePage:
 
     def __call__(self, engine: Engine) -> None:
         """Draw the page; a page that cannot be drawn is reported and spoils nothing."""
-        if idist.get_rank() != 0:
-            return
         names = ("page.png", "targets.png")
         for name in names:  # an earlier run's would be taken for this one's
             (self.output_dir / name).unlink(missing_ok=True)

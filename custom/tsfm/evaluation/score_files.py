@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,12 @@ class ScoreWriter:
     ``lesions.csv`` and adds ``summary.json`` (per data set and target) and ``scores.md`` (the tables).
     """
 
-    def __init__(self, output_dir: str | Path, table: LabelTable, rank: int = 0) -> None:
-        self.folder, self.table, self.rank = Path(output_dir), table, rank
+    def __init__(self, output_dir: str | Path, table: LabelTable) -> None:
+        self.folder, self.table = Path(output_dir), table
         check_writable(self.folder, "--output_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []
-        self._part = f".part{rank or ''}"
         self._save([], "w")
 
     def add(self, rows: list[dict[str, Any]]) -> None:
@@ -46,18 +45,11 @@ class ScoreWriter:
         logger.error("%s could not be scored: %s", case, error)
         self.failed.append({"case": case, "error": str(error)})
 
-    def finish(
-        self, others: Iterable[tuple[list, list]] = (), protocol: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
-        """Write the final files; `others` are (rows, failed) of other processes. Returns the summary.
+    def finish(self, protocol: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Write the final files, return the summary.
 
         `protocol` says how the label maps were made; it goes into ``summary.json`` and below the tables.
         """
-        for rows, failed in others:
-            # A sampler that evens out the processes' shares may have given one case to two of them.
-            known = {(row["dataset"], row["case"]) for row in self.rows}
-            self.rows += [row for row in rows if (row["dataset"], row["case"]) not in known]
-            self.failed += failed
         self._save(self.rows, "w")
         lesion_targets = [name for name in self.table.names if is_lesion(self.table, name)]
         summary = {**summarize(self.rows), "lesion_targets": lesion_targets, "failed": self.failed}
@@ -68,22 +60,15 @@ class ScoreWriter:
             text += "\n" + "; ".join(f"{key}: {value}" for key, value in protocol.items()) + ".\n"
         for name, content in (("summary.json", json.dumps(summary, indent=4)), ("scores.md", text)):
             (self.folder / f"{name}.part").write_text(content, encoding="utf-8")
-        for name in ("cases.csv", "lesions.csv"):
-            os.replace(self.folder / f"{name}{self._part}", self.folder / name)
-        for name in ("summary.json", "scores.md"):
+        for name in ("cases.csv", "lesions.csv", "summary.json", "scores.md"):
             os.replace(self.folder / f"{name}.part", self.folder / name)
         return summary
-
-    def discard(self) -> None:
-        """Remove this process's running files (another process writes the final ones)."""
-        for name in ("cases.csv", "lesions.csv"):
-            (self.folder / f"{name}{self._part}").unlink(missing_ok=True)
 
     def _save(self, rows: list[dict[str, Any]], mode: str) -> None:
         keys = LESION_COLUMNS[:3]
         lesions = [{**{key: row[key] for key in keys}, **lesion} for row in rows for lesion in row["lesions"]]
         for name, columns, lines in (("cases.csv", COLUMNS, rows), ("lesions.csv", LESION_COLUMNS, lesions)):
-            with open(self.folder / f"{name}{self._part}", mode, newline="", encoding="utf-8") as file:
+            with open(self.folder / f"{name}.part", mode, newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, columns)
                 if mode == "w":
                     writer.writeheader()

@@ -200,14 +200,13 @@ class ClickInferer(SlabInferer):
         """As `SlabInferer.slabs`, with the clicks of `prompt`, on the grid of `image`."""
         if self.sigma is None:
             return super().slabs(image, network, *args, **kwargs)
-        before = [max(patch - size, 0) // 2 for size, patch in zip(image.shape[1:], self.roi_size, strict=True)]
+        before = self._before(image.shape[1:])
         moved = {
             target: [Click(tuple(n + low for n, low in zip(c.voxel, before, strict=True)), c.inside) for c in clicks]
             for target, clicks in (prompt or {}).items()
         }
         settings = (self.roi_size, self.flips, self.amp, self.amp_dtype, tuple(self.channels))
-        versions = self.flips or getattr(network, "versions", None)  # of which an observer has to see every one
-        watched = self.watch or (self._observer and versions)
+        watched = self._observer and (self.flips or getattr(network, "versions", None))  # every version has to be seen
         kept = kept_windows(image, network, settings, 0 if watched else self.keep_bytes)
         return super().slabs(image, network, *args, prompt=moved, kept=kept, **kwargs)
 

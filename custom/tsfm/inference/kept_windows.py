@@ -15,8 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-_LARGEST = 32000.0
-"""Logits are clipped here, so that float16 can hold them."""
+from .windows import LARGEST
 
 _LOCK = threading.Lock()
 
@@ -35,15 +34,13 @@ class KeptWindows:
 
     def put(self, corner: Hashable, target: int | None, clicks: Hashable, logits: torch.Tensor) -> torch.Tensor:
         """`logits` as they are kept, in place of those with other clicks; where there is no room they are only returned."""
-        value = logits.float().clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16, copy=True).contiguous()
+        value = logits.float().clamp(-LARGEST, LARGEST).to("cpu", torch.float16, copy=True).contiguous()
         with _LOCK:
-            before = self.values.pop((corner, target), None)
-            more = value.nbytes - (0 if before is None else before[1].nbytes)
-            if more > self.room[0]:
-                self._count(-before[1].nbytes if before is not None else 0)
-            else:
+            if before := self.values.pop((corner, target), None):
+                self._count(-before[1].nbytes)
+            if value.nbytes <= self.room[0]:
                 self.values[corner, target] = (clicks, value)
-                self._count(more)
+                self._count(value.nbytes)
         return value
 
     def _count(self, more: int) -> None:

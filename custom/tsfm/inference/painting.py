@@ -59,10 +59,7 @@ class Painter:
         thick: int | None = None,
         exclusive: bool = False,
     ) -> None:
-        self.axes = [
-            axis_resampler(n, m, 0 if a == thick else 1)
-            for a, (n, m) in enumerate(zip(shape, source_shape, strict=True))
-        ]
+        self.axes = resize_axes(shape, source_shape, thick)
         self.tiers, self.levels, self.exclusive = tiers, levels, exclusive
         largest = max((value for tier in tiers for _, value in tier), default=0)
         self.label_map = torch.zeros(tuple(source_shape), dtype=torch.uint8 if largest < 256 else torch.int16)
@@ -94,7 +91,7 @@ class Painter:
         """Paint the source slices begin to end."""
         low, high = self.axes[0].needed(begin, end)
         logits = slab.logits[:, low - slab.start : high - slab.start]
-        peaks = _peaks(logits, self.exclusive)
+        peaks = highest_logits(logits, self.exclusive)
         if peaks.max().isnan():
             raise ValueError(f"the network's output is NaN in slices {low} to {high}: check the weights and the image")
         painted = self.label_map[begin:end].to(logits.device)
@@ -139,7 +136,7 @@ class Painter:
         return torch.lerp(planes[index[0]], planes[index[1]], float(weights[1]))
 
 
-def _peaks(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
+def highest_logits(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
     """Largest logit (above the background's, if exclusive) along S, float32 (T, P, L), one slice at a time: torch
     reduces float16 and strided tensors many times slower than it converts and compares them."""
     peaks = None
@@ -163,31 +160,10 @@ def _rows(axis: AxisResampler, line: np.ndarray) -> tuple[int, int]:
     return (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 0)
 
 
-def export_logits(
-    logits: torch.Tensor | np.ndarray,
-    source_shape: Sequence[int],
-    table: LabelTable | Sequence[str] | None = None,
-    threshold: float | Mapping[str, float] = 0.5,
-    thick: int | None = None,
-    exclusive: bool = False,
-    depth: int = 32,
-) -> torch.Tensor:
-    """A whole volume of logits (T, S, P, L) to its label map on the source grid, `depth` slices at a time.
-
-    Without a label table the channels are painted in their order (with `exclusive`: background first, then values 1 to T - 1).
-
-    Returns:
-        uint8 (s, p, l).
-    """
-    logits = torch.as_tensor(logits)
-    names = check_names(table, len(logits) - 1 if exclusive else len(logits))
-    channels = [target + exclusive for target in range(len(names))]
-    tiers = paint_tiers(table if isinstance(table, LabelTable) else None, channels, exclusive)
-    painter = Painter(logits.shape[1:], source_shape, tiers, threshold_logits(threshold, names), thick, exclusive)
-    for start in range(0, logits.shape[1], depth):
-        first = max(start - 1, 0)
-        painter.add(Slab(logits[:, first : start + depth], first))
-    return painter.label_map
+def resize_axes(shape: Sequence[int], source_shape: Sequence[int], thick: int | None) -> list[AxisResampler]:
+    """How each axis of the prepared grid is resized to the source grid: linearly, along `thick` by the nearest slice."""
+    sizes = enumerate(zip(shape, source_shape, strict=True))
+    return [axis_resampler(n, m, 0 if axis == thick else 1) for axis, (n, m) in sizes]
 
 
 def paint_tiers(
@@ -203,16 +179,6 @@ def paint_tiers(
     depth: Callable[[int], Any] = (lambda target: 0) if exclusive else table.paint_depth if table else int
     order = sorted((target for target, channel in enumerate(channels) if channel is not None), key=depth)
     return [[(channels[target], target + 1) for target in tier] for _, tier in itertools.groupby(order, key=depth)]
-
-
-def check_names(table: LabelTable | Sequence[str] | None, count: int) -> tuple[str, ...]:
-    """Names of the targets, checked against the number of channels."""
-    if table is None:
-        return tuple(str(i + 1) for i in range(count))
-    names = table.names if isinstance(table, LabelTable) else tuple(table)
-    if len(names) != count:
-        raise ValueError(f"the network has {count} outputs, the label table {len(names)} targets: {list(names)}")
-    return names
 
 
 def threshold_logits(threshold: float | Mapping[str, float], names: Sequence[str]) -> list[float]:

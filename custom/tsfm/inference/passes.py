@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Version(NamedTuple):
     logits: Tensor
 
 
+@dataclass
 class Passes:
     """The windows of one image through a network, on the network's device as far as memory goes.
 
@@ -54,22 +56,18 @@ class Passes:
         watch: is called with every `Version` of every batch.
     """
 
-    def __init__(
-        self,
-        network: Callable,
-        device: torch.device,
-        size: int = 1,
-        flips: Sequence[tuple[int, ...]] = (),
-        amp: bool = True,
-        amp_dtype: str = "auto",
-        wants_layout: bool = True,
-        check: Callable[[Any], Tensor] = lambda logits: logits,
-        watch: Callable[[Version], None] | None = None,
-    ) -> None:
-        self.network, self.device, self.home, self.size = network, device, device, size
-        self.flips, self.amp, self.amp_dtype = [(), *flips], amp, amp_dtype
-        self.wants_layout, self.check, self.watch = wants_layout, check, watch
-        self.stack = ExitStack()
+    network: Callable
+    device: torch.device
+    size: int
+    flips: Sequence[tuple[int, ...]]
+    amp: bool
+    amp_dtype: str
+    wants_layout: bool
+    check: Callable[[Any], Tensor]
+    watch: Callable[[Version], None] | None
+
+    def __post_init__(self) -> None:
+        self.home, self.flips, self.stack = self.device, [(), *self.flips], ExitStack()
 
     def __enter__(self) -> Passes:
         self.stack.enter_context(torch.no_grad())

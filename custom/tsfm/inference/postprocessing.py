@@ -28,7 +28,7 @@ from monai.transforms import MapTransform
 
 from ..cases.volumes import as_label_map
 from ..preparation.resampling import boxes_of, enclosing
-from ..schema import read_json
+from ..schema import FileError, read_json
 from .notes import CLICKS, COMPUTED
 
 
@@ -54,6 +54,18 @@ def apply(
         fill = next(value for value in around if not value or computed is None or names[value - 1] in computed)
         _keep_largest(result, step["values"], fill)
     return result
+
+
+def _checked(plan: Any, path: str | Path) -> Mapping[str, Any]:
+    """What a file holds, or FileError where that is no plan."""
+    steps = plan.get("steps") if isinstance(plan, Mapping) else None
+    parts = {"target", "values", "fill"}
+    if not isinstance(steps, list) or not all(isinstance(step, Mapping) and parts <= step.keys() for step in steps):
+        raise FileError(
+            f'{path} is no post-processing plan; expected "steps", each with {sorted(parts)}: python -m tsfm '
+            "postprocessing makes one; give null for none"
+        )
+    return plan
 
 
 def _needs(step: Mapping[str, Any], names: Sequence[str]) -> Sequence[str]:
@@ -100,7 +112,7 @@ class PostProcessd(MapTransform):
         if isinstance(plan, (str, Path)):
             if not Path(plan).is_file():
                 raise FileNotFoundError(f"{plan}: no such post-processing plan; give null for none")
-            plan = read_json(plan)
+            plan = _checked(read_json(plan), plan)
         if plan and targets is not None and list(plan.get("targets", targets)) != list(targets):
             raise ValueError(
                 f"the post-processing plan was made for {plan['targets']}, the label map holds {list(targets)}"
@@ -114,17 +126,13 @@ class PostProcessd(MapTransform):
                 result[key] = self._process(result[key])
         return result
 
-    def _process(self, label_map: torch.Tensor | np.ndarray, **notes: Any) -> torch.Tensor | np.ndarray:
-        if not isinstance(label_map, torch.Tensor):
-            return np.stack([apply(as_label_map(channel, 65535), self.plan, **notes) for channel in label_map]).astype(
-                label_map.dtype
-            )
+    def _process(self, label_map: torch.Tensor) -> torch.Tensor:
         meta = label_map.meta if isinstance(label_map, MetaTensor) else {}
-        clicks = json.loads(meta.get(CLICKS, "[]"))
-        notes = {"computed": json.loads(meta.get(COMPUTED, "null"))}
-        notes["clicked"] = {name for kind, name, _ in clicks if kind != "outside" and name in self.plan["targets"]}
-        array = label_map.detach().cpu().as_subclass(torch.Tensor).numpy()
-        kept = torch.from_numpy(self._process(array, **notes)).to(label_map.device)
+        clicks, computed = json.loads(meta.get(CLICKS, "[]")), json.loads(meta.get(COMPUTED, "null"))
+        clicked = {name for kind, name, _ in clicks if kind != "outside" and name in self.plan["targets"]}
+        plain = label_map.detach().as_subclass(torch.Tensor)
+        kept = [apply(as_label_map(channel, 65535), self.plan, computed, clicked) for channel in plain.cpu().numpy()]
+        kept = torch.from_numpy(np.stack(kept)).to(plain)
         if not isinstance(label_map, MetaTensor):
             return kept
         return MetaTensor(kept, meta=label_map.meta, applied_operations=label_map.applied_operations)

@@ -196,11 +196,10 @@ class CaseEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> Any:
         case = _case_of(batchdata, len(self.results) + 1)
-        row: dict[str, Any] = {"case": case}
+        unread = {key: batchdata[key][0] for key in ("error", "left") if key in batchdata}
+        row: dict[str, Any] = {"case": case, **unread}
         try:
-            if "error" in batchdata or "left" in batchdata:
-                row |= {key: batchdata[key][0] for key in ("error", "left") if key in batchdata}
-            else:
+            if not unread:
                 if self.annotated is not None:
                     known = self.annotated[batchdata["dataset"][0]] if "dataset" in batchdata else self.every.chosen
                     self.inferer = self.every.restricted_to(known)
@@ -277,10 +276,7 @@ def volumes_ml(
         table: label table, by which a target holds its parts and what lies inside; or the names of the values.
         computed: the targets to report, others were not looked for; None for all.
     """
-    counts = np.zeros(65536, np.int64)
-    for plane in np.asarray(label_map.detach().cpu())[0]:
-        found = np.bincount(plane.ravel())
-        counts[: len(found)] += found
+    counts = torch.bincount(label_map.detach().cpu().as_subclass(torch.Tensor).flatten(), minlength=65536).numpy()
     affine = np.asarray(label_map.affine) if isinstance(label_map, MetaTensor) else np.eye(4)
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
     if isinstance(table, LabelTable):

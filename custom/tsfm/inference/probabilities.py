@@ -18,9 +18,9 @@ import torch
 from scipy.special import entr
 
 from ..cases.folders import saved_outputs
+from ..cases.grids import turn_array, turn_to
 from ..files import PARTIAL, scratch_name, sweep
-from ..preparation.resampling import axis_resampler
-from .painting import Slab
+from .painting import Slab, resize_axes
 from .source_grids import SourceGrid
 
 CHUNK = 16
@@ -56,13 +56,19 @@ class Probabilities:
         self.discard()
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
-        self.grid, self.channels, self.exclusive = grid, [channels.get(name) for name in names], exclusive
-        pairs = enumerate(zip(shape, grid.shape, strict=True))
-        self.axes = [axis_resampler(n, m, 0 if axis == grid.thick else 1) for axis, (n, m) in pairs]
-        self.last, self.done = self.axes[0].index.max(1), 0
-        self.place = _Place.of(grid)
-        self.along = self.place.axis(0)
-        size = self.place.shape
+        self.channels, self.exclusive = [channels.get(name) for name in names], exclusive
+        self.axes, self.done = resize_axes(shape, grid.shape, grid.thick), 0
+        self.last = self.axes[0].index.max(1)
+        affine = np.asarray(grid.image_affine, float)
+        self.turn = turn_to(np.asarray(grid.affine, float), affine)
+        self.along, self.step = (int(number) for number in self.turn[0])  # the image's axis of s, and its direction
+        spans = [
+            (start, stop) if sign > 0 else (full - stop, full - start)
+            for (start, stop), sign, full in zip(grid.crop, self.turn[:, 1], grid.full_shape, strict=True)
+        ]
+        self.first = int(spans[0][0] if self.step > 0 else spans[0][1] - 1)
+        order = np.argsort(self.turn[:, 0])
+        self.box, size = [slice(*spans[axis]) for axis in order], [int(grid.full_shape[axis]) for axis in order]
         chunk = [min(n, CHUNK) if axis == self.along else n for axis, n in enumerate(size)]
         self.file = self.folder / f".{scratch_name()}{PARTIAL}.b2nd"
         self.array = blosc2.zeros(
@@ -70,24 +76,24 @@ class Probabilities:
             cparams={"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.BITSHUFFLE]},
         )  # fmt: skip
         self.array.schunk.vlmeta["targets"] = list(names)
-        self.array.schunk.vlmeta["affine"] = np.asarray(self.place.affine, float).tolist()
+        self.array.schunk.vlmeta["affine"] = affine.tolist()
         self.open: dict[int, np.ndarray] = {}
 
     def add(self, slab: Slab) -> None:
         """Take in the source slices that are determined by the slices up to the end of this slab."""
         begin, end = self.done, int(np.searchsorted(self.last, slab.stop))
         for s in range(begin, end):
-            place, number = self._place(s)
+            place = self.first + self.step * s
+            number = place // CHUNK
             if number not in self.open:
                 size = list(self.array.shape)
                 size[1 + self.along] = min(CHUNK, size[1 + self.along] - number * CHUNK)
                 self.open[number] = np.zeros(size, np.float16)
-            where = list(self.place.box)
+            where = list(self.box)
             where[self.along] = place - number * CHUNK
-            plane = self.place.turned(self._slice(slab, s)[:, None].numpy())
+            plane = turn_array(self._slice(slab, s)[:, None].numpy(), self.turn)
             self.open[number][(slice(None), *where)] = plane.take(0, axis=1 + self.along)
-            following = self._place(s + 1)[1] if s + 1 < self.axes[0].n_out else None
-            if following != number:
+            if s + 1 == self.axes[0].n_out or (place + self.step) // CHUNK != number:
                 self._write(number)
             self.done = s + 1
 
@@ -99,7 +105,7 @@ class Probabilities:
 
     def uncertainty(self) -> np.ndarray:
         """float32 (X, Y, Z) in bits: the largest binary entropy that a target's probability has at the voxel."""
-        found = np.zeros(self.place.shape, np.float32)
+        found = np.zeros(self.array.shape[1:], np.float32)
         for start in range(0, found.shape[self.along], CHUNK):
             where = [slice(None)] * 3
             where[self.along] = slice(start, start + CHUNK)
@@ -113,11 +119,6 @@ class Probabilities:
             self.array = None
             self.file.unlink(missing_ok=True)
             self.file = None
-
-    def _place(self, s: int) -> tuple[int, int]:
-        """Of source slice s: its place along the image's axis, and the number of the chunk it belongs to."""
-        place = self.place.along(s)
-        return place, place // CHUNK
 
     def _slice(self, slab: Slab, s: int) -> torch.Tensor:
         """Probabilities (T, p, l) of source slice s, float16, on the CPU."""
@@ -143,45 +144,3 @@ class Probabilities:
 def kept_probabilities(output_dir: str | os.PathLike, save: str | Sequence[str]) -> Probabilities | None:
     """A `Probabilities` where an output in `save` needs it, or None: they take time and room."""
     return Probabilities(output_dir) if set(NEEDED_FOR) & set(saved_outputs(save)) else None
-
-
-class _Place:
-    """Where the cropped, turned source grid (s, p, l) lies in the image's own (X, Y, Z)."""
-
-    def __init__(
-        self, shape: Sequence[int], affine: np.ndarray, axes: Sequence[int], signs: Sequence[int], starts, stops
-    ):
-        self.shape, self.affine = tuple(shape), affine
-        self.axes, self.signs = axes, signs  # image axis, and direction, of s, p and l
-        spans = {axis: slice(int(a), int(b)) for axis, a, b in zip(axes, starts, stops, strict=True)}
-        self.box = tuple(spans[axis] for axis in range(3))
-        self.first = int(stops[0]) - 1 if signs[0] < 0 else int(starts[0])
-
-    @classmethod
-    def of(cls, grid: SourceGrid) -> _Place:
-        """From a `SourceGrid`; an image of its own where nothing was turned or cropped."""
-        turned, own = (np.asarray(one, float) for one in (grid.affine, grid.image_affine))
-        matrix = np.rint(np.linalg.solve(own[:3, :3], turned[:3, :3])).astype(int)
-        axes = [int(np.flatnonzero(matrix[:, axis])[0]) for axis in range(3)]
-        signs = [int(matrix[image, axis]) for axis, image in enumerate(axes)]
-        shape = [0, 0, 0]
-        for axis, image in enumerate(axes):
-            shape[image] = int(grid.full_shape[axis])
-        spans = [
-            (start, stop) if sign > 0 else (full - stop, full - start)
-            for (start, stop), sign, full in zip(grid.crop, signs, grid.full_shape, strict=True)
-        ]
-        return cls(shape, own, axes, signs, *zip(*spans, strict=True))
-
-    def axis(self, source: int) -> int:
-        """The image's axis of s, p or l (0, 1, 2)."""
-        return self.axes[source]
-
-    def along(self, s: int) -> int:
-        """Place of source slice s along the image's axis."""
-        return self.first + self.signs[0] * s
-
-    def turned(self, part: np.ndarray) -> np.ndarray:
-        """A view (T, x, y, z) of a part (T, s, p, l)."""
-        flips = tuple(slice(None, None, sign) for sign in self.signs)
-        return part[(slice(None), *flips)].transpose(0, *(1 + np.argsort(self.axes)))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .painting import Slab
+from ..preparation.resampling import label_box
+from .painting import Slab, highest_logits
 from .passes import Version
 
 
@@ -72,16 +73,11 @@ class Quality:
 
     def _of_votes(self, count: int) -> dict[str, tuple[int, int]]:
         """Target -> sum n (n - 1) and (K - 1) sum n over the batch; n of K versions paint a voxel."""
-        found = {
-            name: torch.bincount(votes.flatten(), minlength=count + 1).tolist() for name, votes in self._votes.items()
-        }
-        return {
-            name: (
-                sum(n * (n - 1) * voxels for n, voxels in enumerate(voted)),
-                (count - 1) * sum(n * voxels for n, voxels in enumerate(voted)),
-            )
-            for name, voted in found.items()
-        }
+        n, found = torch.arange(count + 1), {}
+        for name, votes in self._votes.items():
+            voxels = torch.bincount(votes.flatten(), minlength=count + 1).cpu()
+            found[name] = int((n * (n - 1) * voxels).sum()), int((count - 1) * (n * voxels).sum())
+        return found
 
     def _of_winners(self) -> dict[str, tuple[int, int]]:
         """The same of a softmax, for all its targets at once: pairs of versions are few, its outputs may be a hundred."""
@@ -104,11 +100,17 @@ class Quality:
     def see(self, slab: Slab) -> None:
         """Take in averaged logits; the first slices may have come before. All or, where memory runs out, nothing counts."""
         logits, seen = slab.logits[:, max(self._done - slab.start, 0) :], {}
+        peaks = highest_logits(logits, self.exclusive)
         for name, (_, channel) in self.targets.items():
-            found = logits[channel].float() - logits[0].float() if self.exclusive else logits[channel].float()
-            found = found[found > (0.0 if self.exclusive else self.levels[name])]
-            if found.numel():
-                seen[name] = float(binary_entropy(found).sum()), found.numel()
+            level = 0.0 if self.exclusive else self.levels[name]
+            box = label_box((peaks[channel] > level).cpu().numpy())
+            if box is None:
+                continue
+            where = (slice(None), *(slice(*side) for side in box))  # to look at a target everywhere takes long
+            found = logits[channel][where].float()
+            found = found - logits[0][where].float() if self.exclusive else found
+            found = found[found > level]
+            seen[name] = float(binary_entropy(found).sum()), found.numel()
         for name, (bits, voxels) in seen.items():
             self.bits[name] = [self.bits[name][0] + bits, self.bits[name][1] + voxels]
         self._done = slab.stop

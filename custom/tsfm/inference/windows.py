@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from ..labels import LabelTable
 from .notes import COMPUTED
-from .painting import ACTIVATIONS, Painter, Slab, check_names, paint_tiers, threshold_logits
-from .passes import AMP_DTYPES, CPU, Passes, Version, free_bytes, mirrored_axes, network_device, where_it_fits
+from .painting import ACTIVATIONS, Painter, Slab, paint_tiers, threshold_logits
+from .passes import AMP_DTYPES, CPU, Passes, free_bytes, mirrored_axes, network_device, where_it_fits
 from .probabilities import Probabilities
 from .quality import Quality, binary_entropy
 from .source_grids import source_grid
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 FULL_PRECISION_BYTES = 2**30
 """A rolling buffer that would be larger than this in float32 is kept in float16 (nnU-Net always uses float16)."""
 
-_LARGEST = 32000.0
+LARGEST = 32000.0
 """Logits are clipped here, so that float16 can hold them and their differences."""
 
 
@@ -106,7 +106,7 @@ class RollingAverage:
         where = (s + 1, slice(top, top + plane.shape[0]), slice(left, left + plane.shape[1]))
         mean, total = self.mean[where], self.total[where] + self.gaussian[s]
         plane = plane if channels is None else plane.index_select(2, channels.to(plane.device))
-        share, logit = (self.gaussian[s] / total)[..., None], plane.float().clamp(-_LARGEST, _LARGEST)
+        share, logit = (self.gaussian[s] / total)[..., None], plane.float().clamp(-LARGEST, LARGEST)
         average = mean.float().lerp_(logit, share)
         if mean.dtype != torch.float32:
             self.mean[where] = average
@@ -151,7 +151,6 @@ class SlabInferer(Inferer):
             ones are painted over earlier ones (nnU-Net); "softmax": the largest logit wins, thresholds are not looked at,
             and the first output is the background.
         probabilities: keeps each target's probability of the case at hand, for the saver.
-        watch: is called with every `passes.Version` of every batch of windows, before they are averaged.
         doubts: say in `quality`, after each image, how far versions agree and how sure their mean is (`Quality.report`).
 
     Where a GPU's memory runs out, fewer windows go per pass; then the buffer, at last the network goes to the CPU.
@@ -175,7 +174,6 @@ class SlabInferer(Inferer):
         progress: bool = True,
         activation: str = "sigmoid",
         amp_dtype: str = "auto",
-        watch: Callable[[Version], None] | None = None,
         probabilities: Probabilities | None = None,
         doubts: bool = False,
     ) -> None:
@@ -183,7 +181,7 @@ class SlabInferer(Inferer):
         if len(self.roi_size) != 3 or min(self.roi_size) < 1:
             raise ValueError(f"roi_size is {roi_size}, expected three positive numbers of voxels (S, P, L)")
         self.table = table if isinstance(table, LabelTable) else tuple(table)
-        self.names = check_names(table, len(table.names if isinstance(table, LabelTable) else self.table))
+        self.names = table.names if isinstance(table, LabelTable) else self.table
         self.levels = threshold_logits(threshold, self.names)
         chosen = [targets] if isinstance(targets, str) else self.names if targets is None else list(targets)
         unknown = [name for name in chosen if name not in self.names]
@@ -197,9 +195,11 @@ class SlabInferer(Inferer):
         self.outputs = (*(("background",) if self.exclusive else ()), *self.names)
         self._choose(chosen)
         window_starts(1, 1, overlap)
+        if sw_batch_size < 1:
+            raise ValueError(f"sw_batch_size is {sw_batch_size}, expected 1 window per pass or more")
         self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
         self.amp, self.channels_last, self.progress = amp, channels_last, progress
-        self.amp_dtype, self.watch, self.probabilities, self.doubts = amp_dtype, watch, probabilities, doubts
+        self.amp_dtype, self.probabilities, self.doubts = amp_dtype, probabilities, doubts
         self.quality: dict[str, dict[str, float | None]] = {}
         self._observer: Quality | None = None
 
@@ -314,13 +314,8 @@ class SlabInferer(Inferer):
     def _passes(self, network: Callable, device: torch.device, kind: type[Passes] = Passes) -> Passes:
         return kind(
             network, device, self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self.channels_last, self._checked,
-            self._watch if self.watch or self._observer else None,
+            self._observer and self._observer.watch,
         )  # fmt: skip
-
-    def _watch(self, version: Version) -> None:
-        for watch in (self.watch, self._observer and self._observer.watch):
-            if watch:
-                watch(version)
 
     def _quality(self, shape: Sequence[int]) -> Quality:
         """Of the targets that are painted, in an image (S, P, L)."""
@@ -344,7 +339,10 @@ class SlabInferer(Inferer):
     def _checked(self, logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """The finest output, plain; ValueError where it does not fit the table."""
         logits = logits[0] if isinstance(logits, (list, tuple)) else logits
-        check_names(self.outputs, logits.shape[1])
+        if logits.shape[1] != len(self.outputs):
+            raise ValueError(
+                f"the network has {logits.shape[1]} outputs, the label table {len(self.outputs)} targets: {list(self.outputs)}"
+            )
         if tuple(logits.shape[2:]) != self.roi_size:
             raise ValueError(f"the network turns windows {self.roi_size} into {tuple(logits.shape[2:])}; same expected")
         return logits.as_tensor() if isinstance(logits, MetaTensor) else logits

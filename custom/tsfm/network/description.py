@@ -11,30 +11,26 @@ from dataclasses import fields
 from typing import Any
 
 from ..cases.cases import Preparation
-from ..schema import KINDS, NAME, NAME_RULE, SNOMED, check, is_plain_name, nearest
-
-
-def _kind(types: str | list[str], description: str, **more: Any) -> dict[str, Any]:
-    return {"type": types, "description": description, **more}
+from ..schema import KINDS, NAME, NAME_RULE, SNOMED, check, is_plain_name, kind, nearest
 
 
 def _list(description: str, items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    return _kind("array", description, items=items, **more)
+    return kind("array", description, items=items, **more)
 
 
 def _map(description: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Any names, all with such values."""
-    return _kind("object", description, additionalProperties=values)
+    return kind("object", description, additionalProperties=values)
 
 
 def _object(description: str, properties: Mapping[str, Any], required: Sequence[str] = ()) -> dict[str, Any]:
     """These names and no others."""
-    return _kind("object", description, additionalProperties=False, required=list(required), properties=properties)
+    return kind("object", description, additionalProperties=False, required=list(required), properties=properties)
 
 
 LARGEST = 2**20
 
-COUNT = _kind("integer", "a whole number from 0 to a million", minimum=0, maximum=LARGEST)
+COUNT = kind("integer", "a whole number from 0 to a million", minimum=0, maximum=LARGEST)
 
 COUNTS = _list("a list of whole numbers", COUNT, maxItems=64)
 
@@ -44,15 +40,15 @@ STRIDES = _list("a list of three whole numbers per level", THREE_COUNTS, maxItem
 
 STRIDES_OR_NONE = {**STRIDES, "type": ["array", "null"]}
 
-NUMBER = _kind("number", "a number")
+NUMBER = kind("number", "a number")
 
-SHARE = _kind("number", "a number from 0 to 1", minimum=0, maximum=1)
+SHARE = kind("number", "a number from 0 to 1", minimum=0, maximum=1)
 
-FLAG = _kind("boolean", "true or false")
+FLAG = kind("boolean", "true or false")
 
-YES_NO_UNKNOWN = _kind(["boolean", "null"], "true, false or null")
+YES_NO_UNKNOWN = kind(["boolean", "null"], "true, false or null")
 
-WORD = _kind("string", "a word of small letters, digits, - and _", pattern=r"\A[a-z][a-z0-9_-]{0,39}\Z")
+WORD = kind("string", "a word of small letters, digits, - and _", pattern=r"\A[a-z][a-z0-9_-]{0,39}\Z")
 
 COMMON = {
     "in_channels": COUNT,
@@ -78,18 +74,18 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "dropout": SHARE,
         "bottleneck": FLAG,
         "interpolation": WORD,
-        "skip": _kind("string", "add or concat", enum=["add", "concat"]),
+        "skip": kind("string", "add or concat", enum=["add", "concat"]),
     },
     "nnunet": {**COMMON, **LEVELS, "residual": FLAG, "bias": FLAG},
     "swinunetr": {**COMMON, "feature_size": COUNT, "dropout": SHARE, "use_v2": FLAG},
     "stunet": {**COMMON, **LEVELS, "size": NAME},
     "sam_med3d": {**COMMON, **dict.fromkeys(("width", "depth", "num_heads"), COUNT), "global_layers": COUNTS},
-    "ensemble": {**COMMON, "count": COUNT, "network": _kind("object", "an object with a network's arguments")},
+    "ensemble": {**COMMON, "count": COUNT, "network": kind("object", "an object with a network's arguments")},
 }
 """Arguments, and their types, of each network that a description may name (``"name"``; without it: tsfm)."""
 
 THREE_MM = _list(
-    "three numbers of millimetres (S, P, L)", _kind("number", "millimetres above 0", exclusiveMinimum=0, maximum=1000),
+    "three numbers of millimetres (S, P, L)", kind("number", "millimetres above 0", exclusiveMinimum=0, maximum=1000),
     minItems=3, maxItems=3,
 )  # fmt: skip
 
@@ -109,7 +105,7 @@ PREPARATION = {
     "default_modality": NAME,
     "masked": _map("an object from modalities to true or false", FLAG),
     "channels": _list("a list of rules, one per channel", RULE),
-    "orientation": _kind("string", "three letters", pattern=r"\A[A-Za-z]{3}\Z"),
+    "orientation": kind("string", "three letters", pattern=r"\A[A-Za-z]{3}\Z"),
     "resample_first": FLAG,
 }
 
@@ -119,7 +115,7 @@ TARGET = _object(
         "part_of": NAME,
         "inside": NAME,
         "lesion": FLAG,
-        "tolerance_mm": _kind("number", "millimetres above 0", exclusiveMinimum=0),
+        "tolerance_mm": kind("number", "millimetres above 0", exclusiveMinimum=0),
         "display": NAME,
         "snomed": SNOMED,
     },
@@ -130,7 +126,7 @@ LABELS = _object(
     {
         "name": NAME,
         "labels": _map("an object from raw ids to lists of targets", NAMES),
-        "ignore": _list("a list of raw ids", _kind("integer", "a raw id (whole number)")),
+        "ignore": _list("a list of raw ids", kind("integer", "a raw id (whole number)")),
         "others": NAME,
     },
     ["name", "labels"],
@@ -149,8 +145,8 @@ DESCRIPTION = _object(
     {
         "format": COUNT,
         "version": NAME,
-        "epoch": _kind(["integer", "null"], "a whole number from 0", minimum=0),
-        "network": _kind("object", "an object with a network's arguments"),
+        "epoch": kind(["integer", "null"], "a whole number from 0", minimum=0),
+        "network": kind("object", "an object with a network's arguments"),
         "targets": _map("an object from target names to their relations", TARGET),
         "dataset_labels": _list("a list of data sets' labels", LABELS),
         "preparation": _object(
@@ -169,8 +165,8 @@ DESCRIPTION = _object(
             _map("an object from statistics to smallest and largest", RANGE),
         ),
         "activation": WORD,
-        "click_sigma": _kind("number", "voxels above 0", exclusiveMinimum=0, maximum=1000),
-        "mirror_axes": _kind("string", "some of the letters S, P, L", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
+        "click_sigma": kind("number", "voxels above 0", exclusiveMinimum=0, maximum=1000),
+        "mirror_axes": kind("string", "some of the letters S, P, L", pattern=r"\A(?!.*(.).*\1)[SPL]*\Z"),
     },
 )
 

@@ -15,6 +15,8 @@ from torch import nn
 from ..files import check_writable, write_json
 from ..names import counted
 from ..network.cpu import autocast
+from ..options import OptionError
+from ..schema import check
 from ..training.step_memory import fit_memory
 from .own_data import count_channels, dataset_pool
 from .plan import describe_images, downstream_network, plan_preparation
@@ -139,6 +141,13 @@ def plan(
         store_dir: the run's store, where the data's fingerprint is kept; by default nothing is kept.
         timed: run a few training steps on random numbers.
     """
+    given = {
+        "spacing_mm": spacing_mm, "patch_size": patch_size, "batch_size": batch_size, "memory_gb": memory_gb,
+        "step_seconds": step_seconds, "checkpointing": checkpointing, "epochs": epochs,
+        "iterations_per_epoch": iterations_per_epoch, "ct_normalization": ct_normalization, "licence": licence,
+        "label_ids": label_ids, "regions": regions,
+    }  # fmt: skip
+    check(given, "options", "command line", OptionError)
     if output_file:
         check_writable(os.path.dirname(os.path.abspath(output_file)), "--output_file")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
