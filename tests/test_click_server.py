@@ -174,5 +174,7 @@ def test_a_release_of_promptable_weights_is_named_by_itself_serves_clicks_and_tr
         and network.description["click_sigma"] == 2.5
     )
     assert FOLDER_CHECKS["bundle name"](str(bundle)) == bundle.name
+    again = Path(release(str(bundle), checkpoint, str(tmp_path / "again"), zipped=False))
+    assert again.name == bundle.name and json.loads((again / "configs/train.json").read_text()) == train
     with pytest.raises(ReleaseError, match="deepedit"):
         release(source, weights(tmp_path / "other.pt", clicks=False), str(tmp_path), name="other_deepedit")

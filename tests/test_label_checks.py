@@ -42,6 +42,7 @@ def train(labels=2, **request):
         ({"threshold": "abc"}, "threshold is 'abc', expected a number"),
         ({"threshold": 7}, "threshold is 7, expected a number above 0 and below 1"),
         ({"threshold": float("nan")}, "threshold is nan"),
+        ({"threshold": 10**400}, "threshold is 10+, expected a number"),
         ({"threshold": True}, "threshold is True"),
         ({"overlap": 1.5}, "overlap is 1.5, expected a number from 0 to below 1"),
         ({"mirroring": "perhaps"}, "mirroring is 'perhaps', expected true or false"),

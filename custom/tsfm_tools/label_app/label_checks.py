@@ -111,8 +111,8 @@ def _options(request: Mapping[str, Any], options: Mapping[str, Any], devices: Se
         if name not in options and hint:
             raise BadRequest(f"there is no option '{name}'{hint}; it would change nothing")
     given = {name: request[name] for name in options if request.get(name) is not None}
-    empty = {name: options[name] for name, value in given.items() if value == ""}  # a field that was left empty
-    return {name: _value(name, value, options[name], devices) for name, value in {**given, **empty}.items()}
+    meant = {name: options[name] if value == "" else value for name, value in given.items()}  # "": a field left empty
+    return {name: _value(name, value, options[name], devices) for name, value in meant.items()}
 
 
 def _value(name: str, value: Any, offered: Any, devices: Sequence[str]) -> Any:
@@ -152,7 +152,7 @@ def number(name: str, value: Any) -> float:
         if isinstance(value, bool) or not math.isfinite(float(value)):
             raise ValueError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadRequest(f"{name} is {value!r}, expected a number") from None
 
 

@@ -36,7 +36,7 @@ from tsfm.training.weight_files import CheckpointError
 from ..paper.grids import run_bundle
 from .gpus import visible_devices
 from .release import read_licence, release
-from .rules import PROMPTABLE, check_name
+from .rules import check_name, named_for_clicks
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class CrossValidation:
         if name is None:
             plain = plain_name(os.path.basename(self.dataset_dir))
             letters = "".join(one if one.isascii() and one.isalnum() else "_" for one in plain).strip("_")
-            name = f"tsfm_{letters or 'cross_validated'}" + f"_{PROMPTABLE}" * clicks
+            name = named_for_clicks(f"tsfm_{letters or 'cross_validated'}", clicks)
         check_name(name, clicks)
         return name
 

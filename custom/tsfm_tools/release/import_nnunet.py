@@ -48,10 +48,9 @@ def import_nnunet(
         CheckpointError: no such model, or something in it that would be done differently here.
         ReleaseError: `output_dir` holds something else under this name.
     """
-    model = read_folder(
-        model_folder, folds=folds, trainer=trainer, **({"checkpoint": checkpoint} if checkpoint else {})
-    )
-    members = [(f"fold {name}", state, model.description) for name, state in model.folds.items()]
+    named = {"checkpoint": checkpoint} if checkpoint else {}
+    model = read_folder(model_folder, folds=folds, trainer=trainer, **named)
+    members = [(f"fold {fold}", state, model.description) for fold, state in model.folds.items()]
     state, description = combine(members) if len(members) > 1 else members[0][1:]
     said = trained_on or f"an nnU-Net model ({description['trained_by']}, fold {', '.join(model.folds)})"
     # nnU-Net's predictor averages over mirrored versions unless it is told not to
@@ -74,6 +73,5 @@ def bundle_of(
     with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, "model.pt")
         save_weights({**state, "_extra_state": encode_description(description)}, path)
-        return release(
-            bundle_dir, path, output_dir, name=name, trained_on=trained_on, zipped=False, inference=inference
-        )
+        told = {"trained_on": trained_on, "inference": inference}
+        return release(bundle_dir, path, output_dir, name=name, zipped=False, **told)

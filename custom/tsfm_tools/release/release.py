@@ -34,7 +34,7 @@ from tsfm.training.weight_files import write_state
 
 from .fitting import NOT_EVALUATED, dice_per_target, fill_configs, fill_metadata, merge_overlay
 from .readme import licences_seen, performance, system_table, training_table, weights_table, write_readme
-from .rules import PROMPTABLE, ReleaseError, check_name, check_version, check_weights
+from .rules import ReleaseError, check_name, check_version, check_weights, named_for_clicks
 
 LARGE_FILE_BYTES = 25 * 2**20
 
@@ -109,7 +109,7 @@ def release(
     """
     tensors, description = read_state(checkpoint)
     takes_clicks = bool(description.get("click_sigma"))
-    name = name or os.path.basename(os.path.abspath(bundle_dir)) + (f"_{PROMPTABLE}" if takes_clicks else "")
+    name = name or named_for_clicks(os.path.basename(os.path.abspath(bundle_dir)), takes_clicks)
     configs = _read_configs(bundle_dir)
     metadata = configs["metadata.json"]
     check_name(name, takes_clicks)
@@ -129,9 +129,10 @@ def release(
     for overlay in dict.fromkeys([*["clicks.json"] * takes_clicks, *overlays]):
         if overlay not in configs:
             raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
-        about = configs["train.json"].get("_desc_", "")
+        said = f"In this release {overlay} is merged into it."
+        about = configs["train.json"].get("_desc_", "").replace(said, "").strip()  # a release of a release has said it
         configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
-        configs["train.json"]["_desc_"] = f"{about} In this release {overlay} is merged into it.".strip()
+        configs["train.json"]["_desc_"] = f"{about} {said}".strip()
     if takes_clicks:
         configs["train.json"]["click_sigma"] = description["click_sigma"]
     for config in (configs[file] for file in ("inference.json", "evaluate.json") if file in configs):

@@ -23,13 +23,18 @@ PROMPTABLE = "deepedit"
 """In the name of bundles to which MONAI Label's clients send clicks."""
 
 
+def named_for_clicks(name: str, takes_clicks: bool) -> str:
+    """`name`, with "_deepedit" where weights take clicks and it does not say so."""
+    return f"{name}_{PROMPTABLE}" if takes_clicks and PROMPTABLE not in name.lower() else name
+
+
 def check_name(name: str, takes_clicks: bool = False) -> None:
     """Raise ReleaseError for a name that MONAI Label could not serve; that of weights with click channels holds "deepedit"."""
     wrong = [word for word in FORBIDDEN_NAMES if word in name.lower() and not (takes_clicks and word == PROMPTABLE)]
-    if takes_clicks and PROMPTABLE not in name.lower():
+    if (fitting := named_for_clicks(name, takes_clicks)) != name:
         raise ReleaseError(
             f"bundle name {name!r}: these weights take clicks, which MONAI Label sends only to bundles with '{PROMPTABLE}' in "
-            f"their name: use {name}_{PROMPTABLE}"
+            f"their name: use {fitting}"
         )
     if wrong or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise ReleaseError(
