@@ -10,6 +10,7 @@ usage: python benchmarks/full_train_step.py [--folder /tmp/full_step] [--batch_s
 import argparse
 import csv
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--iterations", default="1")
     arguments = parser.parse_args()
     folder = Path(arguments.folder)
+    shutil.rmtree(folder / "output", ignore_errors=True)  # a run that is finished would not take a step
     phantoms.write_pool(str(folder / "data"), cases_per_dataset=2, datasets=["msd_liver"])
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(BUNDLE / "configs/train.json")]
     options = {

@@ -163,22 +163,23 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/kill_campaign"))
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     options = parser.parse_args()
-    shutil.rmtree(options.work, ignore_errors=True)
-    data = options.work / "phantoms"
+    work = options.work / "campaign"  # a folder of its own: what else lies in --work stays
+    shutil.rmtree(work, ignore_errors=True)
+    data = work / "phantoms"
     phantoms.write_pool(str(data), cases_per_dataset=2, size=(32, 48, 48), seed=0)
     rng = random.Random(options.seed)
-    shared_store = options.work / "store"
+    shared_store = work / "store"
     seconds, outcomes, kills = {}, defaultdict(Counter), Counter()
     for kind in options.kinds:
         began = time.monotonic()
-        outcome = finish(start(options.work / f"whole {kind}", data, shared_store, kind, rng, 0))
+        outcome = finish(start(work / f"whole {kind}", data, shared_store, kind, rng, 0))
         if outcome != "ended":
-            sys.exit(f"the run that is not killed {outcome} ({kind}): see {options.work}/whole {kind}/log_0.txt")
+            sys.exit(f"the run that is not killed {outcome} ({kind}): see {work}/whole {kind}/log_0.txt")
         seconds[kind] = time.monotonic() - began
         print(f"{kind}: {seconds[kind]:.0f} s unkilled", flush=True)
     for run in range(options.runs):
         kind = options.kinds[run % len(options.kinds)]
-        folder = options.work / f"run {run}"
+        folder = work / f"run {run}"
         store = folder / "store" if rng.random() < 0.25 else shared_store  # a quarter is killed while preparing, too
         planned, done = rng.randint(1, 3), 0
         for _ in range(planned):
@@ -188,7 +189,7 @@ def main() -> None:
                 break
         if result in ("killed", "ended"):
             result = finish(start(folder, data, store, kind, rng, rng.randrange(1, 256)))
-        result = compare(folder, options.work / f"whole {kind}") if result == "ended" else result
+        result = compare(folder, work / f"whole {kind}") if result == "ended" else result
         outcomes[kind][result == "equal"] += 1
         kills[kind] += done
         print(f"run {run}, {kind}, killed {done} times: {result}", flush=True)

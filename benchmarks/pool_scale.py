@@ -244,12 +244,13 @@ def main() -> None:
     parser.add_argument("--shares", type=int, nargs="*", default=[10, 1])
     parser.add_argument("--no_run", action="store_true", help="leave the whole run out")
     options = parser.parse_args()
-    shutil.rmtree(options.work, ignore_errors=True)
-    columns = [figures(options.work / str(share), share) for share in options.shares]
+    work = options.work / "pool"  # a folder of its own: what else lies in --work stays
+    shutil.rmtree(work, ignore_errors=True)
+    columns = [figures(work / str(share), share) for share in options.shares]
     lines = [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]]
     lines.insert(1, "|---" * (len(columns) + 1) + "|")
     if not options.no_run:
-        last = options.work / str(options.shares[-1])
+        last = work / str(options.shares[-1])
         lines += ["", *(f"- {line}" for line in whole_run(last, last / "data", int(columns[-1]["cases"])))]
     print("\n".join(lines))
     if options.output:

@@ -137,10 +137,11 @@ def test_a_folder_of_tables_may_be_moved(stubbed):
     assert run("table3", data, out.with_name("elsewhere")) == text and len(calls) == count
 
 
-def test_one_number_of_epochs_one_seed_and_one_overlay_need_no_list(stubbed, tmp_path):
+def test_one_number_of_epochs_one_seed_and_one_overlay_need_no_list(stubbed, tmp_path, monkeypatch):
     calls, data, out = stubbed
-    bundle, grid = str(ROOT / "bundles/tsfm_finetune"), {"epochs": 3, "seeds": 1, "overlays": "kits2019.json"}
-    commands.transfer_table(str(tmp_path / "stunet_h"), str(data / "kits19/data"), str(out), bundle, **grid)
+    monkeypatch.chdir(ROOT / "bundles/tsfm_finetune")
+    grid = {"epochs": 3, "seeds": 1, "overlays": "kits2019.json", "bundle_dir": "."}
+    commands.transfer_table(str(tmp_path / "stunet_h"), str(data / "kits19/data"), str(out), **grid)
     trained = {folder.name: configs for folder, configs, _ in calls if configs[0] == "train.json"}
     configs = ["train.json", "kits2019.json"]
     assert trained == {"pretrained-3epochs-seed1": configs, "scratch-3epochs-seed1": configs}

@@ -584,6 +584,9 @@ def test_a_plan_that_was_made_for_weights_needs_them_and_one_of_other_levels_doe
     assert "starts from nothing" not in caplog.text
     with pytest.raises(PlanError, match="made for pretrained weights"):
         plan_run(pool, str(tmp_path), plan_file=file)
+    (tmp_path / "null.json").write_text("null")
+    with pytest.raises(PlanError, match="the plan lacks"):
+        plan_run(pool, str(tmp_path), plan_file=str(tmp_path / "null.json"))
     Forecast(str(tmp_path), plan_patch((32, 32, 32), (1, 1, 1), "tsfm_s")).save()
     with pytest.raises(PlanError, match=r"has 4 levels, the network of .* has 3"):
         plan_run(pool, str(tmp_path), pretrained=weights, plan_file=file)

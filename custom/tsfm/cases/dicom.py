@@ -305,7 +305,7 @@ def _simpleitk(path: str):
         import SimpleITK
     except ImportError as error:
         raise CaseError(f"{path}: reading this format needs SimpleITK: pip install SimpleITK") from error
-    if legible(path) != path:
+    if legible(path) != os.fspath(path):
         raise CaseError(
             f"{legible(path)}: a name in another encoding than UTF-8, which SimpleITK does not read; rename it"
         )

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..errors import CaseError
-from ..files import atomic_write
+from ..files import write_text
 from ..schema import FileError, read_json
 from .folders import NIFTI, SUFFIXES, PoolError, paths_of
 from .packed import data_files
@@ -172,7 +172,7 @@ class Sources:
             self._known[dataset] = content
             if before != content:
                 try:
-                    atomic_write(self.path(dataset), lambda path, content=content: _write(content, path))
+                    write_text(self.path(dataset), json.dumps(content, default=os.fspath))
                 except OSError as error:  # a store that others may only read serves all the same
                     logger.warning("the files of '%s' are not recorded: %s", dataset, error)
 
@@ -249,8 +249,3 @@ def _channels(item: Mapping[str, Any]) -> int | None:
         return read_grid(item["image"]).channels
     except CaseError:
         return None
-
-
-def _write(content: Mapping[str, Any], path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, default=os.fspath)

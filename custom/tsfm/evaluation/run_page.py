@@ -20,7 +20,7 @@ from typing import Any
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
 
-from ..files import atomic_write
+from ..files import write_text
 from ..names import counted
 from ..schema import read_json
 from .pages import curve_png
@@ -101,7 +101,7 @@ def run_page(
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>\n'
         f"<body><h1>{name}</h1>\n{body}\n</body></html>\n"
     )
-    atomic_write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 
 from ..cases.folders import REPORT
-from ..files import atomic_write, locked
+from ..files import locked, write_text
 from ..schema import FileError, read_json
 from .quality import doubt
 
@@ -46,7 +46,7 @@ class CaseReport:
             cases[case] = row
             lines = (f"{json.dumps(name)}: {json.dumps(one)}" for name, one in cases.items())
             text = '{"cases": {\n' + ",\n".join(lines) + "\n}}\n"  # a line per case; indented takes three times as long
-            atomic_write(str(self.path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+            write_text(self.path, text)
 
 
 def read_report(output_dir: str | Path) -> dict[str, Mapping[str, Any]]:

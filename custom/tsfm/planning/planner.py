@@ -63,7 +63,8 @@ class Plan:
         Raises:
             PlanError: naming the fields that are missing.
         """
-        missing = [name for name in cls.__dataclass_fields__ if name not in values]
+        given = values if isinstance(values, Mapping) else {}  # a file may hold anything
+        missing = [name for name in cls.__dataclass_fields__ if name not in given]
         if missing:
             raise PlanError(f"the plan lacks {missing}; expected what `python -m tsfm plan` or a run's plan.json holds")
         return cls(**{name: _tuples(values[name]) for name in cls.__dataclass_fields__})

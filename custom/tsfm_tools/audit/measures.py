@@ -74,10 +74,8 @@ def measure(item: Mapping[str, Any], table: LabelTable) -> dict[str, Any]:
     voxel_ml = float(np.prod(spacing)) * upright_share(image.affine) / 1000
     return {
         **{key: item[key] for key in ("dataset", "case", "modality")},
-        "source": raw.source,
         "axes": "".join(aff2axcodes(raw.affine)),
         "shape": list(image.array.shape[1:]),
-        "channels": len(image.array),
         "spacing_mm": [round(side, 5) for side in spacing],
         "intensity": [[low, *map(float, row), high] for (low, high), row in zip(ends, middle, strict=True)],
         "warnings": list(dict.fromkeys(str(one.message) for one in caught)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def transfer_table(
     Returns:
         the table as Markdown.
     """
-    bundle, title, lengths = Path(bundle_dir), name or Path(dataset_dir).resolve().name, sorted(listed(epochs))
+    bundle, lengths = Path(os.path.abspath(bundle_dir)), sorted(listed(epochs))
+    title = name or Path(dataset_dir).resolve().name
     row = {
         "bundle": bundle.name,
         "weights": "pretrained",
