@@ -20,6 +20,7 @@ from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
 from tsfm.network.clicks import ClickError
 from tsfm.network.tsfm_net import TSFM
+from tsfm.options import OptionError
 from tsfm.training.checkpoint import describe_network, save_weights
 from tsfm.training.weight_files import load_file
 from tsfm_tools.click_server import ClickRequests, Session, serve
@@ -136,6 +137,8 @@ def test_a_file_that_cannot_be_read_blocks_no_other_and_every_error_is_answered(
 
 def test_weights_without_clicks_and_unknown_targets_are_refused_before_anything_is_served(served, tmp_path):
     requests, path = served[2:]
+    with pytest.raises(OptionError, match="a#b' has a #, which MONAI reads as ::"):
+        ClickRequests(tmp_path / "a#b")
     with pytest.raises(ClickError, match=r"'liver' is unknown; these weights have \['organ', 'tumor'\]"):
         Session(requests, path, "liver")
     bundle = ROOT / "bundles/tsfm_finetune"

@@ -24,6 +24,7 @@ from tsfm.cases.volumes import read_grid, read_volume
 from tsfm.errors import first_cause
 from tsfm.inference.prediction import root_cause
 from tsfm.network.clicks import ClickError
+from tsfm.options import check_texts
 from tsfm.training.checkpoint import load_weights
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class ClickRequests:
     """
 
     def __init__(self, bundle_dir: str | os.PathLike, **settings: Any) -> None:
+        check_texts({"bundle_dir": bundle_dir}, "options")
         parser = ConfigParser()
         parser.read_config(os.path.join(bundle_dir, "configs", "inference.json"))
         parser.config |= {"bundle_root": os.fspath(bundle_dir), "progress": False, **settings}
@@ -76,9 +78,8 @@ class Session:
             raise ClickError("these weights have no click channels: train with configs/clicks.json added")
         if target not in requests.table.names:
             raise ClickError(f"the target {target!r} is unknown; these weights have {list(requests.table.names)}")
-        self.requests, self.target = requests, target
+        self.requests, self.target, self.image = requests, target, None
         self.files = [item["image"] for item in find_images(images)]
-        self.image: Any = None
         self.forget()
 
     def forget(self) -> None:
@@ -140,8 +141,7 @@ def click_server(
     settings = {"device": torch.device(device)} if device else {}
     session = Session(ClickRequests(bundle_dir, **settings), images, target)
     with serve(session, host, port) as server:
-        address = f"http://{host}:{server.server_port}"
-        print(f"{target} of {bundle_dir} for {len(session.files)} images at {address}", flush=True)
+        print(f"{target} of {bundle_dir}, {len(session.files)} images: http://{host}:{server.server_port}", flush=True)
         server.serve_forever()
 
 
