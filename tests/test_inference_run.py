@@ -464,7 +464,7 @@ def test_an_evaluation_that_cannot_be_one_is_refused_before_it_begins(case, tmp_
         (items, {"parts": 2}, "one of 2 processes"),
         (items, {"clicks": {"a": {"liver": [[1, 2, 3]]}}}, "found without"),
         (items, {"save": "dicom_seg"}, "no folder with a DICOM series"),
-        (items, {"output_dir": tmp_path / "labels"}, "an image or a label"),
+        (items, {"output_dir": tmp_path / "labels"}, "an image, a label or the result of another case"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
             items_to_score(given, **{"output_dir": out, **settings})

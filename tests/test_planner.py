@@ -11,6 +11,7 @@ import torch
 from tsfm.network.networks import create_network
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning.families import FAMILIES, SIZES, topology, tsfm_cost, unet_cost
+from tsfm.planning.plan_run import warn_of_small_patch
 from tsfm.planning.planner import Budget, Plan, PlanError, coarse_spacing, plan, plan_patch
 from tsfm.preparation.fingerprint import Fingerprint, plan_spacing
 
@@ -175,3 +176,16 @@ def test_a_number_of_levels_that_is_asked_for_is_kept():
     assert len(deep.features) == 6 and deep.strides[3:] == ((1, 1, 1), (1, 1, 1)) and deep.patch_size == (40, 56, 40)
     assert len(plan((128, 128, 128), (1, 1, 1), "nnunet", levels=3).strides) == 2
     assert np.prod(plan((9, 6, 5), (1, 1, 1), "tsfm_s", Budget(8)).patch_size) >= 9 * 6 * 5
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "warned"), [((54, 135, 135), (3.3, 1, 1), True), ((36, 50, 35), (1, 1, 1), False)]
+)
+def test_a_patch_far_smaller_than_nnunets_is_said_with_the_spacing_that_suits_it(shape, spacing, warned, caplog):
+    numbers, budget = {"network": "tsfm_s", "cases": 30}, Budget(step_seconds=0.3)
+    fine = plan(shape, spacing, budget=budget, **numbers)
+    warn_of_small_patch(fine, budget, numbers)
+    assert bool(caplog.messages) == warned
+    if warned:
+        coarse = "x".join(f"{mm:.4g}" for mm in coarse_spacing(fine, budget=budget, **numbers))
+        assert f"--spacing_mm coarse plans for voxels of {coarse} mm" in caplog.text

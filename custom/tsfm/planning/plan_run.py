@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from .turns import rank
 logger = logging.getLogger(__name__)
 
 CPU_STEP_SECONDS = 1.0
+
+SMALL_SIGHT = 0.25  # of the voxels of nnU-Net's own patch: a patch with fewer shows too little of a case
 
 GPU_SHARE = 0.9  # of a GPU's memory, the rest is for fragments
 
@@ -110,6 +113,8 @@ def plan_run(
             raise
         logger.warning("these weights exceed %s on a CPU: planning by nnU-Net's 8 GB instead", budget)
         result = planned(spacing, patch, Budget(memory_gb=8))
+    if spacing_mm == "auto" and patch is None and (family is None or family.kind != "fixed"):
+        warn_of_small_patch(result, budget, numbers)
     if decided := _decided(family, network_size, patch, numbers["batch_size"]):
         budget = None
         if asked := [
@@ -186,6 +191,22 @@ def check_data(pool: DatasetPool, found: Fingerprint, fold: int | str) -> None:
             f"{pool.source}: of the {len(pool.cases)} cases none has a voxel of the labels {', '.join(absent)}: nothing could "
             f"be learned of them; check the label files, or take them out of {pool.labels_in}"
         )
+
+
+def warn_of_small_patch(found: Plan, budget: Budget, numbers: Mapping[str, Any]) -> None:
+    """Say where the budget leaves a patch far below nnU-Net's own, and which voxels it would suit; `numbers`: see `plan`."""
+    usual = plan(found.median_shape, found.spacing_mm, "nnunet", cases=numbers["cases"]).patch_size
+    if prod(found.patch_size) >= SMALL_SIGHT * prod(usual):
+        return
+    coarse = coarse_spacing(found, budget=budget, **numbers)
+    if coarse == found.spacing_mm:
+        return
+    logger.warning(
+        "a patch of %s voxels holds %.1f%% of the median case (nnU-Net's own: %s voxels, for a GPU): larger structures are "
+        "never seen whole, and a case takes many windows. --spacing_mm coarse plans for voxels of %s mm, of which a patch "
+        "holds a quarter of a case; a larger budget (--step_seconds on a CPU, --memory_gb on a GPU) gives a larger patch",
+        shown(found.patch_size), 100 * prod(found.patch_size) / prod(found.median_shape), shown(usual), shown(coarse),
+    )  # fmt: skip
 
 
 def warn_of_small_structures(pool: DatasetPool, found: Fingerprint, spacing_mm: Sequence[float]) -> None:
