@@ -186,7 +186,7 @@ def body_with_marks(axcodes, spacing_spl=(4.0, 1.0, 2.0)):
 def test_pictures_are_radiological_whatever_the_files_axes(axcodes, table, tmp_path):
     image, truth, affine = body_with_marks(axcodes)
     assert nib.aff2axcodes(affine) == tuple(axcodes)
-    case = {"image": image, "truth": truth, "prediction": truth * 0, "affine": affine, "title": "case"}
+    case = {"image": image, "truth": truth, "prediction": truth * 0, "affine": affine, "title": "cost $\\x$ of a case"}
     path = overlays.page_png(tmp_path / "x.png", [case], table)
     pixels = matplotlib.image.imread(path)[..., :3]
     width = pixels.shape[1] // 3

@@ -76,7 +76,9 @@ def page_png(path: str | Path, cases: Sequence[Mapping[str, Any]], table: LabelT
     for column, name in enumerate(PANELS):
         figure.text((column + 0.5) / columns, (top + 0.08) / height, name, color="white", ha="center", fontsize=11)
     for (panels, index, title), row_height in zip(rows, tall, strict=True):
-        figure.text(0.008, (top - 0.06) / height, title, color="white", va="top", fontsize=10)
+        figure.text(
+            0.008, (top - 0.06) / height, title, color="white", va="top", fontsize=10, parse_math=False
+        )  # a case may be called "a$b"
         picture = row_height - TITLE_INCHES * bool(title)
         _draw_row(figure, panels, index, colors_of(table), ((top - row_height) / height, picture / height))
         top -= row_height
