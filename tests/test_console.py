@@ -32,6 +32,7 @@ for _ in tqdm(range(2), desc="training"):
     pass
 logging.getLogger("tsfm.inference").error("case_1: empty file")
 library.error("out of memory")
+library.error("Engine run is terminating due to exception: full disk.")
 print("liver 3 ml")
 """
 
@@ -55,7 +56,8 @@ def test_the_screen_shows_what_a_user_needs_and_the_log_everything(run):
     assert error == ""
     text = log.read_text()
     assert all(
-        word in text for word in ("out make", "epoch 1/2", "settings: 1", "deprecated", "old numpy", "tilted", "defect")
+        word in text
+        for word in ("out make", "epoch 1/2", "settings: 1", "deprecated", "old numpy", "tilted", "defect", "full disk")
     )
     assert "WARNING ignite: deprecated" in text and "training:" not in text
 

@@ -18,6 +18,9 @@ OWN = ("tsfm", "tsfm_tools")
 
 LOG = "run.log"
 
+ENDINGS = ("Engine run is terminating due to exception", "Current run is terminating due to exception")
+"""How ignite begins its word about an exception, which the process ends with anyway."""
+
 FOR_THE_LOG = {"for_the_log": True}
 """``extra`` of a record of this package about which a user can do nothing: it goes to the log alone."""
 
@@ -57,7 +60,7 @@ def quiet(output_dir: str | os.PathLike) -> None:
 def is_for_the_screen(record: logging.LogRecord) -> bool:
     """Whether a record is one of this package's, and not for the log alone, or says that something failed."""
     own = record.name.split(".")[0] in OWN and not getattr(record, "for_the_log", False)
-    return own or record.levelno >= logging.ERROR
+    return own or (record.levelno >= logging.ERROR and not record.getMessage().startswith(ENDINGS))
 
 
 def is_warning(record: logging.LogRecord) -> bool:
