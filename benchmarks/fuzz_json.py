@@ -76,7 +76,7 @@ def use_datalist(path: str) -> Any:
 def use_splits(path: str) -> Any:
     from tsfm.cases.pool import DatasetPool
 
-    declared = {**POOL, "datasets": [{**POOL["datasets"][0], "patient": {"pattern": "."}}]}
+    declared = {**POOL, "datasets": [{**POOL["datasets"][0], "patient": {"pattern": "c."}}]}
     pool = DatasetPool(declared, os.path.dirname(path), splits_file=path)
     return [[item["case"] for item in part] for part in pool.split(0)]
 
