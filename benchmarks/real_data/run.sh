@@ -30,13 +30,15 @@ python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" -
     --splits_file benchmarks/real_data/splits_hippocampus.json --num_workers 1
 python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" --dataset_dir "$DATA/Task902_SarcomaMR" \
     --output_dir "$OUT/sarcoma_mr" --epochs "[1,10]" --seeds "[0,1,2]" --overlays "['small.json']" --name "sarcoma MR" \
-    --splits_file benchmarks/real_data/splits_sarcoma_mr.json --patch_size "[32,64,64]" --num_workers 1
+    --splits_file benchmarks/real_data/splits_sarcoma_mr.json --spacing_mm checkpoint \
+    --patch_size "[32,64,64]" --num_workers 1
 
 # 3. Which pool: the same budget on sarcoma CT alone.
 pretrain sarcoma_ct_only --datasets "['sarcoma_ct']"
 python -m tsfm table3 --grid benchmarks/real_data/ablation.json --dataset_dir "$DATA" --output_dir "$OUT/ablation" \
     --weights "{'pool': '$OUT/without_hippocampus/model.pt', 'sarcoma_ct': '$OUT/sarcoma_ct_only/model.pt'}" \
-    --overlays "['small.json']" --splits_file benchmarks/real_data/splits_sarcoma_mr.json --patch_size "[32,64,64]" --num_workers 1
+    --overlays "['small.json']" --splits_file benchmarks/real_data/splits_sarcoma_mr.json --spacing_mm checkpoint \
+    --patch_size "[32,64,64]" --num_workers 1
 
 # 4. A fine-tuning release. Its zips go through the gate and a MONAI Label server (docs/monai_label.md).
 python -m tsfm release --bundle_dir bundles/tsfm_finetune --checkpoint "$OUT/hippocampus/cells/pretrained-10epochs-seed0/model.pt" \
