@@ -44,7 +44,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[str], None], suffix: 
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     sweep(folder)
-    temporary = os.path.join(folder, f".{scratch_name()}{PARTIAL}{suffix}")
+    temporary = unfinished(folder, suffix)
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -68,7 +68,7 @@ def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
 
 def write_first(path: str | os.PathLike, write: Callable[[str], None]) -> None:
     """As `atomic_write`, but what is at `path` stays: of processes that begin at once the first decides what all read."""
-    own = Path(os.path.dirname(os.path.abspath(path)), f".{scratch_name()}{PARTIAL}")
+    own = Path(unfinished(os.path.dirname(os.path.abspath(path))))
     atomic_write(own, write)
     try:
         os.link(own, path)
@@ -147,6 +147,11 @@ def scratch_name() -> str:
     return f"{socket.gethostname()}_{os.getpid()}_{'-'.join(filter(None, (_numbering(), uuid.uuid4().hex)))}"
 
 
+def unfinished(folder: str | os.PathLike, suffix: str = "") -> str:
+    """A new path in `folder`, which `sweep` removes once the process is gone."""
+    return os.path.join(folder, f".{scratch_name()}{PARTIAL}{suffix}")
+
+
 def is_abandoned(path: str | os.PathLike) -> bool:
     """Whether what lies at `path` under a `scratch_name` belongs to a process of this host that no longer lives, or is
     a day old and another host's or container's, or from before a restart (on Windows: or this one's)."""
@@ -177,7 +182,7 @@ def check_writable(folder: str | os.PathLike, option: str) -> None:
     nearest = os.path.abspath(folder)
     while not os.path.lexists(nearest) and os.path.dirname(nearest) != nearest:
         nearest = os.path.dirname(nearest)
-    trial = os.path.join(nearest, f".{scratch_name()}{PARTIAL}")
+    trial = unfinished(nearest)
     try:
         Path(trial).write_bytes(bytes(4096))  # a full disk still takes names
     except OSError as error:

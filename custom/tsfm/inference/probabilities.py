@@ -19,7 +19,7 @@ from scipy.special import entr
 
 from ..cases.folders import saved_outputs
 from ..cases.grids import turn_array, turn_to
-from ..files import PARTIAL, scratch_name, sweep
+from ..files import sweep, unfinished
 from .painting import Slab, resize_axes
 from .source_grids import SourceGrid
 
@@ -70,7 +70,7 @@ class Probabilities:
         order = np.argsort(self.turn[:, 0])
         self.box, size = [slice(*spans[axis]) for axis in order], [int(grid.full_shape[axis]) for axis in order]
         chunk = [min(n, CHUNK) if axis == self.along else n for axis, n in enumerate(size)]
-        self.file = self.folder / f".{scratch_name()}{PARTIAL}.b2nd"
+        self.file = Path(unfinished(self.folder, ".b2nd"))
         self.array = blosc2.zeros(
             (len(names), *size), np.float16, chunks=(1, *chunk), urlpath=str(self.file), mode="w", contiguous=True,
             cparams={"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.BITSHUFFLE]},

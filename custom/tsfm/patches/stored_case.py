@@ -21,7 +21,7 @@ import numpy as np
 
 from ..cases.grids import warn
 from ..errors import CaseError
-from ..files import PARTIAL, scratch_name
+from ..files import unfinished
 from ..labels import LabelTable
 from ..schema import FileError, read_json
 
@@ -248,7 +248,7 @@ def _compress(array: np.ndarray) -> bytes:
 
 def write_folder(store_dir: str, path: str, files: Mapping[str, bytes]) -> None:
     """Write files into a new folder and move it to `path` in one step; on failure leave nothing behind."""
-    scratch = os.path.join(store_dir, UNFINISHED, f".{scratch_name()}{PARTIAL}")
+    scratch = unfinished(os.path.join(store_dir, UNFINISHED))
     try:
         os.makedirs(scratch)
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -106,7 +106,7 @@ def _labels(
     codes: np.ndarray, table: LabelTable, dataset: str, spacing_mm: tuple[float, ...], voxel_ml: float
 ) -> dict[str, Any]:
     """``targets``, ``outside`` and the form, from local codes (S, P, L)."""
-    rows = table.targets[table.offset(dataset) :][: len(table.local_ids(dataset))] == 1
+    rows = table.rows(dataset) == 1
     is_of = {name: rows[:, table.names.index(name)] for name in table.annotated(dataset)}  # bool per local code
     boxes, targets, outside = boxes_of(codes), {}, []
     for name, is_it in is_of.items():

@@ -30,17 +30,9 @@ from .prompted import prompted_scores
 logger = logging.getLogger(__name__)
 
 EVALUATED = (
-    "pool_file",
-    "images",
-    "labels",
-    "label_ids",
-    "regions",
-    "modality",
-    "splits_file",
-    "fold",
-    "allow_missing",
-)
-EVALUATED += ("datasets", "device", "amp")
+    "pool_file", "images", "labels", "label_ids", "regions", "modality", "splits_file", "fold", "allow_missing", "datasets",
+    "device", "amp",
+)  # fmt: skip
 """Ids of a training run that its evaluation needs too."""
 
 PUBLISHED = ("fold", "device", "splits_file")

@@ -11,7 +11,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tsfm.evaluation.label_maps import load_map, load_truth, match_predictions
 from tsfm.evaluation.postprocessing_plan import determine
 from tsfm.evaluation.scores import count_voxels
 from tsfm.evaluation.tables import load_rows
-from tsfm.files import atomic_write, write_first
+from tsfm.files import write_first, write_json, write_text
 from tsfm.inference.claims import Claims
 from tsfm.inference.postprocessing import apply
 from tsfm.names import plain_name
@@ -162,7 +162,7 @@ class CrossValidation:
                     output_dir=str(self._fold(fold)), ckpt_dir="none",
                 )  # fmt: skip
                 self._segment(fold)
-                self._write(self._fold(fold) / "done.json", self._weights(fold))
+                write_json(self._fold(fold) / "done.json", self._weights(fold))
         finally:
             self.claims.free(f"fold_{fold}")
 
@@ -224,7 +224,7 @@ class CrossValidation:
             pairs = match_predictions(self.folder / "held_out", items)
             columns = [[pair[key] for pair in pairs] for key in ("prediction", "label")]
             plan = determine(*columns, self.pool.table, [pair["dataset"] for pair in pairs])
-            self._write(self.folder / "postprocessing.json", plan)
+            write_json(self.folder / "postprocessing.json", plan)
             steps = {key: plan[key] for key in ("targets", "steps")}
             said = f"{len(self.folds)} folds of {os.path.basename(self.dataset_dir)} ({len(items)} cases)"
             own = [path.name for path in map(Path, self.configs[1:]) if path.parent == Path(self.bundle, "configs")]
@@ -235,8 +235,8 @@ class CrossValidation:
                 inference={"postprocessing_plan": steps if plan["steps"] else None, "displayable_configs#mirroring": True},
             )  # fmt: skip
             text = self._table(pairs, plan, released)
-            atomic_write(table, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-            self._write(made, asked)
+            write_text(table, text)
+            write_json(made, asked)
 
     # ---- parts ------------------------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ class CrossValidation:
         cases = sorted([item["dataset"], item["case"], fold] for fold, items in self.held_out.items() for item in items)
         record = {"dataset_dir": self.dataset_dir, "configs": self.configs, "settings": self.settings}
         record, path = json.loads(json.dumps({**record, "held_out": cases})), self.folder / "cross_validation.json"
-        self._write(path, record, write_first)
+        _write_first(path, record)
         known = read_json(path)
         before, now = ({tuple(row) for row in one.pop("held_out", ())} for one in (known, record))
         moved = f"; cases and folds {sorted(before ^ now)[:5]}" if before != now else ""
@@ -280,17 +280,17 @@ class CrossValidation:
         path = self.folder / "plan.json"
         if not path.is_file():
             self.parser["fold"] = fold
-            self._write(path, self.parser.get_parsed_content("planned").to_dict(), write_first)
+            _write_first(path, self.parser.get_parsed_content("planned").to_dict())
         return {"plan": str(path)}
 
     def _segment(self, fold: int) -> None:
         """Label maps of the cases that a fold holds out, each painted with what its data set annotates."""
         datalist, begun = self._fold(fold) / "held_out.json", self._fold(fold) / "segmented_by.json"
-        self._write(datalist, self.held_out[fold])
+        write_json(datalist, self.held_out[fold])
         if _known(begun) != self._weights(fold):  # what is there is of other weights, or nobody knows of which
             for path in (self.folder / "table.md", *self._maps(fold)):
                 path.unlink(missing_ok=True)
-            self._write(begun, self._weights(fold))
+            write_json(begun, self._weights(fold))
         painted = {"_target_": "tsfm.labels.LabelTable.from_dict", "table": self.pool.table.to_dict()}
         device = {key: self.settings[key] for key in ("device", "amp") if key in self.settings}
         run_bundle(
@@ -334,9 +334,11 @@ class CrossValidation:
                     found.setdefault(name, []).append(2 * tp / (2 * tp + fp + fn))
         return found
 
-    def _write(self, path: Path, content: Any, write: Callable[..., None] = atomic_write) -> None:
-        text = json.dumps(content, indent=4)
-        write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+def _write_first(path: Path, content: Any) -> None:
+    """Write JSON, unless another process has."""
+    text = json.dumps(content, indent=4)
+    write_first(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def _known(path: Path) -> Any:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import tsfm
 from tsfm.cases.licences import licence_list
-from tsfm.files import PARTIAL, atomic_write, locked, scratch_name, sweep
+from tsfm.files import atomic_write, locked, sweep, unfinished
 from tsfm.schema import read_json
 from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
@@ -193,7 +193,7 @@ def _replaced(folder: str) -> Iterator[str]:
     parent = os.path.dirname(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
     sweep(parent)
-    scratch = os.path.join(parent, f".{scratch_name()}{PARTIAL}")
+    scratch = unfinished(parent)
     os.mkdir(scratch, 0o700)
     try:
         yield scratch
