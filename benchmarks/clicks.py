@@ -59,7 +59,7 @@ def trained(kind: str, seed: int, options: argparse.Namespace) -> Path:
     run, started = output / f"{kind}-{seed}", time.process_time()
     if (run / "done").exists():
         return run / "model.pt"
-    more: dict[str, Any] = {"patch_size": options.patch_size} if options.patch_size else {}
+    more = {key: getattr(options, key) for key in ("patch_size", "spacing_mm") if getattr(options, key)}
     epochs = options.continued if kind == "continued" else options.epochs
     if kind == "continued":
         more["pretrained"] = str(trained("automatic", seed, options))
@@ -106,5 +106,6 @@ if __name__ == "__main__":
     parser.add_argument("--iterations", type=int, default=25)
     parser.add_argument("--step_seconds", type=float, default=0.1)
     parser.add_argument("--patch_size", type=int, nargs=3)
+    parser.add_argument("--spacing_mm", help="default: that of the data's plan")
     parser.add_argument("--cases", type=int, help="only the first so many held-out cases")
     main(parser.parse_args())

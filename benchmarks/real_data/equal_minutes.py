@@ -6,7 +6,8 @@ learning rate falls, follows from it. The held-out cases of the data set's split
 windows, and scored. A cell that has its result is not run again. DIR is of one data set.
 
     python benchmarks/real_data/equal_minutes.py --work DIR --peer .venv-bench/bin/python --minutes 5 15 --seeds 0 1 2
-    python benchmarks/real_data/equal_minutes.py --work DIR --dataset sarcoma_mr --minutes 5 --sides tsfm_s stunet_s
+    python benchmarks/real_data/equal_minutes.py --work DIR --dataset sarcoma_mr --spacing_mm "[4.4,2.2,2.2]" --minutes 5 \
+        --sides tsfm_s nnunet stunet_s swinunetr_12
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ SIDES = {
                                                                "learning_rate": 0.01}),
     "swinunetr_12": (["train.json", "small.json", "swinunetr.json"], {"network_def#feature_size": 12,
                                                                       "patch_size": "[64,64,64]", "step_seconds": "None"}),
+    "nnunet": (["train.json", "small.json", "nnunet.json"], {"step_seconds": "None"}),
     "nnunet_2.8.1": None,
 }  # fmt: skip
 NAMES = {"tsfm_s": "TSFM S", "tsfm_auto": "TSFM, the plan's size", "tsfm_b": "TSFM B", "stunet_s": "STU-Net S",
-         "swinunetr_12": "SwinUNETR, feature size 12", "nnunet_2.8.1": "nnU-Net 2.8.1"}  # fmt: skip
+         "swinunetr_12": "SwinUNETR, feature size 12", "nnunet": "nnU-Net, this overlay", "nnunet_2.8.1": "nnU-Net 2.8.1"}  # fmt: skip
 
 
 def run(command: list[str], log: Path) -> float:
@@ -63,12 +65,13 @@ def bundle(configs: list[str], **settings: object) -> list[str]:
 
 
 class Ours:
-    """A side that is a bundle run; `configs` and `settings` as in SIDES. One unit of work is an epoch."""
+    """A side that is a bundle run, by SIDES; `settings` go before those there. One unit of work is an epoch."""
 
     unit, first = ITERATIONS, (2, 8)
 
-    def __init__(self, work: Path, data: Path, splits: Path, side: str):
-        self.work, self.data, self.splits, (self.configs, self.settings) = work, data, splits, SIDES[side]
+    def __init__(self, work: Path, data: Path, splits: Path, side: str, settings: dict[str, object]):
+        self.work, self.data, self.splits = work, data, splits
+        self.configs, self.settings = SIDES[side][0], SIDES[side][1] | settings
 
     def train(self, folder: Path, epochs: int, seed: int) -> float:
         settings = {"dataset_dir": self.data, "store_dir": self.work / "store", "output_dir": folder, "epochs": epochs,
@@ -216,6 +219,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=ROOT.parent / "shared/data", help="where the data sets' folders are"
     )
+    parser.add_argument("--spacing_mm", help="for the bundle's sides; default: that of the plan of each")
     parser.add_argument("--peer", default=".venv-bench/bin/python", help="Python with nnunetv2 2.8.1")
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15, 30])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -231,7 +235,8 @@ def main() -> None:
     sides = {}
     for name in options.sides:
         if SIDES[name]:
-            sides[name] = Ours(work, data, splits, name)
+            more = {"spacing_mm": options.spacing_mm} if options.spacing_mm else {}
+            sides[name] = Ours(work, data, splits, name, more)
         else:
             sides[name] = Peer(work, splits, options.dataset, number, options.peer)
             sides[name].prepare(data)

@@ -28,6 +28,11 @@ pretrain without_hippocampus --datasets "['sarcoma_ct','sarcoma_mr','totalseg_sa
 python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" --dataset_dir "$DATA/Task004_Hippocampus" \
     --output_dir "$OUT/hippocampus" --epochs "[1,2,4,10]" --seeds "[0,1,2]" --overlays "['small.json']" --name hippocampus \
     --splits_file benchmarks/real_data/splits_hippocampus.json --num_workers 1
+python benchmarks/real_data/parts.py "$OUT/without_hippocampus/model.pt" "$OUT/parts"
+python -m tsfm table3 --grid benchmarks/real_data/parts.json --dataset_dir "$DATA" --output_dir "$OUT/which_part" \
+    --weights "{'encoder': '$OUT/parts/encoder.pt', 'bottleneck': '$OUT/parts/bottleneck.pt',
+                'decoder': '$OUT/parts/decoder.pt', 'shuffled': '$OUT/parts/shuffled.pt'}" --overlays "['small.json']" \
+    --splits_file benchmarks/real_data/splits_hippocampus.json --num_workers 1
 python -m tsfm transfer_table --pretrained "$OUT/without_hippocampus/model.pt" --dataset_dir "$DATA/Task902_SarcomaMR" \
     --output_dir "$OUT/sarcoma_mr" --epochs "[1,10]" --seeds "[0,1,2]" --overlays "['small.json']" --name "sarcoma MR" \
     --splits_file benchmarks/real_data/splits_sarcoma_mr.json --spacing_mm checkpoint \
