@@ -15,7 +15,7 @@ from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import read_volume
 from tsfm.errors import CaseError
 from tsfm.inference.dicom_seg import ABNORMAL, KINDS, LESION, SIDES, STRUCTURE, TISSUE, source_slices, write_seg
-from tsfm.inference.prediction import write_label_map
+from tsfm.inference.prediction import CaseDataset, write_label_map
 from tsfm.inference.saving import SaveResultsd
 from tsfm.labels import as_table
 from tsfm.schema import FileError
@@ -214,6 +214,8 @@ def test_what_cannot_become_a_seg_is_refused_with_the_reason(tmp_path, monkeypat
     source = write_series(tmp_path / "ct", leave_out=["FrameOfReferenceUID"])
     with pytest.raises(CaseError, match=r"dcm: has no FrameOfReferenceUID"):
         write_seg(label_map_on(source), tmp_path / "seg.dcm", POOL)
+    (case,) = CaseDataset([{"image": str(source), "case": "ct"}], pytest.fail, save="dicom_seg")
+    assert "has no FrameOfReferenceUID" in str(case["error"])  # before it is read
     good = write_series(tmp_path / "good")
     with pytest.raises(CaseError, match=r"not on the grid of the series: affines put a corner 5 mm apart"):
         write_seg(

@@ -19,7 +19,7 @@ import torch
 from monai.data import Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 
-from ..cases.folders import NIFTI, OUTPUT_SUFFIX, output_paths, paths_of, stem
+from ..cases.folders import NIFTI, OUTPUT_SUFFIX, output_paths, paths_of, saved_outputs, stem
 from ..cases.grids import is_upright
 from ..cases.nifti import header_of, unit_mm
 from ..errors import first_cause
@@ -28,6 +28,7 @@ from ..labels import LabelTable
 from ..preparation.familiar import Familiar
 from ..schema import nearest
 from .claims import Claims
+from .dicom_seg import source_slices
 from .passes import where_it_fits
 from .source_grids import prepared_grid
 
@@ -124,6 +125,10 @@ class CaseDataset(Dataset):
         if self.claims is not None and (left := self._left(item["case"])):
             return {"case": item["case"], "left": left}
         try:
+            if any(name.startswith("dicom") for name in saved_outputs(self.save)):
+                source_slices(
+                    os.fspath(paths_of(item["image"])[0])
+                )  # what cannot become a SEG fails here, not at the end
             return super()._transform(index)
         except Exception as error:
             case = item.get("case") or stem(paths_of(item["image"])[0])
