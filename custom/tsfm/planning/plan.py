@@ -191,10 +191,11 @@ def take_over(
     entries = load_pretrained(network, str(pretrained), report_path=report, task=task).entries
     network.fresh = {entry.name for entry in entries if entry.new}
     description = pretrained_description(pretrained)
-    if (again := sorted(set(description.get("trained_on", ())) & set(pool.entries))) and rank() == 0:
+    same = {name for data, entry in pool.entries.items() for name in (data, *entry.get("origin", ()))}
+    if (again := sorted(same & set(description.get("trained_on", ())))) and rank() == 0:
         logger.warning(
             "the weights in %s were trained on %s, too: cases that this run holds out may be among those that they saw (are "
-            "they another fold's?), and its validation too good", pretrained, ", ".join(again),
+            "they another fold's, or another data set's?), and its validation too good", pretrained, ", ".join(again),
         )  # fmt: skip
     network.description["licences"] = inherited_licences(description)
     goes_on(network, description)
