@@ -522,7 +522,8 @@ def test_the_plan_is_the_datas_with_and_without_weights(pool, weights, tmp_path)
     assert any("kernels" in note for note in report["mismatches"]) and any("strides" in n for n in report["mismatches"])
     (tmp_path / "last.pt").touch()
     written.write_text("of the run that is there")
-    planning.take_over(network, pool, weights, output_dir=str(tmp_path))
+    again = planning.downstream_network(pool, plan.patch_size, 1, weights, plan)
+    planning.take_over(again, pool, weights, output_dir=str(tmp_path))
     assert written.read_text() == "of the run that is there"
 
 
