@@ -518,8 +518,14 @@ def test_the_plan_is_the_datas_with_and_without_weights(pool, weights, tmp_path)
     network = planning.downstream_network(pool, plan.patch_size, 1, weights, plan)
     planning.take_over(network, pool, weights, output_dir=str(tmp_path))
     assert network(torch.zeros(1, 1, *plan.patch_size))[0].shape == (1, 1, *plan.patch_size)
-    report = json.loads((tmp_path / "transfer_report.json").read_text())
+    written = tmp_path / "transfer_report.json"
+    report = json.loads(written.read_text())
     assert any("kernels" in note for note in report["mismatches"]) and any("strides" in n for n in report["mismatches"])
+    (tmp_path / "last.pt").touch()
+    written.write_text("of the run that is there")
+    again = planning.downstream_network(pool, plan.patch_size, 1, weights, plan)
+    planning.take_over(again, pool, weights, output_dir=str(tmp_path))
+    assert written.read_text() == "of the run that is there"
 
 
 def test_numbers_and_the_checkpoints_geometry_on_request(pool, weights, tmp_path):

@@ -172,8 +172,8 @@ def take_over(
 ) -> DescribedNetwork:
     """`network` with `pretrained` weights, whose channels, targets, patch or strides may differ; None leaves it as it is.
 
-    The report of what was taken over goes to ``transfer_report.json`` in `output_dir`; names of tensors with values that start
-    anew are in ``network.fresh``, for :func:`tsfm.planning.parts.freeze`.
+    The report of what was taken over goes to ``transfer_report.json`` in `output_dir`, when a run begins there; names of tensors
+    with values that start anew are in ``network.fresh``, for :func:`tsfm.planning.parts.freeze`.
 
     Raises:
         CheckpointError: as `load_pretrained`.
@@ -185,6 +185,8 @@ def take_over(
     if output_dir:
         check_writable(output_dir, "--output_dir")
     report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
+    if report and pool.entries and any(os.path.exists(os.path.join(output_dir, name)) for name in ("last.pt", "last")):
+        report = None  # of the run that is there, which this one continues, or is not let into
     task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
     if preparation is not None:
         task["preparation"] = preparation.to_dict()
