@@ -256,7 +256,7 @@ def test_a_run_that_saves_every_second_epoch_loses_at_most_two_and_ends_with_the
     assert torch.load(tmp_path / "whole/last.pt", weights_only=True)["epoch"] == 5
 
 
-@pytest.mark.parametrize(("weights", "interval"), [(2_600_000, 1), (1_600_000_000, 8)])
+@pytest.mark.parametrize(("weights", "interval"), [(2_600_000, 1), (1_600_000_000, 8), (1_636_335_899, 9)])
 def test_large_networks_are_saved_less_often(tmp_path, weights, interval):
     network = TSFM(**SMALL)
     network.parameters = lambda: iter([torch.empty(weights, device="meta")])
