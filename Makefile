@@ -85,7 +85,7 @@ gate: $(VENV)/dev
 	$(BIN)/python -m tsfm gate --bundle_dir bundles/tsfm_pretrain
 	$(BIN)/python -m tsfm gate --bundle_dir bundles/tsfm_finetune
 
-# nnU-Net 2.8.1, the other side of benchmarks/ and the source of tests/fixtures/nnunet_*; no test needs it.
+# nnU-Net 2.8.1 and 1.7.1, the other side of benchmarks/ and the source of tests/fixtures/nnunet_*; no test needs it.
 VENV_BENCH ?= .venv-bench
 
 bench-env: $(VENV_BENCH)/done
@@ -93,8 +93,9 @@ bench-env: $(VENV_BENCH)/done
 $(VENV_BENCH)/done:
 	$(PYTHON) -m venv $(VENV_BENCH)
 	$(VENV_BENCH)/bin/pip install --quiet $(TORCH)
-	$(VENV_BENCH)/bin/pip install --quiet --no-deps nnunetv2==2.8.1 batchgenerators batchgeneratorsv2==0.3.6 \
-		acvl_utils==0.2.6 dynamic_network_architectures==0.4.4 fft-conv-pytorch timm==1.0.22
+	$(VENV_BENCH)/bin/pip install --quiet --no-deps nnunetv2==2.8.1 nnunet==1.7.1 medpy==0.5.2 \
+		batchgenerators batchgeneratorsv2==0.3.6 acvl_utils==0.2.6 dynamic_network_architectures==0.4.4 \
+		fft-conv-pytorch timm==1.0.22
 	$(VENV_BENCH)/bin/pip install --quiet simpleitk blosc2 scipy scikit-image scikit-learn pandas tqdm nibabel einops \
 		tifffile connected-components-3d matplotlib seaborn pyyaml requests
 	touch $@

@@ -156,7 +156,7 @@ def predict(name: str, dataset: str, model: dict, images: list[Path]) -> None:
     predictor.initialize_from_trained_model_folder(str(folder), model["folds"])
     for path in images:
         case = path.name.removesuffix(".nii.gz")
-        for ending, sums in (("", HALF), ("_float32", torch.float32)):
+        for ending, sums in (("", HALF), ("_mean_logits", torch.float32)):
             torch.half = sums  # what the predictor asks for, for its sums and nothing else
             predictor.predict_from_files_sequential([[str(path)]], [str(out / (case + ending))])
         torch.half = HALF

@@ -112,6 +112,14 @@ def test_clicks_of_the_extension_give_the_masks_that_inference_gives(served):
     assert box["status"] == "error" and "takes points only" in box["message"]
 
 
+def test_an_image_that_came_after_the_start_is_found(served):
+    server, voxels, _, path = served
+    late = Path(path).with_name("late.nii.gz")
+    nib.save(nib.Nifti1Image(voxels + 3, np.eye(4)), late)
+    assert upload(server, voxels.T + 3) == {"status": "ok"}
+    late.unlink()
+
+
 def test_a_file_that_cannot_be_read_blocks_no_other_and_every_error_is_answered(served, tmp_path, monkeypatch, caplog):
     server, voxels, requests, path = served
     for name in ("a.nii.gz", "b.nrrd"):

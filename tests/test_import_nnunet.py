@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -140,6 +141,49 @@ def test_version_1_has_the_plan_of_the_stage_that_was_trained(tmp_path):
         path = models.write_version_1(tmp_path / f"no{stage}", state, trained=stage, plans_per_stage=plans_of)
         with pytest.raises(CheckpointError, match=rf"stages \[0, 1\], and the one that was trained is {stage}"):
             read_folder(path)
+
+
+def test_version_1_averages_probabilities_where_version_2_averages_logits(tmp_path):
+    theirs, x = models.unet(), torch.randn(1, 1, *models.PATCH)
+    for part in (*theirs.decoder.transpconvs, *theirs.decoder.seg_layers):
+        torch.nn.init.zeros_(part.bias)
+    path = models.write_version_1(tmp_path / "m", models.generic_unet_state(theirs))
+    read, axes = read_pretrained(path), [some for n in range(4) for some in itertools.combinations((2, 3, 4), n)]
+    with torch.no_grad():
+        versions = torch.stack([theirs(x.flip(some)).flip(some)[0] for some in axes])
+    expected, other = versions.softmax(1).mean(0).argmax(0), versions.mean(0).argmax(0)
+    activation, mirror = read.description["activation"], read.description["mirror_axes"]
+    options = {"activation": activation, "mirror": mirror, "amp": False, "progress": False, "doubts": True}
+    inferer = SlabInferer(models.PATCH, list(read.description["targets"]), **options)
+    found = inferer(x, load(read))[0, 0]
+    assert (found == expected).float().mean() > 0.9999 and (expected != other).float().mean() > 0.01
+    assert all(0 < one["agreement"] < 1 and 0 < one["entropy"] < 1 for one in inferer.quality.values())
+
+
+def test_version_1_keeps_the_fold_of_all_cases_in_a_folder_named_all(tmp_path):
+    path = models.write_version_1(tmp_path / "m", models.generic_unet_state(models.unet()))
+    os.rename(os.path.join(path, "fold_0"), os.path.join(path, "all"))
+    assert list(read_folder(path).folds) == list(read_folder(path, folds="all").folds) == ["all"]
+
+
+def test_older_plans_of_version_1_count_the_halvings_of_each_axis_and_have_kernels_of_three(tmp_path):
+    networks = models.unet(kernel_sizes=[[3, 3, 3]] * 3)
+    stage = {"patch_size": models.PATCH, "current_spacing": [3.0, 1.5, 1.5], "num_pool_per_axis": [1, 2, 2]}
+    path = models.write_version_1(tmp_path / "m", models.generic_unet_state(networks), plans_per_stage={0: stage})
+    network = read_folder(path).description["network"]
+    assert network["strides"] == models.STRIDES[1:] and network["kernel_sizes"] == [[3, 3, 3]] * 3
+
+
+@pytest.mark.parametrize(
+    ("plans", "message"),
+    [
+        ({"preprocessor_name": "PreprocessorFor3D_NoResampling"}, "'PreprocessorFor3D_NoResampling' is unknown"),
+        ({"segmentation_export_params": {"interpolation_order": 3}}, "'interpolation_order': 3.* is not done here"),
+    ],
+)
+def test_other_preprocessing_of_version_1_is_refused(plans, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        read_folder(models.write_version_1(tmp_path / "m", models.generic_unet_state(models.unet()), **plans))
 
 
 def test_trainers_of_version_1_without_mirroring_and_with_another_nonlinearity(tmp_path):

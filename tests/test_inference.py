@@ -754,10 +754,10 @@ class TestProbabilities:
         differ = (array[0] > 0.5) != (np.asarray(label_map.dataobj) > 0)
         assert np.abs(array[0][differ].astype(float) - 0.5).max(initial=0) < 1e-3
 
-    @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+    @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "probabilities"])
     @pytest.mark.parametrize(("shape", "source_shape"), [((40, 20, 25), (63, 31, 17)), ((9, 20, 25), (40, 9, 50))])
-    def test_they_equal_resizing_the_whole_volume_of_logits(self, activation, shape, source_shape, tmp_path):
-        image, network, soft = prepared(shape, source_shape), convolution(4), activation == "softmax"
+    def test_they_equal_resizing_the_whole_volume_of_what_is_averaged(self, activation, shape, source_shape, tmp_path):
+        image, network, soft = prepared(shape, source_shape), convolution(4), activation != "sigmoid"
         names = ["a", "b", "c"] if soft else ["a", "b", "c", "d"]
         kept = Probabilities(tmp_path)
         inferer = SlabInferer(
@@ -766,8 +766,10 @@ class TestProbabilities:
         )  # fmt: skip
         inferer(image, network)
         kept.save(tmp_path / "p.b2nd")
-        logits = naive_resize(naive_logits(image[0].numpy(), network, (16, 12, 10)), source_shape)
+        averaged = torch.nn.Sequential(network, torch.nn.Softmax(1)) if activation == "probabilities" else network
+        logits = naive_resize(naive_logits(image[0].numpy(), averaged, (16, 12, 10)), source_shape)
         expected = np.exp(logits) / np.exp(logits).sum(0) if soft else 1 / (1 + np.exp(-logits))
+        expected = logits if activation == "probabilities" else expected
         expected = expected[1:] if soft else expected
         expected = expected * np.array([1, 0, 1] if soft else [0, 1, 0, 1]).reshape(-1, 1, 1, 1)
         np.testing.assert_allclose(blosc2.open(str(tmp_path / "p.b2nd"))[:], expected, atol=1e-3)

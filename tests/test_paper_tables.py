@@ -18,7 +18,7 @@ from tsfm.training.checkpoint import save_weights
 from tsfm.training.weight_files import CheckpointError
 from tsfm_tools.paper import commands, grids
 from tsfm_tools.paper.grid_files import Grid
-from tsfm_tools.paper.tables import figures, is_scored
+from tsfm_tools.paper.tables import figures, is_scored, table
 from tsfm_tools.phantoms import layouts as phantoms
 
 TABLES = ("table1", "table2", "table3")
@@ -98,6 +98,20 @@ def test_table_3_begins_with_table_2_at_100_epochs():
     first = content("table3")["rows"][0]
     assert first["id"] == pretrained["id"] and first["weights"] == pretrained["weights"]
     assert first["paper"] == {name: figures[-1] for name, figures in pretrained["paper"].items()}
+
+
+def test_what_the_notes_say_of_the_papers_claims_follows_from_its_figures():
+    one = {row["id"]: row.get("paper") for row in content("table1")["rows"]}
+    assert one["tsfm"]["mean Dice for tumor"] - one["nnunet"]["mean Dice for tumor"] == pytest.approx(0.0454)
+    behind = [name for name in one["tsfm"] if one["tsfm"][name] < one["nnunet"][name]]
+    assert behind == ["Liver: liver", "Pancreas: pancreas", "KiTS2021: kidney", "KiTS2021: tumor"]
+    two = {row["id"]: row.get("paper") for row in content("table2")["rows"]}
+    ours, theirs = two["tsfm-pretrained"], {name: figures[0] for name, figures in two["nnunet"].items()}
+    assert np.mean([ours[name][3] - theirs[name] for name in ours]) == pytest.approx(0.0056, abs=5e-5)
+    assert [name for name in ours if ours[name][2] < theirs[name]] == ["BraTS2020", "KiTS2019"]
+    for name in TABLES:
+        shown = table(Grid(content(name), ROOT / "bundles"), [], {})
+        assert all(f"- {note}" in shown for note in content(name)["notes"])
 
 
 # ---- what runs ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from conftest import touch
+from conftest import ROOT, touch
 from tsfm.cases import sources
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import PoolError
@@ -29,6 +29,7 @@ from tsfm.planning.parts import freeze
 from tsfm.planning.plan_run import plan_run
 from tsfm.planning.planner import PlanError, plan_patch
 from tsfm.preparation import fingerprint as fingerprints
+from tsfm.schema import read_json
 from tsfm.training.checkpoint import EXTRA_STATE, describe_network, encode_description, read_state, save_weights
 from tsfm.training.weight_files import CheckpointError
 
@@ -517,8 +518,14 @@ def test_the_plan_is_the_datas_with_and_without_weights(pool, weights, tmp_path)
     network = planning.downstream_network(pool, plan.patch_size, 1, weights, plan)
     planning.take_over(network, pool, weights, output_dir=str(tmp_path))
     assert network(torch.zeros(1, 1, *plan.patch_size))[0].shape == (1, 1, *plan.patch_size)
-    report = json.loads((tmp_path / "transfer_report.json").read_text())
+    written = tmp_path / "transfer_report.json"
+    report = json.loads(written.read_text())
     assert any("kernels" in note for note in report["mismatches"]) and any("strides" in n for n in report["mismatches"])
+    (tmp_path / "last.pt").touch()
+    written.write_text("of the run that is there")
+    again = planning.downstream_network(pool, plan.patch_size, 1, weights, plan)
+    planning.take_over(again, pool, weights, output_dir=str(tmp_path))
+    assert written.read_text() == "of the run that is there"
 
 
 def test_numbers_and_the_checkpoints_geometry_on_request(pool, weights, tmp_path):
@@ -538,7 +545,8 @@ def test_numbers_and_the_checkpoints_geometry_on_request(pool, weights, tmp_path
 def test_a_plan_is_taken_back_from_its_file(pool, tmp_path):
     plan = plan_run(pool, str(tmp_path))
     Forecast(str(tmp_path), plan).save(hours=2.0)
-    assert plan_run(pool, str(tmp_path), plan_file=str(tmp_path / "plan.json")) == plan
+    for asked in ("auto", "coarse"):  # an overlay may have it
+        assert plan_run(pool, str(tmp_path), spacing_mm=asked, plan_file=str(tmp_path / "plan.json")) == plan
     with pytest.raises(PlanError, match="leave --patch_size out"):
         plan_run(pool, str(tmp_path), patch_size=[8, 16, 16], plan_file=str(tmp_path / "plan.json"))
     with pytest.raises(PlanError, match=r"no\.json cannot be read"):
@@ -671,6 +679,20 @@ def test_weights_that_saw_this_data_set_are_named(pool, weights, tmp_path, caplo
         torch.save({**tensors, EXTRA_STATE: encode_description({**description, "trained_on": seen})}, tmp_path / "m.pt")
         planning.take_over(planning.downstream_network(pool, [12, 24, 20], 1, weights), pool, str(tmp_path / "m.pt"))
         assert ("trained on data, too" in caplog.text) == warned
+
+
+def test_weights_that_saw_a_data_set_that_holds_this_ones_scans_are_named(pool, weights, tmp_path, caplog):
+    """KiTS2019 is within KiTS2021, which the paper's pool has."""
+    tensors, description = read_state(weights)
+    seen = {**description, "trained_on": ["kits21", "msd_lung"]}
+    torch.save({**tensors, EXTRA_STATE: encode_description(seen)}, tmp_path / "m.pt")
+    (entry,) = pool.entries
+    for config, is_named in ("kits2019.json", True), ("abdomenct1k.json", True), ("brats2020.json", False):
+        caplog.clear()
+        declared = read_json(ROOT / "bundles/tsfm_finetune/configs" / config)["pool_file"]["datasets"][0]
+        pool.entries[entry] = {**pool.entries[entry], "origin": declared.get("origin", [])}
+        planning.take_over(planning.downstream_network(pool, [12, 24, 20], 1, weights), pool, str(tmp_path / "m.pt"))
+        assert ("were trained on kits21, too" in caplog.text) == is_named
 
 
 def test_bad_cases_are_listed_all_at_once(folders, tmp_path):

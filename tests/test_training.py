@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import rates_of
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
 from monai.optimizers import WarmupCosineSchedule
@@ -18,7 +18,7 @@ from tsfm.training.checkpoint import read_state
 from tsfm.training.curve import Curve, write_csv
 from tsfm.training.record import RunRecord, versions
 from tsfm.training.run_state import AllStepsSkipped, RunState
-from tsfm.training.steps import TrainStep, poly_schedule
+from tsfm.training.steps import TrainStep, Validate, poly_schedule
 from tsfm.training.weight_files import CheckpointError
 
 pytestmark = pytest.mark.convolutions
@@ -139,6 +139,16 @@ def test_the_curve_keeps_the_moving_average_of_the_validation_dice(tmp_path):
     assert curve.average == pytest.approx(0.478)
 
 
+@pytest.mark.parametrize(("epochs", "validated"), [(7, [3, 6, 7]), (6, [3, 6]), (2, [2])])
+def test_the_last_epoch_is_validated_too(epochs, validated):
+    handler, seen = Validate(interval=3), []
+    handler.validator = SimpleNamespace(run=seen.append)
+    trainer = Engine(lambda engine, batch: None)
+    handler.attach(trainer)
+    trainer.run([0], max_epochs=epochs)
+    assert seen == validated
+
+
 def test_an_older_model_is_kept_when_a_run_publishes(tmp_path):
     published = tmp_path / "models"
     published.mkdir()
@@ -247,7 +257,7 @@ def test_a_run_that_saves_every_second_epoch_loses_at_most_two_and_ends_with_the
     assert torch.load(tmp_path / "whole/last.pt", weights_only=True)["epoch"] == 5
 
 
-@pytest.mark.parametrize(("weights", "interval"), [(2_600_000, 1), (1_600_000_000, 8)])
+@pytest.mark.parametrize(("weights", "interval"), [(2_600_000, 1), (1_600_000_000, 8), (1_636_335_899, 9)])
 def test_large_networks_are_saved_less_often(tmp_path, weights, interval):
     network = TSFM(**SMALL)
     network.parameters = lambda: iter([torch.empty(weights, device="meta")])

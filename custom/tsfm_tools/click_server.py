@@ -78,8 +78,8 @@ class Session:
             raise ClickError("these weights have no click channels: train with configs/clicks.json added")
         if target not in requests.table.names:
             raise ClickError(f"the target {target!r} is unknown; these weights have {list(requests.table.names)}")
-        self.requests, self.target, self.image = requests, target, None
-        self.files = [item["image"] for item in find_images(images)]
+        self.requests, self.images, self.target, self.image = requests, images, target, None
+        self.files = find_images(images)
         self.forget()
 
     def forget(self) -> None:
@@ -88,9 +88,9 @@ class Session:
 
     def upload_image(self, voxels: np.ndarray) -> None:
         """Find the file that holds these voxels; ClickError where none does."""
-        self.image = None
+        self.image, self.files = None, find_images(self.images)
         wanted, alike = voxels.T, 0
-        for path in self.files:
+        for path in (item["image"] for item in self.files):
             try:
                 if read_grid(path).shape != wanted.shape:
                     continue

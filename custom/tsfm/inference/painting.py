@@ -18,7 +18,7 @@ import torch
 from ..labels import LabelTable
 from ..preparation.resampling import AxisResampler, axis_resampler, one_thread
 
-ACTIVATIONS = ("sigmoid", "regions", "softmax")
+ACTIVATIONS = ("sigmoid", "regions", "softmax", "probabilities")
 
 _PART = 16
 """Source slices that one thread paints at a time: tight boxes, and intermediate values that stay in the cache."""
@@ -33,6 +33,13 @@ class Slab(NamedTuple):
     @property
     def stop(self) -> int:
         return self.start + self.logits.shape[1]
+
+
+def as_logits(slab: Slab, activation: str) -> Slab:
+    """The slab, or of averaged probabilities the logits whose softmax they are."""
+    if activation != "probabilities":
+        return slab
+    return Slab(slab.logits.float().clamp_min(1e-30).log(), slab.start)
 
 
 class Painter:

@@ -43,7 +43,7 @@ class Probabilities:
         atexit.register(self.discard)
 
     def begin(
-        self, shape: Sequence[int], grid: SourceGrid, names: Sequence[str], channels: Mapping[str, int], exclusive: bool
+        self, shape: Sequence[int], grid: SourceGrid, names: Sequence[str], channels: Mapping[str, int], activation: str
     ) -> None:
         """Start a case.
 
@@ -51,12 +51,12 @@ class Probabilities:
             shape: of the prepared image.
             grid: where it lies in its image.
             names: all targets; channels: number in the logits of those that are computed.
-            exclusive: softmax over all logits, background first; else a sigmoid of each.
+            activation: "softmax" over all logits, background first; "probabilities" already; else a sigmoid of each.
         """
         self.discard()
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
-        self.channels, self.exclusive = [channels.get(name) for name in names], exclusive
+        self.channels, self.activation = [channels.get(name) for name in names], activation
         self.axes, self.done = resize_axes(shape, grid.shape, grid.thick), 0
         self.last = self.axes[0].index.max(1)
         affine = np.asarray(grid.image_affine, float)
@@ -128,8 +128,9 @@ class Probabilities:
             logits = torch.lerp(logits, slab.logits[:, index[1]].float(), float(weights[1]))
         for axis in (2, 1):
             logits = self.axes[axis].apply(logits.contiguous(), axis)
-        found = logits.softmax(0) if self.exclusive else logits.sigmoid()
-        found = found.half().cpu()
+        if self.activation != "probabilities":
+            logits = logits.softmax(0) if self.activation == "softmax" else logits.sigmoid()
+        found = logits.half().cpu()
         absent = found.new_zeros(found.shape[1:])
         return torch.stack([absent if channel is None else found[channel] for channel in self.channels])
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..labels import LabelTable
 from .notes import COMPUTED
-from .painting import ACTIVATIONS, Painter, Slab, paint_tiers, threshold_logits
+from .painting import ACTIVATIONS, Painter, Slab, as_logits, paint_tiers, threshold_logits
 from .passes import AMP_DTYPES, CPU, Passes, free_bytes, mirrored_axes, network_device, where_it_fits
 from .probabilities import Probabilities
 from .quality import Quality, binary_entropy
@@ -149,7 +149,7 @@ class SlabInferer(Inferer):
         progress: show a progress bar over the windows.
         activation: "sigmoid": of targets that lie equally deep the one furthest above its threshold wins; "regions": later
             ones are painted over earlier ones (nnU-Net); "softmax": the largest logit wins, thresholds are not looked at,
-            and the first output is the background.
+            and the first output is the background; "probabilities": so too, but a softmax is averaged (nnU-Net 1).
         probabilities: keeps each target's probability of the case at hand, for the saver.
         doubts: say in `quality`, after each image, how far versions agree and how sure their mean is (`Quality.report`).
 
@@ -191,7 +191,7 @@ class SlabInferer(Inferer):
             raise ValueError(f"activation is {activation!r}, expected one of {list(ACTIVATIONS)}")
         if amp_dtype not in AMP_DTYPES:
             raise ValueError(f"amp_dtype is {amp_dtype!r}, expected one of {list(AMP_DTYPES)}")
-        self.activation, self.exclusive = activation, activation == "softmax"
+        self.activation, self.exclusive = activation, activation in ("softmax", "probabilities")
         self.outputs = (*(("background",) if self.exclusive else ()), *self.names)
         self._choose(chosen)
         window_starts(1, 1, overlap)
@@ -224,10 +224,10 @@ class SlabInferer(Inferer):
         levels = self.levels if self.exclusive else [self.levels[i] for i in self.channels]
         painter = Painter(image.shape[1:], grid.shape, tiers, levels, grid.thick, self.exclusive)
         quality = self._observer = self._quality(image.shape[1:]) if self.doubts else None
-        takers = [painter.add, *([quality.see] if quality else [])]
+        takers = [painter.add, *([lambda slab: quality.see(as_logits(slab, self.activation))] if quality else [])]
         if self.probabilities is not None:
             kept = {name: numbers[self.outputs.index(name)] for name in self.chosen}
-            self.probabilities.begin(image.shape[1:], grid, self.names, kept, self.exclusive)
+            self.probabilities.begin(image.shape[1:], grid, self.names, kept, self.activation)
             takers.append(self.probabilities.add)
         for slab in self.slabs(image, network, *args, **kwargs) if tiers else ():
             for take in takers:
@@ -244,7 +244,7 @@ class SlabInferer(Inferer):
         return result
 
     def logits(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Averaged logits (1, T, S, P, L), float32, on the prepared grid; this one does hold the whole volume."""
+        """Averaged logits or probabilities (1, T, S, P, L), float32, prepared grid; this one does hold the whole volume."""
         image = self._image(inputs)
         whole = torch.empty((len(self.channels), *image.shape[1:]))
         for slab in self.slabs(image, network, *args, **kwargs):
@@ -259,7 +259,7 @@ class SlabInferer(Inferer):
         total, count, done = 0.0, 0, 0
 
         def bits(slab: Slab) -> tuple[float, int]:
-            logits = slab.logits[:, done - slab.start :].float()
+            logits = as_logits(slab, self.activation).logits[:, done - slab.start :].float()
             logits = logits[1:] - logits[:1] if self.exclusive else logits
             logits = logits[:, (logits > 0).any(0)]
             return float(binary_entropy(logits).sum()), logits.numel()
@@ -337,7 +337,7 @@ class SlabInferer(Inferer):
             return RollingAverage(len(self.channels), shape, self.roi_size, CPU)
 
     def _checked(self, logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-        """The finest output, plain; ValueError where it does not fit the table."""
+        """The finest output, plain, or its softmax; ValueError where it does not fit the table."""
         logits = logits[0] if isinstance(logits, (list, tuple)) else logits
         if logits.shape[1] != len(self.outputs):
             raise ValueError(
@@ -345,4 +345,5 @@ class SlabInferer(Inferer):
             )
         if tuple(logits.shape[2:]) != self.roi_size:
             raise ValueError(f"the network turns windows {self.roi_size} into {tuple(logits.shape[2:])}; same expected")
-        return logits.as_tensor() if isinstance(logits, MetaTensor) else logits
+        logits = logits.as_tensor() if isinstance(logits, MetaTensor) else logits
+        return logits.float().softmax(1) if self.activation == "probabilities" else logits

@@ -84,9 +84,8 @@ def read_model(
             differently here than it was there.
     """
     plans, dataset = (_read_json(folder, name) for name in ("plans.json", "dataset.json"))
-    files = {fold: os.path.join(folder, f"fold_{fold}", checkpoint) for fold in find_folds(folder, folds, checkpoint)}
     description, weights = None, {}
-    for fold, path in files.items():
+    for fold, path in find_folds(folder, folds, checkpoint).items():
         content = load_file(path)
         if description is None:
             description = describe(content, plans, dataset, path, trainer)
@@ -94,13 +93,13 @@ def read_model(
     return Model(weights, description)
 
 
-def find_folds(folder: str, folds: Sequence[int | str] | int | str | None, checkpoint: str) -> list[str]:
-    """Names of the folds to read."""
-    present = sorted(
-        name.removeprefix("fold_")
-        for name in os.listdir(folder)
-        if name.startswith("fold_") and os.path.isfile(os.path.join(folder, name, checkpoint))
-    )
+def find_folds(folder: str, folds: Sequence[int | str] | int | str | None, checkpoint: str) -> dict[str, str]:
+    """Name of each fold to read, and its checkpoint; version 1 keeps that of all cases in ``all``, not in ``fold_all``."""
+    present = {
+        name.removeprefix("fold_"): os.path.join(folder, name, checkpoint)
+        for name in sorted(os.listdir(folder))
+        if (name == "all" or name.startswith("fold_")) and os.path.isfile(os.path.join(folder, name, checkpoint))
+    }
     asked = [folds] if isinstance(folds, int | str) else folds
     wanted = [fold for fold in present if fold != "all"] or present if asked is None else [str(fold) for fold in asked]
     missing = [fold for fold in wanted if fold not in present]
@@ -109,7 +108,7 @@ def find_folds(folder: str, folds: Sequence[int | str] | int | str | None, check
             f"{folder}: no {checkpoint} in {', '.join(f'fold_{fold}' for fold in missing) or 'any fold'}; "
             f"found folds: {', '.join(present) or 'none'}"
         )
-    return wanted
+    return {fold: present[fold] for fold in wanted}
 
 
 def describe(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,21 +20,23 @@ TRAINER = re.compile(r"nnUNetTrainerV2(_noMirroring|_DA5|_insaneDA|_noDataAugmen
 
 SCHEMES = {"CT": "ct", "nonCT": "zscore", "noNorm": "none"}
 
+PREPROCESSOR = "GenericPreprocessor"
+
+EXPORT = {"force_separate_z": None, "interpolation_order": 1, "interpolation_order_z": 0}
+"""How version 1 resamples its results, where plans say nothing of it."""
+
 
 def read_model(
     folder: str, folds: Sequence[int | str] | None = None, checkpoint: str = CHECKPOINT, trainer: str = ""
 ) -> Model:
-    """The model in `folder`, which holds ``plans.pkl`` and ``fold_X/model_final_checkpoint.model`` with its ``.pkl``.
-
-    nnU-Net 1 averages and resamples probabilities; here, as in nnU-Net 2, logits are: label maps may differ where classes
-    are nearly as likely.
+    """The model in `folder`, which holds ``plans.pkl`` and ``fold_X/model_final_checkpoint.model`` with its ``.pkl``, or
+    ``all/...``.
 
     Raises:
         CheckpointError: as `nnunet.read_model`.
     """
     description, weights = None, {}
-    for fold in find_folds(folder, folds, checkpoint):
-        path = os.path.join(folder, f"fold_{fold}", checkpoint)
+    for fold, path in find_folds(folder, folds, checkpoint).items():
         weights[fold], described = read_checkpoint(path, trainer)
         description = description or described
     return Model(weights, description)
@@ -49,6 +50,7 @@ def read_checkpoint(path: str, trainer: str = "") -> tuple[dict[str, Tensor], di
     stage = _trained_stage(information, path)
     if stage and name.endswith("CascadeFullRes"):
         raise CheckpointError(f"{path} is the second stage of a cascade; import 3d_fullres")
+    _check_plans(plans, path)
     state = load_file(path)["state_dict"]
     description = describe(state, plans, plans["plans_per_stage"][stage], name, path)
     return rename(_as_version_2(state), description["network"], path), description
@@ -68,6 +70,14 @@ def _trained_stage(information: Mapping[str, Any], path: str) -> int:
     return stage
 
 
+def _check_plans(plans: Mapping[str, Any], path: str) -> None:
+    """CheckpointError for preprocessing or resampling that is not done here."""
+    if (name := plans.get("preprocessor_name") or PREPROCESSOR) != PREPROCESSOR:
+        raise CheckpointError(f"{path}.pkl: preprocessor '{name}' is unknown; expected {PREPROCESSOR}")
+    if (options := {**EXPORT, **plans.get("segmentation_export_params", {})}) != EXPORT:
+        raise CheckpointError(f"{path}.pkl: resampling of results by {options} is not done here; expected {EXPORT}")
+
+
 def describe(
     state: Mapping[str, Tensor], plans: Mapping[str, Any], stage: Mapping[str, Any], trainer: str, source: str
 ) -> dict[str, Any]:
@@ -75,8 +85,9 @@ def describe(
     patch = [int(side) for side in stage["patch_size"]]
     if len(patch) != 3:
         raise CheckpointError(f"{source}: patch {patch} is two-dimensional; only 3D networks can be imported")
-    strides = [[int(n) for n in row] for row in stage["pool_op_kernel_sizes"]]
+    strides = _strides(stage)
     levels = len(strides) + 1
+    kernels = stage.get("conv_kernel_sizes", [[3, 3, 3]] * levels)
     heads = state[f"seg_outputs.{len(strides) - 1}.weight"]
     features = [_first_conv(state, level).shape[0] for level in range(levels)]
     depth = int(plans.get("conv_per_stage", 2))
@@ -87,7 +98,7 @@ def describe(
         "img_size": patch,
         "features": features,
         "strides": strides,
-        "kernel_sizes": [[int(n) for n in row] for row in stage["conv_kernel_sizes"]],
+        "kernel_sizes": [[int(n) for n in row] for row in kernels],
         "depths_down": [depth] * levels,
         "depths_up": [depth] * (levels - 1),
         "residual": False,
@@ -109,9 +120,17 @@ def describe(
     return {
         **whole_description(network, table, preparation),
         "mirror_axes": "" if re.search("noMirroring|noDataAugmentation", trainer) else "SPL",
-        "activation": "softmax",
+        "activation": "probabilities",
         "trained_by": f"nnU-Net 1, {trainer}",
     }
+
+
+def _strides(stage: Mapping[str, Any]) -> list[list[int]]:
+    """Strides of all levels but the first; older plans only count how often each axis is halved."""
+    if "pool_op_kernel_sizes" in stage:
+        return [[int(n) for n in row] for row in stage["pool_op_kernel_sizes"]]
+    pools = stage["num_pool_per_axis"]
+    return [[1 + (max(pools) - n <= level) for n in pools] for level in range(max(pools))]
 
 
 def _rules(plans: Mapping[str, Any], channels: int, source: str) -> list[dict[str, Any]]:

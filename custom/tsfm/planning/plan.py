@@ -172,8 +172,8 @@ def take_over(
 ) -> DescribedNetwork:
     """`network` with `pretrained` weights, whose channels, targets, patch or strides may differ; None leaves it as it is.
 
-    The report of what was taken over goes to ``transfer_report.json`` in `output_dir`; names of tensors with values that start
-    anew are in ``network.fresh``, for :func:`tsfm.planning.parts.freeze`.
+    The report of what was taken over goes to ``transfer_report.json`` in `output_dir`, when a run begins there; names of tensors
+    with values that start anew are in ``network.fresh``, for :func:`tsfm.planning.parts.freeze`.
 
     Raises:
         CheckpointError: as `load_pretrained`.
@@ -186,16 +186,19 @@ def take_over(
     if output_dir:
         check_writable(output_dir, "--output_dir")
     report = os.path.join(output_dir, "transfer_report.json") if output_dir else None
+    if report and pool.entries and any(os.path.exists(os.path.join(output_dir, name)) for name in ("last.pt", "last")):
+        report = None  # of the run that is there, which this one continues, or is not let into
     task = {"modalities": sorted({item["modality"] for item in pool.cases})} if pool.entries else {}
     if preparation is not None:
         task["preparation"] = preparation.to_dict()
     entries = load_pretrained(network, str(pretrained), report_path=report, task=task).entries
     network.fresh = {entry.name for entry in entries if entry.new}
     description = pretrained_description(pretrained)
-    if (again := sorted(set(description.get("trained_on", ())) & set(pool.entries))) and rank() == 0:
+    same = {name for data, entry in pool.entries.items() for name in (data, *entry.get("origin", ()))}
+    if (again := sorted(same & set(description.get("trained_on", ())))) and rank() == 0:
         logger.warning(
             "the weights in %s were trained on %s, too: cases that this run holds out may be among those that they saw (are "
-            "they another fold's?), and its validation too good", pretrained, ", ".join(again),
+            "they another fold's, or another data set's?), and its validation too good", pretrained, ", ".join(again),
         )  # fmt: skip
     network.description["licences"] = inherited_licences(description)
     goes_on(network, description)

@@ -276,7 +276,7 @@ def _budget(memory_gb: float | None, step_seconds: float | None, device: str | t
 
 
 def _read_plan(path: str, asked: Mapping[str, Any], pretrained: str | None = None) -> Plan:
-    given = [f"--{name}" for name, value in asked.items() if not (isinstance(value, str) and value == "auto")]
+    given = [f"--{name}" for name, value in asked.items() if value not in ("auto", "coarse")]
     if given:
         raise PlanError(f"--plan {path} says it all; leave {', '.join(given)} out, or change the file")
     try:

@@ -120,7 +120,7 @@ def _stunet(path: str, content: Mapping[str, Any], state: Mapping[str, Tensor]) 
     description = {
         **_ct_description(network, preparation, names),
         "dataset_labels": [{"name": "totalsegmentator", "labels": {str(i): [name] for i, name in enumerate(names, 1)}}],
-        "activation": "softmax",
+        "activation": "probabilities",  # its inference is nnU-Net 1's
         "mirror_axes": "SPL",
     }
     note = () if names else (f"{outputs} outputs are not the 104 classes of TotalSegmentator: all heads start anew",)

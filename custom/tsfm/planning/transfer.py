@@ -63,7 +63,7 @@ def load_pretrained(
     path = os.fspath(checkpoint)
     read = read_pretrained(path)
     found, theirs, parts = read.tensors, read.description, network.parts
-    if theirs.get("activation") == "softmax":  # a sigmoid head is a softmax head relative to the background's
+    if theirs.get("activation") in ("softmax", "probabilities"):  # a sigmoid head is one relative to the background's
         found = {key: value[1:] - value[:1] if re.match(parts.heads, key) else value for key, value in found.items()}
     ours = {**getattr(network, "description", {}), **(task or {})}
     own = {name: value for name, value in network.state_dict().items() if not name.endswith(EXTRA_STATE)}

@@ -71,7 +71,7 @@ class RunState:
             ``model_previous.pt``, and a ``model.safetensors`` beside it is written anew. "none": only `output_dir` gets
             the weights.
         save_interval: only every n-th epoch (and the last) is written and can be the best; "auto": so many that a network
-            of any size writes about as much per epoch (1 below 200 million weights, 8 for 1.6 billion).
+            of any size writes about as much per epoch (1 up to 200 million weights, 9 for the paper's network).
         write: False on all ranks but the first.
         sharded: write ``last/`` in place of ``last.pt``.
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
+from monai.handlers import ValidationHandler
 from monai.utils import CommonKeys as Keys
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -152,3 +154,15 @@ def poly_schedule(
         return max(1 - (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1), 0.0) ** power
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Validate(ValidationHandler):
+    """MONAI's ValidationHandler, after the last epoch too where `interval` does not divide it: its weights may be the best."""
+
+    def attach(self, engine: Engine) -> None:
+        """Validate after every `interval` epochs of `engine`, and after its last."""
+        super().attach(engine)
+        last = Events.EPOCH_COMPLETED(
+            event_filter=lambda engine, epoch: epoch == engine.state.max_epochs and epoch % self.interval > 0
+        )
+        engine.add_event_handler(last, self)

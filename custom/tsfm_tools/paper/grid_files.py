@@ -64,6 +64,7 @@ KINDS["grid"] = _object(
     ["title", "datasets", "columns", "rows"],
     {
         "title": TEXT,
+        "notes": TEXTS,
         "datasets": _named(
             _object(
                 "an object that says where a data set lies and which targets it has",
@@ -141,6 +142,7 @@ class Grid:
         else:
             check(content, "grid", self.source)
         self.title: str = content["title"]
+        self.notes: list[str] = listed(content.get("notes", ()))
         self.datasets: dict[str, dict[str, Any]] = dict(content["datasets"])
         self.weights: dict[str, dict[str, Any]] = dict(content.get("weights", {}))
         self.rows: list[dict[str, Any]] = list(content["rows"])

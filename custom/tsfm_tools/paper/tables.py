@@ -78,7 +78,8 @@ def is_scored(grid: Grid, row: Mapping[str, Any], column: Column, results: Seque
 
 
 def table(grid: Grid, results: Sequence[Mapping[str, Any]], obstacles: Mapping[str, Sequence[Run]]) -> str:
-    """Rows down, columns across in the grid's blocks, the paper's figure beside each of ours; below, what hinders which runs.
+    """Rows down, columns across in the grid's blocks, the paper's figure beside each of ours; below, what the grid notes,
+    and what hinders which runs.
 
     `obstacles`: reason -> runs that it keeps from running. Nothing is ranked: prompted rows would not compare.
     """
@@ -100,6 +101,7 @@ def table(grid: Grid, results: Sequence[Mapping[str, Any]], obstacles: Mapping[s
         notes.append(
             'Figures under "paper" are quoted from it; its splits into training and test cases are not published.'
         )
+    notes += grid.notes
     for reason, runs in obstacles.items():
         names = dict.fromkeys(f"{run.row['name']} on {grid.datasets[run.dataset]['name']}" for run in runs)
         notes.append(f"Not run, {reason}: {', '.join(names)}.")

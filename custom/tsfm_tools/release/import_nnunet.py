@@ -28,7 +28,8 @@ def import_nnunet(
 ) -> str:
     """Make a bundle of a model folder of nnU-Net 2 (or 1): all folds, as one network whose logits are their mean.
 
-    The bundle needs nothing of nnU-Net but the network's package, dynamic-network-architectures.
+    Of version 1 the probabilities are averaged and resampled, of version 2 the logits, as they do themselves. The bundle
+    needs nothing of nnU-Net but the network's package, dynamic-network-architectures.
 
     Args:
         model_folder: ``DatasetNNN_NAME/TRAINER__PLANS__CONFIGURATION``.
@@ -56,6 +57,10 @@ def import_nnunet(
     # nnU-Net's predictor averages over mirrored versions unless it is told not to
     inference = {"displayable_configs#mirroring": bool(description["mirror_axes"])}
     bundle = bundle_of(state, description, output_dir, name, said, bundle_dir, inference)
+    if os.path.isfile(os.path.join(model_folder, "postprocessing.json")):  # nnUNet_predict of version 1 applies it
+        print(
+            f"{model_folder}/postprocessing.json is left out: `python -m tsfm postprocessing` makes a plan for bundles"
+        )
     print(f"{bundle}: {len(members)} fold(s), targets {', '.join(description['targets'])}")
     return bundle
 
