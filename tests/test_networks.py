@@ -245,7 +245,7 @@ def test_modules_that_cannot_say_what_they_are_are_refused_with_what_to_do():
         start_from(torch.nn.Conv3d(1, 2, 1), None)
     with pytest.raises(NetworkError, match="expected one of AttentionUnet"):
         create_network("monai", net="TorchVisionFCModel")
-    with pytest.raises(NetworkError, match="SegResNet does not take these arguments: .*filtres"):
+    with pytest.raises(NetworkError, match=r"SegResNet does not take these arguments: .*filtres"):
         create_network("monai", net="SegResNet", arguments={"filtres": 3})
     with pytest.raises(ValueError, match="16 or 24 would fit"):
         create_network("monai", img_size=[16, 20, 16])

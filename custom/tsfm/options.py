@@ -177,13 +177,16 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
-    """Name -> text of every ``--name value`` and ``--name=value`` (a flag without a value is True)."""
+    """Name -> text of every ``--name value`` and ``--name=value`` (a flag without a value is True), and of an args file."""
     options: dict[str, str] = {}
     for position, argument in enumerate(arguments):
         if position and argument.startswith("--"):
             name, sign, value = argument[2:].partition("=")
             following = arguments[position + 1] if position + 1 < len(arguments) else "--"
             options[name.replace("-", "_")] = value if sign else "True" if following.startswith("--") else following
+    path = options.get("args_file", "")
+    if os.path.isfile(path) and isinstance(content := read_json(path), dict):
+        options = {**{name: str(value) for name, value in content.items()}, **options}
     return options
 
 
