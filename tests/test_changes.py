@@ -25,17 +25,20 @@ def overlays(folder, bundle):
     return [str(path) for path in paths]
 
 
-@pytest.mark.parametrize("bundle", ["tsfm_finetune", "tsfm_pretrain"])
-def test_a_run_takes_all_overlays_of_the_page_and_goes_on_with_them(bundle, phantom_pool, tiny, tmp_path):
-    options = pretrain_options(phantom_pool, tmp_path / "run")
-    if bundle == "tsfm_finetune":
-        options |= {"dataset_dir": phantom_pool / "Task03_Liver", "step_seconds": 0.02, "num_workers": 0}
-        options |= {"iterations_per_epoch": 3, "val_iterations": 2, "device": "cpu", "store_dir": tmp_path / "store"}
-        options.pop("allow_missing")
-    files = ["train.json", *[tiny] * (bundle == "tsfm_pretrain"), *overlays(tmp_path, bundle)]
+def test_a_pretraining_takes_all_overlays_of_the_page(phantom_pool, tiny, tmp_path):
+    files = ["train.json", tiny, *overlays(tmp_path, "tsfm_pretrain")]
+    run_bundle("tsfm_pretrain", files, **pretrain_options(phantom_pool, tmp_path, epochs=1))
+    assert read_description(tmp_path / "ema.pt")["network"]["net"] == "SegResNet"
+
+
+def test_a_fine_tuning_takes_all_overlays_of_the_page_and_goes_on_with_them(phantom_pool, tmp_path):
+    options = {
+        "dataset_dir": phantom_pool / "Task03_Liver", "output_dir": tmp_path / "run", "ckpt_dir": "none", "device": "cpu",
+        "store_dir": tmp_path / "store", "num_workers": 0, "iterations_per_epoch": 3, "val_iterations": 2, "step_seconds": 0.02,
+    }  # fmt: skip
     averages = []
     for epochs in (1, 2):
-        run_bundle(bundle, files, **options, epochs=epochs)
+        run_bundle("tsfm_finetune", ["train.json", *overlays(tmp_path, "tsfm_finetune")], **options, epochs=epochs)
         averages.append({key: value.clone() for key, value in read_state(tmp_path / "run/ema.pt")[0].items()})
     settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
     assert settings["loss"] == "DiceCELoss" and settings["mirror_axes"] == ""

@@ -233,10 +233,10 @@ def test_sam_med3d_answers_to_clicks():
 )
 def test_a_network_of_monai_says_which_sizes_it_takes(net, arguments, stride):
     network = create_network(
-        "monai", net=net, arguments=arguments, in_channels=2, out_channels=3, img_size=[16, 16, 16]
+        "monai", net=net, arguments=arguments, in_channels=2, out_channels=3, img_size=[32, 16, 32]
     )
     assert network.total_stride == (stride,) * 3
-    assert network(torch.zeros(1, 2, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
+    assert network(torch.zeros(1, 2, 32, 16, 32)).shape == (1, 3, 32, 16, 32)
     check_description(network.description, "here")
 
 
@@ -247,5 +247,7 @@ def test_modules_that_cannot_say_what_they_are_are_refused_with_what_to_do():
         create_network("monai", net="TorchVisionFCModel")
     with pytest.raises(NetworkError, match=r"SegResNet does not take these arguments: .*filtres"):
         create_network("monai", net="SegResNet", arguments={"filtres": 3})
+    with pytest.raises(NetworkError, match=r"a patch of \[16, 16, 16\] .*spatial"):
+        create_network("monai", net="BasicUNet", arguments={"features": [4] * 6}, img_size=[16, 16, 16])
     with pytest.raises(ValueError, match="16 or 24 would fit"):
         create_network("monai", img_size=[16, 20, 16])

@@ -62,6 +62,8 @@ class MONAINet(Adapted):
         _, inputs = _changed(usual, _shapes(build(in_channels + 1, out_channels, "meta")), 1)
         parts = Parts(ENCODER, _pattern(head), _pattern(rows) if head == rows else NONE, NONE, _pattern(inputs))
         super().__init__(described, build(in_channels, out_channels), strides, parts)
+        if problem := _problem(build(in_channels, out_channels, "meta"), in_channels, img_size):
+            raise NetworkError(f"monai: {net} does not take a patch of {list(img_size)} (--patch_size): {problem}")
 
 
 def _builder(net: str, arguments: Mapping[str, Any]) -> Callable[..., nn.Module]:
