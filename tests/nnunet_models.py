@@ -101,6 +101,20 @@ def write_folder(folder: Path, networks: dict, plan: dict | None = None, dataset
     return str(folder)
 
 
+def generic_unet(**more):
+    """nnU-Net 1's network in version 2's: a decoder with the kernel of the next deeper level, upsampling and heads unbiased."""
+    from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+
+    network = unet(**more)
+    encoder = network.encoder
+    encoder.kernel_sizes = [*encoder.kernel_sizes[1:], encoder.kernel_sizes[-1]]
+    network.decoder = UNetDecoder(encoder, network.decoder.num_classes, [2, 2], deep_supervision=False)
+    for name, parameter in network.decoder.named_parameters():
+        zero = name.startswith(("transpconvs", "seg_layers")) and name.endswith("bias")
+        nn.init.zeros_(parameter) if zero else nn.init.normal_(parameter, 0.3, 0.5)
+    return network.eval()
+
+
 def generic_unet_state(network) -> dict:
     """A plain network's weights under the names of nnU-Net 1's Generic_UNet, whose upsampling and heads have no bias."""
     state, found = network.state_dict(), {}

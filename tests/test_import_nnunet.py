@@ -111,10 +111,8 @@ def test_plans_from_before_2_3_1(tmp_path):
         torch.testing.assert_close(network(x), theirs(x), atol=1e-5, rtol=1e-5)
 
 
-def test_version_1_with_biases_of_zero_and_its_own_order(tmp_path):
-    theirs = models.unet()
-    for part in (*theirs.decoder.transpconvs, *theirs.decoder.seg_layers):
-        torch.nn.init.zeros_(part.bias)
+def test_version_1_with_biases_of_zero_its_decoders_kernels_and_its_own_order(tmp_path):
+    theirs = models.generic_unet()
     path = models.write_version_1(tmp_path / "m", models.generic_unet_state(theirs))
     read = read_pretrained(path)
     x = torch.randn(1, 1, *models.PATCH)
@@ -126,7 +124,7 @@ def test_version_1_with_biases_of_zero_and_its_own_order(tmp_path):
 
 
 def test_version_1_has_the_plan_of_the_stage_that_was_trained(tmp_path):
-    state = models.generic_unet_state(models.unet())
+    state = models.generic_unet_state(models.generic_unet())
     plans_of = {
         stage: {
             "patch_size": np.array(models.PATCH), "current_spacing": np.array([spacing] * 3),
@@ -144,9 +142,9 @@ def test_version_1_has_the_plan_of_the_stage_that_was_trained(tmp_path):
 
 
 def test_version_1_averages_probabilities_where_version_2_averages_logits(tmp_path):
-    theirs, x = models.unet(), torch.randn(1, 1, *models.PATCH)
-    for part in (*theirs.decoder.transpconvs, *theirs.decoder.seg_layers):
-        torch.nn.init.zeros_(part.bias)
+    torch.manual_seed(2)  # every class wins somewhere, and versions disagree
+    theirs, x = models.generic_unet(), torch.randn(1, 1, *models.PATCH)
+    torch.nn.init.normal_(theirs.decoder.seg_layers[-1].weight)
     path = models.write_version_1(tmp_path / "m", models.generic_unet_state(theirs))
     read, axes = read_pretrained(path), [some for n in range(4) for some in itertools.combinations((2, 3, 4), n)]
     with torch.no_grad():
@@ -156,20 +154,20 @@ def test_version_1_averages_probabilities_where_version_2_averages_logits(tmp_pa
     options = {"activation": activation, "mirror": mirror, "amp": False, "progress": False, "doubts": True}
     inferer = SlabInferer(models.PATCH, list(read.description["targets"]), **options)
     found = inferer(x, load(read))[0, 0]
-    assert (found == expected).float().mean() > 0.9999 and (expected != other).float().mean() > 0.01
+    assert (found == expected).float().mean() > 0.9999 and (expected != other).float().mean() > 0.005
     assert all(0 < one["agreement"] < 1 and 0 < one["entropy"] < 1 for one in inferer.quality.values())
 
 
 def test_version_1_keeps_the_fold_of_all_cases_in_a_folder_named_all(tmp_path):
-    path = models.write_version_1(tmp_path / "m", models.generic_unet_state(models.unet()))
+    path = models.write_version_1(tmp_path / "m", models.generic_unet_state(models.generic_unet()))
     os.rename(os.path.join(path, "fold_0"), os.path.join(path, "all"))
     assert list(read_folder(path).folds) == list(read_folder(path, folds="all").folds) == ["all"]
 
 
 def test_older_plans_of_version_1_count_the_halvings_of_each_axis_and_have_kernels_of_three(tmp_path):
-    networks = models.unet(kernel_sizes=[[3, 3, 3]] * 3)
+    theirs = models.generic_unet(kernel_sizes=[[3, 3, 3]] * 3)
     stage = {"patch_size": models.PATCH, "current_spacing": [3.0, 1.5, 1.5], "num_pool_per_axis": [1, 2, 2]}
-    path = models.write_version_1(tmp_path / "m", models.generic_unet_state(networks), plans_per_stage={0: stage})
+    path = models.write_version_1(tmp_path / "m", models.generic_unet_state(theirs), plans_per_stage={0: stage})
     network = read_folder(path).description["network"]
     assert network["strides"] == models.STRIDES[1:] and network["kernel_sizes"] == [[3, 3, 3]] * 3
 
@@ -183,11 +181,11 @@ def test_older_plans_of_version_1_count_the_halvings_of_each_axis_and_have_kerne
 )
 def test_other_preprocessing_of_version_1_is_refused(plans, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
-        read_folder(models.write_version_1(tmp_path / "m", models.generic_unet_state(models.unet()), **plans))
+        read_folder(models.write_version_1(tmp_path / "m", models.generic_unet_state(models.generic_unet()), **plans))
 
 
 def test_trainers_of_version_1_without_mirroring_and_with_another_nonlinearity(tmp_path):
-    state = models.generic_unet_state(models.unet())
+    state = models.generic_unet_state(models.generic_unet())
     for name in ("nnUNetTrainerV2_noMirroring", "nnUNetTrainerV2_noDataAugmentation", "nnUNetTrainerV2_DA5"):
         description = read_folder(models.write_version_1(tmp_path / name, state, name)).description
         assert description["mirror_axes"] == ("SPL" if name.endswith("DA5") else "")
@@ -197,7 +195,7 @@ def test_trainers_of_version_1_without_mirroring_and_with_another_nonlinearity(t
 
 def test_version_1s_statistics_per_case_within_a_window_are_refused(tmp_path):
     path = models.write_version_1(
-        tmp_path / "m", models.generic_unet_state(models.unet()), normalization_schemes={0: "CT2"}
+        tmp_path / "m", models.generic_unet_state(models.generic_unet()), normalization_schemes={0: "CT2"}
     )
     with pytest.raises(CheckpointError, match="normalization 'CT2' is unknown"):
         read_folder(path)
@@ -275,7 +273,7 @@ def test_pickles_with_code_in_them_are_refused_by_the_name_of_the_global_and_not
     path = models.write_folder(tmp_path / "m", {0: models.unet()}, logging={"evil": Evil()})
     with pytest.raises(CheckpointError, match=r"posix\.system"):
         read_folder(path)
-    old = models.write_version_1(tmp_path / "old", models.generic_unet_state(models.unet()))
+    old = models.write_version_1(tmp_path / "old", models.generic_unet_state(models.generic_unet()))
     with open(os.path.join(old, "fold_0", "model_final_checkpoint.model.pkl"), "wb") as file:
         pickle.dump({"name": Evil()}, file)
     with pytest.raises(CheckpointError, match=r"posix\.system"):
@@ -353,6 +351,14 @@ def test_the_bundle_says_what_it_is_and_carries_the_package(tmp_path):
     with open(os.path.join(bundle, "configs", "inference.json"), encoding="utf-8") as file:
         assert json.load(file)["displayable_configs"]["mirroring"] is True
     assert os.path.isfile(os.path.join(bundle, "tsfm", "network", "networks.py"))
+
+
+def test_version_1_becomes_a_bundle_and_its_postprocessing_is_said_to_be_left_out(tmp_path, capsys):
+    path = models.write_version_1(tmp_path / "m", models.generic_unet_state(models.generic_unet()))
+    Path(path, "postprocessing.json").write_text("{}")
+    description = read_description(os.path.join(import_nnunet(path, str(tmp_path), "toy"), "models", "model.pt"))
+    assert description["activation"] == "probabilities" and list(description["targets"]) == ["label_1", "label_2"]
+    assert "postprocessing.json is left out" in capsys.readouterr().out
 
 
 def test_fine_tuning_starts_from_one_fold_its_heads_relative_to_the_background(tmp_path):

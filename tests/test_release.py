@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.options import OptionError
 from tsfm.training.checkpoint import describe_network, load_weights, read_state, save_weights, table_of
-from tsfm_tools.release import gate, release
+from tsfm_tools.release import fitting, gate, readme, release
 from tsfm_tools.release.folder_checks import SCHEMA
 from tsfm_tools.release.rules import ReleaseError, built, check_weights
 
@@ -313,6 +314,21 @@ def test_the_readme_names_every_target_and_keeps_its_text(staged):
     assert "| 2 | kidney_tumor | kidney | mine | not evaluated |" in text
     assert "| network | TSFM |" in text and "every other modality: z-score" in text
     assert "none yet" not in text and text.rstrip().endswith("# License")
+
+
+def test_of_a_pool_that_was_there_in_part_a_release_claims_what_was_trained():
+    """`--allow_missing`: the table declares data sets and targets that these weights have never seen."""
+    others = {"name": "others", "labels": {"1": "kidney", "2": "spleen"}}
+    table = LabelTable({**TARGETS, "spleen": {}}, [*DATASETS, others])
+    network = TSFM(**{**NETWORK, "out_channels": 3})
+    item = {"image": "a.nii.gz", "dataset": "mine", "modality": "CT"}
+    network = describe_network(network, table, Preparation((2.0, 2.0, 2.0)), [16, 16, 16], [item])
+    metadata = copy.deepcopy(METADATA)
+    fitting.fill_metadata(metadata, network.description, "Kidneys", None, 1000)
+    assert metadata["task"] == "Segmentation of kidney, kidney_tumor in CT"
+    assert "segments kidney, kidney_tumor. Trained on: mine." in metadata["description"]
+    text = readme.weights_table(network.description, metadata, 1000, {})
+    assert "| 1 | kidney |  | mine | not evaluated |" in text and "| 3 | spleen |  |  | not trained |" in text
 
 
 def test_a_sentence_of_several_lines_stays_in_its_cell(source, checkpoint, tmp_path):

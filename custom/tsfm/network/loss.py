@@ -1,4 +1,4 @@
-"""Binary cross-entropy and batch Dice over the targets that each voxel's data set annotates (paper section 2.2, MultiTalent).
+"""Binary cross-entropy and batch Dice over the targets that each voxel's data set annotates (paper section 2.1, MultiTalent).
 
 Shape suffixes: B samples, T targets, C codes, N voxels of one sample.
 

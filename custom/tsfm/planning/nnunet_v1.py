@@ -1,4 +1,8 @@
-"""A trained model folder of nnU-Net 1 in the terms of nnunet.py: its plain U-Net is nnU-Net 2's with some biases of 0."""
+"""A trained model folder of nnU-Net 1 in the terms of nnunet.py: its plain U-Net is nnU-Net 2's with some biases of 0.
+
+Its decoder has on each level the kernel of the next deeper one. Where the two differ (1x3x3 and 3x3x3) the level's kernels
+are as large as the larger, the smaller with zeros around.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +57,8 @@ def read_checkpoint(path: str, trainer: str = "") -> tuple[dict[str, Tensor], di
     _check_plans(plans, path)
     state = load_file(path)["state_dict"]
     description = describe(state, plans, plans["plans_per_stage"][stage], name, path)
-    return rename(_as_version_2(state), description["network"], path), description
+    tensors = _padded(_as_version_2(state), _kernels(plans["plans_per_stage"][stage]))
+    return rename(tensors, description["network"], path), description
 
 
 def _trained_stage(information: Mapping[str, Any], path: str) -> int:
@@ -87,7 +92,7 @@ def describe(
         raise CheckpointError(f"{source}: patch {patch} is two-dimensional; only 3D networks can be imported")
     strides = _strides(stage)
     levels = len(strides) + 1
-    kernels = stage.get("conv_kernel_sizes", [[3, 3, 3]] * levels)
+    kernels = _kernels(stage)
     heads = state[f"seg_outputs.{len(strides) - 1}.weight"]
     features = [_first_conv(state, level).shape[0] for level in range(levels)]
     depth = int(plans.get("conv_per_stage", 2))
@@ -98,7 +103,7 @@ def describe(
         "img_size": patch,
         "features": features,
         "strides": strides,
-        "kernel_sizes": [[int(n) for n in row] for row in kernels],
+        "kernel_sizes": [*map(_larger, kernels, kernels[1:]), kernels[-1]],
         "depths_down": [depth] * levels,
         "depths_up": [depth] * (levels - 1),
         "residual": False,
@@ -115,7 +120,7 @@ def describe(
         **by_modality(rules),
     ).to_dict()
     names = [f"label_{value}" for value in range(1, len(heads))]
-    labels = {str(value): name for value, name in enumerate(names, 1)}
+    labels = {str(value): [name] for value, name in enumerate(names, 1)}
     table = {"targets": {name: {} for name in names}, "dataset_labels": [{"name": "nnunet", "labels": labels}]}
     return {
         **whole_description(network, table, preparation),
@@ -131,6 +136,31 @@ def _strides(stage: Mapping[str, Any]) -> list[list[int]]:
         return [[int(n) for n in row] for row in stage["pool_op_kernel_sizes"]]
     pools = stage["num_pool_per_axis"]
     return [[1 + (max(pools) - n <= level) for n in pools] for level in range(max(pools))]
+
+
+def _kernels(stage: Mapping[str, Any]) -> list[list[int]]:
+    """Kernel of each level of the encoder; older plans do not say that it is 3x3x3."""
+    return [[int(n) for n in row] for row in stage.get("conv_kernel_sizes", [[3, 3, 3]] * (len(_strides(stage)) + 1))]
+
+
+def _larger(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [max(pair) for pair in zip(one, other, strict=True)]
+
+
+def _padded(state: Mapping[str, Tensor], kernels: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Tensors named as version 2's, kernels (as the plans have them) with zeros around where their level has larger ones."""
+    found = dict(state)
+    for name, value in state.items():
+        match = re.fullmatch(r"(encoder|decoder)\.stages\.(\d+)\..*\.conv\.weight", name)
+        level = match and (int(match[2]) if match[1] == "encoder" else len(kernels) - 2 - int(match[2]))
+        if not match or not 0 <= level < len(kernels) - 1:
+            continue
+        own = kernels[level + (match[1] == "decoder")]
+        if list(value.shape[2:]) == list(own):  # else it does not fit, and is said to
+            wanted = _larger(kernels[level], kernels[level + 1])
+            sides = [(new - old) // 2 for old, new in zip(own, wanted, strict=True)]
+            found[name] = torch.nn.functional.pad(value, [side for side in sides[::-1] for _ in range(2)])
+    return found
 
 
 def _rules(plans: Mapping[str, Any], channels: int, source: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Pretrained weights into a network of another shape (paper section 2.4), with a report of what went where.
+"""Pretrained weights into a network of another shape (paper section 2.3), with a report of what went where.
 
 | tensor                                   | where shapes differ                                                                 |
 |------------------------------------------|-------------------------------------------------------------------------------------|

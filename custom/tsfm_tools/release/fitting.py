@@ -8,7 +8,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 from tsfm.network.adapted import REQUIRED
-from tsfm.training.checkpoint import image_channels, table_of
+from tsfm.training.checkpoint import image_channels, table_of, trained_targets
 
 from .rules import ReleaseError
 
@@ -97,7 +97,7 @@ def fill_metadata(
     """Let the metadata, in place, describe these weights; `name` is the one for display."""
     table, network = table_of(description), description["network"]
     modalities = description.get("modalities") or []
-    modality, targets = "/".join(modalities or ["image"]), ", ".join(description["targets"])
+    modality, targets = "/".join(modalities or ["image"]), ", ".join(trained_targets(description))
     source = trained_on or ", ".join(description.get("trained_on", ())) or "not recorded"
     _fill_format(metadata["network_data_format"], description, modalities, modality)
     kind = network.get("name", "tsfm")

@@ -14,7 +14,7 @@ from typing import Any
 
 from tsfm.cases.licences import licence_facts, weights_terms
 from tsfm.schema import FileError, read_json
-from tsfm.training.checkpoint import image_channels, table_of
+from tsfm.training.checkpoint import image_channels, table_of, trained_targets
 
 from .fitting import merge_overlay
 
@@ -45,7 +45,7 @@ def weights_table(
     licences: Mapping[str, Mapping[str, Any]],
     trained_on: str | None = None,
 ) -> str:
-    """What the weights are: network, patch, preparation, data, and one row per target."""
+    """What the weights are: network, patch, preparation, data, and one row per target with those that annotated it for them."""
     table, preparation = table_of(description), description["preparation"]
     facts = {
         "version": metadata["version"],
@@ -59,11 +59,13 @@ def weights_table(
         "licences of that data": weights_terms(licences),
         "taken after epoch": description.get("epoch", "unknown"),
     }
-    scores = _scores(metadata)
+    scores, trained = _scores(metadata), trained_targets(description)
+    seen = [name for name in table.datasets if name in description.get("trained_on", ())] or table.datasets
     rows = []
     for value, target in enumerate(table.names, start=1):
-        annotators = ", ".join(name for name in table.datasets if target in table.annotated(name))
-        rows.append((value, target, table.parent(target) or "", annotators, scores.get(target, "not evaluated")))
+        annotators = ", ".join(name for name in seen if target in table.annotated(name))
+        score = scores.get(target, "not evaluated" if target in trained else "not trained")
+        rows.append((value, target, table.parent(target) or "", annotators, score))
     heads = ("value", "target", "lies in", "annotated by", "Dice")
     return f"{_table(('', ''), facts.items())}\n\n{_table(heads, rows)}"
 
