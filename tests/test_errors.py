@@ -4,7 +4,7 @@ import pytest
 from tsfm import __main__ as command_line
 from tsfm.errors import CaseError, first_cause
 from tsfm.errors import _show as show
-from tsfm.options import OptionError, check_options
+from tsfm.options import OptionError, check_options, config_files
 
 
 @pytest.fixture
@@ -96,6 +96,18 @@ def test_what_the_package_says_of_files_needs_no_traceback(place, number, capsys
     said = capsys.readouterr().err
     assert said.rstrip().endswith("a.nii.gz is there: choose another folder")
     assert ("component failed" in said) == (place == "elsewhere" or bool(number))
+
+
+def test_ids_in_an_args_file_are_compared_with_the_configs_too(tmp_path):
+    (tmp_path / "train.json").write_text('{"epochs": 1}')
+    arguments = ["run", "--args_file", str(tmp_path / "args.json")]
+    for content, wrong in (({"epoch": 2}, "no id for --epoch"), ({"epochs": "two"}, "a whole number")):
+        listed = {"config_file": [str(tmp_path / "train.json")], **content}
+        (tmp_path / "args.json").write_text(json.dumps(listed))
+        with pytest.raises(OptionError, match=wrong):
+            check_options(arguments)
+    assert config_files(arguments) == [str(tmp_path / "train.json")]
+    check_options([*arguments, "--epochs", "3"])  # the command line has the last word
 
 
 def test_the_first_cause_is_found():

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tsfm.network.loss
-from tsfm.network.loss import PartialLabelLoss, level_weights
+from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss, FocalLoss
+from tsfm.network.loss import PartialLabelLoss, PerTarget, level_weights, on_targets
 from tsfm.preparation.parallel import _context
 
 # Codes 0-2: data set A (background, target 0, targets 0 and 1), annotates targets 0 and 1; code 3: an ignored id of A.
@@ -273,3 +274,59 @@ def test_two_processes_equal_one_with_the_doubled_batch(two_processes, index):
         assert their_value == pytest.approx(value, rel=1e-12)
         for theirs, expected in zip(their_grads, grads, strict=True):
             np.testing.assert_allclose(theirs, expected.numpy(), rtol=1e-10, atol=1e-14)
+
+
+def per_target(logits, codes, loss):
+    """A loss of MONAI, target by target, of whole samples that annotate it."""
+    rows = torch.as_tensor(TABLE.targets)[codes[:, 0].long()].movedim(-1, 1)
+    values = []
+    for t in range(rows.shape[1]):
+        known = [b for b in range(len(rows)) if (rows[b, t] >= 0).any()]
+        if known:
+            values.append(loss(logits[known, t : t + 1], (rows[known, t : t + 1] == 1).to(logits)))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("loss", [DiceCELoss(sigmoid=True, lambda_ce=0.3), FocalLoss(), torch.nn.BCEWithLogitsLoss()])
+def test_a_loss_of_monai_is_computed_target_by_target_where_it_is_annotated(loss):
+    logits, codes = batch([A, B, A])
+    found, expected = on_targets(loss, TABLE)(logits, codes), per_target(logits, codes, loss)
+    torch.testing.assert_close(found, expected)
+    (grad,), (expected,) = torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(grad, expected)
+    assert (grad[0, 2:] == 0).all() and (grad[1, 0] == 0).all() and (grad[:, 3] == 0).all()
+
+
+def test_single_voxels_without_annotation_teach_a_loss_of_monai_nothing():
+    logits, codes = batch([A_WITH_IGNORED])
+    loss = on_targets(DiceLoss(sigmoid=True), TABLE)
+    (grad,) = torch.autograd.grad(loss(logits, codes), logits)
+    ignored = (codes[0, 0] == 3).expand(4, -1, -1, -1)
+    assert ignored.any() and (grad[0][ignored] == 0).all()
+    kept = torch.where(codes == 3, 0, codes)  # the same where these voxels are surely background
+    far = torch.where((codes == 3).expand_as(logits), -1e4, logits.detach())
+    torch.testing.assert_close(loss(logits, codes), loss(far, kept))
+    assert on_targets(DiceLoss(sigmoid=True), TABLE)(logits, torch.full_like(codes, 3)) == 0
+
+
+def test_levels_of_a_loss_of_monai_are_weighted_as_those_of_our_own():
+    fine, codes = batch([A, B], shape=(4, 8, 8))
+    coarse, coarsest = (fine[..., ::step, ::step, ::step].clone() for step in (2, 4))
+    loss = DiceCELoss(sigmoid=True)
+    alone = on_targets(loss, TABLE)
+    picked = codes[..., 1::2, 1::2, 1::2]  # the nearest voxel centers
+    expected = (2 * alone(fine, codes) + alone(coarse, picked)) / 3
+    torch.testing.assert_close(alone([fine, coarse, coarsest], codes), expected)
+    given = PerTarget(loss, TABLE, weights=[0.5, 0.5, 0])
+    torch.testing.assert_close(given([fine, coarse, coarsest], codes), (alone(fine, codes) + alone(coarse, picked)) / 2)
+
+
+def test_losses_that_would_compute_something_else_are_refused_and_our_own_stay_as_they_are():
+    for wrong, word in (
+        (DiceCELoss(softmax=True), "softmax"), (DiceLoss(), "sigmoid"), (DiceCELoss(to_onehot_y=True, sigmoid=True), "to_onehot_y"),
+        (DeepSupervisionLoss(DiceCELoss(sigmoid=True)), "weights"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            on_targets(wrong, TABLE)
+    own = PartialLabelLoss(TABLE)
+    assert on_targets(own, TABLE) is own

@@ -10,11 +10,19 @@ import torch
 from tsfm.cases.cases import Preparation
 from tsfm.labels import LabelTable
 from tsfm.network.adapted import NetworkError
+from tsfm.network.description import check_description
 from tsfm.network.loss import PartialLabelLoss
 from tsfm.network.networks import create_network
 from tsfm.planning.parts import freeze, parameter_groups
 from tsfm.planning.transfer import load_pretrained
-from tsfm.training.checkpoint import build_network, describe_network, load_weights, read_description, save_weights
+from tsfm.training.checkpoint import (
+    build_network,
+    describe_network,
+    load_weights,
+    read_description,
+    save_weights,
+    start_from,
+)
 from tsfm_tools.release.export import relative_difference
 
 TABLE = LabelTable({"a": {}, "b": {"inside": "a"}}, [{"name": "mine", "labels": {"1": "a", "2": "b"}}])
@@ -33,10 +41,11 @@ TINY = {
     "nnunet residual": {**LEVELS, "residual": True, "depths_down": [1, 2, 1]},
     "swinunetr": {"feature_size": 12},
     "stunet": LEVELS,
+    "monai": {"net": "SegResNet", "arguments": {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}},
 }
 PACKAGES = {"nnunet": "dynamic_network_architectures", "stunet": "medim"}
 SIZES = {"swinunetr": [32, 32, 64]}
-DEEP = set(TINY) - {"swinunetr"}
+DEEP = set(TINY) - {"swinunetr", "monai"}
 
 
 def make(kind: str, **options):
@@ -213,3 +222,32 @@ def test_sam_med3d_answers_to_clicks():
         network(torch.zeros(1, 1, 48, 32, 32))
     with pytest.raises(NetworkError, match="one target at a time"):
         create_network("sam_med3d", out_channels=4)
+
+
+@pytest.mark.parametrize(
+    ("net", "arguments", "stride"),
+    [
+        ("UNet", {"channels": [4, 8, 8], "strides": [2, 2], "norm": ["instance", {"affine": True}]}, 4),
+        ("BasicUNet", {"features": [4, 4, 8, 8, 8, 4], "spatial_dims": 2}, 1),  # what the data decide is filled in
+    ],
+)
+def test_a_network_of_monai_says_which_sizes_it_takes(net, arguments, stride):
+    network = create_network(
+        "monai", net=net, arguments=arguments, in_channels=2, out_channels=3, img_size=[32, 16, 32]
+    )
+    assert network.total_stride == (stride,) * 3
+    assert network(torch.zeros(1, 2, 32, 16, 32)).shape == (1, 3, 32, 16, 32)
+    check_description(network.description, "here")
+
+
+def test_modules_that_cannot_say_what_they_are_are_refused_with_what_to_do():
+    with pytest.raises(TypeError, match=r"makes a Conv3d.*NETWORKS"):
+        start_from(torch.nn.Conv3d(1, 2, 1), None)
+    with pytest.raises(NetworkError, match="expected one of AttentionUnet"):
+        create_network("monai", net="TorchVisionFCModel")
+    with pytest.raises(NetworkError, match=r"SegResNet does not take these arguments: .*filtres"):
+        create_network("monai", net="SegResNet", arguments={"filtres": 3})
+    with pytest.raises(NetworkError, match=r"a patch of \[16, 16, 16\] .*spatial"):
+        create_network("monai", net="BasicUNet", arguments={"features": [4] * 6}, img_size=[16, 16, 16])
+    with pytest.raises(ValueError, match="16 or 24 would fit"):
+        create_network("monai", img_size=[16, 20, 16])

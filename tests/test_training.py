@@ -13,6 +13,7 @@ from monai.engines import SupervisedTrainer
 from monai.optimizers import WarmupCosineSchedule
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
+from tsfm.planning.parts import parameter_groups
 from tsfm.training.checkpoint import read_state
 from tsfm.training.curve import Curve, write_csv
 from tsfm.training.record import RunRecord, versions
@@ -275,11 +276,23 @@ def cosine(optimizer, epochs):
     return WarmupCosineSchedule(optimizer, warmup_steps=1, t_total=epochs, warmup_multiplier=0.5, end_lr=4e-3)
 
 
+def warmed(optimizer, epochs):
+    schedules = torch.optim.lr_scheduler
+    parts = schedules.LinearLR(optimizer, 0.25, 1.0, 1), schedules.CosineAnnealingLR(optimizer, epochs - 1)
+    return schedules.SequentialLR(optimizer, parts, [1])
+
+
 @pytest.mark.parametrize(
     ("schedule", "short", "longer"),
     [
         (poly_schedule, [1, 0.5**0.9], [0.5**0.9, 0.25**0.9]),
         (cosine, [0.5, 1], [0.75, 0.4]),  # (1 + cos(angle)) / 2 of 60 and 120 degrees, no less than 0.4
+        (
+            torch.optim.lr_scheduler.CosineAnnealingLR,
+            [1, 0.5],
+            [0.5, (1 - 0.5**0.5) / 2],
+        ),  # computes each rate from the last
+        (warmed, [0.25, 1], [0.75, 0.25]),
     ],
 )
 def test_an_extended_run_goes_on_with_the_longer_schedules_rate_and_says_so(schedule, short, longer, tmp_path, caplog):
@@ -329,3 +342,57 @@ def test_a_record_holds_the_configs_that_the_run_was_made_of(tmp_path, monkeypat
 
 def test_versions_name_what_decides_the_numbers():
     assert {"tsfm", "python", "torch", "monai", "numpy"} <= set(versions())
+
+
+def test_accumulated_gradients_take_the_steps_of_monais_own_iteration():
+    def weights(step):
+        torch.manual_seed(0)
+        network = torch.nn.Conv3d(1, 1, 1)
+        samples = [{"image": torch.randn(1, 4, 4, 4), "label": torch.randn(1, 4, 4, 4)} for _ in range(5)]
+        SupervisedTrainer(
+            device=torch.device("cpu"), max_epochs=2, train_data_loader=DataLoader(samples, batch_size=1), network=network,
+            optimizer=optimizer_of(network.parameters(), 0.01), loss_function=torch.nn.MSELoss(), decollate=False,
+            iteration_update=step, accumulation_steps=2,
+        ).run()  # fmt: skip
+        return torch.cat([value.detach().flatten() for value in network.parameters()])
+
+    torch.testing.assert_close(weights(TrainStep(amp=False, clip_norm=0)), weights(None))
+
+
+def test_an_epoch_whose_accumulated_steps_were_all_skipped_is_found():
+    trainer, _ = engine_with(TSFM(**SMALL), float("nan"), epoch_length=3)
+    trainer.accumulation_steps = 2
+    with pytest.raises(AllStepsSkipped, match="all 2 steps of epoch 1"):
+        trainer.run()
+
+
+def test_a_run_that_a_handler_of_the_validation_ends_keeps_its_last_epoch(tmp_path):
+    network = TSFM(**SMALL)
+    trainer, step = engine_with(network)
+    trainer.state.max_epochs = 8
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=3), trainer.terminate)  # as MONAI's EarlyStopHandler
+    parts = {"optimizer": trainer.optimizer, "step": step}
+    RunState(str(tmp_path), network, parts, Curve(str(tmp_path)), {}, [ITEM], save_interval=5).attach(trainer)
+    trainer.run()
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 3 and (tmp_path / "model.pt").exists()
+
+
+def test_where_every_validation_gives_zero_the_last_weights_are_kept(tmp_path):
+    trainer, curve = run_state(tmp_path, TSFM(**SMALL))  # cases without the target, or a network that finds none yet
+    curve.evaluator = SimpleNamespace(state=SimpleNamespace(metrics={"val_mean_dice": 0.0}))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, curve._mark)
+    trainer.run()
+    assert [row["ema"] for row in curve.rows] == [0, 0]
+    assert read_state(tmp_path / "model.pt")[1]["epoch"] == 2
+
+
+def test_the_rate_that_an_overlay_gives_the_optimizer_is_that_of_the_run(tmp_path):
+    def run(rate):
+        network = TSFM(**SMALL)
+        optimizer = torch.optim.Adam(parameter_groups(network, head_lr=0.5), rate)
+        assert {group["name"]: group["lr"] for group in optimizer.param_groups}["decoder"] == rate
+        run_state(tmp_path, network, optimizer=optimizer, settings={"learning_rate": 0.01})[0].run()
+
+    run(1e-4)
+    with pytest.raises(CheckpointError, match=r"learning_rate: was 0\.0001, is 0\.001"):
+        run(1e-3)

@@ -116,7 +116,7 @@ def check_options(arguments: Sequence[str]) -> None:
     wrong = [path for path, content in contents.items() if not isinstance(content, dict)]
     if wrong:
         raise OptionError(f'{wrong[0]} holds no object of ids, expected one like {{"epochs": 10}}')
-    beside = _ids_beside(contents)
+    beside = _ids_beside([*contents, options.get("args_file", "")])
     first = _first_ids(contents, options)
     known = first.union(*beside.values())
     for path, content in list(contents.items())[1:]:
@@ -177,13 +177,16 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
-    """Name -> text of every ``--name value`` and ``--name=value`` (a flag without a value is True)."""
+    """Name -> text of every ``--name value`` and ``--name=value`` (a flag without a value is True), and of an args file."""
     options: dict[str, str] = {}
     for position, argument in enumerate(arguments):
         if position and argument.startswith("--"):
             name, sign, value = argument[2:].partition("=")
             following = arguments[position + 1] if position + 1 < len(arguments) else "--"
             options[name.replace("-", "_")] = value if sign else "True" if following.startswith("--") else following
+    path = options.get("args_file", "")
+    if os.path.isfile(path) and isinstance(content := read_json(path), dict):
+        options = {**{name: str(value) for name, value in content.items()}, **options}
     return options
 
 
@@ -205,11 +208,11 @@ def _first_ids(contents: Mapping[str, Any], options: Mapping[str, str]) -> set[s
     return found | {options[name] for name in ("run_id", "init_id", "final_id") if name in options}
 
 
-def _ids_beside(contents: Mapping[str, Any]) -> dict[Path, set[str]]:
-    """Top-level ids of each config beside the first file that is not of this run: overlays may serve several."""
-    given = set(map(os.path.abspath, contents))
+def _ids_beside(files: Sequence[str]) -> dict[Path, set[str]]:
+    """Top-level ids of each config beside the first of `files` that is not of this run: overlays may serve several."""
+    given = set(map(os.path.abspath, files))
     found = {}
-    for path in Path(next(iter(contents))).absolute().parent.glob("*.json"):
+    for path in Path(files[0]).absolute().parent.glob("*.json"):
         if str(path) not in given:
             try:
                 content = read_json(path)

@@ -245,11 +245,20 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
 
 def _results(folder: str) -> set[str]:
     """Names of the files that an inference writes into a folder, by its report."""
+    cases = _reported(folder)
+    return {f"{case}{ending}" for case in cases for ending in OUTPUTS.values()} | {REPORT} if cases else set()
+
+
+def beside_label_maps(folder: str | os.PathLike) -> set[str]:
+    """Names of the files that an inference writes into a folder, by its report, and that are no label maps."""
+    return _results(os.fspath(folder)) - {f"{case}{OUTPUT_SUFFIX}" for case in _reported(os.fspath(folder))}
+
+
+def _reported(folder: str) -> list[str]:
     try:
-        cases = read_json(os.path.join(folder, REPORT))["cases"]
+        return list(read_json(os.path.join(folder, REPORT))["cases"])
     except (OSError, ValueError, TypeError, KeyError):  # none, or another file of this name
-        return set()
-    return {REPORT, *(f"{case}{ending}" for case in cases for ending in OUTPUTS.values())}
+        return []
 
 
 def _is_dicom(path: str) -> bool:

@@ -125,10 +125,8 @@ class CaseDataset(Dataset):
         if self.claims is not None and (left := self._left(item["case"])):
             return {"case": item["case"], "left": left}
         try:
-            if any(name.startswith("dicom") for name in saved_outputs(self.save)):
-                source_slices(
-                    os.fspath(paths_of(item["image"])[0])
-                )  # what cannot become a SEG fails here, not at the end
+            if any(name.startswith("dicom") for name in saved_outputs(self.save)):  # before the work, not at its end
+                source_slices(os.fspath(paths_of(item["image"])[0]))
             return super()._transform(index)
         except Exception as error:
             case = item.get("case") or stem(paths_of(item["image"])[0])

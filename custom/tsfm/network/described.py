@@ -109,6 +109,16 @@ class DescribedNetwork(nn.Module):
         self.description = {**json.loads(text), "network": self._arguments}
 
 
+def check_described(network: nn.Module) -> None:
+    """Raise a TypeError, which says what to do, for a module that cannot say to its weights what it is."""
+    if not isinstance(network, DescribedNetwork):
+        raise TypeError(
+            f"network_def makes a {type(network).__name__}, and its weights could not say what network they are of. Name a "
+            'network of MONAI: "network_def#name": "monai", "network_def#net": "SegResNet", "network_def#arguments": {...} '
+            "(docs/changes.md); one of your own becomes an entry of NETWORKS in tsfm/network/networks.py"
+        )
+
+
 def check_levels(
     features: Sequence, depths_down: Sequence, depths_up: Sequence, strides: Sequence, kernel_sizes: Sequence
 ) -> None:

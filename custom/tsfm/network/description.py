@@ -80,6 +80,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "swinunetr": {**COMMON, "feature_size": COUNT, "dropout": SHARE, "use_v2": FLAG},
     "stunet": {**COMMON, **LEVELS, "size": NAME},
     "sam_med3d": {**COMMON, **dict.fromkeys(("width", "depth", "num_heads"), COUNT), "global_layers": COUNTS},
+    "monai": {
+        **COMMON,
+        "net": NAME,
+        "arguments": kind(["object", "null"], "an object of the constructor's arguments"),
+        "strides": STRIDES_OR_NONE,
+    },
     "ensemble": {**COMMON, "count": COUNT, "network": kind("object", "an object with a network's arguments")},
 }
 """Arguments, and their types, of each network that a description may name (``"name"``; without it: tsfm)."""

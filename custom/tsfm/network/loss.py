@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 
 DICE_FLOOR = 1e-7
 
+SURE_BACKGROUND = -30.0
+"""A logit whose sigmoid and cross-entropy are below 1e-12."""
+
 # Voxels handled at once: on a CPU all targets of a block fit its cache, also where the logits are channels-last; a GPU is
 # better off with few launches, each over a whole target of the paper's patch.
 BLOCK_VOXELS = {"cpu": 1 << 15, "cuda": 1 << 22}
@@ -62,8 +65,8 @@ class PartialLabelLoss(nn.Module):
         levels = [logits] if isinstance(logits, Tensor) else list(logits)
         levels = [level.as_subclass(Tensor) for level in levels]  # MetaTensors pay for every operation
         weights = level_weights(len(levels)) if self.weights is None else self.weights
-        self._check(levels, codes, weights)
-        codes = self._narrow(codes.as_subclass(Tensor))
+        self.check(levels, codes, weights)
+        codes = self.narrow(codes.as_subclass(Tensor))
         plans = [
             _plan(self.targets_CT, _nearest(codes, level.shape[2:])) if weight else None
             for level, weight in zip(levels, weights, strict=True)
@@ -73,7 +76,8 @@ class PartialLabelLoss(nn.Module):
         flat_BTN = [level.flatten(2) for level in levels]  # a view, channels-last or not
         return _PartialLabel.apply(plans, weights, self.reduction, processes, *flat_BTN)
 
-    def _check(self, levels: list[Tensor], codes: Tensor, weights: Sequence[float]) -> None:
+    def check(self, levels: list[Tensor], codes: Tensor, weights: Sequence[float]) -> None:
+        """Raise a ValueError where logits, codes, weights and table do not fit each other."""
         if len(weights) != len(levels):
             raise ValueError(f"{len(levels)} levels of logits but {len(weights)} deep-supervision weights")
         for level in levels:
@@ -87,7 +91,7 @@ class PartialLabelLoss(nn.Module):
                     "expected codes (B, 1, *spatial) for logits (B, T, *spatial)"
                 )
 
-    def _narrow(self, codes: Tensor) -> Tensor:
+    def narrow(self, codes: Tensor) -> Tensor:
         """Codes (B, *spatial) as the smallest integer type that holds them; transforms may have made them float."""
         num_codes = len(self.targets_CT)
         if codes.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64):
@@ -99,6 +103,64 @@ class PartialLabelLoss(nn.Module):
                 "Pass codes (LabelTable.encode + offset), not raw label ids"
             )
         return codes[:, 0].to(torch.uint8 if num_codes <= 256 else torch.int32)
+
+
+class PerTarget(nn.Module):
+    """A loss of one channel of logits and its 0/1 truth (MONAI's DiceCELoss, FocalLoss, ...), averaged over the targets.
+
+    Targets that a batch does not annotate are left out, samples that do not annotate a target are left out of its batch, and
+    single voxels that do not are shown to the loss as background that the network is sure of, so their gradient is exactly
+    zero. In several processes each has the loss of its own patches.
+
+    Args:
+        loss: (B', 1, *spatial) logits and truth -> scalar, B' the samples that annotate the target.
+        table, weights: as for `PartialLabelLoss`.
+
+    Raises:
+        ValueError: a loss that does not take logits of one channel; what `PartialLabelLoss` refuses.
+    """
+
+    def __init__(self, loss: nn.Module, table: Any, weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        name = type(loss).__name__
+        if hasattr(loss, "weight_mode"):
+            raise ValueError(f"{name}: give the loss inside it alone; levels are weighted by PerTarget's weights")
+        for part in loss.modules():
+            wants = ("softmax", "use_softmax", "to_onehot_y")
+            if wrong := [key for key in wants if getattr(part, key, False)]:
+                raise ValueError(f"{name}: {wrong[0]} is true, but each target has a sigmoid of its own; leave it out")
+            if getattr(part, "sigmoid", True) is False and getattr(part, "other_act", None) is None:
+                raise ValueError(f'{name}: the network gives logits, and without "sigmoid": true this loss takes none')
+        self.loss, self.shape = loss, PartialLabelLoss(table, weights)
+
+    def forward(self, logits: Tensor | Sequence[Tensor], codes: Tensor) -> Tensor:
+        """Scalar loss; arguments as for `PartialLabelLoss`."""
+        levels = [logits] if isinstance(logits, Tensor) else list(logits)
+        levels = [level.as_subclass(Tensor) for level in levels]
+        weights = self.shape.weights or level_weights(len(levels))
+        self.shape.check(levels, codes, weights)
+        codes = self.shape.narrow(codes.as_subclass(Tensor))
+        return sum(
+            weight * self._level(level, _nearest(codes, level.shape[2:])) if weight else 0 * level.float().mean()
+            for level, weight in zip(levels, weights, strict=True)
+        )
+
+    def _level(self, logits: Tensor, codes: Tensor) -> Tensor:
+        values = []
+        for target, row in enumerate(torch.as_tensor(self.shape.targets_CT.T, device=codes.device)):
+            truth = row[codes.long()][:, None]
+            known = (truth >= 0).flatten(1).any(1)
+            if known.any():
+                truth = truth[known]
+                one = logits[known, target, None].to(torch.promote_types(logits.dtype, torch.float32))
+                one = one.masked_fill(truth < 0, SURE_BACKGROUND)
+                values.append(self.loss(one, (truth == 1).to(one.dtype)))
+        return torch.stack(values).mean() if values else 0 * logits.float().mean()
+
+
+def on_targets(loss: nn.Module, table: Any) -> nn.Module:
+    """`loss` as it is, or `PerTarget` around a loss of MONAI or PyTorch, which knows nothing of codes."""
+    return PerTarget(loss, table) if type(loss).__module__.split(".")[0] in ("monai", "torch") else loss
 
 
 def level_weights(levels: int) -> tuple[float, ...]:

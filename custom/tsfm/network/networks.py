@@ -7,6 +7,7 @@
 | swinunetr | SwinUNETR                        | MONAI                                                                |
 | stunet    | STU-Net                          | medim 0.1.2, `pip install --no-deps`, with appdirs and requests      |
 | sam_med3d | SAM-Med3D, which needs clicks    | medim                                                                |
+| monai     | MONAI's UNet, SegResNet, ...: `monai_nets.NETS` | MONAI                                                 |
 | ensemble  | the mean of several, all alike   |                                                                      |
 
 The name and the arguments travel with the weights, so that a weight file names nothing but an entry of this list: no
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from .adapted import Adapted, NetworkError, drop_duplicates, given, only_finest, package, recompute
 from .described import DescribedNetwork, Parts
+from .monai_nets import MONAINet
 from .prompted import SAMMed3D
 from .tsfm_net import TSFM
 
@@ -221,6 +223,7 @@ NETWORKS: dict[str, type[DescribedNetwork]] = {
     "swinunetr": SwinUNETR,
     "stunet": STUNet,
     "sam_med3d": SAMMed3D,
+    "monai": MONAINet,
     "ensemble": Ensemble,
 }
 """Every network by its name."""
@@ -236,6 +239,10 @@ def create_network(name: str | None = None, plan: Any = None, **arguments: Any) 
     """
     planned = plan.create_arguments() if plan is not None else {}
     name = name or planned.get("name", "tsfm")
+    if name != planned.get("name", name):
+        logger.warning(
+            "network: %s, as network_def says; the plan and its estimate are those of %s", name, plan.network
+        )
     if planned.pop("name", name) == name:
         both = arguments.keys() & planned.keys()
         if changed := [key for key in both if not np.array_equal(arguments[key], planned[key])]:

@@ -50,18 +50,21 @@ def parts_of(network: nn.Module) -> Parts:
 
 
 def parameter_groups(
-    network: nn.Module, learning_rate: float, head_lr: float | None = None, encoder_lr: float | None = None
+    network: nn.Module,
+    learning_rate: float | None = None,
+    head_lr: float | None = None,
+    encoder_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for the optimizer, each with its own learning rate; frozen parameters and empty groups are left out.
 
-    `head_lr` and `encoder_lr` are `learning_rate` unless given.
+    `head_lr` and `encoder_lr` are `learning_rate` unless given, and that (None) the optimizer's own ``lr``.
 
     Raises:
         ValueError: a negative rate, or nothing left to train.
     """
     rates = {"encoder": encoder_lr, "decoder": learning_rate, "heads": head_lr}
     rates = {part: learning_rate if rate is None else rate for part, rate in rates.items()}
-    if min(rates.values()) < 0:
+    if min(rate for rate in (*rates.values(), 0) if rate is not None) < 0:
         raise ValueError(f"learning rates are {rates}; expected none below 0")
     groups: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
     parts = parts_of(network)
@@ -72,4 +75,5 @@ def parameter_groups(
         raise ValueError(
             f"{type(network).__name__} has no parameter that requires a gradient: nothing would be trained"
         )
-    return [{"params": group, "lr": rates[part], "name": part} for part, group in groups.items() if group]
+    own = {part: {} if rate is None else {"lr": rate} for part, rate in rates.items()}
+    return [{"params": group, **own[part], "name": part} for part, group in groups.items() if group]

@@ -25,7 +25,7 @@ from ..errors import CaseError
 from ..files import check_writable, write_json
 from ..names import counted
 from ..network.clicks import CLICK_CHANNELS
-from ..network.described import DescribedNetwork
+from ..network.described import DescribedNetwork, check_described
 from ..network.networks import create_network
 from ..patches.store import CaseStore
 from ..preparation.fingerprint import FOLDER, Fingerprint, fingerprint, plan_spacing
@@ -179,6 +179,7 @@ def take_over(
         CheckpointError: as `load_pretrained`.
         OSError: an `output_dir` that cannot be written.
     """
+    check_described(network)
     if pretrained is None:
         network.fresh = {name for name, _ in network.named_parameters()}
         return network

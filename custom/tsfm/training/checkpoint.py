@@ -21,7 +21,7 @@ from ..cases.raw_ids import raw_values
 from ..files import atomic_write
 from ..labels import LabelTable
 from ..network.clicks import CLICK_CHANNELS
-from ..network.described import DescribedNetwork
+from ..network.described import DescribedNetwork, check_described
 from ..network.description import as_options, check_description, differences, fill_in
 from ..network.networks import create_network
 from .folds import combine
@@ -171,6 +171,7 @@ def start_from(network: DescribedNetwork, path: str | os.PathLike | None, licenc
         CheckpointError: as `load_weights`.
         PoolError: weights that saw data whose licences are not known to permit the use that `licence` names.
     """
+    check_described(network)
     if path:
         description = load_weights(network, path)
         check_weights(path, description, licence, "--initial_weights None")

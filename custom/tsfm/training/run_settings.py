@@ -21,7 +21,7 @@ NO_SETTINGS = {"lr", "fused", "foreach", "capturable", "differentiable"}
 PLACES = ("pool", "pretrained", "initial_weights")
 """Settings that are paths: another spelling of the same place is no difference."""
 
-ADDED = ("labels",)
+ADDED = ("labels", "loss")
 """What earlier versions did not write down, and is not compared with theirs."""
 
 
@@ -41,6 +41,8 @@ def run_settings(
         "optimizer": type(optimizer).__name__,
         "optimizer_options": {k: v for k, v in optimizer.defaults.items() if k not in NO_SETTINGS},
     }
+    if "learning_rate" in settings:  # an overlay may give the optimizer another
+        found["learning_rate"] = optimizer.defaults.get("lr", settings["learning_rate"])
     return json.loads(json.dumps(found, default=str))
 
 

@@ -160,7 +160,8 @@ class RunState:
                 f"{self.output_dir}: the run there has {counted(state['epoch'], 'epoch')}, {engine.state.max_epochs} were asked for: "
                 "give at least as many --epochs, or this run its own --output_dir"
             )
-        parts = dict(self.parts)
+        parts, rates = dict(self.parts), [group["lr"] for group in self.parts["optimizer"].param_groups]
+        before = state.get("epochs", engine.state.max_epochs)  # what earlier versions wrote does not say it
         if "model" not in state:
             network, optimizer = unwrap(self.network), parts.pop("optimizer")
             tensors, _ = take_shares(network, optimizer)
@@ -174,14 +175,13 @@ class RunState:
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         if schedule is not None:
-            _go_on(schedule, state["parts"]["lr_scheduler"])
+            _go_on(schedule, state["parts"]["lr_scheduler"], rates if before != engine.state.max_epochs else None)
         self.curve.load_state_dict(state["curve"])
         self.best = state["best"]
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         done = " (the run is complete)" if state["epoch"] == engine.state.max_epochs else ""
         logger.info("resuming after epoch %d of %d from %s%s", state["epoch"], engine.state.max_epochs, source, done)
-        before = state.get("epochs", engine.state.max_epochs)  # what earlier versions wrote does not say it
         if before != engine.state.max_epochs:
             logger.info(
                 "%s of %d asked for before done, %d asked for now: the learning rate goes on as in a run of %d epochs, with %.3g next",
@@ -227,13 +227,14 @@ class RunState:
 
     def save(self, engine: Any) -> None:
         """Write ``model.pt`` if this epoch is the best, and ``last.pt``, where it is this epoch's turn."""
-        if engine.state.epoch % self.save_interval and engine.state.epoch != engine.state.max_epochs:
+        is_last = engine.state.epoch == engine.state.max_epochs or engine.should_terminate  # an EarlyStopHandler's word
+        if engine.state.epoch % self.save_interval and not is_last:
             return
         network, optimizer = unwrap(self.network), self.parts["optimizer"]
         network.description["epoch"] = engine.state.epoch
         average = self.curve.average
         validated = any(row["ema"] is not None for row in self.curve.rows[-self.save_interval :])
-        is_best = average is None or (validated and (self.best is None or average > self.best))
+        is_best = average is None or (validated and (self.best is None or average >= self.best))  # of equals the later
         if is_best:
             self.best = average
         state = {
@@ -307,13 +308,23 @@ def _read_run(path: str, checked: bool = False) -> dict[str, Any]:
     return dict(state)
 
 
-def _go_on(schedule: Any, saved: Mapping[str, Any]) -> None:
+def _go_on(schedule: Any, saved: Mapping[str, Any], rates: Sequence[float] | None = None) -> None:
     """Let `schedule` go on after the epochs of the saved one, of which it may be a longer version, with its own rates.
 
-    So of a schedule that is a function of the epoch only the counters are taken.
+    So of a schedule that is a function of the epoch only the counters are taken. One that computes each rate from the one
+    before is taken as saved, or, in a run of another length, stepped again from the `rates` with which it begins.
     """
+    by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
     if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-        schedule.load_state_dict(saved)
+        if rates is None or by_metric:
+            schedule.load_state_dict(saved)
+            return
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the optimizer has taken no step in this process
+            for _ in range(saved["last_epoch"]):
+                schedule.step()
         return
     schedule.last_epoch, schedule._step_count = saved["last_epoch"], saved["_step_count"]
     with warnings.catch_warnings():

@@ -51,7 +51,8 @@ class AutocastStep:
 class TrainStep(AutocastStep):
     """One optimisation step: forward, loss, backward, gradient clipping, optimiser (nnU-Net's order).
 
-    A step whose gradient is not finite changes nothing and is counted in ``skipped``.
+    A step whose gradient is not finite changes nothing and is counted in ``skipped``. Gradients of `accumulation_steps`
+    iterations (of the trainer) are averaged before each step of the optimizer, as in MONAI's own iteration.
 
     Args:
         clip_norm: largest gradient norm (nnU-Net: 12); 0 switches clipping off.
@@ -71,14 +72,25 @@ class TrainStep(AutocastStep):
 
         Returns image, label, prediction and loss of the batch, in a list as MONAI's handlers expect of a decollated output.
         """
+        together, length = getattr(engine, "accumulation_steps", 1), engine.state.epoch_length
+        place = (engine.state.iteration - 1) % length + 1
         engine.network.train()
-        engine.optimizer.zero_grad(set_to_none=True)
+        if (place - 1) % together == 0:
+            engine.optimizer.zero_grad(set_to_none=True)
         self.forward(engine, batch)
         output = engine.state.output
         output[Keys.LOSS] = engine.loss_function(output[Keys.PRED], output[Keys.LABEL])
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
-        self.scaler.scale(output[Keys.LOSS]).backward()
+        self.scaler.scale(output[Keys.LOSS] / together).backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if place % together == 0 or place == length:
+            self._step(engine, together)
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        output[Keys.LOSS] = output[Keys.LOSS].detach()
+        return [output]
+
+    def _step(self, engine: Any, together: int) -> None:
+        """Clip the gradient and let the optimizer take its step, unless the gradient is not finite."""
         self.scaler.unscale_(engine.optimizer)
         parameters = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
@@ -89,19 +101,17 @@ class TrainStep(AutocastStep):
         else:
             logger.warning("iteration %d: gradient norm is %s, step skipped", engine.state.iteration, float(norm))
         self.scaler.update()
-        self._count(engine.state, finite)
-        engine.fire_event(IterationEvents.MODEL_COMPLETED)
-        output[Keys.LOSS] = output[Keys.LOSS].detach()
-        return [output]
+        self._count(engine.state, finite, together)
 
-    def _count(self, state: Any, finite: bool) -> None:
+    def _count(self, state: Any, finite: bool, together: int = 1) -> None:
         """Count a skipped step; at an epoch's end raise if it had no other, unless a loss scale is still being sought."""
         place = (state.iteration - 1) % state.epoch_length + 1
         self.skipped += not finite
-        self.skipped_in_epoch = (0 if place == 1 else self.skipped_in_epoch) + (not finite)
-        if self.skipped_in_epoch == state.epoch_length and self.scaler.get_scale() <= 1:
+        self.skipped_in_epoch = (0 if place <= together else self.skipped_in_epoch) + (not finite)
+        steps = -(-state.epoch_length // together)
+        if self.skipped_in_epoch == steps and self.scaler.get_scale() <= 1:
             raise AllStepsSkipped(
-                f"all {state.epoch_length} steps of epoch {state.epoch} were skipped: no gradient was finite (last loss: "
+                f"all {steps} steps of epoch {state.epoch} were skipped: no gradient was finite (last loss: "
                 f"{float(state.output[Keys.LOSS].detach()):.4g}), so nothing is learned. Try a tenth of --learning_rate, or --amp "
                 "False (float32), in a new --output_dir; if that fails from the first epoch on, look at the images' values."
             )

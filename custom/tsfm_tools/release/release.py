@@ -92,7 +92,7 @@ def release(
         metrics: ``summary.json`` of an evaluation of these weights, for metadata and README; without it they say that the
             weights were not evaluated.
         trained_on: a sentence on what the weights were trained on and what they cannot do, for metadata and README.
-        overlays: overlays of the bundle that its training shall always use (``small.json`` for weights that were
+        overlays: overlays of the bundle, or paths of others, that its training shall always use (``small.json`` for weights that were
             trained with it): they are merged into the staged ``train.json``, which is all that MONAI Label reads.
         data_license: text file that becomes ``docs/data_license.txt``: the license of every data set that these weights
             were trained on; by default the list that travels with them.
@@ -127,11 +127,13 @@ def release(
     licence = read_licence(data_license) if data_license else None
     overlays = [overlays] if isinstance(overlays, str) else overlays
     for overlay in dict.fromkeys([*["clicks.json"] * takes_clicks, *overlays]):
-        if overlay not in configs:
-            raise ReleaseError(f"{bundle_dir} has no configs/{overlay}; its configs are {sorted(configs)}")
-        said = f"In this release {overlay} is merged into it."
+        if overlay not in configs and not os.path.isfile(overlay):
+            raise ReleaseError(
+                f"{bundle_dir} has no configs/{overlay}, and no such file is there; its configs are {sorted(configs)}"
+            )
+        said = f"In this release {os.path.basename(overlay)} is merged into it."
         about = configs["train.json"].get("_desc_", "").replace(said, "").strip()  # a release of a release has said it
-        configs["train.json"] = merge_overlay(configs["train.json"], configs[overlay])
+        configs["train.json"] = merge_overlay(configs["train.json"], configs.get(overlay) or read_json(overlay))
         configs["train.json"]["_desc_"] = f"{about} {said}".strip()
     if takes_clicks:
         configs["train.json"]["click_sigma"] = description["click_sigma"]
