@@ -27,6 +27,17 @@ def test_known_ids_and_monais_own_options_pass(config, option):
     check_options(["monai.bundle", "run", "--config_file", config, option, "1"])
 
 
+def test_none_is_refused_where_monai_would_drop_it(config, tmp_path):
+    with pytest.raises(
+        OptionError, match=r"--network_def None would change nothing: MONAI drops .*--network_def '\$None'"
+    ):
+        check_options(["monai.bundle", "run", "--config_file", config, "--network_def", "None"])
+    overlay = tmp_path / "more.json"
+    overlay.write_text('{"network_def": null}')
+    check_options(["monai.bundle", "run", "--config_file", f"['{config}','{overlay}']", "--network_def", "None"])
+    check_options(["monai.bundle", "run", "--config_file", config, "--network_def", "$None"])
+
+
 def test_an_option_of_an_overlay_that_is_not_listed_is_refused(config, tmp_path):
     overlay = tmp_path / "clicks.json"
     overlay.write_text('{"click_sigma": 2.0, "epochs": "$int(@click_sigma)"}')

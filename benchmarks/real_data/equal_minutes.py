@@ -33,13 +33,13 @@ DATASETS = {"hippocampus": ("Task004_Hippocampus", 4), "sarcoma_mr": ("Task902_S
 SIDES = {
     "tsfm_s": (["train.json", "small.json", "tsfm_s.json"], {}),
     "tsfm_auto": (["train.json", "small.json"], {}),
-    "tsfm_b": (["train.json", "small.json", "tsfm_b.json"], {"step_seconds": "None", "learning_rate": 0.001}),
+    "tsfm_b": (["train.json", "small.json", "tsfm_b.json"], {"step_seconds": "$None", "learning_rate": 0.001}),
     "stunet_s": (["train.json", "small.json", "stunet.json"], {"network_size": "stunet_s", "spacing_mm": "auto",
-                                                               "patch_size": "auto", "step_seconds": "None",
+                                                               "patch_size": "auto", "step_seconds": "$None",
                                                                "learning_rate": 0.01}),
     "swinunetr_12": (["train.json", "small.json", "swinunetr.json"], {"network_def#feature_size": 12,
-                                                                      "patch_size": "[64,64,64]", "step_seconds": "None"}),
-    "nnunet": (["train.json", "small.json", "nnunet.json"], {"step_seconds": "None"}),
+                                                                      "patch_size": "[64,64,64]", "step_seconds": "$None"}),
+    "nnunet": (["train.json", "small.json", "nnunet.json"], {"step_seconds": "$None"}),
     "nnunet_2.8.1": None,
 }  # fmt: skip
 NAMES = {"tsfm_s": "TSFM S", "tsfm_auto": "TSFM, the plan's size", "tsfm_b": "TSFM B", "stunet_s": "STU-Net S",

@@ -134,6 +134,13 @@ def check_options(arguments: Sequence[str]) -> None:
             raise OptionError(
                 f"--{name} belongs to {holders}, which --config_file does not list: it would change nothing"
             )
+    merged = {key: value for content in contents.values() for key, value in content.items()}
+    for name, value in _typed(arguments).items():
+        if name in own and _literal(value) is None and merged.get(name, "") is not None:
+            raise OptionError(
+                f"--{name} None would change nothing: MONAI drops an option that is None. Give --{name} '$None' (with single "
+                f"quotes), or an overlay that says null"
+            )
     for path, content in contents.items():
         _check_values(content, path)
     _check_values({name: _literal(value) for name, value in own.items()}, "command line")
@@ -177,16 +184,22 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
-    """Name -> text of every ``--name value`` and ``--name=value`` (a flag without a value is True), and of an args file."""
+    """Name -> text of every option of the command line, and of an args file."""
+    options = _typed(arguments)
+    path = options.get("args_file", "")
+    if os.path.isfile(path) and isinstance(content := read_json(path), dict):
+        options = {**{name: str(value) for name, value in content.items()}, **options}
+    return options
+
+
+def _typed(arguments: Sequence[str]) -> dict[str, str]:
+    """Name -> text of every ``--name value`` and ``--name=value``; a flag without a value is True."""
     options: dict[str, str] = {}
     for position, argument in enumerate(arguments):
         if position and argument.startswith("--"):
             name, sign, value = argument[2:].partition("=")
             following = arguments[position + 1] if position + 1 < len(arguments) else "--"
             options[name.replace("-", "_")] = value if sign else "True" if following.startswith("--") else following
-    path = options.get("args_file", "")
-    if os.path.isfile(path) and isinstance(content := read_json(path), dict):
-        options = {**{name: str(value) for name, value in content.items()}, **options}
     return options
 
 

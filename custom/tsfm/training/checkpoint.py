@@ -165,7 +165,7 @@ def _more(before: Mapping[str, Any], key: str, names: Iterable[str]) -> list[str
 
 
 def start_from(network: DescribedNetwork, path: str | os.PathLike | None, licence: str = "any") -> DescribedNetwork:
-    """`network` with the weights in `path`, which have to fit, and what they say they saw; None leaves it as it is.
+    """`network` with the weights in `path`, which have to fit, and what they say they saw; none leaves it as it is.
 
     Raises:
         CheckpointError: as `load_weights`.
@@ -174,7 +174,7 @@ def start_from(network: DescribedNetwork, path: str | os.PathLike | None, licenc
     check_described(network)
     if path:
         description = load_weights(network, path)
-        check_weights(path, description, licence, "--initial_weights None")
+        check_weights(path, description, licence, '--initial_weights ""')
         network.description["licences"] = inherited_licences(description)
         goes_on(network, description)
     return network

@@ -156,7 +156,7 @@ class TrainTask(BundleTrainTask):
     def _update_overrides(self, overrides: dict[str, Any]) -> dict[str, Any]:
         """Without pretrained weights: the network as it is, its weights drawn anew."""
         if not self.pretrained:
-            fresh = {"from_scratch": True, "initial_weights": None}
+            fresh = {"from_scratch": True, "initial_weights": ""}  # MONAI drops what is None
             overrides.update({key: value for key, value in fresh.items() if key in self.bundle_config.config})
         return overrides
 
