@@ -112,6 +112,7 @@ def test_a_pretraining_that_goes_on_from_weights_keeps_their_licences(tmp_path):
         return {name: one["commercial"] for name, one in found.items()}
 
     trained("before.pt", closed)
+    assert trained("anew.pt", free, "") == {"two": True}, "MONAI would drop None from a command line"
     assert trained("after.pt", free, tmp_path / "before.pt") == {"one": False, "two": True}
     with pytest.raises(PoolError, match=r"after\.pt: .* commercial use\. .* excluded by one.*--initial_weights \"\""):
         trained("no.pt", free, tmp_path / "after.pt", "commercial")
