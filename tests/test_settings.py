@@ -84,6 +84,7 @@ class Engine:
     """An engine at the end of its first epoch, as far as saving and resuming look at it."""
 
     def __init__(self):
+        self.should_terminate = False
         self.state = type("State", (), {"epoch": 1, "max_epochs": 2, "iteration": 1, "metrics": {}})()
 
 
