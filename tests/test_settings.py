@@ -75,7 +75,7 @@ def test_no_option_is_forgotten(bundle):
 
 def state(folder, settings):
     network = create_network(**SMALL)
-    parts = {"optimizer": torch.optim.SGD(network.parameters(), 0.1)}
+    parts = {"optimizer": torch.optim.SGD(network.parameters(), settings["learning_rate"])}
     item = [{"image": "a.nii.gz", "label": "b.nii.gz", "dataset": "one", "case": "a"}]
     return RunState(str(folder), network, parts, Curve(str(folder)), settings, item)
 
