@@ -106,6 +106,6 @@ if __name__ == "__main__":
     parser.add_argument("--iterations", type=int, default=25)
     parser.add_argument("--step_seconds", type=float, default=0.1)
     parser.add_argument("--patch_size", type=int, nargs=3)
-    parser.add_argument("--spacing_mm", help="default: that of the data's plan")
+    parser.add_argument("--spacing_mm", type=float, nargs=3, help="(S, P, L); default: that of the data's plan")
     parser.add_argument("--cases", type=int, help="only the first so many held-out cases")
     main(parser.parse_args())

@@ -5,7 +5,8 @@ written into its plans. Each image is predicted as nnU-Net 1 does, and once more
 averaged and resampled, as in version 2 (CASE_mean_logits.nii.gz).
 
 Changed at run time: `torch.load` reads whole pickles, as it did before torch 2.6. Nothing else of nnU-Net 1 fails with
-torch 2.13, numpy 2.4, scikit-image 0.26 and batchgenerators 0.25.5 on a processor.
+torch 2.13, numpy 2.4, scikit-image 0.26 and batchgenerators 0.25.5 on a processor. The masked model needs batchgenerators
+0.24 to agree in every voxel (docs/networks.md).
 
     .venv-bench/bin/python benchmarks/nnunet1_peer.py WORK DATA [ITERATIONS [MODEL]]
 """
