@@ -99,7 +99,7 @@ def find_images(
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {list(EXISTING)}")
-    as_dicom = [name for name in saved_outputs(save) if name.startswith("dicom")]
+    as_dicom = dicom_outputs(save)
     if not 0 <= part < parts:
         raise ValueError(f"part is {part} of {parts} parts; expected a number from 0 to parts - 1")
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
@@ -161,6 +161,11 @@ def saved_outputs(save: str | Sequence[str]) -> list[str]:
             f"save is {save!r}, expected one or several of {list(OUTPUTS)}{nearest(unknown[0], OUTPUTS) if unknown else ''}"
         )
     return names
+
+
+def dicom_outputs(save: str | Sequence[str]) -> list[str]:
+    """Those names in `save` whose outputs refer to the slices of a DICOM series; ValueError as `saved_outputs`."""
+    return [name for name in saved_outputs(save) if name.startswith("dicom")]
 
 
 def _check_apart(items: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike, save: str | Sequence[str]) -> None:
@@ -245,16 +250,20 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
 
 def _results(folder: str) -> set[str]:
     """Names of the files that an inference writes into a folder, by its report."""
-    cases = _reported(folder)
-    return {f"{case}{ending}" for case in cases for ending in OUTPUTS.values()} | {REPORT} if cases else set()
+    return _written(_reported(folder))
 
 
 def beside_label_maps(folder: str | os.PathLike) -> set[str]:
     """Names of the files that an inference writes into a folder, by its report, and that are no label maps."""
-    return _results(os.fspath(folder)) - {f"{case}{OUTPUT_SUFFIX}" for case in _reported(os.fspath(folder))}
+    cases = _reported(folder)
+    return _written(cases) - {f"{case}{OUTPUT_SUFFIX}" for case in cases}
 
 
-def _reported(folder: str) -> list[str]:
+def _written(cases: Sequence[str]) -> set[str]:
+    return {f"{case}{ending}" for case in cases for ending in OUTPUTS.values()} | {REPORT} if cases else set()
+
+
+def _reported(folder: str | os.PathLike) -> list[str]:
     try:
         return list(read_json(os.path.join(folder, REPORT))["cases"])
     except (OSError, ValueError, TypeError, KeyError):  # none, or another file of this name

@@ -19,7 +19,7 @@ import torch
 from monai.data import Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 
-from ..cases.folders import NIFTI, OUTPUT_SUFFIX, output_paths, paths_of, saved_outputs, stem
+from ..cases.folders import NIFTI, OUTPUT_SUFFIX, dicom_outputs, output_paths, paths_of, stem
 from ..cases.grids import is_upright
 from ..cases.nifti import header_of, unit_mm
 from ..errors import first_cause
@@ -125,7 +125,7 @@ class CaseDataset(Dataset):
         if self.claims is not None and (left := self._left(item["case"])):
             return {"case": item["case"], "left": left}
         try:
-            if any(name.startswith("dicom") for name in saved_outputs(self.save)):  # before the work, not at its end
+            if dicom_outputs(self.save):  # before the work, not at its end
                 source_slices(os.fspath(paths_of(item["image"])[0]))
             return super()._transform(index)
         except Exception as error:

@@ -12,7 +12,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import SaveImaged
 
-from ..cases.folders import output_paths, saved_outputs
+from ..cases.folders import dicom_outputs, output_paths, saved_outputs
 from ..cases.raw_ids import in_raw_ids, raw_values
 from ..labels import LabelTable
 from .dicom_seg import highdicom, write_seg
@@ -100,7 +100,7 @@ class SaveResultsd(SaveImaged):
             raise ValueError(
                 f"save is {self.save}, but nobody keeps probabilities: give inferer and saver one Probabilities"
             )
-        if any(name.startswith("dicom") for name in self.save):
+        if dicom_outputs(self.save):
             highdicom()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
