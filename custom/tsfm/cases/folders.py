@@ -246,7 +246,7 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
                 "%d files in %s are left out, for example %s: such files are not read, convert them to NIfTI",
                 len(unread), parent, unread[0],
             )  # fmt: skip
-        series = any(_is_dicom(path) for path in others)
+        series = any(is_dicom(path) for path in others)
         if images and series:
             logger.warning("%s holds image files and a DICOM series: both are segmented", parent)
         found += images + [parent] * series
@@ -293,7 +293,7 @@ def read_report(output_dir: str | os.PathLike) -> dict[str, Mapping[str, Any]]:
     return content["cases"]
 
 
-def _is_dicom(path: str) -> bool:
+def is_dicom(path: str) -> bool:
     """Whether a file says that it is DICOM; a dead link, a pipe or a file without rights is none, with a warning.
 
     The table of contents of a CD, DICOMDIR, is no image.
