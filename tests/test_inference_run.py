@@ -12,11 +12,11 @@ import torch
 from conftest import ROOT, run_bundle, write_dicom
 from monai.bundle import ConfigParser
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from tsfm.cases.folders import read_report
 from tsfm.cases.pool import DatasetPool
 from tsfm.errors import first_cause
 from tsfm.evaluation.evaluation import items_to_score
 from tsfm.inference.prediction import FailedCases
-from tsfm.inference.report import read_report
 from tsfm.inference.windows import mirrored_axes
 from tsfm.training.checkpoint import build_network, load_weights, read_description, save_weights
 from tsfm.training.weight_files import CheckpointError
