@@ -52,9 +52,13 @@ def describe(checkpoint: str) -> None:
     """Print what travels with a weight file: network, targets, preparation, patch, what it was trained on."""
     import json
 
+    from .names import counted
     from .training.checkpoint import read_description
 
-    print(json.dumps(read_description(checkpoint), indent=4))
+    description = read_description(checkpoint)
+    if cases := description.get("trained_cases"):
+        description["trained_cases"] = counted(len(cases), "case")
+    print(json.dumps(description, indent=4))
 
 
 def evaluate(

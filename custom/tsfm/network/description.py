@@ -164,6 +164,7 @@ DESCRIPTION = _object(
         "modalities": NAMES,
         "trained_on": NAMES,
         "trained_targets": NAMES,
+        "trained_cases": NAMES,
         "trained_by": NAME,
         "licences": _map("an object from data sets to their licences", LICENCE),
         "familiar": _map(
