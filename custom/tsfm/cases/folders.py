@@ -199,7 +199,7 @@ def _items(source: Any, output_dir: str | os.PathLike | None = None) -> list[dic
     searched = os.path.dirname(re.split(r"[*?[]", path)[0]) or "."
     if output_dir is not None and os.path.realpath(output_dir) != os.path.realpath(searched):
         found = [one for one in found if not (_lies_in(one, output_dir) and _lies_in(output_dir, searched))]
-    results = {folder: _results(folder) for folder in {os.path.dirname(one) for one in found}}
+    results = {folder: results_in(folder) for folder in {os.path.dirname(one) for one in found}}
     found = [one for one in found if os.path.basename(one) not in results[os.path.dirname(one)]]
     items = [item for one in found for item in _items(one, output_dir)]
     return list({str(item["image"]): item for item in items}.values())  # "**/*" finds a folder and what is in it
@@ -231,7 +231,7 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
         links = {name: os.path.islink(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
         # links last: a folder goes by its own name, if it has one here
         folders[:] = sorted(links, key=lambda name: (links[name], name))
-        results = _results(parent) if REPORT in files else set()
+        results = results_in(parent) if REPORT in files else set()
         visible = sorted(name for name in files if not name.startswith(".") and name not in results)
         images = [os.path.join(parent, name) for name in visible if name.lower().endswith(SUFFIXES)]
         others = [os.path.join(parent, name) for name in visible if not name.lower().endswith(SUFFIXES)]
@@ -248,26 +248,14 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
     return found + closed
 
 
-def _results(folder: str) -> set[str]:
-    """Names of the files that an inference writes into a folder, by its report."""
-    return _written(_reported(folder))
-
-
-def beside_label_maps(folder: str | os.PathLike) -> set[str]:
-    """Names of the files that an inference writes into a folder, by its report, and that are no label maps."""
-    cases = _reported(folder)
-    return _written(cases) - {f"{case}{OUTPUT_SUFFIX}" for case in cases}
-
-
-def _written(cases: Sequence[str]) -> set[str]:
-    return {f"{case}{ending}" for case in cases for ending in OUTPUTS.values()} | {REPORT} if cases else set()
-
-
-def _reported(folder: str | os.PathLike) -> list[str]:
+def results_in(folder: str | os.PathLike, besides: str = "") -> set[str]:
+    """Names of the files that an inference writes into a folder, by its report, those of the output `besides` left out."""
     try:
-        return list(read_json(os.path.join(folder, REPORT))["cases"])
+        cases = list(read_json(os.path.join(folder, REPORT))["cases"])
     except (OSError, ValueError, TypeError, KeyError):  # none, or another file of this name
-        return []
+        return set()
+    kinds = {ending for name, ending in OUTPUTS.items() if name != besides}
+    return {REPORT, *(f"{case}{ending}" for case in cases for ending in kinds)}
 
 
 def is_dicom(path: str) -> bool:

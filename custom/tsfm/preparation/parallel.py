@@ -24,10 +24,10 @@ class UnguardedScript(RuntimeError):
     """The script that was started would be run again, whole, by every worker process."""
 
 
-def available_workers(most: int = 12) -> int:
-    """Worker processes for this process: the cores that it may use, shared with the other processes of torchrun here."""
+def available_workers() -> int:
+    """Worker processes for this process, 1 to 12: the cores that it may use, shared with torchrun's other processes here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(12, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def run_all(function: Callable, jobs: Sequence[tuple], num_workers: int = 0) -> Iterator[tuple[int, Any]]:
