@@ -99,7 +99,6 @@ def find_images(
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {list(EXISTING)}")
-    as_dicom = dicom_outputs(save)
     if not 0 <= part < parts:
         raise ValueError(f"part is {part} of {parts} parts; expected a number from 0 to parts - 1")
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
@@ -108,38 +107,18 @@ def find_images(
         raise FileNotFoundError(
             f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders; check that it is what you meant"
         )
-    others = [item["image"] for item in items if not os.path.isdir(os.fspath(paths_of(item["image"])[0]))]
-    if as_dicom and others:
-        raise FileError(
-            f"{len(others)} of {len(items)} images are no folder with a DICOM series, for example {others[0]}, and "
-            f"{as_dicom[0]} refers to one: leave it out of --save, or give those images a run of their own"
-        )
+    _check_series(items, save)
     clicks, names = clicks or {}, _case_names(items)
     for item, name in zip(items, names, strict=True):
         item.update({"case": name, **clicks.get(name, {})})
     for name in clicks:
         if name not in names:
             raise ValueError(f"clicks for a case {name!r}, which is not in {source}{nearest(name, names)}")
-    if output_dir is not None:
-        check_writable(output_dir, "--output_dir")
-        _check_apart(items, output_dir, save)
-    items = items[part::parts]
-    if output_dir is None or existing == "overwrite":
-        return items
-    enough = all if existing == "skip" else any
-    cases = [item["case"] for item in items]
-    done = {case for case in cases if enough(path.exists() for path in output_paths(output_dir, case, save))}
-    if done and existing == "error":
-        raise FileExistsError(
-            f"{len(done)} of {len(items)} results are already in {output_dir}, for example {min(done)}: set "
-            '"existing" to "skip" to keep them and do the rest, or to "overwrite"'
-        )
-    if done:
-        logger.info(
-            "%d of %d results are in %s and stay, whatever weights and options made them",
-            len(done), len(items), output_dir,
-        )  # fmt: skip
-    return [item for item in items if item["case"] not in done]
+    if output_dir is None:
+        return items[part::parts]
+    check_writable(output_dir, "--output_dir")
+    _check_apart(items, output_dir, save)
+    return _to_do(items[part::parts], output_dir, existing, save)
 
 
 def output_path(output_dir: str | os.PathLike, case: str) -> Path:
@@ -166,6 +145,36 @@ def saved_outputs(save: str | Sequence[str]) -> list[str]:
 def dicom_outputs(save: str | Sequence[str]) -> list[str]:
     """Those names in `save` whose outputs refer to the slices of a DICOM series; ValueError as `saved_outputs`."""
     return [name for name in saved_outputs(save) if name.startswith("dicom")]
+
+
+def _check_series(items: Sequence[Mapping[str, Any]], save: str | Sequence[str]) -> None:
+    """FileError where an output refers to a DICOM series and an image is none."""
+    as_dicom = dicom_outputs(save)
+    others = [item["image"] for item in items if not os.path.isdir(os.fspath(paths_of(item["image"])[0]))]
+    if as_dicom and others:
+        raise FileError(
+            f"{len(others)} of {len(items)} images are no folder with a DICOM series, for example {others[0]}, and "
+            f"{as_dicom[0]} refers to one: leave it out of --save, or give those images a run of their own"
+        )
+
+
+def _to_do(
+    items: list[dict[str, Any]], output_dir: str | os.PathLike, existing: str, save: Any
+) -> list[dict[str, Any]]:
+    """The items whose results are not there yet, or are to be overwritten; FileExistsError where some are there."""
+    if existing == "overwrite":
+        return items
+    enough = all if existing == "skip" else any
+    cases = [item["case"] for item in items]
+    done = {case for case in cases if enough(path.exists() for path in output_paths(output_dir, case, save))}
+    found = f"{len(done)} of {len(items)} results are in {output_dir}"
+    if done and existing == "error":
+        raise FileExistsError(
+            f'{found}, for example {min(done)}: set "existing" to "skip" to keep them and do the rest, or to "overwrite"'
+        )
+    if done:
+        logger.info("%s and stay, whatever weights and options made them", found)
+    return [item for item in items if item["case"] not in done]
 
 
 def _check_apart(items: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike, save: str | Sequence[str]) -> None:
