@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ OUTPUTS = {
 
 REPORT = "report.json"
 """In a folder of results: what is known of each case."""
+
+JOURNAL = ".report.jsonl"
+"""Beside it: a line ``{case: row}`` for each row that it lacks yet, while a run is at it or after one that was killed."""
 
 EXISTING = ("error", "skip", "overwrite")
 
@@ -240,7 +245,7 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
         links = {name: os.path.islink(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
         # links last: a folder goes by its own name, if it has one here
         folders[:] = sorted(links, key=lambda name: (links[name], name))
-        results = results_in(parent) if REPORT in files else set()
+        results = results_in(parent) if {REPORT, JOURNAL} & set(files) else set()
         visible = sorted(name for name in files if not name.startswith(".") and name not in results)
         images = [os.path.join(parent, name) for name in visible if name.lower().endswith(SUFFIXES)]
         others = [os.path.join(parent, name) for name in visible if not name.lower().endswith(SUFFIXES)]
@@ -260,11 +265,29 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
 def results_in(folder: str | os.PathLike, besides: str = "") -> set[str]:
     """Names of the files that an inference writes into a folder, by its report, those of the output `besides` left out."""
     try:
-        cases = list(read_json(os.path.join(folder, REPORT))["cases"])
-    except (OSError, ValueError, TypeError, KeyError):  # none, or another file of this name
+        cases = read_report(folder)
+    except (OSError, ValueError):  # another file of this name
         return set()
     kinds = {ending for name, ending in OUTPUTS.items() if name != besides}
     return {REPORT, *(f"{case}{ending}" for case in cases for ending in kinds)}
+
+
+def read_report(output_dir: str | os.PathLike) -> dict[str, Mapping[str, Any]]:
+    """Case -> what the report of the inferences into a folder says; nothing where there is none.
+
+    Raises:
+        FileError: another file of this name.
+    """
+    path, journal = Path(output_dir, REPORT), Path(output_dir, JOURNAL)
+    content = read_json(path) if path.is_file() else {"cases": {}}
+    if not isinstance(content, dict) or not isinstance(content.get("cases"), dict):
+        raise FileError(
+            f'{path} is no report of segmented cases, expected {{"cases": {{...}}}}: move it, or choose another --output_dir'
+        )
+    for line in journal.read_text("utf-8").splitlines() if journal.is_file() else ():
+        with suppress(ValueError):  # a process may have been killed amid a line; the next one begins anew
+            content["cases"].update(json.loads(line))
+    return content["cases"]
 
 
 def is_dicom(path: str) -> bool:
