@@ -19,19 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import ROOT, dice
 from tsfm.cases.volumes import read_labels
 from tsfm.network.clicks import simulated_click
 from tsfm.planning.own_data import dataset_pool
 from tsfm_tools.click_server import ClickRequests
 from tsfm_tools.paper.grids import run_bundle
 
-BUNDLE = Path(__file__).resolve().parents[1] / "bundles/tsfm_finetune"
+BUNDLE = ROOT / "bundles/tsfm_finetune"
 SHOWN = (0, 1, 3, 5)
-
-
-def dice(truth: np.ndarray, found: np.ndarray) -> float:
-    both = np.count_nonzero(truth) + np.count_nonzero(found)
-    return 2 * np.count_nonzero(truth & found) / both if both else float("nan")
 
 
 def corrected(requests: ClickRequests, item: dict[str, Any], most: int) -> list[dict[str, float]]:

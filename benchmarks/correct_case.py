@@ -18,6 +18,7 @@ import urllib.request
 
 import nibabel as nib
 import numpy as np
+from sides import dice
 from tsfm.network.clicks import simulated_click
 
 
@@ -37,13 +38,9 @@ def ask(server: str, model: str, image: str, **request: object) -> np.ndarray:
         return np.asarray(nib.load(file.name).dataobj)
 
 
-def dice(truth: np.ndarray, found: np.ndarray, labels: dict[str, int]) -> float:
-    values = []
-    for value in labels.values():
-        one, other = truth == value, found == value
-        if value and (one.any() or other.any()):
-            values.append(2 * np.count_nonzero(one & other) / (np.count_nonzero(one) + np.count_nonzero(other)))
-    return float(np.mean(values))
+def mean_dice(truth: np.ndarray, found: np.ndarray, labels: dict[str, int]) -> float:
+    """Over the targets that are in the truth or were found."""
+    return float(np.nanmean([dice(truth == value, found == value) for value in labels.values() if value]))
 
 
 def next_click(truth: np.ndarray, found: np.ndarray, labels: dict[str, int]) -> tuple[str, tuple[int, ...]] | None:
@@ -61,7 +58,7 @@ def main(options: argparse.Namespace) -> None:
     truth = np.asarray(nib.load(options.label).dataobj)
     clicks: dict[str, list] = {name: [] for name in labels}
     started, found = time.perf_counter(), ask(options.server, f"{options.model}_seg", options.image)
-    print(f"automatic: Dice {dice(truth, found, labels):.4f}, {time.perf_counter() - started:.1f} s")
+    print(f"automatic: Dice {mean_dice(truth, found, labels):.4f}, {time.perf_counter() - started:.1f} s")
     for number in range(1, options.clicks + 1):
         click = next_click(truth, found, labels)
         if click is None:
@@ -72,7 +69,7 @@ def main(options: argparse.Namespace) -> None:
         started = time.perf_counter()
         found = ask(options.server, options.model, options.image, label=name, **clicks)
         print(
-            f"click {number}, {name} at {list(voxel)}: Dice {dice(truth, found, labels):.4f}, shown there: "
+            f"click {number}, {name} at {list(voxel)}: Dice {mean_dice(truth, found, labels):.4f}, shown there: "
             f"{int(found[voxel])}, {time.perf_counter() - started:.1f} s"
         )
 

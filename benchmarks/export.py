@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+
+from sides import PEER, answer, peak_gib
 
 DEPTH = 32
 """Slices that the painter takes at a time, as it does when windows end."""
@@ -95,14 +95,12 @@ def measure(python, side, path):
     import numpy as np
 
     out = path + f".{side}.npy"
-    run = subprocess.run([python, __file__, "--side", side, path, out], stdout=subprocess.PIPE, check=True, text=True)
-    result = json.loads(run.stdout.splitlines()[-1])
-    return result["seconds"], result["gib"], np.load(out)
+    return (*answer(python, __file__, "--side", side, path, out), np.load(out))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peer", default=".venv-bench/bin/python", help="python of the nnU-Net environment")
+    parser.add_argument("--peer", default=PEER, help="python of the nnU-Net environment")
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 32])
     parser.add_argument("--kinds", nargs="+", default=["organs", "noise"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -113,9 +111,9 @@ def main():
         import numpy as np
 
         seconds, label_map = {"tsfm": tsfm, "nnunet": nnunet}[args.side[0]](args.side[1])
-        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        gib = peak_gib()
         np.save(args.side[2], np.asarray(label_map).astype(np.uint8))
-        print(json.dumps({"seconds": seconds, "gib": gib}))
+        print(json.dumps([seconds, gib]))
         return
     print(f"{os.cpu_count()} cores; {SHAPE} -> {SOURCE_SHAPE}; medians of {args.rounds} (nnU-Net: {args.peer_rounds})")
     print("classes  logits   TSFM s   GiB | nnU-Net s   GiB | times faster  voxels that differ")

@@ -9,17 +9,13 @@ usage: python benchmarks/full_train_step.py [--folder /tmp/full_step] [--batch_s
 
 import argparse
 import csv
-import resource
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from sides import ROOT, bundle_run, peak_gib_of
 from tsfm_tools.phantoms import layouts as phantoms
-
-BUNDLE = Path(__file__).parents[1] / "bundles/tsfm_pretrain"
 
 
 def main() -> None:
@@ -32,26 +28,20 @@ def main() -> None:
     folder = Path(arguments.folder)
     shutil.rmtree(folder / "output", ignore_errors=True)  # a run that is finished would not take a step
     phantoms.write_pool(str(folder / "data"), cases_per_dataset=2, datasets=["msd_liver"])
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(BUNDLE / "configs/train.json")]
-    options = {
-        "bundle_root": BUNDLE, "meta_file": BUNDLE / "configs/metadata.json", "logging_file": BUNDLE / "configs/logging.conf",
-        "dataset_dir": folder / "data", "datasets": "['msd_liver']", "store_dir": folder / "store",
-        "output_dir": folder / "output", "ckpt_dir": "none", "epochs": 1, "iterations_per_epoch": arguments.iterations,
-        "val_interval": 2, "num_workers": 0, "checkpointing": True, "batch_size": arguments.batch_size, "param_dtype": arguments.param_dtype,
-    }  # fmt: skip
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
+    command = bundle_run(
+        ROOT / "bundles/tsfm_pretrain", ["train.json"], dataset_dir=folder / "data", datasets="['msd_liver']",
+        store_dir=folder / "store", output_dir=folder / "output", ckpt_dir="none", epochs=1, val_interval=2, num_workers=0,
+        iterations_per_epoch=arguments.iterations, checkpointing=True, batch_size=arguments.batch_size,
+        param_dtype=arguments.param_dtype,
+    )  # fmt: skip
     start = time.perf_counter()
-    subprocess.run(command, check=True)
+    peak = peak_gib_of(command)
     wall = time.perf_counter() - start
     rows = list(csv.DictReader((folder / "output/curve.csv").open()))
     print(
         f"loss {rows[-1]['loss']}, training {rows[-1]['train_s']} s for {arguments.iterations} step(s), whole run {wall:.0f} s"
     )
-    if torch.cuda.is_available():
-        print(torch.cuda.get_device_name())
-    else:
-        print(f"peak memory {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.1f} GiB")
+    print(torch.cuda.get_device_name() if torch.cuda.is_available() else f"peak memory {peak:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import ROOT
 
 COUNT = 500
-ROOT = Path(__file__).parents[1]
 
 LAYOUT = {"image": "img/{case}.nii.gz", "label": "lab/{case}.nii.gz"}
 POOL = {

@@ -27,11 +27,12 @@ import monai.bundle  # noqa: F401  the children are to find everything imported
 import torch
 from ignite import distributed as idist
 from ignite.engine import Events
+from sides import ROOT
 from tsfm.training.run_state import RunState, unwrap
 from tsfm_tools.paper.grids import run_bundle
 from tsfm_tools.phantoms import layouts as phantoms
 
-BUNDLE = Path(__file__).parents[1] / "bundles/tsfm_pretrain"
+BUNDLE = ROOT / "bundles/tsfm_pretrain"
 M_PERTURB = -6
 EPOCHS, STEPS = 4, 4
 SETTINGS = {

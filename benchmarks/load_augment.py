@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from sides import ONE_THREAD, PEER, ROOT, in_turn, organs, peak_gib, serve
+
 SPACING_MM = (1.5, 1.0, 1.0)
 CASES = 2
 BATCH = 2
@@ -50,7 +49,7 @@ def prepare_tsfm(folder, shape):
     import nibabel as nib
     import numpy as np
 
-    store, items = _tsfm_store(folder)
+    store, items = tsfm_store(folder)
     affine = np.diag([-SPACING_MM[2], -SPACING_MM[1], SPACING_MM[0], 1.0])  # L, P, S
     for number, item in enumerate(items):
         image, codes = synthetic_ct(shape, number)
@@ -59,43 +58,35 @@ def prepare_tsfm(folder, shape):
     store.prepare(items, num_workers=0, progress=False)
 
 
-def batches_tsfm(folder, patch):
+def batches_tsfm(folder, patch, size=BATCH):
     from monai.bundle import ConfigParser
     from torch.utils.data import DataLoader
     from tsfm.patches.augmentation import RandRotateScale
     from tsfm.patches.dataset import PatchDataset, PoolSampler
 
-    store, items = _tsfm_store(folder)
+    store, items = tsfm_store(folder)
     transforms = json.loads((ROOT / "tests/fixtures/augmentation.json").read_text())
     transforms = ConfigParser({"transforms": transforms, "mirror_axes": "SPL"}).get_parsed_content("transforms")
     dataset = PatchDataset(items, store, store.table, patch, transforms, RandRotateScale())
     epoch = 0
     while True:
-        sampler = PoolSampler(items, BATCH, iterations=1000)
+        sampler = PoolSampler(items, size, iterations=1000)
         sampler.set_epoch(epoch)
-        yield from DataLoader(dataset, BATCH, sampler=sampler)
+        yield from DataLoader(dataset, size, sampler=sampler)
         epoch += 1
 
 
-def _tsfm_store(folder):
+def tsfm_store(folder):
     from tsfm.cases.cases import Preparation
-    from tsfm.labels import LabelTable
     from tsfm.patches.store import CaseStore
 
-    names = [f"organ_{i}" for i in range(1, 5)]
-    table = LabelTable({name: {} for name in names}, [{"name": "ct", "labels": dict(zip("1234", names, strict=True))}])
     preparation = Preparation(SPACING_MM, {"CT": {"lower": -1000, "upper": 1000, "mean": 0.0, "sd": 200.0}})
+    known = {"dataset": "ct", "modality": "CT"}
     items = [
-        {
-            "image": f"{folder}/{n}.nii",
-            "label": f"{folder}/{n}_label.nii",
-            "dataset": "ct",
-            "modality": "CT",
-            "case": str(n),
-        }
+        {"image": f"{folder}/{n}.nii", "label": f"{folder}/{n}_label.nii", "case": str(n), **known}
         for n in range(CASES)
     ]
-    return CaseStore(f"{folder}/store", table, preparation), items
+    return CaseStore(f"{folder}/store", organs(4), preparation), items
 
 
 # ---- nnU-Net ----------------------------------------------------------------------------------------------------
@@ -119,7 +110,7 @@ def prepare_nnunet(folder, shape, patch):
         )
 
 
-def batches_nnunet(folder, patch, deep_supervision_scales=None):
+def batches_nnunet(folder, patch, size=BATCH, deep_supervision_scales=None):
     from types import SimpleNamespace
 
     import numpy as np
@@ -132,15 +123,8 @@ def batches_nnunet(folder, patch, deep_supervision_scales=None):
     transforms = nnUNetTrainer.get_training_transforms(patch, angle, deep_supervision_scales, (0, 1, 2), False, [False])
     labels = SimpleNamespace(all_labels=[0, 1, 2, 3, 4], has_ignore_label=False)
     initial = get_patch_size(patch, angle, angle, angle, (0.85, 1.25))
-    loader = nnUNetDataLoader(
-        nnUNetDatasetBlosc2(folder),
-        BATCH,
-        initial,
-        patch,
-        labels,
-        oversample_foreground_percent=0.33,
-        transforms=transforms,
-    )
+    options = {"oversample_foreground_percent": 0.33, "transforms": transforms}
+    loader = nnUNetDataLoader(nnUNetDatasetBlosc2(folder), size, initial, patch, labels, **options)
     loader.set_thread_id(0)
     while True:
         yield next(loader)
@@ -149,53 +133,38 @@ def batches_nnunet(folder, patch, deep_supervision_scales=None):
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 
-def serve(side, folder, patch, batches):
-    """One side's process: a round of batches for every line on its input; answers with seconds and MiB."""
+def answer_rounds(side, folder, patch, batches):
+    """One side's process: seconds of each round of batches, and MiB."""
     import torch
 
     torch.set_num_threads(1)
     stream = {"tsfm": batches_tsfm, "nnunet": batches_nnunet}[side](folder, patch)
     for _ in range(3):  # nnU-Net times its convolutions on first use
         next(stream)
-    for _ in sys.stdin:
+
+    def work():
         start = time.perf_counter()
         for _ in range(batches):
             next(stream)
-        seconds = time.perf_counter() - start
-        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]), flush=True)
+        return time.perf_counter() - start, peak_gib() * 1024
+
+    serve(work)
 
 
-def measure(pythons, patch, shape, batches, rounds):
-    """patches/s of every round and peak MiB, per side."""
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    with tempfile.TemporaryDirectory() as scratch:
-        processes, results = {}, {side: ([], []) for side in pythons}
-        for side, python in pythons.items():
-            folder = os.path.join(scratch, side)
-            os.mkdir(folder)
-            call = [python, __file__, "--folder", folder, "--shape", *map(str, shape), "--patch", *map(str, patch)]
-            subprocess.run([*call, "--prepare", side], check=True, env=quiet)
-            processes[side] = subprocess.Popen(
-                [*call, "--serve", side, "--batches", str(batches)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet,
-            )  # fmt: skip
-        for _ in range(rounds):
-            for side, process in processes.items():
-                print("go", file=process.stdin, flush=True)
-                seconds, mib = json.loads(process.stdout.readline())
-                results[side][0].append(BATCH * batches / seconds)
-                results[side][1].append(mib)
-        for process in processes.values():
-            process.stdin.close()
-            process.wait()
-    return {
-        side: (statistics.median(rates), max(peaks), min(rates), max(rates)) for side, (rates, peaks) in results.items()
-    }
+def calls(script, folder, pythons, *words):
+    """Prepare each side's cases below `folder`; the command of each side's rounds."""
+    found = {}
+    for side, python in pythons.items():
+        call = [python, script, "--folder", f"{folder}/{side}", *map(str, words)]
+        os.mkdir(f"{folder}/{side}")
+        subprocess.run([*call, "--prepare", side], check=True, env={**os.environ, **ONE_THREAD})
+        found[side] = [*call, "--serve", side]
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", default=".venv-bench/bin/python", help="Python with nnunetv2 2.8.1")
+    parser.add_argument("--peer", default=PEER, help="Python with nnunetv2 2.8.1")
     parser.add_argument("--shape", type=int, nargs=3, default=(300, 360, 360))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, help="batches per round")
@@ -209,18 +178,22 @@ def main():
     if args.prepare == "nnunet":
         return prepare_nnunet(args.folder, args.shape, args.patch)
     if args.serve:
-        return serve(args.serve, args.folder, args.patch, args.batches)
+        return answer_rounds(args.serve, args.folder, args.patch, args.batches)
     print("| patch | side | patches/s (lowest to highest round) | peak RSS, MiB |\n|---|---|---|---|")
     for patch, batches in (((64, 96, 96), 40), ((112, 160, 192), 8)):
         if args.patch and tuple(args.patch) != patch:
             continue
         pythons = {"tsfm": sys.executable, "nnunet": args.peer}
-        results = measure(pythons, patch, args.shape, args.batches or batches, args.rounds)
-        for side, (rate, peak, lowest, highest) in results.items():
-            print(f"| {'x'.join(map(str, patch))} | {side} | {rate:.1f} ({lowest:.1f} to {highest:.1f}) | {peak:.0f} |")
-        print(
-            f"| | ratio | {results['tsfm'][0] / results['nnunet'][0]:.2f} | {results['tsfm'][1] / results['nnunet'][1]:.2f} |"
-        )
+        words = ["--shape", *args.shape, "--patch", *patch, "--batches", args.batches or batches]
+        with tempfile.TemporaryDirectory() as folder:
+            found = in_turn(calls(__file__, folder, pythons, *words), args.rounds)
+        rates = {side: [BATCH * (args.batches or batches) / s for s, _ in rounds] for side, rounds in found.items()}
+        peaks = {side: max(mib for _, mib in rounds) for side, rounds in found.items()}
+        for side, rate in rates.items():
+            said = f"{statistics.median(rate):.1f} ({min(rate):.1f} to {max(rate):.1f})"
+            print(f"| {'x'.join(map(str, patch))} | {side} | {said} | {peaks[side]:.0f} |")
+        ratio = statistics.median(rates["tsfm"]) / statistics.median(rates["nnunet"])
+        print(f"| | ratio | {ratio:.2f} | {peaks['tsfm'] / peaks['nnunet']:.2f} |")
     return None
 
 

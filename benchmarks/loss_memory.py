@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from sides import answer, forget_peak, peak_gib
 
 LOSSES = {
     "PartialLabelLoss": "tsfm, each sample annotated for half of the targets",
@@ -58,31 +56,6 @@ def make_step(name: str, logits: torch.Tensor, labels: torch.Tensor):
     return lambda: loss(logits, one_hot(labels, targets + 1)[:, 1:]).backward()
 
 
-class PeakRSS:
-    """Highest resident memory of this process while the block runs, bytes, by sampling every millisecond."""
-
-    def __enter__(self):
-        self.before = self.peak = self._now()
-        self._running = True
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._running = False
-        self._thread.join()
-
-    def _watch(self):
-        while self._running:
-            self.peak = max(self.peak, self._now())
-            time.sleep(0.001)
-
-    @staticmethod
-    def _now() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-
-
 def measure(
     name: str, shape: list[int], batch: int, targets: int, device: str, repeats: int, channels_last: bool
 ) -> dict:
@@ -110,9 +83,9 @@ def measure(
         step()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        with PeakRSS() as watch:
-            step()
-        peak = watch.peak - watch.before
+        before = forget_peak()
+        step()
+        peak = (peak_gib() - before) * 2**30
     times = []
     for _ in range(repeats):
         logits.grad = None
@@ -147,9 +120,7 @@ def main() -> None:
     print("| loss | peak beyond logits, MiB | in channels | beyond the gradient, channels | forward + backward, s |")
     print("|---|---|---|---|---|")
     for name in LOSSES:
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = answer(sys.executable, __file__, *sys.argv[1:], "--only", name)
         channels = found["peak_bytes"] / channel
         gradient = options.targets + ("softmax" in name)
         print(

@@ -11,12 +11,11 @@ import json
 import os
 
 import numpy as np
+from nnunet_plans import declared, preprocessing
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
-from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_spacing
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.ndimage import gaussian_filter
 
 FOLDER = os.path.join(os.path.dirname(__file__), "..", "tests", "fixtures")
@@ -32,6 +31,7 @@ SPACINGS = (
     ((2.0, 2.0, 2.0), (1.0, 1.0, 1.0)),
     ((0.3, 1.1, 1.2), (0.9, 0.9, 0.9)),
 )
+INTENSITY = {"mean": 400.0, "sd": 300.0, "lower": 450.0, "upper": 1900.0}
 PLANNED = {
     "isotropic": ([[1, 1, 1], [2, 1, 1], [1.2, 0.8, 0.9]], [[90, 100, 110], [40, 90, 95], [80, 70, 90]]),
     "thick slices": ([[10, 1.5, 1.5], [5, 1.2, 1.2], [8, 1.4, 1.3]], [[10, 200, 220], [22, 256, 256], [12, 210, 230]]),
@@ -50,7 +50,7 @@ def main() -> None:
     image = gaussian_filter(random.normal(size=SHAPE), 1.2) * 2000 + random.normal(size=SHAPE) * 60
     labels = np.digitize(gaussian_filter(random.normal(size=SHAPE), 2.0), [0.0, 0.03, 0.06]).astype(np.uint8)
     labels[:, :5] = 0
-    image, labels = image.round().astype(np.int16), labels
+    image = image.round().astype(np.int16)
     found |= {"image": image, "labels": labels, "spacings": np.array(SPACINGS)}
     for i, (old, new) in enumerate(SPACINGS):
         found[f"image_{i}"] = resample_data_or_seg_to_spacing(
@@ -58,14 +58,8 @@ def main() -> None:
         )[0]
         found[f"labels_{i}"] = resample_data_or_seg_to_spacing(labels[None].copy(), old, new, True, 1, 0, None)[0]
 
-    island = np.where(
-        np.add.outer(
-            np.add.outer(np.linspace(-1, 1, 14) ** 2, np.linspace(-1.2, 1, 26) ** 2), np.linspace(-1, 1.3, 22) ** 2
-        )
-        < 0.9,
-        image.clip(-900) + 1200,
-        0,
-    )
+    axes = np.meshgrid(np.linspace(-1, 1, 14), np.linspace(-1.2, 1, 26), np.linspace(-1, 1.3, 22), indexing="ij")
+    island = np.where(sum(axis**2 for axis in axes) < 0.9, image.clip(-900) + 1200, 0)
     island[7, 13, 9] = 0
     island_labels = np.where(island > 0, labels, 0).astype(np.uint8)
     found |= {"island": island.astype(np.int16), "island_labels": island_labels}
@@ -89,50 +83,9 @@ def main() -> None:
 
 def prepare(image, labels, scheme: str, masked: bool):
     """`run_case_npy` of one case at (1.5, 0.7, 0.7) mm to (1.5, 1, 1) mm."""
-    kwargs = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-    plans = PlansManager(
-        {
-            "dataset_name": "d",
-            "plans_name": "p",
-            "transpose_forward": [0, 1, 2],
-            "transpose_backward": [0, 1, 2],
-            "image_reader_writer": "SimpleITKIO",
-            "label_manager": "LabelManager",
-            "foreground_intensity_properties_per_channel": {
-                "0": {"mean": 400.0, "std": 300.0, "percentile_00_5": 450.0, "percentile_99_5": 1900.0}
-            },
-            "configurations": {
-                "3d_fullres": {
-                    "data_identifier": "x",
-                    "preprocessor_name": "DefaultPreprocessor",
-                    "batch_size": 2,
-                    "architecture": {"network_class_name": "unused", "arch_kwargs": {}, "_kw_requires_import": []},
-                    "patch_size": [16, 16, 16],
-                    "spacing": [1.5, 1.0, 1.0],
-                    "normalization_schemes": [scheme],
-                    "use_mask_for_norm": [masked],
-                    "resampling_fn_data": "resample_data_or_seg_to_shape",
-                    "resampling_fn_data_kwargs": kwargs,
-                    "resampling_fn_seg": "resample_data_or_seg_to_shape",
-                    "resampling_fn_seg_kwargs": {**kwargs, "is_seg": True, "order": 1},
-                }
-            },
-        }
-    )
-    dataset = {
-        "channel_names": {"0": "x"},
-        "file_ending": ".nii.gz",
-        "labels": {"background": 0, "a": 1, "b": 2, "c": 3},
-    }
-    properties = {"spacing": [1.5, 0.7, 0.7]}
-    return DefaultPreprocessor(verbose=False).run_case_npy(
-        image[None].astype(np.float32),
-        labels[None].astype(np.int8),
-        properties,
-        plans,
-        plans.get_configuration("3d_fullres"),
-        dataset,
-    )
+    preprocessor, *how = preprocessing((1.5, 1.0, 1.0), scheme, INTENSITY, masked)
+    data, seg = image[None].astype(np.float32), labels[None].astype(np.int8)
+    return preprocessor.run_case_npy(data, seg, {"spacing": [1.5, 0.7, 0.7]}, *how, declared("a", "b", "c"))
 
 
 def fingerprints(random) -> dict[str, np.ndarray]:
@@ -146,15 +99,8 @@ def fingerprints(random) -> dict[str, np.ndarray]:
         drawn.append(DatasetFingerprintExtractor.collect_foreground_intensities(seg, data, num_samples=1_000_000)[0][0])
     pooled = np.concatenate(drawn)
     lower, median, upper = np.percentile(pooled, (0.5, 50.0, 99.5))
-    names = {
-        "mean": pooled.mean(dtype=float),
-        "sd": pooled.std(dtype=float),
-        "median": median,
-        "lower": lower,
-        "upper": upper,
-        "min": pooled.min(),
-        "max": pooled.max(),
-    }
+    names = {"mean": pooled.mean(dtype=float), "sd": pooled.std(dtype=float), "median": median, "lower": lower}
+    names |= {"upper": upper, "min": pooled.min(), "max": pooled.max()}
     return found | {"statistics": np.array(json.dumps({name: float(value) for name, value in names.items()}))}
 
 

@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
+from sides import bundle_run, dice
 from tsfm.cases.volumes import Reader
 from tsfm.preparation.preprocessing import OrientImaged, PrepareImaged
 from tsfm.training.checkpoint import build_network, load_weights, read_description
@@ -49,10 +49,9 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def dice(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean over the values that occur; 1 where both are empty."""
-    values = [value for value in np.union1d(one, other) if value]
-    each = [2 * np.sum((one == v) & (other == v)) / (np.sum(one == v) + np.sum(other == v)) for v in values]
+def mean_dice(one: np.ndarray, other: np.ndarray) -> float:
+    """Over the values that occur; 1 where both are empty."""
+    each = [dice(one == value, other == value) for value in np.union1d(one, other) if value]
     return float(np.mean(each)) if each else 1.0
 
 
@@ -65,9 +64,10 @@ def compare(expected: Path, work: Path, version: int) -> None:
     network = build_network(description).eval()
     load_weights(network, weights)
     predictions = work / "predictions" / expected.name
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
-    command += ["--bundle_root", ".", "--dataset_dir", str(said["images"]), "--output_dir", str(predictions)]
-    command += ["--amp", "False", "--existing", "overwrite", "--device", "cpu", "--progress", "False"]
+    options = {"amp": False, "existing": "overwrite", "device": "cpu", "progress": False}
+    command = bundle_run(
+        bundle, ["inference.json"], dataset_dir=said["images"], output_dir=predictions.resolve(), **options
+    )
     environment = {**os.environ, "PYTHONPATH": str(bundle)}
     subprocess.run(command, cwd=bundle, env=environment, check=True, stdout=subprocess.DEVNULL)
     for path in said["images"]:
@@ -83,7 +83,7 @@ def compare(expected: Path, work: Path, version: int) -> None:
         ]
         ours = read(predictions / f"{case}.nii.gz")
         itself, means = read(expected / f"{case}.nii.gz"), read(expected / f"{case}_mean_logits.nii.gz")
-        scores = [dice(ours, other) for other in (itself, means)]
+        scores = [mean_dice(ours, other) for other in (itself, means)]
         columns = [expected.name, case, f"{by_logit:.1e}", *(f"{value:.1e}" for value in by_voxel)]
         columns += [str(np.bincount(ours.ravel())[1:].tolist())]
         columns += [f"{s:.5f} ({np.sum(ours != other)})" for s, other in zip(scores, (itself, means), strict=True)]

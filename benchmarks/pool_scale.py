@@ -20,10 +20,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from sides import ROOT, bundle_run
 from torch.utils.data import DataLoader
 from tsfm.cases.pool import DatasetPool
 from tsfm.patches.dataset import Draw, PatchDataset, PoolSampler
@@ -31,7 +33,7 @@ from tsfm.patches.store import CaseStore
 from tsfm.planning.plan import plan_preparation, prepare
 from tsfm_tools.phantoms import layouts, scans
 
-BUNDLE = Path(__file__).parents[1] / "bundles/tsfm_pretrain"
+BUNDLE = ROOT / "bundles/tsfm_pretrain"
 
 CASES = {
     "msd_liver": 131, "msd_lung": 64, "msd_pancreas": 281, "msd_hepaticvessel": 303, "msd_colon": 126, "kits21": 300,
@@ -134,35 +136,28 @@ def worker(data: str, store: str) -> dict:
 # ---- the parts together ----------------------------------------------------------------------------------------------
 
 
-def timed(sender, part: Callable[..., dict], arguments: Sequence[str]) -> None:
-    """What a part answers, with its seconds; runs in a child."""
+def timed(part: Callable[..., dict], *arguments: str) -> dict:
+    """What a part answers, with its seconds."""
     began, used = time.perf_counter(), time.process_time()
     answer = part(*arguments)
-    sender.send({"wall": time.perf_counter() - began, "cpu": time.process_time() - used, **answer})
+    return {"wall": time.perf_counter() - began, "cpu": time.process_time() - used, **answer}
 
 
 def run(part: Callable[..., dict], *arguments: object) -> dict:
     """A part in a process of its own, forked from this one, which has imported everything."""
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=timed, args=(sender, part, [str(argument) for argument in arguments]))
-    child.start()
-    sender.close()
-    try:
-        answer = receiver.recv()
-    except EOFError:
-        sys.exit(f"{part.__name__} ended without an answer")
-    child.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
+        answer = process.submit(timed, part, *map(str, arguments)).result()
     print(part.__name__, *arguments, {key: round(value, 3) for key, value in answer.items()}, flush=True)
     return answer
 
 
-def train(work: Path, *options: object, kill: Callable[[], bool] | None = None) -> str:
-    """The bundle's run, killed as soon as `kill` says so; its output."""
+def train(work: Path, data: Path, kill: Callable[[], bool] | None = None, **options: object) -> None:
+    """The bundle's run, killed as soon as `kill` says so."""
     (work / "tiny.json").write_text(json.dumps(TINY))
-    configs = [str(BUNDLE / "configs/train.json"), str(work / "tiny.json")]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(configs), *map(str, options)]
-    command += ["--bundle_root", str(BUNDLE), "--output_dir", str(work / "run"), "--ckpt_dir", "none"]
+    command = bundle_run(
+        BUNDLE, ["train.json", str((work / "tiny.json").resolve())], dataset_dir=data, store_dir=work / "store",
+        output_dir=work / "run", ckpt_dir="none", **options,
+    )  # fmt: skip
     with (work / "log.txt").open("w") as log:
         started = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         while kill and started.poll() is None and not kill():
@@ -170,10 +165,8 @@ def train(work: Path, *options: object, kill: Callable[[], bool] | None = None) 
         if kill:
             os.killpg(started.pid, signal.SIGKILL)
         code = started.wait()
-    text = (work / "log.txt").read_text()
     if code != (-signal.SIGKILL if kill else 0):
-        sys.exit(f"the run ended with {code}:\n{text[-3000:]}")
-    return text
+        sys.exit(f"the run ended with {code}:\n{(work / 'log.txt').read_text()[-3000:]}")
 
 
 def whole_run(work: Path, data: Path, cases: int) -> list[str]:
@@ -185,18 +178,17 @@ def whole_run(work: Path, data: Path, cases: int) -> list[str]:
             path.unlink() if path.suffix == ".npz" else shutil.rmtree(path.parent)
     for path in store.glob("fingerprints/pool-*.json"):
         path.unlink()
-    options = ["--dataset_dir", data, "--store_dir", store]
 
     def count(pattern: str) -> int:
         return sum(1 for _ in store.glob(pattern))
 
     for what, pattern in (("measured", "fingerprints/*.npz"), ("prepared", "*/*/case.json")):
         enough = count(pattern) + taken // 2  # cases with the same bytes share a measurement
-        train(work, *options, kill=lambda pattern=pattern, enough=enough: count(pattern) > enough)
+        train(work, data, kill=lambda pattern=pattern, enough=enough: count(pattern) > enough)
         lines.append(f"killed with {count(pattern)} of {cases} cases {what}")
     kept = {path: path.stat().st_mtime_ns for path in store.glob("*/*/case.json")}
     began = time.perf_counter()
-    train(work, *options)
+    train(work, data)
     same = all(path.stat().st_mtime_ns == then for path, then in kept.items())
     lines.append(
         f"the same command prepared the other {count('*/*/case.json') - len(kept)}, left those as they were ({same}), and "
@@ -204,7 +196,7 @@ def whole_run(work: Path, data: Path, cases: int) -> list[str]:
     )
     data.rename(work / "gone")
     began = time.perf_counter()
-    train(work, *options, "--epochs", TINY["epochs"] + 1, "--raw_data", False)
+    train(work, data, epochs=TINY["epochs"] + 1, raw_data=False)
     lines.append(f"one more epoch without raw data (`--raw_data False`): {time.perf_counter() - began:.0f} s in all")
     return lines
 

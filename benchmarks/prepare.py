@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+
+from sides import PEER, answer, organs, peak_gib
 
 SPACING_MM, TARGET_MM = (1.5, 0.7, 0.7), (1.5, 1.0, 1.0)
 INTENSITY = {"lower": -927.0, "upper": 275.0, "mean": 63.4, "sd": 175.5}
@@ -26,7 +26,7 @@ ORGANS = 12
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--peer_python", default=".venv-bench/bin/python")
+    parser.add_argument("--peer_python", default=PEER)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, nargs=3, default=(300, 512, 512))
     parser.add_argument("--side", choices=("nnunet", "tsfm"), help=argparse.SUPPRESS)
@@ -35,32 +35,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.side:
         times = (run_nnunet if args.side == "nnunet" else run_tsfm)(args.row, args.folder, args.repeats)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({"times": times, "peak_gib": peak}))
+        print(json.dumps([statistics.median(times), peak_gib()]))
         return
     with tempfile.TemporaryDirectory() as folder:
         write_ct(folder, tuple(args.size))
         print(f"{os.cpu_count()} cores; CT {'x'.join(map(str, args.size))}, {ORGANS} labels, median of {args.repeats}")
-        for row in ("arrays", "file"):
-            results = {}
+        for row, name in (("arrays", "arrays"), ("file", "file to store")):
+            found = {}
             for side, python in (("nnunet", args.peer_python), ("tsfm", sys.executable)):
-                command = [python, __file__, "--side", side, "--row", row, "--folder", folder]
-                command += ["--repeats", str(args.repeats)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                results[side] = json.loads(done.stdout.strip().splitlines()[-1])
-            show(row, results)
-
-
-def show(row: str, results: dict) -> None:
-    """One line per side and the ratios."""
-    name = {"arrays": "arrays", "file": "file to store"}[row]
-    for side, found in results.items():
-        print(f"{name:14s} {side:7s} {statistics.median(found['times']):7.2f} s  peak {found['peak_gib']:.2f} GiB")
-    ours, theirs = results["tsfm"], results["nnunet"]
-    faster = statistics.median(theirs["times"]) / statistics.median(ours["times"])
-    print(
-        f"{name:14s} {faster:.1f} times faster, {ours['peak_gib'] / theirs['peak_gib']:.2f} of the memory", flush=True
-    )
+                words = ["--side", side, "--row", row, "--folder", folder, "--repeats", args.repeats]
+                seconds, gib = found[side] = answer(python, __file__, *words)
+                print(f"{name:14s} {side:7s} {seconds:7.2f} s  peak {gib:.2f} GiB")
+            faster, memory = (a / b for a, b in zip(found["nnunet"], found["tsfm"], strict=True))
+            print(f"{name:14s} {faster:.1f} times faster, {1 / memory:.2f} of the memory", flush=True)
 
 
 def write_ct(folder: str, shape: tuple[int, int, int]) -> None:
@@ -90,16 +77,12 @@ def run_tsfm(row: str, folder: str, repeats: int) -> list[float]:
 
     import torch
     from tsfm.cases.cases import Preparation, load_case
-    from tsfm.labels import LabelTable
     from tsfm.patches.store import CaseStore
     from tsfm.patches.stored_case import sample_foreground
     from tsfm.preparation.preprocessing import prepare_image
     from tsfm.preparation.resampling import resample_labels, thick_axis
 
-    names = [f"organ_{i}" for i in range(1, ORGANS + 1)]
-    table = LabelTable(
-        {name: {} for name in names}, [{"name": "ct", "labels": {str(i + 1): name for i, name in enumerate(names)}}]
-    )
+    table = organs(ORGANS)
     preparation = Preparation(TARGET_MM, {"CT": INTENSITY})
     item = {"image": os.path.join(folder, "image.nii.gz"), "label": os.path.join(folder, "label.nii.gz")}
     case = load_case(item, table, preparation) if row == "arrays" else None
@@ -121,62 +104,23 @@ def run_tsfm(row: str, folder: str, repeats: int) -> list[float]:
 
 def run_nnunet(row: str, folder: str, repeats: int) -> list[float]:
     """Seconds of each repeat."""
+    from nnunet_plans import declared, preprocessing
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-    configuration = {
-        "data_identifier": "x",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": 2,
-        "architecture": {"network_class_name": "unused", "arch_kwargs": {}, "_kw_requires_import": []},
-        "patch_size": [112, 160, 192],
-        "spacing": list(TARGET_MM),
-        "normalization_schemes": ["CTNormalization"],
-        "use_mask_for_norm": [False],
-        "resampling_fn_data": "resample_data_or_seg_to_shape",
-        "resampling_fn_data_kwargs": resampling,
-        "resampling_fn_seg": "resample_data_or_seg_to_shape",
-        "resampling_fn_seg_kwargs": {**resampling, "is_seg": True, "order": 1},
-    }
-    properties = {
-        "mean": INTENSITY["mean"],
-        "std": INTENSITY["sd"],
-        "percentile_00_5": INTENSITY["lower"],
-        "percentile_99_5": INTENSITY["upper"],
-    }
-    plans = PlansManager(
-        {
-            "dataset_name": "ct",
-            "plans_name": "p",
-            "transpose_forward": [0, 1, 2],
-            "transpose_backward": [0, 1, 2],
-            "image_reader_writer": "SimpleITKIO",
-            "label_manager": "LabelManager",
-            "foreground_intensity_properties_per_channel": {"0": properties},
-            "configurations": {"3d_fullres": configuration},
-        }
-    )
-    dataset = {
-        "channel_names": {"0": "CT"},
-        "file_ending": ".nii.gz",
-        "labels": {"background": 0, **{f"organ_{i}": i for i in range(1, ORGANS + 1)}},
-    }
+    preprocessor, plans, configuration = preprocessing(TARGET_MM, "CTNormalization", INTENSITY)
+    dataset = declared(*(f"organ_{i}" for i in range(1, ORGANS + 1)))
     image, label = (os.path.join(folder, f"{name}.nii.gz") for name in ("image", "label"))
-    preprocessor = DefaultPreprocessor(verbose=False)
     times = []
     if row == "arrays":
-        data, data_properties = SimpleITKIO().read_images([image])
+        data, properties = SimpleITKIO().read_images([image])
         seg, _ = SimpleITKIO().read_seg(label)
     for _ in range(repeats):
         start = time.perf_counter()
-        fullres = plans.get_configuration("3d_fullres")
         if row == "arrays":
-            preprocessor.run_case_npy(data, seg, dict(data_properties), plans, fullres, dataset)
+            preprocessor.run_case_npy(data, seg, dict(properties), plans, configuration, dataset)
         else:
             target = os.path.join(tempfile.mkdtemp(dir=folder), "case")
-            preprocessor.run_case_save(target, [image], label, plans, fullres, dataset)
+            preprocessor.run_case_save(target, [image], label, plans, configuration, dataset)
         times.append(time.perf_counter() - start)
     return times
 

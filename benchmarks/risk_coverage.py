@@ -14,8 +14,8 @@ import csv
 from pathlib import Path
 
 import numpy as np
+from tsfm.cases.folders import read_report
 from tsfm.inference.quality import doubt
-from tsfm.inference.report import read_report
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sides import ROOT
 from tsfm.files import write_json
 from tsfm.training.checkpoint import read_state
 from tsfm_tools.demo import POOL_CASES, SIZE
@@ -25,7 +26,6 @@ from tsfm_tools.paper.grid_files import Grid
 from tsfm_tools.paper.grids import GridRunner, run_bundle
 from tsfm_tools.phantoms.layouts import write_pool
 
-ROOT = Path(__file__).resolve().parents[1]
 FINETUNE, PRETRAIN = ROOT / "bundles/tsfm_finetune", ROOT / "bundles/tsfm_pretrain"
 DATA = ROOT.parent / "shared/data/Task004_Hippocampus"
 VARIANTS = {

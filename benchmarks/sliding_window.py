@@ -15,9 +15,7 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ import time
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
+from sides import PEER, answer, peak_gib
 from torch import nn
 
 PATCH, SHAPE, CLASSES, FEATURES = (64, 96, 96), (192, 288, 336), 32, (16, 32, 64, 128)
@@ -145,7 +144,7 @@ def load(weights):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peer", default=".venv-bench/bin/python", help="python of the nnU-Net environment")
+    parser.add_argument("--peer", default=PEER, help="python of the nnU-Net environment")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--weights", help="file of weights to use, made if it is not there")
@@ -160,7 +159,7 @@ def main():
             keep_freed_memory()
         seconds, label_map = {"tsfm": tsfm, "nnunet": nnunet}[side](*load(weights))
         np.save(out, label_map.numpy())
-        print(json.dumps({"seconds": seconds, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        print(json.dumps([seconds, peak_gib()]))
         return
     with tempfile.TemporaryDirectory() as folder:
         weights = args.weights or f"{folder}/weights.pt"
@@ -172,16 +171,14 @@ def main():
         for _ in range(args.rounds):
             for side, python in (("tsfm", sys.executable), ("nnunet", args.peer)):
                 out = f"{folder}/{side}.npy"
-                command = [python, __file__, "--side", side, weights, out]
-                run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-                runs[side].append(json.loads(run.stdout.splitlines()[-1]))
+                runs[side].append(answer(python, __file__, "--side", side, weights, out))
                 maps[side] = np.load(out)
     print(
         f"{os.cpu_count()} cores, image {SHAPE}, window {PATCH}, 150 windows, {CLASSES} outputs, {args.rounds} rounds"
     )
     for side, results in runs.items():
-        values = {key: statistics.median(result[key] for result in results) for key in ("seconds", "gib")}
-        print(f"{side:7s} {values['seconds']:7.1f} s  {values['gib']:.2f} GiB")
+        seconds, gib = map(statistics.median, zip(*results, strict=True))
+        print(f"{side:7s} {seconds:7.1f} s  {gib:.2f} GiB")
     painted = len(np.unique(maps["nnunet"])) - 1
     truth = scene(SHAPE, 12345)[1]
     print(f"accuracy of the levels {(maps['nnunet'] == truth).mean():.3f}")

@@ -10,16 +10,13 @@ step, from synthetic cases. The third side is TSFM S. They run in turn, round by
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
-import load_augment
-from load_augment import batches_nnunet, batches_tsfm, prepare_nnunet, prepare_tsfm
+from load_augment import batches_nnunet, batches_tsfm, calls, prepare_nnunet, prepare_tsfm, tsfm_store
+from sides import PEER, in_turn, serve
 
 PATCH, SHAPE, LABELS = (40, 56, 40), (48, 64, 48), 4
 SIDES = ("nnunet", "tsfm", "tsfm_s")
@@ -45,7 +42,7 @@ def plain_unet(classes):
 # ---- this project -----------------------------------------------------------------------------------------------
 
 
-def steps_tsfm(folder, own_network):
+def steps_tsfm(folder, batch_size, own_network):
     """An iterator; each `next` is one iteration of MONAI's trainer with the bundle's step."""
     import torch
     from monai.engines import SupervisedTrainer
@@ -55,12 +52,12 @@ def steps_tsfm(folder, own_network):
 
     network = TSFM(1, LABELS, img_size=PATCH, **TSFM_S) if own_network else plain_unet(LABELS)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
-    step, table = TrainStep(), load_augment._tsfm_store(folder)[0].table
+    step, table = TrainStep(), tsfm_store(folder)[0].table
     trainer = SupervisedTrainer(
         device=torch.device("cpu"), max_epochs=1, train_data_loader=[None], network=network, optimizer=optimizer,
         loss_function=PartialLabelLoss(table), iteration_update=step, decollate=False,
     )  # fmt: skip
-    for batch in batches_tsfm(folder, PATCH):
+    for batch in batches_tsfm(folder, PATCH, batch_size):
         step(trainer, batch)
         yield
 
@@ -68,7 +65,7 @@ def steps_tsfm(folder, own_network):
 # ---- nnU-Net ----------------------------------------------------------------------------------------------------
 
 
-def steps_nnunet(folder):
+def steps_nnunet(folder, batch_size):
     """An iterator; each `next` is a batch and `nnUNetTrainer.train_step` with it, as on a CPU."""
     from types import SimpleNamespace
 
@@ -89,7 +86,7 @@ def steps_nnunet(folder):
         optimizer=torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5),
     )  # fmt: skip
     scales = [[1 / side] * 3 for side in (1, 2, 4)]
-    for batch in batches_nnunet(folder, PATCH, scales):
+    for batch in batches_nnunet(folder, PATCH, batch_size, scales):
         nnUNetTrainer.train_step(trainer, batch)
         yield
 
@@ -97,48 +94,27 @@ def steps_nnunet(folder):
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 
-def serve(side, folder, batch, steps):
-    """One side's process: a round of steps for every line on its input; answers with seconds of work and of clock."""
+def answer_rounds(side, folder, batch, steps):
+    """One side's process: seconds of work of each round of steps."""
     import torch
 
     torch.set_num_threads(1)
-    load_augment.BATCH = batch
-    stream = steps_nnunet(folder) if side == "nnunet" else steps_tsfm(folder, side == "tsfm_s")
+    stream = steps_nnunet(folder, batch) if side == "nnunet" else steps_tsfm(folder, batch, side == "tsfm_s")
     for _ in range(2):
         next(stream)
-    for _ in sys.stdin:
-        start = time.process_time(), time.perf_counter()
+
+    def work():
+        start = time.process_time()
         for _ in range(steps):
             next(stream)
-        print(json.dumps([time.process_time() - start[0], time.perf_counter() - start[1]]), flush=True)
+        return time.process_time() - start
 
-
-def measure(pythons, batch, steps, rounds):
-    """Patches per second of processor time, one number per round and side."""
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "nnUNet_compile": "f"}
-    with tempfile.TemporaryDirectory() as scratch:
-        processes, rates = {}, {side: [] for side in pythons}
-        for side, python in pythons.items():
-            folder = os.path.join(scratch, side)
-            os.mkdir(folder)
-            subprocess.run([python, __file__, "--folder", folder, "--prepare", side], check=True, env=quiet)
-            call = [python, __file__, "--folder", folder, "--serve", side, "--batch", str(batch), "--steps", str(steps)]
-            processes[side] = subprocess.Popen(
-                call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet
-            )
-        for _ in range(rounds):
-            for side, process in processes.items():
-                print("go", file=process.stdin, flush=True)
-                rates[side].append(batch * steps / json.loads(process.stdout.readline())[0])
-        for process in processes.values():
-            process.stdin.close()
-            process.wait()
-    return rates
+    serve(work)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", default=".venv-bench/bin/python", help="Python with nnunetv2 2.8.1")
+    parser.add_argument("--peer", default=PEER, help="Python with nnunetv2 2.8.1")
     parser.add_argument("--batch", type=int, nargs="+", default=(2, 9))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="steps per round")
@@ -151,18 +127,20 @@ def main():
             prepare_nnunet(args.folder, SHAPE, PATCH) if args.prepare == "nnunet" else prepare_tsfm(args.folder, SHAPE)
         )
     if args.serve:
-        return serve(args.serve, args.folder, args.batch[0], args.steps)
+        return answer_rounds(args.serve, args.folder, args.batch[0], args.steps)
     print(
         "| batch | side | patches per second of processor time (lowest to highest round) | times nnU-Net |\n|---|---|---|---|"
     )
     for batch in args.batch:
         pythons = {side: args.peer if side == "nnunet" else sys.executable for side in SIDES}
-        rates = measure(pythons, batch, args.steps, args.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            found = in_turn(calls(__file__, folder, pythons, "--batch", batch, "--steps", args.steps), args.rounds)
+        rates = {side: [batch * args.steps / seconds for seconds in rounds] for side, rounds in found.items()}
         base = statistics.median(rates["nnunet"])
-        for side, found in rates.items():
-            rate = statistics.median(found)
+        for side, each in rates.items():
+            rate = statistics.median(each)
             print(
-                f"| {batch} | {side} | {rate:.2f} ({min(found):.2f} to {max(found):.2f}) | {rate / base:.2f} |",
+                f"| {batch} | {side} | {rate:.2f} ({min(each):.2f} to {max(each):.2f}) | {rate / base:.2f} |",
                 flush=True,
             )
     return None

@@ -16,20 +16,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from sides import ROOT, bundle_run, forget_peak, organs, peak_gib, peak_gib_of
 from tsfm.cases.cases import Preparation
 from tsfm.inference.windows import SlabInferer
-from tsfm.labels import LabelTable
 from tsfm.network.cpu import keep_freed_memory
 from tsfm.network.tsfm_net import TSFM
 from tsfm.preparation.preprocessing import Grid
@@ -37,44 +34,29 @@ from tsfm.training.checkpoint import describe_network, save_weights
 
 SPACING_MM = (1.5, 1.0, 1.0)
 PATCH = (112, 160, 192)
-INFERENCE = Path(__file__).parents[1] / "bundles/tsfm_pretrain/configs/inference.json"
 IMPORTS = "import monai.bundle, torch, tsfm.inference.windows, tsfm.inference.prediction, tsfm.cases.volumes"
-
-
-def gib() -> float:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def children_gib(command: list[str]) -> float:
-    """Run a command; the largest resident memory of any that this process has run so far."""
-    subprocess.run(command, check=True)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
 def from_file(source: tuple[int, ...], spacing: tuple[float, ...], targets: int) -> None:
     """Write the file and the weights, then run inference.json on them in a process of its own."""
-    names = [f"target_{i}" for i in range(targets)]
     network = TSFM(
         1, targets, features=[2, 4, 8], depths_down=[1, 1, 1], depths_up=[1, 1], strides=[[2, 2, 2], [2, 4, 4]],
         hidden_size=8, num_layers=1, num_heads=2, mlp_dim=16, img_size=PATCH,
     )  # fmt: skip
-    table = LabelTable(
-        {name: {} for name in names}, [{"name": "a", "labels": {str(i + 1): n for i, n in enumerate(names)}}]
-    )
     ct = {"CT": {"lower": -1000.0, "upper": 1000.0, "mean": 0.0, "sd": 500.0}}
-    describe_network(network, table, Preparation(SPACING_MM, ct), PATCH, [{"modality": "CT", "dataset": "a"}])
+    describe_network(
+        network, organs(targets), Preparation(SPACING_MM, ct), PATCH, [{"modality": "CT", "dataset": "ct"}]
+    )
     with tempfile.TemporaryDirectory() as folder:
         save_weights(network, f"{folder}/model.pt")
         voxels = np.random.default_rng(0).integers(-1000, 1000, source[::-1][:2], np.int16)[..., None]
         voxels = np.broadcast_to(voxels, source[::-1])
         nib.save(nib.Nifti1Image(voxels, np.diag([*spacing[::-1], 1])), f"{folder}/body.nii")
         del voxels
-        bare = children_gib([sys.executable, "-c", IMPORTS])
+        bare = peak_gib_of([sys.executable, "-c", IMPORTS])
         started = time.perf_counter()
         options = {"checkpoint": f"{folder}/model.pt", "dataset_dir": f"{folder}/body.nii", "output_dir": folder}
-        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(INFERENCE)]
-        peak = children_gib([*command, *(word for key, value in options.items() for word in (f"--{key}", value))])
+        peak = peak_gib_of(bundle_run(ROOT / "bundles/tsfm_pretrain", ["inference.json"], **options))
         seconds = time.perf_counter() - started
         found = len(np.unique(np.asarray(nib.load(f"{folder}/body.nii.gz").dataobj))) - 1
     print(f"{os.cpu_count()} cores; file {source}, {targets} targets, {found} found: {seconds:.0f} s")
@@ -107,11 +89,11 @@ def main() -> None:
     box = tuple((0, n) for n in source)
     record = Grid(source, box, source, shape, tuple(args.spacing), SPACING_MM).to_dict()
     inputs.applied_operations = [{"class": "PrepareImaged", "extra_info": record}]
-    before = gib()
+    before = forget_peak()
     started = time.perf_counter()
     names = [f"target_{i}" for i in range(args.targets)]
     label_map = SlabInferer(PATCH, names)(inputs, network)
-    seconds, peak = time.perf_counter() - started, gib()
+    seconds, peak = time.perf_counter() - started, peak_gib()
     print(f"{os.cpu_count()} cores; source {source}, prepared {shape}, {args.targets} targets: {seconds:.0f} s")
     print(f"peak {peak:.2f} GiB, on top of Python, model and image: {peak - before:.2f} GiB", end="; ")
     print(f"image {image.nbytes / 2**30:.2f}, label map {label_map.nbytes / 2**30:.2f} GiB")

@@ -135,12 +135,12 @@ def test_evaluate_json_stands_alone_and_segments_as_inference_json_does(bundle):
     assert named <= known, named - known
 
 
-def test_zero_shot_takes_the_place_of_the_post_processing_and_tells_the_saver_whose_numbers_they_are():
+def test_zero_shot_renumbers_what_is_post_processed_and_tells_the_saver_whose_numbers_they_are():
     steps, changed = (config(BUNDLES[1], name) for name in ("evaluate.json", "zero_shot.json"))
-    targets = [step["_target_"].split(".")[-1] for step in steps["postprocessing"]["transforms"]]
-    assert targets == ["PostProcessd", "Invertd", "SaveResultsd"]
-    assert changed["postprocessing#transforms#0"]["_target_"].endswith("RenumberTargetsd")
-    assert changed["postprocessing#transforms#2#table"] == "@pool_table"
+    process, _, save = steps["postprocessing"]["transforms"]
+    first, renumber = changed["postprocessing#transforms#0"]["transforms"]
+    assert first == process and renumber["_target_"].endswith("RenumberTargetsd")
+    assert save["_target_"].endswith("SaveResultsd") and changed["postprocessing#transforms#2#table"] == "@pool_table"
 
 
 def test_the_handlers_are_the_same_but_for_the_forecast_of_the_plan():

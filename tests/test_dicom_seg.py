@@ -13,7 +13,7 @@ from conftest import ROOT
 from monai.data import MetaTensor
 from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import read_volume
-from tsfm.errors import CaseError
+from tsfm.errors import CaseError, CaseWarning
 from tsfm.inference.dicom_seg import ABNORMAL, KINDS, LESION, SIDES, STRUCTURE, TISSUE, source_slices, write_seg
 from tsfm.inference.prediction import CaseDataset, write_label_map
 from tsfm.inference.saving import SaveResultsd
@@ -208,6 +208,22 @@ def test_headers_that_leave_out_what_may_be_left_out_will_do(tmp_path):
     source = write_series(tmp_path / "ct", leave_out=leave_out)
     write_seg(label_map_on(source), tmp_path / "seg.dcm", POOL)
     assert hd.seg.segread(tmp_path / "seg.dcm").number_of_segments == len(SHOWN)
+
+
+def test_in_the_folder_of_a_study_a_seg_refers_to_the_series_that_was_read(tmp_path):
+    source = write_series(tmp_path / "ct")
+    wanted = [str(one.SOPInstanceUID) for one in source_slices(str(source))]
+    write_seg(label_map_on(source), tmp_path / "seg.dcm", POOL)
+    scout = pydicom.dcmread(write_series(tmp_path / "scout", axes=TURNED) / "1.dcm")
+    scout.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    scout.save_as(source / "0.dcm")
+    (tmp_path / "seg.dcm").rename(source / "earlier.dcm")
+    with pytest.warns(CaseWarning, match=r"left out beside the series.*TSFM segmentation"):
+        assert [str(one.SOPInstanceUID) for one in source_slices(str(source))] == wanted
+        write_seg(label_map_on(source), tmp_path / "seg.dcm", POOL)
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    (referred,) = seg.ReferencedSeriesSequence
+    assert {str(one.ReferencedSOPInstanceUID) for one in referred.ReferencedInstanceSequence} <= set(wanted)
 
 
 def test_what_cannot_become_a_seg_is_refused_with_the_reason(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from monai.engines import SupervisedEvaluator
 from tsfm.cases.dataset_folder import label_table
 from tsfm.cases.folders import stem
 from tsfm.cases.grids import grid_difference
+from tsfm.cases.splits import case_digests
 from tsfm.evaluation.evaluation import CaseScores, evaluate_folder
 from tsfm.evaluation.label_maps import match_predictions
 from tsfm.evaluation.score_files import ScoreWriter
@@ -398,11 +399,12 @@ def test_an_evaluator_that_collects_failures_is_told_and_raises_itself(table, tm
          "label": str(labels / f"case_{n}.nii.gz"), "dataset": "kits", "case": f"case_{n}"}
         for n in range(2)
     ]  # fmt: skip
-    handler = CaseScores(str(tmp_path / "scores"), table)
+    handler = CaseScores(str(tmp_path / "scores"), table, trained_cases=case_digests(items[1:]))
     evaluator = evaluator_over([{"case": "broken", "error": "no such file"}, *items], handler, CaseEvaluator)
     with pytest.raises(FailedCases, match=r"(?s)2 of 3 cases failed.*broken: no such file.*case_0: .*different grids"):
         evaluator.run()
     assert [failure["case"] for failure in handler.summary["failed"]] == ["case_0", "broken"]
+    assert handler.summary["protocol"]["cases that the weights were trained on"] == "1"
 
 
 def test_rows_are_on_disk_as_soon_as_their_case_ends(table, tmp_path):

@@ -12,11 +12,12 @@ import torch
 from conftest import ROOT, run_bundle, write_dicom
 from monai.bundle import ConfigParser
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from tsfm.cases.folders import read_report
 from tsfm.cases.pool import DatasetPool
+from tsfm.cases.splits import case_digests
 from tsfm.errors import first_cause
 from tsfm.evaluation.evaluation import items_to_score
 from tsfm.inference.prediction import FailedCases
-from tsfm.inference.report import read_report
 from tsfm.inference.windows import mirrored_axes
 from tsfm.training.checkpoint import build_network, load_weights, read_description, save_weights
 from tsfm.training.weight_files import CheckpointError
@@ -377,6 +378,8 @@ def test_folds_that_do_not_fit_together_are_refused_by_name(folds, pretrained, t
         folds("two.pt", trained_on=["amos22"], trained_targets=["spleen", "liver"], licences={"amos22": bound}),
     ]
     both = read_description(pair)
+    digests = read_description([folds(f"{name}.pt", trained_cases=[name]) for name in ("c2", "a1")])["trained_cases"]
+    assert digests == ["a1", "c2"], "an ensemble was trained on what one of its folds was trained on"
     assert both["trained_targets"] == ["liver"] and both["trained_on"] == ["amos22", "msd_liver"]
     assert both["licences"] == {"msd_liver": free, "amos22": bound}
     with pytest.raises(CheckpointError, match="no target is among the trained_targets of all"):
@@ -468,6 +471,30 @@ def test_an_evaluation_that_cannot_be_one_is_refused_before_it_begins(case, tmp_
     ):
         with pytest.raises((ValueError, OSError), match=words):
             items_to_score(given, **{"output_dir": out, **settings})
+
+
+def test_scores_of_cases_that_the_weights_were_trained_on_are_called_too_good(
+    case, pretrained, phantom_pool, tmp_path, caplog
+):
+    """Both where a fold that trained on them is scored alone, and where it is a part of an ensemble."""
+    nib.save(case, tmp_path / "a.nii.gz")
+    items = [
+        {
+            "image": str(tmp_path / "a.nii.gz"),
+            "label": str(tmp_path / "a_label.nii.gz"),
+            "case": name,
+            "dataset": dataset,
+        }
+        for name, dataset in (("liver_0", "msd_liver"), ("kits21_case_1", "kits21"), ("liver_0_", "amos22"))
+    ]
+    trained = case_digests([{"case": "case_1", "dataset": "kits21"}, {"case": "liver_0", "dataset": "amos22"}])
+    items_to_score(items, tmp_path / "out")
+    items_to_score(items[:1], tmp_path / "out", trained_cases=trained)
+    assert not caplog.text
+    items_to_score(items, tmp_path / "out", trained_cases=trained)
+    assert "trained on 1 of the 3 cases to score, for example kits21_case_1" in caplog.text
+    pool = DatasetPool(BUNDLE / "configs/pool.json", phantom_pool, allow_missing=True)
+    assert read_description(pretrained / "model.pt")["trained_cases"] == sorted(case_digests(pool.train_items(0)))
 
 
 def test_the_validation_cases_of_the_pool_are_scored_with_a_page_of_pictures(phantom_pool, segment, tmp_path):

@@ -1,15 +1,19 @@
 """A word of doubt: the agreement of versions and the entropy of their mean, beside what they are by definition."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine, Events
+from tsfm.cases.folders import JOURNAL, find_images, read_report
+from tsfm.inference import report
 from tsfm.inference.painting import Slab
 from tsfm.inference.passes import Version
 from tsfm.inference.prediction import CaseEvaluator, volumes_ml
 from tsfm.inference.quality import Quality, binary_entropy, doubt
-from tsfm.inference.report import CaseReport, read_report
+from tsfm.inference.report import CaseReport
 from tsfm.inference.windows import SlabInferer
 from tsfm.labels import LabelTable
 from tsfm.preparation.familiar import Familiar, features, ranges
@@ -131,6 +135,37 @@ def test_versions_that_differ_outside_of_a_small_image_alone_agree(tmp_path):
 
     row = reported(tmp_path, Padded([slice(4, 12)] * 3), ["tumor"], 8, 16)
     assert row["quality"]["tumor"]["agreement"] == 1 and row["ml"] == {"tumor": pytest.approx(0.512)}
+
+
+def engine_of(folder, results):
+    """An evaluator whose cases end at once, with a report."""
+    engine = Engine(lambda engine, case: engine.results.append({"case": case, "seconds": 1.0}))
+    engine.results = results
+    CaseReport(folder).attach(engine)
+    return engine
+
+
+def test_each_row_is_kept_as_its_case_ends_though_the_report_is_not_written_whole_each_time(tmp_path, monkeypatch):
+    written, seen, write = [], [], report.write_text
+    monkeypatch.setattr(report, "PATIENCE", 1e9)
+    monkeypatch.setattr(report, "write_text", lambda *args: written.append(args) or write(*args))
+    engine, cases = engine_of(tmp_path, []), list("abcdef")
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: seen.append(list(read_report(tmp_path))))
+    engine.run(cases)
+    assert seen == [cases[: n + 1] for n in range(6)] and len(written) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert json.loads((tmp_path / "report.json").read_text()) == {"cases": {case: {"seconds": 1.0} for case in cases}}
+
+
+def test_what_a_killed_run_left_is_known_and_in_the_next_report(tmp_path):
+    (tmp_path / JOURNAL).write_text('\n{"a": {"seconds": 2.0}}\n{"b": {"sec')
+    for name in ("a.nii.gz", "c.nii.gz"):
+        (tmp_path / name).touch()
+    assert list(read_report(tmp_path)) == ["a"]
+    assert [item["case"] for item in find_images(tmp_path)] == ["c"], "the label map of a is no image"
+    engine_of(tmp_path, []).run(["c"])
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content == {"cases": {"a": {"seconds": 2.0}, "c": {"seconds": 1.0}}}
 
 
 # ---- what the weights have seen ------------------------------------------------------------------------------------------

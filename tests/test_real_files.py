@@ -14,6 +14,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, LoadImaged, Orientationd
 from tsfm.cases.cases import Preparation, load_case
+from tsfm.cases.dicom import slice_files
 from tsfm.cases.folders import find_images
 from tsfm.cases.sources import Sources, file_identity
 from tsfm.cases.volumes import Reader, read_grid, read_volume
@@ -197,6 +198,56 @@ def test_a_slice_that_does_not_belong_is_named(tmp_path, odd):
         "turned": "turned another way", "size": "another size", "spacing": "another PixelSpacing", "place": "6 numbers",
     }  # fmt: skip
     refused(folder, rf"(?s){match[odd]}.*|scout.dcm.*{match[odd]}")
+
+
+def write_study(folder, thicknesses=(3,)):
+    """A scout of two views, a SEG, a screenshot and a report beside one axial series per thickness, as a PACS exports them."""
+    uid = "1.2.826.0.1.3680043.2.1125.9"
+    for number, thickness in enumerate(thicknesses):
+        write_slices(
+            folder, line([0, 3, 6, 9]), names=[f"{number}_{i}.dcm" for i in range(4)], t0020_000e=f"{uid}.{number}",
+            t0018_0050=thickness, t0008_103e=f"Thorax {thickness}", t0008_0008="ORIGINAL\\PRIMARY\\AXIAL",
+        )  # fmt: skip
+    for view, axes in enumerate([((1, 0, 0), (0, 0, -1)), ((0, 1, 0), (0, 0, -1))]):
+        write_slices(
+            folder, line([0]), axes=axes, names=[f"scout{view}.dcm"], t0020_000e=f"{uid}.90", t0008_103e="Scout",
+            t0008_0008="ORIGINAL\\PRIMARY\\LOCALIZER",
+        )  # fmt: skip
+    for modality in ("SEG", "OT"):
+        name = f"{modality}.dcm"
+        write_slices(
+            folder, line([0]), names=[name], t0020_000e=f"{uid}.91{len(modality)}", t0008_0060=modality,
+            t0008_103e=f"Result {modality}",
+        )  # fmt: skip
+    screenshot = folder / "OT.dcm"  # without a place: another tag stands where its position was
+    screenshot.write_bytes(screenshot.read_bytes().replace(b" \x002\x00", b" \x003\x00"))
+    (folder / "report.dcm").write_bytes((folder / "SEG.dcm").read_bytes()[:600])  # DICOM, but without an image
+    (folder / "notes.txt").write_text("read me")
+    return folder
+
+
+def test_of_a_study_the_one_series_of_image_planes_is_read_and_the_rest_named(tmp_path):
+    alone = read_volume(write_slices(tmp_path / "alone", line([0, 3, 6, 9])))
+    study = write_study(tmp_path / "study")
+    volume = warned(study, r"left out .*'Scout' \(2 slices of 3 mm\).*report.dcm")
+    np.testing.assert_array_equal(volume.array, alone.array)
+    np.testing.assert_allclose(volume.affine, alone.affine)
+    with pytest.warns(CaseWarning) as told:
+        assert slice_files(str(study)) == [str(study / f"0_{i}.dcm") for i in range(4)]
+        assert read_grid(study).shape == (*SHAPE[:2], 4)
+    (text,) = {str(one.message) for one in told}
+    assert all(f"'Result {modality}' (1 slice of 3 mm)" in text for modality in ("SEG", "OT"))
+    assert "notes.txt" not in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_volume(tmp_path / "alone")
+
+
+def test_of_a_study_with_several_series_each_is_listed_with_what_to_do(tmp_path):
+    listed = r"3 DICOM series: .*'Thorax 1.5' \(4 slices of 1.5 mm\); 'Thorax 5' \(4 slices of 5 mm\)"
+    refused(write_study(tmp_path / "three", (1, 1.5, 5)), rf"{listed}; expected exactly one: .* own \(`dcm2niix -f")
+    refused(write_study(tmp_path / "many", range(1, 13)), "12 DICOM series: .*; and 2 more; expected exactly one")
+    refused(write_study(tmp_path / "none", ()), "3 DICOM series: .*'Scout'.*localizers or hold no image planes")
 
 
 def test_each_slices_own_slope_counts_though_the_first_ones_is_whole(tmp_path):

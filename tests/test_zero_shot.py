@@ -1,8 +1,12 @@
 """Public weights scored on a pool whose targets they were not trained for."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from tsfm.evaluation.zero_shot import RenumberTargetsd, shared_targets
 from tsfm.labels import LabelTable
@@ -44,3 +48,21 @@ def test_a_map_in_the_weights_numbers_becomes_one_in_the_pools(table, dataset, e
     pred = renumber({"pred": found, "dataset": dataset})["pred"]
     assert pred.flatten().tolist() == expected and np.array_equal(pred.affine, affine)
     assert found.flatten().tolist() == [0, 1, 2, 3, 4, 5], "what is given stays as it is"
+
+
+def test_a_plan_for_the_weights_targets_is_applied_before_and_one_for_the_pools_is_refused(table):
+    steps = json.loads((ROOT / "bundles/tsfm_finetune/configs/zero_shot.json").read_text())[
+        "postprocessing#transforms#0"
+    ]
+    plan = {"targets": list(TRAINED), "steps": [{"target": "liver", "values": [4], "fill": 0}]}
+
+    def parsed(plan):
+        ids = {"table": TABLE, "pool_table": table, "shared": shared_targets(TRAINED, table, UNIONS)}
+        return ConfigParser({**ids, "postprocessing_plan": plan, "steps": steps}).get_parsed_content("steps")
+
+    found = torch.tensor([4, 0, 4, 4, 3, 0, 3, 3], dtype=torch.uint8).reshape(1, 8, 1, 1)
+    pred = parsed(plan)({"pred": MetaTensor(found), "dataset": "both"})["pred"]
+    assert pred.flatten().tolist() == [0, 0, 3, 3, 1, 0, 1, 1], "one liver is left; of the kidneys nothing is taken"
+    with pytest.raises(RuntimeError) as error:
+        parsed({**plan, "targets": list(table.names)})
+    assert "plan was made for" in str(error.value.__cause__)

@@ -8,16 +8,13 @@ Two synthetic CTs of 300x360x360 voxels, patch 112x160x192, batch 2, as in bench
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
-from record import DEVICE, TINY, record
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from load_augment import BATCH, ROOT, _tsfm_store, prepare_tsfm
+from record import DEVICE, TINY, record  # isort: skip  (it lets load_augment be found)
+from load_augment import BATCH, ROOT, prepare_tsfm, tsfm_store
 
 PATCH, SHAPE = ((32, 32, 32), (48, 64, 64)) if TINY else ((112, 160, 192), (300, 360, 360))
 
@@ -29,7 +26,7 @@ def loader(folder: str, workers: int, batches: int):
     from tsfm.patches.augmentation import RandRotateScale
     from tsfm.patches.dataset import PatchDataset, PoolSampler
 
-    store, items = _tsfm_store(folder)
+    store, items = tsfm_store(folder)
     config = ConfigParser(ConfigParser.load_config_file(ROOT / "bundles/tsfm_pretrain/configs/train.json"))
     transform = config.get_parsed_content("train#preprocessing")
     dataset = PatchDataset(items, store, store.table, PATCH, transform, RandRotateScale())

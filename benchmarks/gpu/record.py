@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the modules beside this folder
+
 TINY = os.environ.get("TSFM_GPU_TINY") == "1"
 """Tiny sizes, on the CPU where there is no GPU: to try every part before time on a GPU is spent."""
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,29 +20,22 @@ import nibabel as nib
 import numpy as np
 import torch
 from record import DEVICE, TINY, attempt, record
+from sides import ROOT, bundle_run
 from tsfm_tools.phantoms import layouts as phantoms
 
-BUNDLE = Path(__file__).parents[2] / "bundles/tsfm_pretrain"
 LOGS = Path("/tmp/tsfm_gpu_logs")
 PORT = 29511
 SMALL = {"patch_size": "[16,32,32]", "spacing_mm": "[10.0,8.0,8.0]", "num_workers": 0} if TINY else {}
 EPOCHS, ITERATIONS = (2, 3) if TINY else (4, 40)
 
 
-def bundle(name: str, configs: list[str], launcher: list[str] | None = None, **options) -> float:
+def bundle(name: str, configs: list[str], launcher: Sequence[str] = (), **options) -> float:
     """Run the bundle in its own process, its output in LOGS/NAME.log; returns seconds.
 
     Raises:
         RuntimeError: it ended with an error, whose last line is given.
     """
-    files = str([str(BUNDLE / "configs" / config) for config in configs])
-    command = [sys.executable, *(launcher or []), "-m", "monai.bundle", "run", "--config_file", files]
-    options = {
-        "bundle_root": BUNDLE, "meta_file": BUNDLE / "configs/metadata.json", "logging_file": BUNDLE / "configs/logging.conf",
-        **options,
-    }  # fmt: skip
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
+    command = bundle_run(ROOT / "bundles/tsfm_pretrain", configs, launcher, **options)
     LOGS.mkdir(exist_ok=True)
     log, start = LOGS / f"{name}.log", time.perf_counter()
     with open(log, "a", encoding="utf-8") as file:
@@ -52,7 +46,7 @@ def bundle(name: str, configs: list[str], launcher: list[str] | None = None, **o
     return time.perf_counter() - start
 
 
-def training(name: str, overlays: list[str], launcher: list[str] | None = None, **options) -> float:
+def training(name: str, overlays: list[str], launcher: Sequence[str] = (), **options) -> float:
     """`bundle` with train.json, tiny where that is asked for."""
     return bundle(name, ["train.json", *overlays], launcher, **{**options, **SMALL})
 
@@ -68,11 +62,15 @@ def losses(folder: Path) -> str:
     return ", ".join(f"{float(row['loss']):.4f}" for row in curve(folder))
 
 
-def train(scratch: Path, name: str, overlays: list[str], launcher=None, **options) -> None:
+def data(scratch: Path) -> dict[str, object]:
+    """The small runs' phantoms."""
+    return {"dataset_dir": scratch / "data", "datasets": "['msd_liver','msd_pancreas']", "store_dir": scratch / "store"}
+
+
+def train(scratch: Path, name: str, overlays: list[str], launcher: Sequence[str] = (), **options) -> None:
     """One training run and its row."""
     options = {
-        "dataset_dir": scratch / "data", "datasets": "['msd_liver','msd_pancreas']", "store_dir": scratch / "store",
-        "output_dir": scratch / name, "ckpt_dir": "none", "epochs": EPOCHS, "iterations_per_epoch": ITERATIONS,
+        **data(scratch), "output_dir": scratch / name, "ckpt_dir": "none", "epochs": EPOCHS, "iterations_per_epoch": ITERATIONS,
         "val_iterations": 4, "num_workers": 2, **options,
     }  # fmt: skip
     took = training(name, ["small.json", *overlays], launcher, **options)
@@ -123,12 +121,8 @@ def small() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         scratch = Path(folder)
         phantoms.write_pool(str(scratch / "data"), cases_per_dataset=4, datasets=["msd_liver", "msd_pancreas"])
-        options = {
-            "dataset_dir": scratch / "data",
-            "datasets": "['msd_liver','msd_pancreas']",
-            "store_dir": scratch / "store",
-        }
-        took = training("prepare", ["small.json"], run_id="prepare", output_dir=scratch / "x", num_workers=4, **options)
+        options = {"run_id": "prepare", "output_dir": scratch / "x", "num_workers": 4}
+        took = training("prepare", ["small.json"], **data(scratch), **options)
         record("runs", run="prepare 8 phantoms", s=round(took))
         jobs = {
             "plain": lambda: train(scratch, "plain", []),

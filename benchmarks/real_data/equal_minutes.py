@@ -25,7 +25,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from sides import ONE_THREAD, PEER, ROOT, bundle_run, dice
+
 BUNDLE = ROOT / "bundles/tsfm_finetune"
 ITERATIONS = 25
 DATASETS = {"hippocampus": ("Task004_Hippocampus", 4), "sarcoma_mr": ("Task902_SarcomaMR", 902)}
@@ -50,18 +52,11 @@ def run(command: list[str], log: Path) -> float:
     """Run to the end; returns the processor seconds of the process and of its children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with log.open("a") as sink:
-        done = subprocess.run(command, stdout=sink, stderr=sink, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+        done = subprocess.run(command, stdout=sink, stderr=sink, env={**os.environ, **ONE_THREAD}, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"{log}: the command failed: {' '.join(command)}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def bundle(configs: list[str], **settings: object) -> list[str]:
-    files = str([str(BUNDLE / "configs" / name) for name in configs])
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
-    settings = {"bundle_root": BUNDLE, "device": "cpu"} | settings
-    return command + [text for key, value in settings.items() for text in (f"--{key}", str(value))]
 
 
 class Ours:
@@ -76,12 +71,13 @@ class Ours:
     def train(self, folder: Path, epochs: int, seed: int) -> float:
         settings = {"dataset_dir": self.data, "store_dir": self.work / "store", "output_dir": folder, "epochs": epochs,
                     "ckpt_dir": folder / "published", "iterations_per_epoch": ITERATIONS, "seed": seed, "num_workers": 1,
-                    "splits_file": self.splits}  # fmt: skip
-        return run(bundle(self.configs, **settings | self.settings), folder / "log")
+                    "splits_file": self.splits, "device": "cpu"}  # fmt: skip
+        return run(bundle_run(BUNDLE, self.configs, **settings | self.settings), folder / "log")
 
     def predict(self, folder: Path) -> None:
-        settings = {"dataset_dir": self.work / "held_out", "output_dir": folder / "maps", "mirror": False}
-        run(bundle(["inference.json"], checkpoint=folder / "model.pt", **settings), folder / "log")
+        settings = {"checkpoint": folder / "model.pt", "output_dir": folder / "maps", "mirror": False, "device": "cpu"}
+        command = bundle_run(BUNDLE, ["inference.json"], dataset_dir=self.work / "held_out", **settings)
+        run(command, folder / "log")
 
 
 class Peer:
@@ -148,8 +144,7 @@ def score(maps: Path, data: Path) -> dict[str, float]:
     for path in sorted(maps.glob("*.nii.gz")):
         ours, truth = (np.asarray(nib.load(p).dataobj) for p in (path, data / "labelsTr" / path.name))
         for target, value in targets(data).items():
-            ones, others = ours == value, truth == value
-            found[target].append(2 * np.sum(ones & others) / (np.sum(ones) + np.sum(others)))
+            found[target].append(dice(ours == value, truth == value))
     return {target: float(np.mean(values)) for target, values in found.items()}
 
 
@@ -220,7 +215,7 @@ def main() -> None:
         "--data", type=Path, default=ROOT.parent / "shared/data", help="where the data sets' folders are"
     )
     parser.add_argument("--spacing_mm", help="for the bundle's sides; default: that of the plan of each")
-    parser.add_argument("--peer", default=".venv-bench/bin/python", help="Python with nnunetv2 2.8.1")
+    parser.add_argument("--peer", default=PEER, help="Python with nnunetv2 2.8.1")
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15, 30])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))

@@ -52,9 +52,13 @@ def describe(checkpoint: str) -> None:
     """Print what travels with a weight file: network, targets, preparation, patch, what it was trained on."""
     import json
 
+    from .names import counted
     from .training.checkpoint import read_description
 
-    print(json.dumps(read_description(checkpoint), indent=4))
+    description = read_description(checkpoint)
+    if cases := description.get("trained_cases"):
+        description["trained_cases"] = counted(len(cases), "case")
+    print(json.dumps(description, indent=4))
 
 
 def evaluate(
@@ -193,8 +197,9 @@ def _wrong(function: Callable[..., Any], words: Sequence[str]) -> str:
 
 def _as_said(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same command, whose texts stay texts: fire would make "LiTS, KiTS19" a tuple, and 2024 a number."""
-    texts = [key for key, one in signature(function).parameters.items() if one.annotation in ("str", "str | None")]
-    return SetParseFns(**dict.fromkeys(texts, lambda text: None if text == "None" else text))(function)
+    read = {"str": str, "str | None": lambda text: None if text == "None" else text}
+    texts = {key: one.annotation for key, one in signature(function).parameters.items() if one.annotation in read}
+    return SetParseFns(**{key: read[annotation] for key, annotation in texts.items()})(function)
 
 
 def main() -> None:

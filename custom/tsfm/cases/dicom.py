@@ -8,30 +8,18 @@ tilt) give a sheared affine.
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..errors import CaseError
-from .folders import SUFFIXES, legible
+from .folders import SUFFIXES
 from .grids import SAME_GRID, warn
 from .nifti import Opened, gray
 from .packed import voxel_bytes
+from .series import FRAMES, PHASES, SERIES, Slice, naming, series_slices, simpleitk
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-POSITION, ORIENTATION, SERIES, FRAMES = "0020|0032", "0020|0037", "0020|000e", "0028|0008"
-
-PIXEL_SPACING, THICKNESS, SLOPE, INTERCEPT = "0028|0030", "0018|0050", "0028|1053", "0028|1052"
-
-PHASES = {
-    "0020|0100": "TemporalPositionIdentifier", "0018|0081": "EchoTime", "0018|9087": "DiffusionBValue",
-    "0020|0012": "AcquisitionNumber", "0018|1060": "TriggerTime", "0008|0008": "ImageType", "0008|0032": "AcquisitionTime",
-    "0008|0018": "SOPInstanceUID",
-}  # fmt: skip
-"""What may tell apart slices that lie at one place, what explains most first."""
 
 POSITION_MM = 0.05
 """DICOM positions are often rounded to a tenth of a millimetre."""
@@ -43,24 +31,24 @@ def open_series(folder: str) -> Opened:
     Raises:
         CaseError: no series or several; slices that are uneven, repeated, turned, of other sizes or without a position.
     """
-    slices = _slices(folder)
+    slices = series_slices(folder)
     if _is_multi_frame(slices):
         if len(slices) > 1:
             raise CaseError(f"{folder}: {len(slices)} multi-frame DICOM files; expected one, or one file per slice")
-        return open_file(slices[0]["name"])
+        return open_file(slices[0].name)
     order, affine = _stack(folder, slices)
     slices = [slices[i] for i in order]
-    shape = (*slices[0]["size"], len(slices))
-    scaling = {(_number(one, SLOPE, 1), _number(one, INTERCEPT, 0)) for one in slices}
+    shape = (*slices[0].size, len(slices))
+    scaling = {one.scale for one in slices}
 
     def load() -> np.ndarray:
-        sitk = _simpleitk(folder)
+        sitk = simpleitk(folder)
         reader = sitk.ImageSeriesReader()
         reader.SetImageIO("GDCMImageIO")
-        reader.SetFileNames([one["name"] for one in slices])
+        reader.SetFileNames([one.name for one in slices])
         if len(scaling) > 1 or any(value % 1 for pair in scaling for value in pair):
             reader.SetOutputPixelType(sitk.sitkFloat32)  # ITK would round all slices to the first one's type
-        with _naming(folder):
+        with naming(folder):
             image = reader.Execute()
         if image.GetNumberOfComponentsPerPixel() > 1:
             raise CaseError(f"{folder}: DICOM with colors; expected one value per voxel")
@@ -75,50 +63,35 @@ def slice_files(folder: str) -> list[str]:
     Raises:
         CaseError: as `open_series`; a multi-frame file.
     """
-    slices = _slices(folder)
+    slices = series_slices(folder)
     if _is_multi_frame(slices):
         raise CaseError(f"{folder}: a multi-frame DICOM file; expected one file per slice")
-    return [slices[i]["name"] for i in _stack(folder, slices)[0]]
+    return [slices[i].name for i in _stack(folder, slices)[0]]
 
 
-def _slices(folder: str) -> list[dict]:
-    """What the headers of the one series in a folder say."""
-    sitk = _simpleitk(folder)
-    with _naming(folder):
-        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
-        names = {one: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, one) for one in series}
-    if len(series) != 1:
-        listed = ", ".join(f"{one} ({len(files)} files)" for one, files in names.items()) or "none"
-        advice = "give each a folder of its own" if series else "its DICOM files hold no images"
-        raise CaseError(
-            f"{folder}: {len(series)} DICOM series: {listed}; expected a folder that holds exactly one: {advice}"
-        )
-    return [_information(name) for name in names[series[0]]]
+def _is_multi_frame(slices: Sequence[Slice]) -> bool:
+    return any(one.frames > 1 for one in slices)
 
 
-def _is_multi_frame(slices: Sequence[Mapping]) -> bool:
-    return any(_number(one, FRAMES, 1) > 1 for one in slices)
-
-
-def _stack(folder: str, slices: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
+def _stack(folder: str, slices: Sequence[Slice]) -> tuple[np.ndarray, np.ndarray]:
     """Order of the slices along their normal, and the affine (4, 4) of the stack, to RAS mm."""
-    for tag, what in ((POSITION, "ImagePositionPatient"), (ORIENTATION, "ImageOrientationPatient")):
-        absent = [one["name"] for one in slices if tag not in one]
+    for field, what in (("position", "ImagePositionPatient"), ("orientation", "ImageOrientationPatient")):
+        absent = [one.name for one in slices if getattr(one, field) is None]
         if absent:
             raise CaseError(
                 f"{folder}: {len(absent)} of {len(slices)} DICOM files have no {what}, for example "
                 f"{os.path.basename(absent[0])}, so their place is not known; leave out what is no slice of the volume"
             )
-    axes = np.array([one[ORIENTATION] for one in slices]).reshape(-1, 2, 3)
+    axes = np.array([one.orientation for one in slices]).reshape(-1, 2, 3)
     _same(folder, slices, np.abs(axes - axes[0]).max((1, 2)) > 1e-3, "turned another way than the first (a localizer?)")
-    _same(folder, slices, [one["size"] != slices[0]["size"] for one in slices], "of another size than the first")
-    spacing = np.array([one["spacing"] for one in slices])
+    _same(folder, slices, [one.size != slices[0].size for one in slices], "of another size than the first")
+    spacing = np.array([one.spacing for one in slices])
     _same(folder, slices, np.abs(spacing / spacing[0] - 1).max(1) > 1e-3, "of another PixelSpacing than the first")
-    if PIXEL_SPACING not in slices[0]:
+    if slices[0].pixel_spacing is None:
         raise CaseError(f"{folder}: DICOM files without PixelSpacing, so voxels have no size; convert the series again")
     row, column = axes.mean(0) / np.linalg.norm(axes.mean(0), axis=1, keepdims=True)
     normal = np.cross(row, column)
-    positions = np.array([one[POSITION] for one in slices])
+    positions = np.array([one.position for one in slices])
     order = np.argsort(positions @ normal, kind="stable")
     step = _step(folder, [slices[i] for i in order], positions[order], normal)
     affine = np.eye(4)
@@ -127,8 +100,8 @@ def _stack(folder: str, slices: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarr
     return order, LPS_TO_RAS @ affine
 
 
-def _same(folder: str, slices: Sequence[Mapping], odd: Sequence[bool], what: str) -> None:
-    found = [os.path.basename(one["name"]) for one, wrong in zip(slices, odd, strict=True) if wrong]
+def _same(folder: str, slices: Sequence[Slice], odd: Sequence[bool], what: str) -> None:
+    found = [os.path.basename(one.name) for one, wrong in zip(slices, odd, strict=True) if wrong]
     if found:
         raise CaseError(
             f"{folder}: {len(found)} of {len(slices)} slices of the DICOM series are {what}: {', '.join(found[:4])}"
@@ -136,21 +109,20 @@ def _same(folder: str, slices: Sequence[Mapping], odd: Sequence[bool], what: str
         )
 
 
-def _step(folder: str, slices: Sequence[Mapping], positions: np.ndarray, normal: np.ndarray) -> np.ndarray:
+def _step(folder: str, slices: Sequence[Slice], positions: np.ndarray, normal: np.ndarray) -> np.ndarray:
     """From one slice to the next, LPS mm (3,), for sorted slices; CaseError unless they lie evenly on a line."""
     if len(slices) == 1:
-        thickness = _number(slices[0], THICKNESS, 0)
-        if not thickness:
+        if not slices[0].thickness:
             warn(f"{folder}: a single slice that does not say how thick it is; taken as 1 mm")
-        return normal * (thickness or 1.0)
+        return normal * (slices[0].thickness or 1.0)
     along = positions @ normal
     gaps = np.diff(along)
     usual = float(np.median(gaps[gaps > 1e-3])) if (gaps > 1e-3).any() else 0.0
     allowed = max(SAME_GRID * usual, min(POSITION_MM, usual / 2))
     if (gaps <= allowed).any():
         raise CaseError(f"{folder}: {_repeats(slices, along, allowed)}; give each volume a folder of its own")
-    for tag, what in list(PHASES.items())[:3]:
-        values = Counter(str(one.get(tag)) for one in slices)
+    for what in list(PHASES.values())[:3]:
+        values = dict.fromkeys(one.phases[what] for one in slices)
         if len(values) > 1:
             raise CaseError(
                 f"{folder}: slices with {len(values)} different {what} ({', '.join(list(values)[:4])}) in one DICOM "
@@ -173,36 +145,33 @@ def _step(folder: str, slices: Sequence[Mapping], positions: np.ndarray, normal:
     return step
 
 
-def _repeats(slices: Sequence[Mapping], along: np.ndarray, allowed: float) -> str:
+def _repeats(slices: Sequence[Slice], along: np.ndarray, allowed: float) -> str:
     """Which slices lie at one place, and what tells them apart."""
     place = np.concatenate([[0], np.cumsum(np.diff(along) > allowed)])
     counts = np.bincount(place)
-    where = along[np.flatnonzero(np.isin(place, np.flatnonzero(counts > 1)))]
-    first = np.flatnonzero(place == np.argmax(counts > 1))
-    told = {what: [str(slices[i].get(tag)) for i in first] for tag, what in PHASES.items()}
-    what = next((what for what, values in told.items() if len(set(values)) > 1), None)
-    reason = (
-        f"they differ in {what}: {', '.join(told[what])}"
-        if what
-        else "nothing in their headers tells them apart (copies?)"
-    )
-    reason = "only their SOPInstanceUID tells them apart" if what == "SOPInstanceUID" else reason
+    repeated = np.flatnonzero(counts > 1)
+    where = along[np.isin(place, repeated)]
+    reason = "nothing in their headers tells them apart (copies?)"
+    for what in PHASES.values():
+        values = [slices[i].phases[what] for i in np.flatnonzero(place == repeated[0])]
+        if len(set(values)) > 1:
+            reason = f"they differ in {what}: {', '.join(values)}"
+            break
     return (
-        f"{len(slices)} slices of one DICOM series lie at {len(counts)} places, {int((counts > 1).sum())} of them taken "
+        f"{len(slices)} slices of one DICOM series lie at {len(counts)} places, {len(repeated)} of them taken "
         f"more than once (from {where[0]:g} to {where[-1]:g} mm along the normal); {reason}"
     )
 
 
 def _holes(along: np.ndarray, gaps: np.ndarray, usual: float, allowed: float) -> str:
     """What is wrong with the distances of slices, and what to do."""
-    number = gaps / usual
-    whole = np.abs(number - np.rint(number)) * usual <= allowed
-    if whole.all() and (np.rint(number) > 1).any():
-        missing = int((np.rint(number) - 1).sum())
-        at = ", ".join(f"{along[i]:g} and {along[i + 1]:g}" for i in np.flatnonzero(np.rint(number) > 1)[:5])
+    steps = np.rint(gaps / usual)
+    wide = np.flatnonzero(steps > 1)
+    if wide.size and (np.abs(gaps - steps * usual) <= allowed).all():
+        at = ", ".join(f"{along[i]:g} and {along[i + 1]:g}" for i in wide[:5])
         return (
-            f"{missing} slices of the DICOM series are missing, between {at} mm where others are {usual:g} mm apart; "
-            "copy the whole series"
+            f"{int((steps - 1).sum())} slices of the DICOM series are missing, between {at} mm where others are {usual:g} mm "
+            "apart; copy the whole series"
         )
     if gaps.max() - gaps.min() <= allowed:
         return "slices of the DICOM series drift sideways by uneven steps; expected a straight stack"
@@ -218,10 +187,10 @@ def open_file(path: str) -> Opened:
     Raises:
         CaseError: unreadable, RGB, of other than three or four axes, one slice of a DICOM series.
     """
-    sitk = _simpleitk(path)
+    sitk = simpleitk(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(path)
-    with _naming(path):
+    with naming(path):
         reader.ReadImageInformation()
     size, channels = reader.GetSize(), reader.GetNumberOfComponents()
     if reader.HasMetaDataKey(SERIES):
@@ -237,7 +206,7 @@ def open_file(path: str) -> Opened:
     colors = channels in (3, 4) and (kind == sitk.sitkVectorUInt8 or "RGB" in sitk.GetPixelIDValueAsString(kind))
 
     def load() -> np.ndarray:
-        with _naming(path):
+        with naming(path):
             present = voxel_bytes(path) if path.lower().endswith(SUFFIXES) else None
             array = sitk.GetArrayFromImage(reader.Execute())
         plane = array.nbytes // max(1, array.shape[0])
@@ -267,61 +236,3 @@ def _check_alone(sitk, path: str, reader) -> None:
         )
     if reader.HasMetaDataKey(FRAMES) and float(reader.GetMetaData(FRAMES)) > 1:
         warn(f"{path}: a multi-frame DICOM file; SimpleITK places its frames, even steps are taken for granted")
-
-
-def _information(name: str) -> dict:
-    """Name, size, spacing and the tags above of one DICOM file; those that are numbers as tuples of floats."""
-    reader = _simpleitk(name).ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(name)
-    with _naming(name):
-        reader.ReadImageInformation()
-    found: dict = {"name": name, "size": tuple(reader.GetSize()[:2]), "spacing": reader.GetSpacing()[:2]}
-    numbers = {POSITION: 3, ORIENTATION: 6, PIXEL_SPACING: 2, THICKNESS: 1, SLOPE: 1, INTERCEPT: 1, FRAMES: 1}
-    for tag in (*numbers, *PHASES):
-        text = reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
-        if text:
-            found[tag] = _numbers(text, numbers[tag], name, tag) if tag in numbers else text
-    return found
-
-
-def _numbers(text: str, count: int, name: str, tag: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split("\\")]
-    except ValueError:
-        values = []
-    if len(values) != count or not np.isfinite(values).all():
-        raise CaseError(f"{name}: the DICOM tag ({tag.replace('|', ',')}) is {text!r}; expected {count} numbers")
-    return values
-
-
-def _number(one: Mapping, tag: str, default: float) -> float:
-    return one[tag][0] if tag in one else default
-
-
-def _simpleitk(path: str):
-    """SimpleITK, for a path that it takes: with other names it ends the process."""
-    try:
-        import SimpleITK
-    except ImportError as error:
-        raise CaseError(f"{path}: reading this format needs SimpleITK: pip install SimpleITK") from error
-    if legible(path) != os.fspath(path):
-        raise CaseError(
-            f"{legible(path)}: a name in another encoding than UTF-8, which SimpleITK does not read; rename it"
-        )
-    return SimpleITK
-
-
-@contextmanager
-def _naming(path: str):
-    """SimpleITK's errors as CaseErrors that name the file."""
-    try:
-        yield
-    except MemoryError as error:
-        raise CaseError(f"{path}: its voxels do not fit into memory; free some, or cut the image") from error
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise CaseError(
-            f"{path}: SimpleITK cannot read it ({reason}); expected NIfTI, NRRD, MetaImage, or a folder with one DICOM "
-            "series: copy or download it again"
-        ) from error

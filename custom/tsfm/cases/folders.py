@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ OUTPUTS = {
 
 REPORT = "report.json"
 """In a folder of results: what is known of each case."""
+
+JOURNAL = ".report.jsonl"
+"""Beside it: a line ``{case: row}`` for each row that it lacks yet, while a run is at it or after one that was killed."""
 
 EXISTING = ("error", "skip", "overwrite")
 
@@ -231,7 +236,7 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
         links = {name: os.path.islink(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
         # links last: a folder goes by its own name, if it has one here
         folders[:] = sorted(links, key=lambda name: (links[name], name))
-        results = _results(parent) if REPORT in files else set()
+        results = _results(parent) if {REPORT, JOURNAL} & set(files) else set()
         visible = sorted(name for name in files if not name.startswith(".") and name not in results)
         images = [os.path.join(parent, name) for name in visible if name.lower().endswith(SUFFIXES)]
         others = [os.path.join(parent, name) for name in visible if not name.lower().endswith(SUFFIXES)]
@@ -241,7 +246,7 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
                 "%d files in %s are left out, for example %s: such files are not read, convert them to NIfTI",
                 len(unread), parent, unread[0],
             )  # fmt: skip
-        series = any(_is_dicom(path) for path in others)
+        series = any(is_dicom(path) for path in others)
         if images and series:
             logger.warning("%s holds image files and a DICOM series: both are segmented", parent)
         found += images + [parent] * series
@@ -265,12 +270,30 @@ def _written(cases: Sequence[str]) -> set[str]:
 
 def _reported(folder: str | os.PathLike) -> list[str]:
     try:
-        return list(read_json(os.path.join(folder, REPORT))["cases"])
-    except (OSError, ValueError, TypeError, KeyError):  # none, or another file of this name
+        return list(read_report(folder))
+    except (OSError, ValueError):  # another file of this name
         return []
 
 
-def _is_dicom(path: str) -> bool:
+def read_report(output_dir: str | os.PathLike) -> dict[str, Mapping[str, Any]]:
+    """Case -> what the report of the inferences into a folder says; nothing where there is none.
+
+    Raises:
+        FileError: another file of this name.
+    """
+    path, journal = Path(output_dir, REPORT), Path(output_dir, JOURNAL)
+    content = read_json(path) if path.is_file() else {"cases": {}}
+    if not isinstance(content, dict) or not isinstance(content.get("cases"), dict):
+        raise FileError(
+            f'{path} is no report of segmented cases, expected {{"cases": {{...}}}}: move it, or choose another --output_dir'
+        )
+    for line in journal.read_text("utf-8").splitlines() if journal.is_file() else ():
+        with suppress(ValueError):  # a process may have been killed amid a line; the next one begins anew
+            content["cases"].update(json.loads(line))
+    return content["cases"]
+
+
+def is_dicom(path: str) -> bool:
     """Whether a file says that it is DICOM; a dead link, a pipe or a file without rights is none, with a warning.
 
     The table of contents of a CD, DICOMDIR, is no image.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -55,3 +56,16 @@ def check_patients(train: Iterable[tuple[str, str]], val: Iterable[tuple[str, st
             f'{source}: patients in both parts, by the pool file\'s "patient": {named}{more}; put all cases of a patient '
             'into one part, or take "patient" out of the pool file'
         )
+
+
+def case_digests(items: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What tells each item's case by its data set and name, without saying them; empty for a bare item.
+
+    A data set's name in front of a case's, as files may have it (`DatasetPool.evaluation_items`), does not count.
+    """
+    found = []
+    for item in items:
+        dataset, case = item.get("dataset"), item.get("case")
+        text = f"{dataset}/{str(case).removeprefix(f'{dataset}_')}"
+        found.append(hashlib.blake2b(text.encode(), digest_size=6).hexdigest() if dataset and case else "")
+    return found

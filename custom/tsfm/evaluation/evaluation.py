@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from ..cases.folders import PoolError, find_images, output_paths
 from ..cases.grids import spacing_of, upright_share
 from ..cases.raw_ids import from_raw_ids, raw_values
+from ..cases.splits import case_digests
 from ..inference.prediction import CaseEvaluator, FailedCases, case_name
 from ..labels import LabelTable, as_table
 from ..names import counted, unknown_names
@@ -36,6 +37,7 @@ class CaseScores:
         output_dir: folder of the results.
         table: the label table.
         targets: score these alone, where inference computed no others; None for all.
+        trained_cases: digests of the cases that the weights were trained on, whose number is told beside the scores.
 
     A case that could not be scored makes the run end with an error, after the others were scored: raised here, or by a
     `tsfm.inference.prediction.CaseEvaluator`, which is told of it and raises for all failed cases together.
@@ -46,8 +48,10 @@ class CaseScores:
         output_dir: str,
         table: LabelTable | Mapping | str,
         targets: Sequence[str] | None = None,
+        trained_cases: Collection[str] = (),
     ) -> None:
         self.output_dir, self.table, self.targets = output_dir, as_table(table), targets
+        self.trained_cases = set(trained_cases)
         self.summary: dict[str, Any] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -57,12 +61,13 @@ class CaseScores:
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _start(self, engine: Engine) -> None:
-        self._writer = ScoreWriter(self.output_dir, self.table)
+        self._writer, self._remembered = ScoreWriter(self.output_dir, self.table), 0
 
     def _score(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             prediction = output["pred"]
             name = case_name(item, prediction)
+            self._remembered += len(self.trained_cases.intersection(case_digests([item])))
             try:
                 self._writer.add(self._score_one(item, prediction, name))
             except (ValueError, OSError) as error:
@@ -81,7 +86,10 @@ class CaseScores:
         is_told = isinstance(engine, CaseEvaluator)
         rows = [row for row in engine.failed if row["case"] not in known] if is_told else []
         self._writer.failed += [{"case": row["case"], "error": row["error"]} for row in rows]
-        self.summary = self._writer.finish(engine.protocol if is_told else None)
+        protocol = dict(engine.protocol) if is_told else {}
+        if self._remembered:
+            protocol["cases that the weights were trained on"] = str(self._remembered)
+        self.summary = self._writer.finish(protocol)
         cases, table = counted(self.summary["cases"], "case"), format_scores(self.summary)
         logger.info("Scores of %s in %s\n%s", cases, self.output_dir, table)
         if self._writer.failed and not is_told:
@@ -95,6 +103,7 @@ def items_to_score(
     save: str | Sequence[str] = "label_map",
     parts: int = 1,
     clicks: Mapping[str, Any] | None = None,
+    trained_cases: Collection[str] = (),
 ) -> Sequence[Mapping[str, Any]]:
     """The `items` of an evaluation, once it is sure that each of them can be computed, written and scored here.
 
@@ -102,6 +111,7 @@ def items_to_score(
         existing: "overwrite", or "error": nothing of earlier runs is replaced.
         save: what will be written of each case.
         parts, clicks: as for `find_images`: scores are made by one process, of what is found without clicks.
+        trained_cases: digests of the cases that the weights were trained on; a warning says which are scored.
 
     Raises:
         PoolError: no item.
@@ -132,6 +142,13 @@ def items_to_score(
         raise FileExistsError(
             f"{there[0]} is already there: choose another --output_dir, or set existing to 'overwrite'"
         )
+    known = set(trained_cases)
+    if seen := [item["case"] for item, digest in zip(items, case_digests(items), strict=True) if digest in known]:
+        logger.warning(
+            "the weights were trained on %d of the %d cases to score, for example %s, and will score too well there: give each "
+            "fold's weights alone the cases that it holds out (--fold)",
+            len(seen), len(items), seen[0],
+        )  # fmt: skip
     return items
 
 

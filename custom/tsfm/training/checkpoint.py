@@ -18,6 +18,7 @@ from torch import nn
 from .._version import __version__
 from ..cases.licences import all_licences, check_weights, inherited_licences, licences_of
 from ..cases.raw_ids import raw_values
+from ..cases.splits import case_digests
 from ..files import atomic_write
 from ..labels import LabelTable
 from ..network.clicks import CLICK_CHANNELS
@@ -113,7 +114,7 @@ def describe_network(
 ) -> DescribedNetwork:
     """Give `network` the description that travels with its weights.
 
-    `items` are the training items: their modalities, data sets, annotated targets and licences are written down, beside the
+    `items` are the training items: their modalities, data sets, digests, annotated targets and licences are written down, beside the
     licences of what the weights that `network` starts from have seen. Label maps from a server (bare items) add to what weights
     for the same targets say of themselves (`goes_on`). `mirror_axes` are those along which training mirrors, and inference may.
 
@@ -149,6 +150,7 @@ def describe_network(
         modalities=_more(before, "modalities", (item.get("modality", preparation.default_modality) for item in items)),
         trained_on=_more(before, "trained_on", (item.get("dataset", table.bare_dataset) for item in items)),
         trained_targets=[name for name in table.names if name in taught],
+        trained_cases=_more(before, "trained_cases", filter(None, case_digests(items))),
         mirror_axes=mirror_axes,
         licences=all_licences(before.get("licences", {}), licences_of(items)),
     )
@@ -188,6 +190,7 @@ def goes_on(network: DescribedNetwork, description: Mapping[str, Any]) -> None:
             modalities=description.get("modalities", []),
             trained_on=description.get("trained_on", []),
             trained_targets=trained_targets(description),
+            trained_cases=description.get("trained_cases", []),
             familiar=description.get("familiar", {}),
         )
 

@@ -62,7 +62,8 @@ def _history(descriptions: Sequence[Mapping[str, Any]], first: str) -> dict[str,
     """What all folds have seen; of the targets those that every one was trained on: the mean of a head and of one that
     nobody taught says nothing."""
     found: dict[str, Any] = {
-        key: sorted({name for one in descriptions for name in one.get(key, ())}) for key in ("modalities", "trained_on")
+        key: sorted({name for one in descriptions for name in one.get(key, ())})
+        for key in ("modalities", "trained_on", "trained_cases")
     }
     found["familiar"] = together(one.get("familiar", {}) for one in descriptions)
     found["licences"] = all_licences(*(one.get("licences", {}) for one in descriptions))
