@@ -225,18 +225,19 @@ def prepare_case(
     return Prepared(np.ascontiguousarray(image.numpy()), codes, properties)
 
 
+def _as_preparation(given: Preparation | Mapping[str, Any]) -> Preparation:
+    return given if isinstance(given, Preparation) else Preparation.from_dict(given)
+
+
 class OrientImaged(Orientationd):
     """Turn images (C, X, Y, Z) to the `orientation` of a `Preparation` (or its `to_dict`), and back.
 
     MONAI's Orientationd, for orientations that depend on the image ("kji", see `volumes.axis_codes`) too.
     """
 
-    def __init__(
-        self, keys: KeysCollection, preparation: Preparation | Mapping[str, Any], allow_missing_keys: bool = False
-    ) -> None:
-        given = preparation.orientation if isinstance(preparation, Preparation) else preparation.get("orientation")
-        self.orientation = given or "SPL"
-        super().__init__(keys, "SPL", labels=None, allow_missing_keys=allow_missing_keys)
+    def __init__(self, keys: KeysCollection, preparation: Preparation | Mapping[str, Any]) -> None:
+        super().__init__(keys, "SPL", labels=None)
+        self.orientation = _as_preparation(preparation).orientation
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         out = dict(data)
@@ -264,11 +265,9 @@ class PrepareImaged(MapTransform, InvertibleTransform):
         keys: KeysCollection,
         preparation: Preparation | Mapping[str, Any],
         modality: str | None = None,
-        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        given = isinstance(preparation, Preparation)
-        self.preparation = preparation if given else Preparation.from_dict(preparation)
+        super().__init__(keys)
+        self.preparation = _as_preparation(preparation)
         self.modality = modality_name(modality, "--modality") if modality else None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
