@@ -234,12 +234,9 @@ def test_what_cannot_become_a_seg_is_refused_with_the_reason(tmp_path, monkeypat
     assert "has no FrameOfReferenceUID" in str(case["error"])  # before it is read
     good = write_series(tmp_path / "good")
     with pytest.raises(CaseError, match=r"not on the grid of the series: affines put a corner 5 mm apart"):
-        write_seg(
-            label_map_on(write_series(tmp_path / "other", start=(0, 7, 11))),
-            tmp_path / "seg.dcm",
-            POOL,
-            source=str(good),
-        )
+        label_map = label_map_on(write_series(tmp_path / "other", start=(0, 7, 11)))
+        label_map.meta["filename_or_obj"] = str(good)
+        write_seg(label_map, tmp_path / "seg.dcm", POOL)
     with pytest.raises(CaseError, match=r"a.nii.gz: a DICOM SEG refers to the slices of a DICOM series"):
         source_slices("a.nii.gz")
     (good / "3.dcm").unlink()

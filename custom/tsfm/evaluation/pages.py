@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ..cases.folders import paths_of, saved_outputs
 from ..cases.raw_ids import from_raw_ids
 from ..cases.volumes import RawVolume, as_label_map, on_grid_of, read_volume
-from ..labels import LabelTable, as_table
+from ..labels import LabelTable
 from .label_maps import load_map, load_truth, match_predictions
 from .overlays import page_png, truth_map
 from .tables import load_rows
@@ -53,10 +53,10 @@ def worst_cases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def folder_page(
     path: str | Path,
-    rows: Sequence[Mapping[str, Any]] | str | Path,
+    scores: str | Path,
     predictions: str | Path,
     items: Sequence[Mapping[str, Any]],
-    table: LabelTable | Mapping | str,
+    table: LabelTable,
     dataset: str | None = None,
     per_target: bool = False,
     raw_ids: str | None = None,
@@ -64,13 +64,13 @@ def folder_page(
     """The page of best, median and worst case of an evaluated folder, or of each target's worst case.
 
     Args:
-        rows: scored rows, or the ``cases.csv`` that the evaluation wrote.
+        scores: the ``cases.csv`` that the evaluation wrote.
         predictions, dataset: as for :func:`tsfm.evaluation.evaluation.evaluate_folder`.
         items: the cases' pool items with ``case``, ``image`` (the first channel is shown), ``label`` and, if known, ``modality``.
         per_target: a row for each target, in the slice that shows most of it; nothing else is painted there.
         raw_ids: the data set in whose ids the predictions are; None where they are the table's values.
     """
-    table, rows = as_table(table), load_rows(rows) if isinstance(rows, (str, Path)) else rows
+    rows = load_rows(scores)
     chosen = worst_cases(rows) if per_target else choose_cases(rows)
     wanted = {(entry["dataset"], entry["case"]) for entry in chosen.values()}
     owner = dataset or table.datasets[0]
@@ -117,7 +117,7 @@ class CasePage:
         self,
         output_dir: str,
         items: Sequence[Mapping[str, Any]],
-        table: LabelTable | Mapping | str,
+        table: LabelTable,
         raw_ids: str | None = None,
         save: str | Sequence[str] = "label_map",
     ) -> None:

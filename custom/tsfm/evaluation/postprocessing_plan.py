@@ -10,7 +10,7 @@ import numpy as np
 
 from ..cases.volumes import as_label_map
 from ..inference.postprocessing import apply
-from ..labels import LabelTable, as_table
+from ..labels import LabelTable
 from .label_maps import load_map, load_truth
 from .scores import count_voxels, only_dataset
 
@@ -20,7 +20,7 @@ FOREGROUND = "all foreground"
 def determine(
     predictions: Sequence[np.ndarray | str | Path],
     truths: Sequence[Any],
-    table: LabelTable | Mapping | str,
+    table: LabelTable,
     datasets: Sequence[str] | str | None = None,
 ) -> dict[str, Any]:
     """The plan that cross-validation supports.
@@ -31,14 +31,13 @@ def determine(
     Args:
         predictions: label maps with values 0 to N, as arrays or NIfTI files (read one at a time).
         truths: raw ids of the same cases, as arrays, NIfTI files, or one mask file per structure.
-        table: the label table, its dict, or the path of a pool.json.
+        table: the label table.
         datasets: data set of each case, or of all (default: the table's only one), whose annotated targets the prediction
             holds. Dice counts these only; a case without the target in both prediction and truth counts nowhere, as in nnU-Net.
 
     Raises:
         ValueError: lists of different length, an empty list, maps that do not fit the table.
     """
-    table = as_table(table)
     if not predictions or len(predictions) != len(truths):
         raise ValueError(f"{len(predictions)} predictions and {len(truths)} truths: expected one of each per case")
     one_owner = datasets is None or isinstance(datasets, str)

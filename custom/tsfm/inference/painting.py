@@ -174,16 +174,15 @@ def resize_axes(shape: Sequence[int], source_shape: Sequence[int], thick: int | 
 
 
 def paint_tiers(
-    table: LabelTable | None, channels: Sequence[int | None], exclusive: bool = False
+    table: LabelTable, channels: Sequence[int | None], activation: str = "sigmoid"
 ) -> list[list[tuple[int, int]]]:
-    """(channel, value) as `Painter` wants them: by how deep a target lies; without a table one after the other.
+    """(channel, value) as `Painter` wants them: by how deep a target lies; regions in their order, softmax all in one.
 
     Args:
         table: says what lies in what.
         channels: of each target, in order; None for those that are not computed.
-        exclusive: all targets compete.
     """
-    depth: Callable[[int], Any] = (lambda target: 0) if exclusive else table.paint_depth if table else int
+    depth: Callable[[int], Any] = {"sigmoid": table.paint_depth, "regions": int}.get(activation, lambda target: 0)
     order = sorted((target for target, channel in enumerate(channels) if channel is not None), key=depth)
     return [[(channels[target], target + 1) for target in tier] for _, tier in itertools.groupby(order, key=depth)]
 

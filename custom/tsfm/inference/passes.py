@@ -51,7 +51,6 @@ class Passes:
         size: windows per pass.
         flips: dimensions to flip together, for every mirrored version but the plain one.
         amp, amp_dtype: see `SlabInferer`.
-        wants_layout: lay tensors out as (S, P, L, C).
         check: turns an output into plain logits, or raises.
         watch: is called with every `Version` of every batch.
     """
@@ -62,7 +61,6 @@ class Passes:
     flips: Sequence[tuple[int, ...]]
     amp: bool
     amp_dtype: str
-    wants_layout: bool
     check: Callable[[Any], Tensor]
     watch: Callable[[Version], None] | None
 
@@ -71,7 +69,7 @@ class Passes:
 
     def __enter__(self) -> Passes:
         self.stack.enter_context(torch.no_grad())
-        self._lay_out()
+        self.stack.enter_context(channels_last(self.network))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -83,20 +81,14 @@ class Passes:
                 self.network.to(CPU)
 
     def logits(
-        self,
-        image: Tensor,
-        corners: Sequence[Sequence[int]],
-        window: Sequence[int],
-        average: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, image: Tensor, corners: Sequence, window: Sequence[int], average: Any
     ) -> Iterator[tuple[Tensor, Sequence[int]]]:
         """(logits (T, *window), corner) of each window of `image` (C, S, P, L); `average` is the buffer they go to."""
         todo = list(corners)
         while todo:
             some, error = todo[: self.size], None
             try:
-                found = self._mean(image, some, window, *args, **kwargs)
+                found = self._mean(image, some, window)
             except torch.OutOfMemoryError as raised:
                 error = raised.with_traceback(None)  # its frames hold the tensors that filled the memory
             if error is not None:
@@ -106,18 +98,18 @@ class Passes:
             todo = todo[len(some) :]
             del found  # its memory serves the next batch
 
-    def _mean(self, image: Tensor, corners: Sequence, window: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
+    def _mean(self, image: Tensor, corners: Sequence, window: Sequence[int]) -> Tensor:
         """Mean logits (B, T, *window) over all versions."""
         batch = self._batch(image, corners, window).to(self.device)
-        if self.wants_layout:  # `contiguous` leaves one channel as it is, and outputs may follow its strides
-            batch = batch.clone(memory_format=torch.channels_last_3d)
+        # `contiguous` leaves one channel as it is, and outputs may follow its strides
+        batch = batch.clone(memory_format=torch.channels_last_3d)
         dtype = amp_type(self.device, self.amp_dtype)
         with autocast(self.device, self.amp, dtype):
-            total = self._sum(batch, corners, *args, **kwargs)
+            total = self._sum(batch, corners)
         if self.amp and dtype == torch.float16 and not total.isfinite().all():
             logger.warning("the network's numbers exceed float16: computing in float32")
             self.amp = False
-            return self._mean(image, corners, window, *args, **kwargs)
+            return self._mean(image, corners, window)
         return total
 
     def _batch(self, image: Tensor, corners: Sequence, window: Sequence[int]) -> Tensor:
@@ -125,12 +117,12 @@ class Passes:
         boxes = [tuple(slice(c, c + n) for c, n in zip(corner, window, strict=True)) for corner in corners]
         return torch.stack([image[(slice(None), *box)] for box in boxes])
 
-    def _sum(self, batch: Tensor, corners: Sequence, *args: Any, **kwargs: Any) -> Tensor:
+    def _sum(self, batch: Tensor, corners: Sequence) -> Tensor:
         versions = getattr(self.network, "versions", None)
         total, number, count = None, 0, len(self.flips) * (self.network.count if versions else 1)
         for flip in self.flips:
             turned = batch.flip(flip) if flip else batch
-            outputs = versions(turned) if versions else [self.network(turned, *args, **kwargs)]
+            outputs = versions(turned) if versions else [self.network(turned)]
             for member, output in enumerate(outputs):
                 logits = self.check(output)
                 logits = logits.flip(flip) if flip else logits
@@ -151,17 +143,13 @@ class Passes:
         elif self.device != CPU and isinstance(self.network, nn.Module):
             self.network.to(CPU)
             self.device = CPU
-            self._lay_out()
+            self.stack.enter_context(channels_last(self.network))
             what = "the network moves to the CPU for the rest of this image"
         else:
             raise error
         logger.warning("out of memory on %s: %s", self.home, what)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _lay_out(self) -> None:
-        if self.wants_layout:
-            self.stack.enter_context(channels_last(self.network))
 
 
 def mirrored_axes(mirror: bool | str) -> list[tuple[int, ...]]:

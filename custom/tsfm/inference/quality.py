@@ -133,12 +133,12 @@ def binary_entropy(logits: Tensor) -> Tensor:
     return (softplus(logits) - torch.sigmoid(logits) * logits) / math.log(2)
 
 
-def doubt(report: Mapping[str, Mapping[str, Any]], targets: Sequence[str] | None = None) -> float:
+def doubt(report: Mapping[str, Mapping[str, Any]]) -> float:
     """One number for a case, the larger the more doubtful: 1 - mean agreement, or mean entropy where there is one version.
 
     Of the targets that some version paints, even where their mean does not; 0 where none does.
     """
-    rows = [row for name, row in report.items() if targets is None or name in targets]
+    rows = list(report.values())
     if not rows:
         return 0.0
     if any(row["agreement"] is None for row in rows):
