@@ -13,6 +13,7 @@ With --once one release is served and one inference made: what the network costs
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -31,12 +32,10 @@ import numpy as np
 import requests
 
 SIZES = ((48, 48, 24), (64, 80, 40), (96, 96, 60), (128, 128, 80))
+AFFINE = np.diag([-1.5, -1.5, 3, 1])
 BAD = (
-    {"threshold": "abc"},
-    {"overlap": 1.5},
-    {"targets": "no such target"},
-    {"foreground": [[1, 2, 3]]},
-    {"device": "cuda:9"},
+    *({"threshold": "abc"}, {"overlap": 1.5}, {"targets": "no such target"}),
+    *({"foreground": [[1, 2, 3]]}, {"device": "cuda:9"}),
 )
 
 
@@ -44,47 +43,37 @@ class Server:
     """The server process, its images, and what it holds."""
 
     def __init__(self, python: str, releases: list[Path], folder: Path) -> None:
-        self.python, self.folder, self.images = python, folder, {}
+        self.studies, self.images = folder / "studies", {f"case{n}": size for n, size in enumerate(SIZES * 2)}
         bundles = [folder / "served" / release.name for release in releases]
         for release, bundle in zip(releases, bundles, strict=True):
             shutil.copytree(release, bundle)
             shorten(bundle / "configs/train.json")
-        (folder / "studies").mkdir()
+        self.studies.mkdir()
         rng = np.random.default_rng(0)
-        for number, size in enumerate(SIZES * 2):
+        for name, size in self.images.items():
             array = np.where(rng.random(size) < 0.5, -100, 100) + rng.normal(0, 30, size)
             array[size[0] // 4 : size[0] // 2] += 150
-            self.images[f"case{number}"] = size
-            nib.save(
-                nib.Nifti1Image(array.astype(np.int16), np.diag([-1.5, -1.5, 3, 1])),
-                folder / f"studies/case{number}.nii.gz",
-            )
-        shim = folder / "shim/torchvision"
+            nib.save(nib.Nifti1Image(array.astype(np.int16), AFFINE), self.studies / f"{name}.nii.gz")
+        shim = folder / "shim/torchvision"  # of which MONAI Label imports two names, and no CPU wheel fits this torch
         shim.mkdir(parents=True)
         (shim / "__init__.py").write_text("__version__ = '0'\n")
         (shim / "utils.py").write_text("make_grid = save_image = None\n")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        options = {"--app": bundles[0] / "label_app", "--studies": self.studies, "--host": "127.0.0.1", "--port": port}
         command = [
             python,
             "-m",
             "monailabel.main",
             "start_server",
-            "--app",
-            bundles[0] / "label_app",
-            "--host",
-            "127.0.0.1",
+            *(str(word) for pair in options.items() for word in pair),
         ]
-        command += ["--studies", folder / "studies", "--port", self.url.rsplit(":", 1)[1]]
         command += ["--conf", "models", ",".join(map(str, bundles)), "--conf", "scoring", "false"]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(shim.parent),
-            "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
-        }
+        own = {"PYTHONPATH": str(shim.parent), "MONAI_LABEL_SESSION_PATH": str(folder / "sessions")}
         with open(folder / "server.log", "w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **own})
         while True:
             try:
                 self.models = list(requests.get(f"{self.url}/info/", timeout=60).json()["models"])
@@ -99,23 +88,22 @@ class Server:
         return int(next(line for line in status.splitlines() if line.startswith(kind)).split()[1]) / 1024
 
     def infer(self, model: str, image: str, upload: bool = False, **options: Any) -> int:
+        """HTTP status, as of the other requests."""
         data = {"params": json.dumps({"result_extension": ".nii.gz", "result_dtype": "uint8", **options})}
-        if upload:
-            with open(self.folder / f"studies/{image}.nii.gz", "rb") as file:
-                return requests.post(
-                    f"{self.url}/infer/{model}?output=image", data, files={"file": file}, timeout=600
-                ).status_code
-        return requests.post(f"{self.url}/infer/{model}?image={image}&output=image", data, timeout=600).status_code
+        url = f"{self.url}/infer/{model}?output=image"
+        if not upload:
+            return requests.post(f"{url}&image={image}", data, timeout=600).status_code
+        with open(self.studies / f"{image}.nii.gz", "rb") as file:
+            return requests.post(url, data, files={"file": file}, timeout=600).status_code
 
     def submit(self, image: str) -> int:
         label = np.zeros(self.images[image], np.uint8)
         label[label.shape[0] // 4 : label.shape[0] // 2] = 1
-        path = self.folder / "label.nii.gz"
-        nib.save(nib.Nifti1Image(label, np.diag([-1.5, -1.5, 3, 1])), path)
-        with open(path, "rb") as file:
-            return requests.put(
-                f"{self.url}/datastore/label?image={image}", files={"label": file}, timeout=60
-            ).status_code
+        url, content = (
+            f"{self.url}/datastore/label?image={image}",
+            gzip.compress(nib.Nifti1Image(label, AFFINE).to_bytes()),
+        )
+        return requests.put(url, files={"label": ("label.nii.gz", content)}, timeout=60).status_code
 
     def train(self, model: str) -> int:
         body = {"max_epochs": 1, "val_split": 0.5, "multi_gpu": False}
@@ -133,12 +121,8 @@ def one_request(server: Server, rng: random.Random) -> tuple[str, bool]:
     model, image = rng.choice(server.models), rng.choice(list(server.images))
     kind = rng.choices(["infer", "upload", "refused", "submit", "sample", "train"], [12, 3, 4, 2, 2, 0.3])[0]
     if kind == "infer":
-        options = {
-            "mirroring": rng.random() < 0.2,
-            "overlap": rng.choice([0.25, 0.5]),
-            "threshold": rng.choice([0.3, 0.5]),
-        }
-        return kind, server.infer(model, image, **options) == 200
+        options = {"overlap": rng.choice([0.25, 0.5]), "threshold": rng.choice([0.3, 0.5])}
+        return kind, server.infer(model, image, mirroring=rng.random() < 0.2, **options) == 200
     if kind == "upload":
         return kind, server.infer(model, image, upload=True) == 200
     if kind == "refused":

@@ -50,7 +50,7 @@ def main() -> None:
     image = gaussian_filter(random.normal(size=SHAPE), 1.2) * 2000 + random.normal(size=SHAPE) * 60
     labels = np.digitize(gaussian_filter(random.normal(size=SHAPE), 2.0), [0.0, 0.03, 0.06]).astype(np.uint8)
     labels[:, :5] = 0
-    image, labels = image.round().astype(np.int16), labels
+    image = image.round().astype(np.int16)
     found |= {"image": image, "labels": labels, "spacings": np.array(SPACINGS)}
     for i, (old, new) in enumerate(SPACINGS):
         found[f"image_{i}"] = resample_data_or_seg_to_spacing(
@@ -58,14 +58,8 @@ def main() -> None:
         )[0]
         found[f"labels_{i}"] = resample_data_or_seg_to_spacing(labels[None].copy(), old, new, True, 1, 0, None)[0]
 
-    island = np.where(
-        np.add.outer(
-            np.add.outer(np.linspace(-1, 1, 14) ** 2, np.linspace(-1.2, 1, 26) ** 2), np.linspace(-1, 1.3, 22) ** 2
-        )
-        < 0.9,
-        image.clip(-900) + 1200,
-        0,
-    )
+    axes = np.meshgrid(np.linspace(-1, 1, 14), np.linspace(-1.2, 1, 26), np.linspace(-1, 1.3, 22), indexing="ij")
+    island = np.where(sum(axis**2 for axis in axes) < 0.9, image.clip(-900) + 1200, 0)
     island[7, 13, 9] = 0
     island_labels = np.where(island > 0, labels, 0).astype(np.uint8)
     found |= {"island": island.astype(np.int16), "island_labels": island_labels}
@@ -105,15 +99,8 @@ def fingerprints(random) -> dict[str, np.ndarray]:
         drawn.append(DatasetFingerprintExtractor.collect_foreground_intensities(seg, data, num_samples=1_000_000)[0][0])
     pooled = np.concatenate(drawn)
     lower, median, upper = np.percentile(pooled, (0.5, 50.0, 99.5))
-    names = {
-        "mean": pooled.mean(dtype=float),
-        "sd": pooled.std(dtype=float),
-        "median": median,
-        "lower": lower,
-        "upper": upper,
-        "min": pooled.min(),
-        "max": pooled.max(),
-    }
+    names = {"mean": pooled.mean(dtype=float), "sd": pooled.std(dtype=float), "median": median, "lower": lower}
+    names |= {"upper": upper, "min": pooled.min(), "max": pooled.max()}
     return found | {"statistics": np.array(json.dumps({name: float(value) for name, value in names.items()}))}
 
 

@@ -20,11 +20,8 @@ import sys
 from pathlib import Path
 
 WORK, DATA = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
-for variable, folder in (
-    ("nnUNet_raw_data_base", "raw"),
-    ("nnUNet_preprocessed", "pre"),
-    ("RESULTS_FOLDER", "results"),
-):
+FOLDERS = {"nnUNet_raw_data_base": "raw", "nnUNet_preprocessed": "pre", "RESULTS_FOLDER": "results"}
+for variable, folder in FOLDERS.items():
     (WORK / folder).mkdir(parents=True, exist_ok=True)
     os.environ[variable] = str(WORK / folder)
 os.environ |= {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
@@ -41,17 +38,14 @@ from nnunet.training.network_training import nnUNetTrainerV2 as trainers  # noqa
 
 torch.load = functools.partial(torch.load, weights_only=False)
 SOFTMAX = trainers.softmax_helper
+CUBES = {"pool_op_kernel_sizes": [[2, 2, 2], [2, 2, 2]], "conv_kernel_sizes": [[3, 3, 3]] * 3}
 MODELS = {
     "softmax": {
         "task": "Task004_Hippocampus",
         "labels": {0: 0, 1: 1, 2: 2},
         "cases": 6,
         "folds": [0, 1],
-        "plans": {
-            "patch_size": np.array([32, 40, 32]),
-            "pool_op_kernel_sizes": [[2, 2, 2], [2, 2, 2]],
-            "conv_kernel_sizes": [[3, 3, 3]] * 3,
-        },
+        "plans": {"patch_size": np.array([32, 40, 32]), **CUBES},
     },
     "anisotropic": {
         "task": "Task901_SarcomaCT",
@@ -74,8 +68,7 @@ MODELS = {
         "plans": {
             "patch_size": np.array([48, 48, 40]),
             "current_spacing": np.array([2.0, 2.5, 2.0]),
-            "pool_op_kernel_sizes": [[2, 2, 2], [2, 2, 2]],
-            "conv_kernel_sizes": [[3, 3, 3]] * 3,
+            **CUBES,
         },
     },
 }
@@ -96,10 +89,8 @@ def write_raw(model: dict) -> list[Path]:
         labels = nib.load(source / "labelsTr" / path.name)
         values = np.zeros(max(model["labels"]) + 1, np.uint8)
         values[list(model["labels"])] = list(model["labels"].values())
-        nib.save(
-            nib.Nifti1Image(values[np.asarray(labels.dataobj).astype(int)], labels.affine),
-            folder / "labelsTr" / path.name,
-        )
+        renumbered = values[np.asarray(labels.dataobj).astype(int)]
+        nib.save(nib.Nifti1Image(renumbered, labels.affine), folder / "labelsTr" / path.name)
     cases = [{"image": f"./imagesTr/{p.name}", "label": f"./labelsTr/{p.name}"} for p in images[: model["cases"]]]
     numbers = {str(value): str(value) for value in model["labels"].values()}
     told = {"name": model["task"], "modality": declared["modality"], "labels": numbers, "training": cases, "test": []}
@@ -120,14 +111,9 @@ class Planner(ExperimentPlanner3D_v21):
         last = self.plans["plans_per_stage"][max(self.plans["plans_per_stage"])]
         stage = {**last, "batch_size": 2, "do_dummy_2D_data_aug": False, **model["plans"]}
         self.plans_per_stage = {0: stage}
-        self.transpose_forward = model.get("transpose", self.transpose_forward)
-        self.plans |= {
-            "num_stages": 1,
-            "plans_per_stage": self.plans_per_stage,
-            "base_num_features": 8,
-            "transpose_forward": self.transpose_forward,
-            "transpose_backward": [list(self.transpose_forward).index(axis) for axis in range(3)],
-        }
+        self.transpose_forward = forward = model.get("transpose", self.transpose_forward)
+        self.plans |= {"num_stages": 1, "plans_per_stage": self.plans_per_stage, "base_num_features": 8}
+        self.plans |= {"transpose_forward": forward, "transpose_backward": np.argsort(forward).tolist()}
         super().save_my_plans()
 
 
@@ -144,14 +130,10 @@ def train(model: dict, iterations: int) -> Path:
         plans, folder, data, batch_dice, stage, kind = get_default_configuration("3d_fullres", task, "nnUNetTrainerV2")
         name = "all" if fold == "all" else f"fold_{fold}"
         if not (Path(folder) / name / "model_final_checkpoint.model").exists():
-            trainer = kind(
-                plans, fold, folder, data, batch_dice, stage, unpack_data=True, deterministic=True, fp16=False
-            )
-            trainer.max_num_epochs, trainer.num_batches_per_epoch, trainer.num_val_batches_per_epoch = (
-                4,
-                iterations // 4,
-                1,
-            )
+            options = {"unpack_data": True, "deterministic": True, "fp16": False}
+            trainer = kind(plans, fold, folder, data, batch_dice, stage, **options)
+            trainer.max_num_epochs, trainer.num_val_batches_per_epoch = 4, 1
+            trainer.num_batches_per_epoch = iterations // trainer.max_num_epochs
             trainer.initialize(True)
             trainer.run_training()
     return Path(folder)

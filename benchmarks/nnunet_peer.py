@@ -36,26 +36,26 @@ from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import
 predict_from_raw_data.recursive_find_trainer_class_by_name = lambda name: Trainer
 CASES = 6
 HALF = torch.half
+HIPPOCAMPUS = {
+    "source": "Task004_Hippocampus",
+    "patch": [32, 40, 32],
+    "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+    "kernels": [[3, 3, 3]] * 3,
+}
 MODELS = {
     "softmax": {
+        **HIPPOCAMPUS,
         "id": 4,
-        "source": "Task004_Hippocampus",
         "channel_names": {"0": "MRI"},
         "labels": {"background": 0, "anterior": 1, "posterior": 2},
-        "patch": [32, 40, 32],
-        "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
-        "kernels": [[3, 3, 3]] * 3,
         "folds": [0, 1],
     },
     "regions": {
+        **HIPPOCAMPUS,
         "id": 5,
-        "source": "Task004_Hippocampus",
         "channel_names": {"0": "noNorm"},
         "labels": {"background": 0, "hippocampus": [1, 2], "posterior": [2]},
         "regions_class_order": [1, 2],
-        "patch": [32, 40, 32],
-        "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
-        "kernels": [[3, 3, 3]] * 3,
         "folds": ["all"],
         "residual": True,
         "transpose": [1, 0, 2],
@@ -112,7 +112,7 @@ def edit_plans(path: Path, model: dict) -> dict:
     configuration["normalization_schemes"] = model.get("schemes", configuration["normalization_schemes"])
     if "transpose" in model:
         plans["transpose_forward"] = model["transpose"]
-        plans["transpose_backward"] = [model["transpose"].index(i) for i in range(3)]
+        plans["transpose_backward"] = np.argsort(model["transpose"]).tolist()
     path.write_text(json.dumps(plans))
     return plans
 
@@ -169,13 +169,8 @@ def predict(name: str, dataset: str, model: dict, images: list[Path]) -> None:
             for parameters in predictor.list_of_parameters:
                 predictor.network.load_state_dict(parameters)
                 logits.append(predictor.network.eval()(patch))
-        np.savez_compressed(
-            out / f"{case}.npz",
-            image=patch.numpy(),
-            logits=torch.stack(logits).mean(0).numpy(),
-            prepared=data,
-            resampled_first=first,
-        )
+        mean = torch.stack(logits).mean(0).numpy()
+        np.savez_compressed(out / f"{case}.npz", image=patch.numpy(), logits=mean, prepared=data, resampled_first=first)
     (out / "info.json").write_text(json.dumps({"folder": str(folder), "images": [str(path) for path in images]}))
 
 

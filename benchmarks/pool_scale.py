@@ -20,7 +20,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -135,25 +136,17 @@ def worker(data: str, store: str) -> dict:
 # ---- the parts together ----------------------------------------------------------------------------------------------
 
 
-def timed(sender, part: Callable[..., dict], arguments: Sequence[str]) -> None:
-    """What a part answers, with its seconds; runs in a child."""
+def timed(part: Callable[..., dict], *arguments: str) -> dict:
+    """What a part answers, with its seconds."""
     began, used = time.perf_counter(), time.process_time()
     answer = part(*arguments)
-    sender.send({"wall": time.perf_counter() - began, "cpu": time.process_time() - used, **answer})
+    return {"wall": time.perf_counter() - began, "cpu": time.process_time() - used, **answer}
 
 
 def run(part: Callable[..., dict], *arguments: object) -> dict:
     """A part in a process of its own, forked from this one, which has imported everything."""
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=timed, args=(sender, part, [str(argument) for argument in arguments]))
-    child.start()
-    sender.close()
-    try:
-        answer = receiver.recv()
-    except EOFError:
-        sys.exit(f"{part.__name__} ended without an answer")
-    child.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
+        answer = process.submit(timed, part, *map(str, arguments)).result()
     print(part.__name__, *arguments, {key: round(value, 3) for key, value in answer.items()}, flush=True)
     return answer
 

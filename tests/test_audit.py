@@ -301,3 +301,8 @@ def test_one_patients_structure_is_known_again_in_another_modality(tmp_path):
     pool = DatasetPool({"targets": targets, "datasets": entries}, tmp_path, allow_missing=True)
     findings = check_overlaps(records, [Source(pool)])
     assert [[case for _, case in one.cases] for one in findings if one.kind == "same patient"] == [["ct", "mr"]]
+
+
+def test_a_single_thin_slice_has_no_landmarks():
+    found = describe_image(np.random.default_rng(0).normal(size=(1, 40, 40)).astype(np.float32), (0.5, 0.5, 0.5), "MR")
+    assert not len(found["places_mm"])

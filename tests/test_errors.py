@@ -56,10 +56,11 @@ def test_texts_of_a_command_stay_texts_and_other_values_are_read(monkeypatch):
     for words in (
         ["2024", "--trained_on", "LiTS, KiTS19", "--folds", "[0,1]", "--epochs", "3"],
         ["1e5", "--trained_on=None"],
+        ["None"],
     ):
         monkeypatch.setattr("sys.argv", ["tsfm", "count", *words])
         command_line.main()
-    assert said == [("2024", "LiTS, KiTS19", [0, 1], {"epochs": 3}), ("1e5", None, None, {})]
+    assert said == [("2024", "LiTS, KiTS19", [0, 1], {"epochs": 3}), ("1e5", None, None, {}), ("None", None, None, {})]
 
 
 def test_a_command_says_what_it_cannot_do_without_and_what_no_option_is(monkeypatch):

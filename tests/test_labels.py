@@ -164,7 +164,6 @@ def test_nested_regions_are_declared_in_a_few_lines():
         ({"a": {"part_of": "b"}}, [], "refers to 'b'"),
         ({"a": {"part_of": "b"}, "b": {"inside": "a"}}, [], "circle"),
         ({"a": {"part_of": "b", "inside": "b"}, "b": {}}, [], "both part_of and inside"),
-        ({"a": {"colour": "red"}}, [], "unknown fields"),
         ({"background": {}}, [], "background"),
         ({"a": {}}, [{"name": "x", "labels": {"1": "b"}}], "not among the targets"),
         ({"a": {}}, [{"name": "x", "labels": {"²": "a"}}], "'x': the raw id '²' is no whole number"),
@@ -172,7 +171,6 @@ def test_nested_regions_are_declared_in_a_few_lines():
         ({"a": {}}, [{"name": "x", "labels": {"0": "a"}}], "raw id 0 is the background"),
         ({"a": {}}, [{"name": "x", "labels": {"1": "a"}, "ignore": [1]}], "both uses and ignores"),
         ({"a": {}}, [{"name": "x", "labels": {}}, {"name": "x", "labels": {}}], "share a name"),
-        ({"a": {}}, [{"name": "x", "labels": {}, "others": "ignore"}], "the only choice"),
     ],
 )
 def test_a_table_that_contradicts_itself_is_refused(targets, datasets, message):

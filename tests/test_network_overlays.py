@@ -8,6 +8,7 @@ from conftest import ROOT, rates_of, run_bundle
 from monai.bundle import ConfigParser
 from tsfm.errors import first_cause
 from tsfm.network.networks import create_network
+from tsfm.planning.forecast import Forecast
 from tsfm.planning.planner import plan_patch
 from tsfm.planning.public_weights import read_pretrained
 from tsfm.training.checkpoint import read_description
@@ -96,6 +97,24 @@ def test_a_budget_that_nothing_looks_at_is_named(overlay, settings, said, phanto
     parser = parsed("tsfm_finetune", ["train.json", overlay], phantom_pool, tmp_path, **settings)
     parser.get_parsed_content("planned")
     assert (said in caplog.text) if said else "without effect" not in caplog.text
+
+
+def test_the_plan_names_the_network_that_network_def_puts_in_its_place(phantom_pool, tmp_path, caplog):
+    caplog.set_level("INFO")
+    files, monai = ["train.json", "tsfm_s.json"], {"network_def#name": "monai", "network_def#net": "SegResNet"}
+    found = parsed("tsfm_finetune", files, phantom_pool, tmp_path, patch_size=[16, 32, 32], **monai)
+    found = found.get_parsed_content("planned")
+    assert (found.network, found.patch_size, found.parameters) == ("monai", (16, 32, 32), 0)
+    assert "  network   monai; starts from nothing" in caplog.text and "tsfm_s" not in caplog.text
+    Forecast(str(tmp_path), found).save()
+    back = {"plan": str(tmp_path / "plan.json")}
+    assert (
+        parsed("tsfm_finetune", files[:1], phantom_pool, tmp_path, **back, **monai).get_parsed_content("planned")
+        == found
+    )
+    with pytest.raises(RuntimeError) as refused:
+        parsed("tsfm_finetune", files[:1], phantom_pool, tmp_path, **back).get_parsed_content("planned")
+    assert "network_def#name ('monai')" in str(first_cause(refused.value))
 
 
 @pytest.mark.parametrize("order", [["small.json", "stunet.json"], ["stunet.json", "small.json"]])

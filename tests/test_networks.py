@@ -116,7 +116,7 @@ class TestEveryNetwork:
         loss = PartialLabelLoss(TABLE)
         x = image_for(network)
         codes = (x > 0.5).long()
-        optimizer = torch.optim.Adam(parameter_groups(network, 3e-3), 3e-3)
+        optimizer = torch.optim.Adam(parameter_groups(network), 3e-3)
         values = []
         for _ in range(6):
             optimizer.zero_grad()
@@ -153,7 +153,7 @@ class TestEveryNetwork:
         left = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         assert left and all(len(dict(network.named_parameters())[name]) in (2, 4, 8) for name in left)
         freeze(network, "encoder")
-        assert {group["name"] for group in parameter_groups(network, 0.1)} == {"decoder", "heads"}
+        assert {group["name"] for group in parameter_groups(network)} == {"decoder", "heads"}
 
     def test_takes_over_what_another_task_has_learned(self, kind, tmp_path):
         source = make(kind)

@@ -171,11 +171,17 @@ def test_a_plan_survives_json_with_what_a_run_has_measured():
     assert Plan.from_dict(json.loads(json.dumps(found.to_dict() | {"hours": 3.0}))) == found
 
 
-def test_a_number_of_levels_that_is_asked_for_is_kept():
-    deep = plan((36, 50, 35), (1, 1, 1), "nnunet", levels=6)
+def test_a_familys_number_of_levels_is_kept():
+    deep = plan((36, 50, 35), (1, 1, 1), replace(FAMILIES["nnunet"], levels=(6, 6)))
     assert len(deep.features) == 6 and deep.strides[3:] == ((1, 1, 1), (1, 1, 1)) and deep.patch_size == (40, 56, 40)
-    assert len(plan((128, 128, 128), (1, 1, 1), "nnunet", levels=3).strides) == 2
+    assert len(plan((128, 128, 128), (1, 1, 1), replace(FAMILIES["nnunet"], levels=(3, 3))).strides) == 2
     assert np.prod(plan((9, 6, 5), (1, 1, 1), "tsfm_s", Budget(8)).patch_size) >= 9 * 6 * 5
+
+
+def test_of_a_coarse_spacing_the_patch_that_is_asked_for_sees_a_quarter():
+    options = {"network": "tsfm_s", "budget": Budget(8), "patch_size": (32, 32, 32)}
+    coarse = coarse_spacing(plan((100, 100, 100), (1, 1, 1), **options), **options)
+    assert 0.25 <= 32**3 / prod(100 / mm for mm in coarse) < 0.25 * 1.03**3
 
 
 @pytest.mark.parametrize(

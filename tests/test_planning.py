@@ -23,6 +23,7 @@ from tsfm.network.tsfm_net import TSFM
 from tsfm.options import OptionError, check_options
 from tsfm.planning import own_data
 from tsfm.planning import plan as planning
+from tsfm.planning import plan_run as plan_run_module
 from tsfm.planning.forecast import Forecast
 from tsfm.planning.forecast import plan as show_plan
 from tsfm.planning.parts import freeze
@@ -343,7 +344,7 @@ def test_weights_keep_their_orientation_and_order_at_any_spacing(pool, weights, 
 
 
 def test_a_checkpoints_plan_needs_a_checkpoint(pool, tmp_path):
-    with pytest.raises(ValueError, match="--spacing_mm or --pretrained"):
+    with pytest.raises(ValueError, match="give --pretrained FILE, or numbers"):
         planning.plan_preparation(pool, str(tmp_path))
     with pytest.raises(CheckpointError, match=r"/none\.pt do not exist.*--pretrained"):
         planning.plan_preparation(pool, str(tmp_path), pretrained=str(tmp_path / "none.pt"))
@@ -540,6 +541,17 @@ def test_numbers_and_the_checkpoints_geometry_on_request(pool, weights, tmp_path
             plan_run(pool, str(tmp_path), **{name: "checkpoint"})
     with pytest.raises(ValueError, match="spacing_mm is 'fine'"):
         plan_run(pool, str(tmp_path), "fine")
+
+
+def test_weights_that_a_processor_has_no_time_for_are_planned_by_another_budget(
+    pool, weights, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(plan_run_module, "CPU_STEP_SECONDS", 1e-6)
+    assert plan_run(pool, str(tmp_path), "coarse", pretrained=weights).spacing_mm == (4.0, 2.0, 2.0)
+    assert "weights exceed 1e-06 s a step" in caplog.text and "plan for 8 GB" in caplog.text
+    with pytest.raises(PlanError, match="nothing fits into 1e-06 s a step"):
+        plan_run(pool, str(tmp_path), pretrained=weights, step_seconds=1e-6)
 
 
 def test_a_plan_is_taken_back_from_its_file(pool, tmp_path):

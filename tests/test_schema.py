@@ -44,6 +44,7 @@ def pool_file(root, targets=None, **fields):
         ({"folder": 3}, '"folder" is 3, expected a path'),
         ({"name": "$x"}, "a letter or digit first"),
         ({"others": None}, '"others" is null, expected "background"'),
+        ({"others": "ignore"}, '"others" is "ignore", expected "background"'),
         ({"labels": {"1": "livr"}}, "not among the targets (did you mean 'liver'?)"),
     ],
 )

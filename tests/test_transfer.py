@@ -389,7 +389,7 @@ def test_freezing_what_does_not_exist_is_an_error():
 def test_parts_learn_at_their_own_rates():
     net = network()
     before = weights(net)
-    optimizer = torch.optim.SGD(parameter_groups(net, 0.1, head_lr=0.4, encoder_lr=0.0))
+    optimizer = torch.optim.SGD(parameter_groups(net, head_lr=0.4, encoder_lr=0.0), 0.1)
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -402,17 +402,17 @@ def test_parts_learn_at_their_own_rates():
 def test_groups_hold_every_trainable_parameter_once_also_when_wrapped():
     net = nn.DataParallel(network())
     freeze(net, "encoder")
-    groups = parameter_groups(net, 0.1)
-    assert [(group["name"], group["lr"]) for group in groups] == [("decoder", 0.1), ("heads", 0.1)]
+    groups = parameter_groups(net, head_lr=0.1, encoder_lr=0.2)
+    assert [(group["name"], group.get("lr")) for group in groups] == [("decoder", None), ("heads", 0.1)]
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in net.parameters() if p.requires_grad)
 
 
 def test_a_network_with_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="nothing would be trained"):
-        parameter_groups(network().requires_grad_(False), 0.1)
+        parameter_groups(network().requires_grad_(False))
     with pytest.raises(ValueError, match="none below 0"):
-        parameter_groups(network(), 0.1, head_lr=-1)
+        parameter_groups(network(), head_lr=-1)
 
 
 def test_a_promptable_network_starts_as_the_automatic_one_and_goes_back(pretrained, checkpoint, tmp_path):

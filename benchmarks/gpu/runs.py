@@ -62,11 +62,15 @@ def losses(folder: Path) -> str:
     return ", ".join(f"{float(row['loss']):.4f}" for row in curve(folder))
 
 
+def data(scratch: Path) -> dict[str, object]:
+    """The small runs' phantoms."""
+    return {"dataset_dir": scratch / "data", "datasets": "['msd_liver','msd_pancreas']", "store_dir": scratch / "store"}
+
+
 def train(scratch: Path, name: str, overlays: list[str], launcher: Sequence[str] = (), **options) -> None:
     """One training run and its row."""
     options = {
-        "dataset_dir": scratch / "data", "datasets": "['msd_liver','msd_pancreas']", "store_dir": scratch / "store",
-        "output_dir": scratch / name, "ckpt_dir": "none", "epochs": EPOCHS, "iterations_per_epoch": ITERATIONS,
+        **data(scratch), "output_dir": scratch / name, "ckpt_dir": "none", "epochs": EPOCHS, "iterations_per_epoch": ITERATIONS,
         "val_iterations": 4, "num_workers": 2, **options,
     }  # fmt: skip
     took = training(name, ["small.json", *overlays], launcher, **options)
@@ -117,12 +121,8 @@ def small() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         scratch = Path(folder)
         phantoms.write_pool(str(scratch / "data"), cases_per_dataset=4, datasets=["msd_liver", "msd_pancreas"])
-        options = {
-            "dataset_dir": scratch / "data",
-            "datasets": "['msd_liver','msd_pancreas']",
-            "store_dir": scratch / "store",
-        }
-        took = training("prepare", ["small.json"], run_id="prepare", output_dir=scratch / "x", num_workers=4, **options)
+        options = {"run_id": "prepare", "output_dir": scratch / "x", "num_workers": 4}
+        took = training("prepare", ["small.json"], **data(scratch), **options)
         record("runs", run="prepare 8 phantoms", s=round(took))
         jobs = {
             "plain": lambda: train(scratch, "plain", []),

@@ -27,9 +27,9 @@ from tsfm.training.steps import TrainStep
 
 PATCH = (32, 32, 32) if TINY else (112, 160, 192)
 TARGETS = 5 if TINY else 31
-STRIDES = ((2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
+STRIDES = ((2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 2) if TINY else (1, 2, 2))
 SMALL = {
-    "features": (8, 16, 16, 16, 16, 16), "depths_down": (1,) * 6, "depths_up": (1,) * 5, "strides": (*STRIDES[:4], (1, 1, 2)),
+    "features": (8, 16, 16, 16, 16, 16), "depths_down": (1,) * 6, "depths_up": (1,) * 5, "strides": STRIDES,
     "hidden_size": 24, "num_layers": 2, "num_heads": 2, "mlp_dim": 32,
 }  # fmt: skip
 USUAL = {
@@ -84,17 +84,15 @@ def build(name: str, checkpointing: bool = False) -> torch.nn.Module:
         if name == "STU-Net-H":
             import medim
 
-            strides = (*STRIDES[:4], (1, 1, 2) if TINY else STRIDES[4])
-            network = medim.create_model(
-                "STU-Net-S" if TINY else name, input_channels=1, num_classes=TARGETS, strides=strides
-            )
+            options = {"input_channels": 1, "num_classes": TARGETS, "strides": STRIDES}
+            network = medim.create_model("STU-Net-S" if TINY else name, **options)
             network.decoder.deep_supervision = True
             return network
         from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 
         return ResidualEncoderUNet(
             1, 6, [8] * 6 if TINY else [32, 64, 128, 256, 320, 320], torch.nn.Conv3d, 3,
-            [(1, 1, 1), *STRIDES[:4], (1, 1, 2) if TINY else STRIDES[4]], [1] * 6 if TINY else [1, 3, 4, 6, 6, 6], TARGETS,
+            [(1, 1, 1), *STRIDES], [1] * 6 if TINY else [1, 3, 4, 6, 6, 6], TARGETS,
             [1] * 5, True, torch.nn.InstanceNorm3d, {"eps": 1e-5, "affine": True}, None, None, torch.nn.LeakyReLU,
             {"inplace": True}, True,
         )  # fmt: skip
@@ -102,8 +100,8 @@ def build(name: str, checkpointing: bool = False) -> torch.nn.Module:
 
 def engine(network, size: int, sgd: str) -> SimpleNamespace:
     """What TrainStep asks of MONAI's trainer."""
-    fast = {"fused": {"fused": True}, "foreach": {"foreach": True}}[sgd]
-    optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.99, nesterov=True, weight_decay=1e-3, **fast)
+    options = {"momentum": 0.99, "nesterov": True, "weight_decay": 1e-3, sgd: True}
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, **options)
     return SimpleNamespace(
         network=network, optimizer=optimizer, loss_function=PartialLabelLoss(table()),
         inferer=lambda inputs, net: net(inputs), state=SimpleNamespace(device=DEVICE, output=None, iteration=0, epoch=1, epoch_length=10**6),

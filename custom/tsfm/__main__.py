@@ -197,8 +197,9 @@ def _wrong(function: Callable[..., Any], words: Sequence[str]) -> str:
 
 def _as_said(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same command, whose texts stay texts: fire would make "LiTS, KiTS19" a tuple, and 2024 a number."""
-    texts = [key for key, one in signature(function).parameters.items() if one.annotation in ("str", "str | None")]
-    return SetParseFns(**dict.fromkeys(texts, lambda text: None if text == "None" else text))(function)
+    read = {"str": str, "str | None": lambda text: None if text == "None" else text}
+    texts = {key: one.annotation for key, one in signature(function).parameters.items() if one.annotation in read}
+    return SetParseFns(**{key: read[annotation] for key, annotation in texts.items()})(function)
 
 
 def main() -> None:

@@ -14,14 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from .names import unknown_names
 from .schema import NAME_RULE, is_plain_name, nearest, read_json
 
 RELATIONS = ("part_of", "inside")
 
 LABEL_MAP = "label_map"
-
-TARGET_FIELDS = {*RELATIONS, "lesion", "tolerance_mm", "display", "snomed", "_desc_"}
 
 LESION_ENDINGS = ("tumor", "tumour", "lesion", "cyst", "cancer", "metastasis")
 
@@ -246,9 +243,6 @@ class LabelTable:
 
     def _check_targets(self) -> None:
         for name, entry in self._entries.items():
-            unknown = unknown_names(sorted(set(entry) - TARGET_FIELDS), TARGET_FIELDS)
-            if unknown:
-                raise LabelError(f"target '{name}': unknown fields {unknown}; known: {sorted(TARGET_FIELDS)}")
             if sum(key in entry for key in RELATIONS) > 1:
                 raise LabelError(f"target '{name}' is both part_of and inside; choose one")
             seen = [name]
@@ -319,10 +313,7 @@ def _dataset_rules(entry: Mapping[str, Any]) -> dict[str, Any]:
     ignore = tuple(int(raw) for raw in entry.get("ignore", ()))
     if set(ignore) & {0, *labels}:
         raise LabelError(f"data set '{name}' both uses and ignores {sorted(set(ignore) & {0, *labels})}")
-    others = entry.get("others")
-    if others not in (None, "background"):
-        raise LabelError(f'data set \'{name}\': "others" is {others!r}; the only choice is "background"')
-    return {"labels": labels, "ignore": ignore, "others": others}
+    return {"labels": labels, "ignore": ignore, "others": entry.get("others")}
 
 
 def is_lesion(table: LabelTable, target: str) -> bool:

@@ -242,7 +242,7 @@ DATASET = kind(
             ),
         ),
         "ignore": kind("array", "a list of raw ids (whole numbers)", items=kind("integer", "a raw id (whole number)")),
-        "others": kind("string", '"background"'),
+        "others": kind("string", '"background"', enum=["background"]),
         "exclude": CASES,
         "patient": kind(
             "object",

@@ -33,12 +33,10 @@ def phantoms(
         raise ValueError(f"cases_per_dataset is {cases}; expected 1 or more")
     if size is not None and (isinstance(size, int) or len(size) != 3):
         raise ValueError(f"size is {size!r}; expected three numbers of voxels along (S, P, L), like [64,80,96]")
-    downstream = ("brats2020", "kits19", "abdomenct1k")
-    write = {name: getattr(writers, f"write_{name}") for name in downstream}
-    write |= {"demo": writers.write_pool, "all_ten": writers.write_all_ten}
-    names = downstream if layouts == "downstream" else (layouts,)
+    write = {"demo": writers.write_pool, "all_ten": writers.write_all_ten, **writers.DOWNSTREAM}
+    names = list(writers.DOWNSTREAM) if layouts == "downstream" else [layouts]
     if not write.keys() >= set(names):
-        raise ValueError(f"layouts is {layouts!r}; expected one of {['demo', 'all_ten', 'downstream', *downstream]}")
+        raise ValueError(f"layouts is {layouts!r}; expected one of {[*write, 'downstream']}")
     for name in names:
         write[name](output_dir, cases, seed=seed, **({} if size is None else {"size": tuple(size)}))
     print(f"phantoms written below {os.path.abspath(output_dir)}")

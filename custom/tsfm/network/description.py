@@ -133,7 +133,7 @@ LABELS = _object(
         "name": NAME,
         "labels": _map("an object from raw ids to lists of targets", NAMES),
         "ignore": _list("a list of raw ids", kind("integer", "a raw id (whole number)")),
-        "others": NAME,
+        "others": kind("string", '"background"', enum=["background"]),
     },
     ["name", "labels"],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, inf, prod
 
 from ..network.networks import LEVEL_STRIDES, STUNET_SIZES, STUNET_STRIDES
 from ..network.tsfm_net import DEFAULT_SKIP
@@ -37,14 +37,15 @@ class Topology:
         return found
 
 
-def topology(spacing_mm: Sequence[float], patch_size: Sequence[float], levels: int | None = None) -> Topology:
+def topology(spacing_mm: Sequence[float], patch_size: Sequence[float], least: int = 1, most: float = inf) -> Topology:
     """nnU-Net's strides and kernels: an axis is halved once its spacing is within a factor 2 of the finest.
 
-    Until then its kernel and stride are 1. `levels` asks for so many levels: more steps have stride 1, fewer stop earlier.
+    Until then its kernel and stride are 1. At least `least` levels, of which those that the rule has not have stride 1, and
+    at most `most`.
     """
     spacing, size = [float(s) for s in spacing_mm], [float(n) for n in patch_size]
     strides, kernels, kernel = [], [], [1, 1, 1]
-    while levels is None or len(strides) < levels - 1:
+    while len(strides) < most - 1:
         axes = [a for a in range(3) if size[a] >= 2 * MIN_EDGE]
         finest = min((spacing[a] for a in axes), default=0)
         axes = [a for a in axes if spacing[a] / finest < 2]
@@ -55,7 +56,7 @@ def topology(spacing_mm: Sequence[float], patch_size: Sequence[float], levels: i
         strides.append(tuple(2 if a in axes else 1 for a in range(3)))
         for a in axes:
             spacing[a], size[a] = spacing[a] * 2, ceil(size[a] / 2)
-    more = 0 if levels is None else levels - 1 - len(strides)
+    more = max(0, least - 1 - len(strides))
     strides, kernels = strides + [(1, 1, 1)] * more, kernels + [(3, 3, 3)] * (more + 1)
     return fitted(strides, kernels, patch_size)
 
@@ -74,9 +75,9 @@ class Family:
     base, cap: channels of the finest level, doubled per level up to cap. blocks_down, blocks_up: per level, finest first;
     the last entry goes on; `bottom` replaces it at the lowest level. kind: ``plain``, ``residual``, ``tsfm`` or ``fixed``.
     reference, reference_gb: nnU-Net's currency: so many feature map values of one sample fill so many GB with a batch of 2.
-    dataset_share: a batch holds at most this share of the data set's voxels. levels: most levels. widths: the channels, where
-    they follow no rule (weights). strides, kernel_sizes: where they are given; patch: of a network that is as deep as
-    it is (kind ``fixed``), whose patch is no larger than that. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim. skip: TSFM's.
+    dataset_share: a batch holds at most this share of the data set's voxels. levels: at least, at most. widths: the channels, where
+    they follow no rule (weights). strides, kernel_sizes: where they are given, with the patch that is theirs; ``fixed``
+    networks have them. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim. skip: TSFM's.
     """
 
     name: str
@@ -85,11 +86,11 @@ class Family:
     cap: int
     blocks_down: tuple[int, ...]
     blocks_up: tuple[int, ...]
-    reference: float = 0.0
+    reference: float = 1.0
     reference_gb: float = 8.0
     dataset_share: float = 0.05
     bottom: int | None = None
-    levels: int | None = None
+    levels: tuple[int, float] = (1, inf)
     transformer: tuple[int, int, int, int] = (0, 0, 0, 0)
     skip: str = DEFAULT_SKIP
     widths: tuple[int, ...] | None = None
@@ -107,6 +108,13 @@ class Family:
             down[-1] = self.bottom
         return tuple(down), tuple(self.blocks_up[min(i, len(self.blocks_up) - 1)] for i in range(levels - 1))
 
+    def lay_out(self, spacing_mm: Sequence[float], patch_size: Sequence[float]) -> Topology:
+        """Its own strides, else those of nnU-Net's rule, and the smallest patch from `patch_size` that they divide."""
+        if self.strides:
+            kernels = self.kernel_sizes or ((3, 3, 3),) * (len(self.strides) + 1)
+            return fitted(self.strides, kernels, patch_size)
+        return topology(spacing_mm, patch_size, *self.levels)
+
 
 def _stunet(size: str) -> Family:
     width, depth = STUNET_SIZES[size]
@@ -121,10 +129,12 @@ FAMILIES = {
         Family("nnunet_resenc_m", "residual", 32, 320, (1, 3, 4, 6), (1,), 680e6, 8, 1.0),
         Family("nnunet_resenc_l", "residual", 32, 320, (1, 3, 4, 6), (1,), 2100e6, 24, 1.0),
         Family("nnunet_resenc_xl", "residual", 32, 320, (1, 3, 4, 6), (1,), 3600e6, 40, 1.0),
-        Family("tsfm_s", "tsfm", 8, 80, (1,), (1,), levels=6, transformer=(48, 2, 3, 96)),
-        Family("tsfm_b", "tsfm", 32, 320, (1,), (1,), levels=6, transformer=(192, 6, 6, 768)),
-        Family("tsfm_l", "tsfm", 48, 1024, (2,), (2,), levels=6, transformer=(576, 12, 12, 2304)),
-        Family("tsfm_h", "tsfm", 64, 2048, (2,), (2, 2, 2, 2, 3), bottom=4, levels=6, transformer=(768, 12, 12, 3072)),
+        Family("tsfm_s", "tsfm", 8, 80, (1,), (1,), levels=(2, 6), transformer=(48, 2, 3, 96)),
+        Family("tsfm_b", "tsfm", 32, 320, (1,), (1,), levels=(2, 6), transformer=(192, 6, 6, 768)),
+        Family("tsfm_l", "tsfm", 48, 1024, (2,), (2,), levels=(2, 6), transformer=(576, 12, 12, 2304)),
+        Family(
+            "tsfm_h", "tsfm", 64, 2048, (2,), (2, 2, 2, 2, 3), bottom=4, levels=(2, 6), transformer=(768, 12, 12, 3072)
+        ),
         Family("swinunetr", "fixed", 48, 768, (2,), (1,), strides=LEVEL_STRIDES, patch=(96, 96, 96)),
         *map(_stunet, STUNET_SIZES),
     )
@@ -143,6 +153,17 @@ class Cost:
     macs: int
     parameters: int
     computed: int
+
+
+def step_cost(
+    family: Family, found: Topology, in_channels: int, out_channels: int, checkpointing: bool | str = False
+) -> Cost:
+    """Of any family; of a ``fixed`` one nothing is known: zeros."""
+    if family.kind == "fixed":
+        return Cost(0, 0, 0, 0)
+    if family.kind == "tsfm":
+        return tsfm_cost(family, found, in_channels, out_channels, checkpointing)
+    return unet_cost(family, found, in_channels, out_channels)
 
 
 def unet_cost(family: Family, found: Topology, in_channels: int, out_channels: int) -> Cost:

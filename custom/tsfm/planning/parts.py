@@ -22,14 +22,16 @@ def freeze(network: nn.Module, what: str) -> nn.Module:
     """
     if what not in FREEZE:
         raise ValueError(f"freeze is {what!r}; expected one of {', '.join(FREEZE)}")
-    parts = [part_of(name, parts_of(network)) for name, _ in network.named_parameters()]
-    if what != "none" and not {"encoder", "heads"} <= set(parts):
+    parts = _parts(network)
+    if what != "none" and not {"encoder", "heads"} <= {part for part, *_ in parts}:
         raise ValueError(f"freeze={what!r} needs a network with the parts of TSFM; {type(network).__name__} lacks them")
-    for part, parameter in zip(parts, network.parameters(), strict=True):
-        frozen = part != "heads" if what == "all_but_heads" else part == what
-        parameter.requires_grad_(not frozen)
-    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
-    if drawn := [name for name in frozen if name in getattr(network, "fresh", ())]:
+    fresh, drawn = getattr(unwrap(network), "fresh", ()), []
+    for part, name, parameter in parts:
+        is_frozen = part != "heads" if what == "all_but_heads" else part == what
+        parameter.requires_grad_(not is_frozen)
+        if is_frozen and name in fresh:
+            drawn.append(name)
+    if drawn:
         raise ValueError(
             f"freeze is {what!r}, but nothing pretrained fills {drawn[0]}{f' and {len(drawn) - 1} more' * (len(drawn) > 1)}: they "
             "would stay as they were drawn at random. Give weights that have them (--pretrained), or leave --freeze out"
@@ -39,38 +41,33 @@ def freeze(network: nn.Module, what: str) -> nn.Module:
 
 def part_of(name: str, parts: Parts = PARTS) -> str:
     """``"encoder"``, ``"decoder"`` or ``"heads"``: the part of the network that a parameter's `name` belongs to."""
-    for wrapper in ("module.", "_orig_mod."):
-        name = name.removeprefix(wrapper)
     return "encoder" if re.match(parts.encoder, name) else "heads" if re.match(parts.head, name) else "decoder"
 
 
-def parts_of(network: nn.Module) -> Parts:
-    """The parts of a network, wrapped or not; TSFM's where it declares none."""
-    return getattr(unwrap(network), "parts", PARTS)
+def _parts(network: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
+    """Part, name and parameter, of a network wrapped or not; by TSFM's parts where it declares none."""
+    own = unwrap(network)
+    known = getattr(own, "parts", PARTS)
+    return [(part_of(name, known), name, parameter) for name, parameter in own.named_parameters()]
 
 
 def parameter_groups(
-    network: nn.Module,
-    learning_rate: float | None = None,
-    head_lr: float | None = None,
-    encoder_lr: float | None = None,
+    network: nn.Module, head_lr: float | None = None, encoder_lr: float | None = None
 ) -> list[dict[str, Any]]:
     """Groups for the optimizer, each with its own learning rate; frozen parameters and empty groups are left out.
 
-    `head_lr` and `encoder_lr` are `learning_rate` unless given, and that (None) the optimizer's own ``lr``.
+    The decoder has the optimizer's ``lr``, and so have heads and encoder unless `head_lr` and `encoder_lr` are given.
 
     Raises:
         ValueError: a negative rate, or nothing left to train.
     """
-    rates = {"encoder": encoder_lr, "decoder": learning_rate, "heads": head_lr}
-    rates = {part: learning_rate if rate is None else rate for part, rate in rates.items()}
-    if min(rate for rate in (*rates.values(), 0) if rate is not None) < 0:
+    rates = {"encoder": encoder_lr, "decoder": None, "heads": head_lr}
+    if any(rate is not None and rate < 0 for rate in rates.values()):
         raise ValueError(f"learning rates are {rates}; expected none below 0")
     groups: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
-    parts = parts_of(network)
-    for name, parameter in network.named_parameters():
+    for part, _, parameter in _parts(network):
         if parameter.requires_grad:
-            groups[part_of(name, parts)].append(parameter)
+            groups[part].append(parameter)
     if not any(groups.values()):
         raise ValueError(
             f"{type(network).__name__} has no parameter that requires a gradient: nothing would be trained"

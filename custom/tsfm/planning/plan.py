@@ -63,53 +63,51 @@ def plan_preparation(
         spacing_mm, ct_normalization = (
             "checkpoint" if isinstance(value, str) else value for value in (spacing_mm, ct_normalization)
         )
-    known = {} if pretrained is None else pretrained_description(pretrained)["preparation"]
-    for name, value in (("spacing_mm", spacing_mm), ("ct_normalization", ct_normalization)):
-        if value == "checkpoint" and not known:
-            raise ValueError(
-                f"{name} is 'checkpoint', but there are no pretrained weights: give --{name} or --pretrained"
-            )
-    spacing = known["spacing_mm"] if spacing_mm == "checkpoint" else spacing_mm
-    orientation = known.get("orientation", "SPL")
-    if spacing == "auto":
-        found = pool_fingerprint(pool, store_dir, num_workers, orientation)
-        spacing = plan_spacing(found.spacings_mm, found.shapes)
-        logger.info("target spacing by nnU-Net's rule: %s mm (S, P, L)", [round(float(side), 3) for side in spacing])
-    masked = dict(known.get("masked", {}))
-    rules = known.get("channels", ()) if len(known.get("channels", ())) == in_channels else ()
-    has_ct = bool(pool.entries) and any(item["modality"] == "CT" for item in pool.cases)
-    if ct_normalization == "checkpoint" and has_ct and "CT" not in known.get("intensity", {}) and not rules:
+    by_weights = pretrained is not None or "checkpoint" in (spacing_mm, ct_normalization)
+    known = pretrained_description(pretrained)["preparation"] if by_weights else {}
+    orientation, channels = known.get("orientation", "SPL"), known.get("channels", ())
+    intensity, masked = dict(known.get("intensity", {})), dict(known.get("masked", {}))
+    modalities = [item["modality"] for item in pool.cases] if pool.entries else [known.get("default_modality")]
+    has_ct = bool(pool.entries) and "CT" in modalities
+    if len(channels) != in_channels:
+        channels = ()
+    if ct_normalization == "checkpoint" and has_ct and "CT" not in intensity and not channels:
         logger.warning(
             "the pretrained weights never saw CT of %s: its normalization follows from the fingerprint of this data",
             counted(in_channels, "channel"),
         )
         ct_normalization = "fingerprint"
-    if ct_normalization == "checkpoint":
-        intensity = dict(known.get("intensity", {}))
+    spacing = known["spacing_mm"] if spacing_mm == "checkpoint" else spacing_mm
+    if spacing == "auto" or ct_normalization == "fingerprint":
+        found = pool_fingerprint(pool, store_dir, num_workers, orientation)
+    if spacing == "auto":
+        spacing = plan_spacing(found.spacings_mm, found.shapes)
+        logger.info("target spacing by nnU-Net's rule: %s mm (S, P, L)", [round(float(side), 3) for side in spacing])
+    if ct_normalization == "fingerprint":
+        masked |= {name: share for name, share in found.masked.items() if name != "CT"}
+        intensity = {"CT": _measured_ct(pool, found)} if has_ct else {}
     elif isinstance(ct_normalization, Mapping):
         intensity = {"CT": dict(ct_normalization)}
-    elif ct_normalization == "fingerprint":
-        found = pool_fingerprint(pool, store_dir, num_workers, orientation)
-        masked |= {name: share for name, share in found.masked.items() if name != "CT"}
-        if has_ct and "CT" not in found.intensity:
-            raise PoolError(
-                f"{pool.source}: no CT case has a labelled voxel, so there is nothing to normalize CT by; check the labels, "
-                "or give --ct_normalization \"{'lower': ..., 'upper': ..., 'mean': ..., 'sd': ...}\""
-            )
-        ct = found.intensity.get("CT", {})
-        intensity = {"CT": {key: ct[key] for key in ("lower", "upper", "mean", "sd")}} if has_ct else {}
-    else:
+    elif ct_normalization != "checkpoint":
         raise ValueError(
             f"ct_normalization is {ct_normalization!r}; expected 'checkpoint', 'fingerprint' or four numbers"
         )
-    modality = known.get("default_modality") if not pool.entries else pool.cases[0]["modality"]
     result = Preparation(
-        tuple(spacing), intensity, in_channels, modality, masked, rules if ct_normalization == "checkpoint" else (), orientation,
-        known.get("resample_first", False),
+        tuple(spacing), intensity, in_channels, modalities[0], masked, channels if ct_normalization == "checkpoint" else (),
+        orientation, known.get("resample_first", False),
     )  # fmt: skip
     if pool.entries and rank() == 0:
         logger.info("images: %s", describe_images(pool, result))
     return result
+
+
+def _measured_ct(pool: DatasetPool, found: Fingerprint) -> dict[str, float]:
+    if "CT" not in found.intensity:
+        raise PoolError(
+            f"{pool.source}: no CT case has a labelled voxel, so there is nothing to normalize CT by; check the labels, "
+            "or give --ct_normalization \"{'lower': ..., 'upper': ..., 'mean': ..., 'sd': ...}\""
+        )
+    return {key: found.intensity["CT"][key] for key in ("lower", "upper", "mean", "sd")}
 
 
 def describe_images(pool: DatasetPool, preparation: Preparation) -> str:

@@ -18,12 +18,12 @@ import torch
 from ..cases.folders import PoolError
 from ..cases.pool import DatasetPool
 from ..network.networks import LEVEL_STRIDES
-from ..preparation.fingerprint import Fingerprint, fit_patch, plan_spacing
+from ..preparation.fingerprint import Fingerprint, plan_spacing
 from ..schema import FileError, read_json
 from .families import FAMILIES, Family
 from .own_data import pretrained_description
 from .plan import pool_fingerprint
-from .planner import MIN_BATCH, Budget, Plan, PlanError, coarse_spacing, plan, shown
+from .planner import MIN_BATCH, Budget, Plan, PlanError, coarse_spacing, plan, plan_patch, shown
 from .turns import rank
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def plan_run(
     checkpointing: bool | str = False,
     plan_file: str | None = None,
     num_workers: int = 0,
+    network_name: str | None = None,
 ) -> Plan:
     """The plan of a fine-tuning run, by nnU-Net's rule from the data; printed by the first process.
 
@@ -68,65 +69,79 @@ def plan_run(
         step_seconds: of one CPU core for a training step; default on a CPU: 1.
         plan_file: a ``plan.json``: then nothing is planned. To weights it gives strides and kernels.
         num_workers: processes that read cases where these were not measured before.
+        network_name: a network of `create_network` to put in the place of the size's; its patch and batch are as for that.
 
     Raises:
         PoolError, PlanError: data or a budget for which there is no plan, before anything long.
     """
-    asked = {"spacing_mm": spacing_mm, "patch_size": patch_size, "batch_size": batch_size, "network_size": network_size}
     if plan_file is not None:
-        return _read_plan(plan_file, asked, pretrained)
-    description = None if pretrained is None else pretrained_description(pretrained)
-    if not pool.entries:
-        return _plan_of_weights(description, patch_size, spacing_mm, batch_size)
+        asked = {
+            "spacing_mm": spacing_mm, "patch_size": patch_size, "batch_size": batch_size, "network_size": network_size,
+        }  # fmt: skip
+        return _read_plan(plan_file, asked, pretrained, network_name)
+    by_weights = pretrained is not None or not pool.entries or "checkpoint" in (spacing_mm, patch_size)
+    description = pretrained_description(pretrained) if by_weights else None
+    patch = None if isinstance(patch_size, str) else [int(side) for side in patch_size]
+    batch = None if batch_size == "auto" else int(batch_size)
+    if not pool.entries:  # items come from outside (MONAI Label): there is no data to plan by
+        spacing = description["preparation"]["spacing_mm"] if isinstance(spacing_mm, str) else spacing_mm
+        return plan_patch(patch or description["patch_size"], spacing, weights_family(description), batch or MIN_BATCH)
     orientation = ((description or {}).get("preparation") or {}).get("orientation", "SPL")
     found = pool_fingerprint(pool, store_dir, num_workers, orientation)
     check_data(pool, found, fold)
-    family = None if description is None else weights_family(description)
-    if patch_size == "checkpoint" and family is not None and family.kind == "tsfm":
-        strides, kernels = _geometry(description["network"])
-        family = replace(family, strides=strides, kernel_sizes=kernels)
-    if family is not None and network_size != "auto":
-        logger.warning("the pretrained weights bring their own network: network_size %s has no effect", network_size)
-    numbers = {
-        "cases": len(pool.cases), "in_channels": in_channels, "out_channels": len(pool.table.names),
-        "checkpointing": checkpointing, "family": family, "levels": family and family.levels,
-        "network": network_size, "batch_size": None if batch_size == "auto" else int(batch_size),
+    if description is None:
+        family = FAMILIES.get(network_size)
+    else:
+        family = weights_family(description, has_strides=patch_size == "checkpoint")
+        if network_size != "auto":
+            logger.warning(
+                "the pretrained weights bring their own network: network_size %s has no effect", network_size
+            )
+    options = {
+        "network": family or network_size, "cases": len(pool.cases), "in_channels": in_channels,
+        "out_channels": len(pool.table.names), "patch_size": patch, "batch_size": batch, "checkpointing": checkpointing,
     }  # fmt: skip
-    spacing = _spacing(spacing_mm, found, description)
-
-    def planned(spacing: Sequence[float], patch: Sequence[int] | None, budget: Budget | None) -> Plan:
-        return plan(found.median_prepared_shape(spacing), spacing, patch_size=patch, budget=budget, **numbers)
-
-    patch = None if isinstance(patch_size, str) else [int(side) for side in patch_size]
-    if patch_size == "checkpoint" and (family is None or family.kind != "fixed"):
-        network = pretrained_description(pretrained)["network"]
-        shape = found.median_prepared_shape(spacing)
-        patch = list(fit_patch(shape, network["strides"], description["patch_size"]))
     budget = _budget(memory_gb, step_seconds, device)
-    try:
-        result = planned(spacing, patch, budget)
+    if decided := _decided(family, patch, batch):
+        budget = Budget()
+        given = {"memory_gb": memory_gb, "step_seconds": step_seconds}
+        if unused := [f"--{name} {value:g}" for name, value in given.items() if value is not None]:
+            logger.warning("%s: without effect, since %s", " and ".join(unused), decided)
+
+    def planned(budget: Budget) -> Plan:
+        spacing = _spacing(spacing_mm, found, description)
+        result = plan(found.median_prepared_shape(spacing), spacing, budget=budget, **options)
         if spacing_mm == "coarse":
-            spacing = coarse_spacing(result, budget=budget, **numbers)
-            result = planned(spacing, patch, budget)
+            spacing = coarse_spacing(result, budget=budget, **options)
+            result = plan(found.median_prepared_shape(spacing), spacing, budget=budget, **options)
+        return result
+
+    try:
+        result = planned(budget)
     except PlanError:
-        if family is None or memory_gb is not None or step_seconds is not None or budget.step_seconds is None:
+        if description is None or memory_gb is not None or step_seconds is not None or budget.step_seconds is None:
             raise
         logger.warning("these weights exceed %s on a CPU: planning by nnU-Net's 8 GB instead", budget)
-        result = planned(spacing, patch, Budget(memory_gb=8))
-    if spacing_mm == "auto" and patch is None and (family is None or family.kind != "fixed"):
-        warn_of_small_patch(result, budget, numbers)
-    if decided := _decided(family, network_size, patch, numbers["batch_size"]):
-        budget = None
-        if asked := [
-            f"--{k} {v:g}" for k, v in (("memory_gb", memory_gb), ("step_seconds", step_seconds)) if v is not None
-        ]:
-            logger.warning("%s: without effect, since %s", " and ".join(asked), decided)
+        budget = Budget(memory_gb=8)
+        result = planned(budget)
+    if spacing_mm == "auto" and patch is None and not (family and family.strides):
+        warn_of_small_patch(result, budget, options)
     warn_of_small_structures(pool, found, result.spacing_mm)
-    if description is not None:
+    if description is None:
+        result = _of_network(result, network_name)
+    else:
         warn_of_distance(description, pool, result.spacing_mm)
     if rank() == 0:
-        logger.info("%s", describe_plan(result, budget, pretrained))
+        logger.info("%s", describe_plan(result, None if decided else budget, pretrained))
     return result
+
+
+def _of_network(found: Plan, name: str | None) -> Plan:
+    """The plan for another network than its own, of whose levels and cost nothing is known."""
+    if name in (None, found.create_arguments()["name"]):
+        return found
+    unknown = {"features": (), "blocks_down": (), "blocks_up": (), "strides": (), "kernel_sizes": ()}
+    return replace(found, network=name, parameters=0, memory_gb=0.0, step_seconds=0.0, **unknown)
 
 
 def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | None = None) -> str:
@@ -134,6 +149,7 @@ def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | No
     start = f"starts from {pretrained}" if pretrained else "starts from nothing: no pretrained weights were given"
     strides = " ".join("".join(map(str, stride)) for stride in plan.strides)
     kernels = " ".join("".join(map(str, kernel)) for kernel in plan.kernel_sizes)
+    levels = f"{len(plan.features)}: features {' '.join(map(str, plan.features))}, strides {strides}, kernels {kernels}"
     size = f", {plan.parameters / 1e6:.3g} million parameters" if plan.parameters else ""
     memory = f"{plan.memory_gb:g} GB" if plan.memory_gb >= 1 else f"{plan.memory_gb * 1000:g} MB"
     cost = f"{memory} on a GPU, {plan.step_seconds:g} s a step on one CPU core" if plan.memory_gb else "none"
@@ -143,30 +159,30 @@ def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | No
             f"  spacing   {shown(plan.spacing_mm)} mm, median case {shown(plan.median_shape)} voxels",
             f"  patch     {shown(plan.patch_size)}, batch {plan.batch_size}",
             f"  network   {plan.network}{size}; {start}",
-            f"  levels    {len(plan.features)}: features {' '.join(map(str, plan.features))}, strides {strides}, kernels {kernels}",
+            f"  levels    {levels if plan.features else 'as network_def says; patch and batch are as for --network_size'}",
             f"  estimate  {cost}",
         )
     )
 
 
-def weights_family(description: Mapping[str, Any]) -> Family | None:
-    """The network of given weights as the planner wants it: TSFM's depth may change, others are as they are."""
+def weights_family(description: Mapping[str, Any], has_strides: bool = True) -> Family:
+    """The network of given weights as the planner wants it. TSFM's strides and kernels may also follow from the data."""
     network = description["network"]
+    strides = tuple(map(tuple, network.get("strides", LEVEL_STRIDES)))
+    levels = len(strides) + 1
+    kernels, patch = network.get("kernel_sizes") or (), description.get("patch_size") or network["img_size"]
+    own = {
+        "levels": (levels, levels), "widths": tuple(network.get("features", (0,) * levels)), "strides": strides,
+        "kernel_sizes": tuple(map(tuple, kernels)), "patch": tuple(patch),
+    }  # fmt: skip
+    down, up = (tuple(network.get(key, (1,))) for key in ("depths_down", "depths_up"))
     if network.get("name", "tsfm") != "tsfm":
-        strides = tuple(map(tuple, network.get("strides", LEVEL_STRIDES)))
-        levels = len(strides) + 1
-        return Family(
-            "weights", "fixed", 0, 0, tuple(network.get("depths_down", (1,) * levels)), (1,), levels=levels,
-            widths=tuple(network.get("features", (0,) * levels)), strides=strides,
-            kernel_sizes=tuple(map(tuple, network.get("kernel_sizes") or ())), patch=tuple(description["patch_size"]),
-        )  # fmt: skip
-    bottleneck = [network[key] for key in ("hidden_size", "num_layers", "num_heads", "mlp_dim")]
-    return Family(
-        "weights", "tsfm", network["features"][0], network["features"][-1], tuple(network["depths_down"]),
-        tuple(network["depths_up"]), levels=len(network["features"]), widths=tuple(network["features"]),
-        transformer=tuple(bottleneck) if network.get("bottleneck", True) else (0, 0, 0, 0),
-        skip=network.get("skip", "add"),
-    )  # fmt: skip
+        return Family("weights", "fixed", 0, 0, down, up, **own)
+    if not has_strides:
+        own |= {"strides": (), "kernel_sizes": ()}
+    if network.get("bottleneck", True):
+        own["transformer"] = tuple(network[key] for key in ("hidden_size", "num_layers", "num_heads", "mlp_dim"))
+    return Family("weights", "tsfm", 0, 0, down, up, skip=network.get("skip", "add"), **own)
 
 
 def check_data(pool: DatasetPool, found: Fingerprint, fold: int | str) -> None:
@@ -248,22 +264,18 @@ def _spacing(asked: Sequence[float] | str, found: Fingerprint, description: Mapp
     if not isinstance(asked, str):
         return [float(side) for side in asked]
     if asked == "checkpoint":
-        if description is None:
-            raise ValueError(
-                "spacing_mm is 'checkpoint', but there are no pretrained weights: give --spacing_mm or --pretrained"
-            )
         return description["preparation"]["spacing_mm"]
     if asked not in ("auto", "coarse"):
         raise ValueError(f"spacing_mm is {asked!r}; expected 'auto', 'coarse', 'checkpoint' or three numbers (S, P, L)")
     return list(plan_spacing(found.spacings_mm, found.shapes))
 
 
-def _decided(family: Family | None, network_size: str, patch: Sequence[int] | None, batch_size: int | None) -> str:
+def _decided(family: Family | None, patch: Sequence[int] | None, batch_size: int | None) -> str:
     """Why no budget is looked at; empty where one is."""
-    family = family or FAMILIES.get(network_size)
     if family is not None and family.kind == "fixed":
         return f"{family.name} has a patch of its own, and a batch of {MIN_BATCH}: --patch_size, --batch_size"
-    return "network, patch and batch are given" if family is not None and patch and batch_size else ""
+    is_given = family is not None and (patch or family.strides) and batch_size
+    return "network, patch and batch are given" if is_given else ""
 
 
 def _budget(memory_gb: float | None, step_seconds: float | None, device: str | torch.device) -> Budget:
@@ -275,7 +287,7 @@ def _budget(memory_gb: float | None, step_seconds: float | None, device: str | t
     return Budget(memory_gb, step_seconds)
 
 
-def _read_plan(path: str, asked: Mapping[str, Any], pretrained: str | None = None) -> Plan:
+def _read_plan(path: str, asked: Mapping[str, Any], pretrained: str | None, network_name: str | None) -> Plan:
     given = [f"--{name}" for name, value in asked.items() if value not in ("auto", "coarse")]
     if given:
         raise PlanError(f"--plan {path} says it all; leave {', '.join(given)} out, or change the file")
@@ -283,39 +295,19 @@ def _read_plan(path: str, asked: Mapping[str, Any], pretrained: str | None = Non
         found = Plan.from_dict(read_json(path))
     except (OSError, FileError) as error:
         raise PlanError(f"the plan {os.path.abspath(path)} cannot be read: {error}") from None
-    if pretrained is None and found.network not in FAMILIES:
-        raise PlanError(f"--plan {path} was made for pretrained weights: give them (--pretrained FILE), or plan anew")
-    levels = len(found.features) if pretrained is None else weights_family(pretrained_description(pretrained)).levels
-    if levels != len(found.features):
-        raise PlanError(
-            f"--plan {path} has {len(found.features)} levels, the network of {pretrained} has {levels}: plan with these "
-            "weights (leave --plan out)"
-        )
+    if pretrained is None:
+        if found.network not in (FAMILIES if found.features else (network_name,)):
+            raise PlanError(
+                f"--plan {path} was made for pretrained weights or network_def#name ('{found.network}'): give them as then "
+                "(--pretrained FILE), or plan anew"
+            )
+        found = _of_network(found, network_name)
+    else:
+        levels, _ = weights_family(pretrained_description(pretrained)).levels
+        if levels != len(found.features):
+            raise PlanError(
+                f"--plan {path} has {len(found.features)} levels, the network of {pretrained} has {levels}: plan with these "
+                "weights (leave --plan out)"
+            )
     logger.info("%s", f"{describe_plan(found, pretrained=pretrained)}\n  taken from {path}")
     return found
-
-
-def _plan_of_weights(
-    description: Mapping[str, Any],
-    patch_size: Sequence[int] | str,
-    spacing_mm: Sequence[float] | str,
-    batch_size: int | str,
-) -> Plan:
-    """Where items come from outside (MONAI Label) there is no data to plan by: the weights' own geometry."""
-    family, network = weights_family(description), description["network"]
-    number = None if batch_size == "auto" else int(batch_size)
-    patch = description["patch_size"] if isinstance(patch_size, str) else patch_size
-    spacing = description["preparation"]["spacing_mm"] if isinstance(spacing_mm, str) else spacing_mm
-    if family.kind == "fixed":
-        return plan(patch, spacing, patch_size=patch, batch_size=number, family=family)
-    strides, kernels = _geometry(network)
-    found = plan(patch, spacing, patch_size=None, family=family, levels=family.levels, budget=Budget(memory_gb=1e6))
-    return replace(
-        found, patch_size=tuple(patch), strides=strides, kernel_sizes=kernels, batch_size=number or MIN_BATCH
-    )
-
-
-def _geometry(network: Mapping[str, Any]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Strides and kernel sizes of a TSFM's arguments."""
-    kernels = network.get("kernel_sizes") or [[3, 3, 3]] * len(network["features"])
-    return tuple(map(tuple, network["strides"])), tuple(map(tuple, kernels))

@@ -8,14 +8,15 @@ same rule with their own cost: bytes on a GPU, seconds on a CPU. All axes are (S
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from .families import FAMILIES, MIN_EDGE, SIZES, Cost, Family, Topology, fitted, topology, tsfm_cost, unet_cost
+from ..preparation.fingerprint import fit_patch
+from .families import FAMILIES, MIN_EDGE, SIZES, Cost, Family, Topology, step_cost
 
 MIN_BATCH = 2
 
@@ -76,6 +77,8 @@ class Plan:
 
     def create_arguments(self) -> dict[str, Any]:
         """Name and arguments of `networks.create_network` that the plan decides."""
+        if not self.features:  # another network than the planner's
+            return {"name": self.network}
         family, own = FAMILIES[self.network], self.to_dict()
         if self.network == "swinunetr":
             return {"name": "swinunetr", "img_size": own["patch_size"]}
@@ -114,73 +117,80 @@ CPU_SECONDS_PER_VALUE, CPU_SECONDS_PER_MAC = 9e-9, 6e-12
 def plan(
     median_shape: Sequence[float],
     spacing_mm: Sequence[float],
-    network: str = "auto",
+    network: str | Family = "auto",
     budget: Budget | None = None,
     cases: int = 1,
     in_channels: int = 1,
     out_channels: int = 1,
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
-    levels: int | None = None,
     checkpointing: bool | str = False,
-    family: Family | None = None,
 ) -> Plan:
     """The plan for cases of `median_shape` voxels (S, P, L) once they are resampled to `spacing_mm`.
 
     Args:
-        network: a name of `FAMILIES`, or "auto": the largest TSFM with which nnU-Net's own default patch for this data
-            fits into the budget, the smallest where none does.
+        network: a name of `FAMILIES`, a family that it does not hold (weights), or "auto": the largest TSFM with which
+            nnU-Net's own default patch for this data fits into the budget, the smallest where none does.
         budget: default: the family's own (nnU-Net: 8 GB, ResEnc L 24, XL 40; TSFM: 8).
         cases: training cases: a batch holds at most 5% of their voxels (ResEnc: all).
         out_channels: the network's outputs (with softmax the background too).
-        patch_size, batch_size: as asked for, instead of the rule's.
-        levels: so many levels, as given weights have.
+        patch_size, batch_size: as asked for, instead of the rule's. The rule's patch for a family with strides of its own
+            is the family's, no larger than the case.
         checkpointing: TSFM recomputes activations, "auto": where a GPU's memory asks for it. Seconds are those of a step that
             keeps them.
-        family: a network that `FAMILIES` does not hold (weights); `network` is then ignored.
 
     Raises:
         PlanError: an unknown network, data of a single slice, a budget that the smallest patch exceeds, a patch that the
             strides do not divide.
     """
-    options = {"cases": cases, "in_channels": in_channels, "out_channels": out_channels, "levels": levels}
-    options |= {"patch_size": patch_size, "batch_size": batch_size, "checkpointing": checkpointing}
     if len(median_shape) != 3 or min(median_shape) < 2 or min(spacing_mm) <= 0:
         raise PlanError(
             f"cases of {shown(median_shape)} voxels (S, P, L) at {shown(spacing_mm)} mm: expected three axes of at least "
             "two voxels; single slices are two-dimensional data, for which there is no network here: stack the slices of "
             "each patient into one volume"
         )
-    if family is None and network == "auto":
+    if network == "auto":
+        options = {"cases": cases, "in_channels": in_channels, "out_channels": out_channels}
+        options |= {"patch_size": patch_size, "batch_size": batch_size, "checkpointing": checkpointing}
         return _largest(median_shape, spacing_mm, budget, options)
-    if family is None and network not in FAMILIES:
+    if isinstance(network, str) and network not in FAMILIES:
         raise PlanError(f"network is {network!r}; expected 'auto' or one of {', '.join(FAMILIES)}")
-    family = family or FAMILIES[network]
+    family = FAMILIES[network] if isinstance(network, str) else network
     budget = budget or Budget(memory_gb=family.reference_gb)
-    if family.kind == "fixed":
-        return _plan_fixed(family, median_shape, spacing_mm, patch_size, batch_size)
-    # nnU-Net puts the thickest axis first, which decides between sides that are equally long for their case.
-    thick = int(np.argmax(spacing_mm))
-    order = [thick, *(axis for axis in range(3) if axis != thick)]
 
-    def turn(rows: Iterable[Sequence[Any]], axes: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
-        return tuple(tuple(row[a] for a in axes) for row in rows)
+    def cost(found: Topology) -> Cost:
+        return step_cost(family, found, in_channels, out_channels, checkpointing)
 
-    median, spacing, *patches = turn([median_shape, spacing_mm, *([patch_size] if patch_size else [])], order)
-    family = replace(family, strides=turn(family.strides, order), kernel_sizes=turn(family.kernel_sizes, order))
-    found = _plan_ordered(family, median, spacing, budget, **options | {"patch_size": patches[0] if patches else None})
-    back = [order.index(axis) for axis in range(3)]
-    spacing, shape, patch = turn((found.spacing_mm, found.median_shape, found.patch_size), back)
-    strides, kernels = turn(found.strides, back), turn(found.kernel_sizes, back)
-    return replace(
-        found, spacing_mm=spacing, median_shape=shape, patch_size=patch, strides=strides, kernel_sizes=kernels
-    )
+    if patch_size:
+        found = _given(family, spacing_mm, patch_size)
+    elif family.strides:
+        found = family.lay_out(spacing_mm, fit_patch([int(n) for n in median_shape], family.strides, family.patch))
+    else:
+        inverse = 1 / np.asarray(spacing_mm, float)
+        largest = [round(n) for n in inverse * (INITIAL_VOXELS / np.prod(inverse)) ** (1 / 3)]
+        found = family.lay_out(spacing_mm, [min(n, m) for n, m in zip(largest, median_shape, strict=True)])
+        while _room(family, cost(found), budget) < MIN_BATCH:
+            found = _shrink(family, found, median_shape, spacing_mm, budget)
+    price = cost(found)
+    if batch_size is None and family.kind == "fixed":
+        batch_size = MIN_BATCH
+    elif batch_size is None:
+        share = round(float(np.prod(median_shape, dtype=float)) * cases * family.dataset_share / prod(found.patch_size))
+        batch_size = max(min(round(_room(family, price, budget)), share), MIN_BATCH)
+    levels = len(found.kernel_sizes)
+    down, up = family.depths(levels)
+    one_gb, fixed_gb = _memory_gb(family, price)
+    return Plan(
+        family.name, tuple(map(float, spacing_mm)), tuple(map(float, median_shape)), found.patch_size, int(batch_size),
+        found.strides, found.kernel_sizes, family.features(levels), down, up, price.parameters,
+        round(fixed_gb + batch_size * one_gb, 2), round(batch_size * _seconds(price), 3),
+    )  # fmt: skip
 
 
 def plan_patch(
     patch_size: Sequence[int],
     spacing_mm: Sequence[float],
-    network: str | None = "tsfm_h",
+    network: str | Family | None = "tsfm_h",
     batch_size: int = MIN_BATCH,
     **options: Any,
 ) -> Plan | None:
@@ -188,26 +198,6 @@ def plan_patch(
     return network and plan(
         patch_size, spacing_mm, network, Budget(), patch_size=patch_size, batch_size=batch_size, **options
     )
-
-
-def _plan_fixed(family: Family, median_shape, spacing_mm, patch_size, batch_size) -> Plan:
-    """The plan of a network whose levels are given: a patch that they divide, no larger than the case or its own one."""
-    levels = len(family.strides) + 1
-    divisor = [prod(axis) for axis in zip(*family.strides, strict=True)]
-    patch = [int(n) for n in patch_size or (min(n, m) for n, m in zip(median_shape, family.patch, strict=True))]
-    fits = [-(-n // d) * d for n, d in zip(patch, divisor, strict=True)]
-    if fits == divisor:  # a single voxel at the lowest level
-        fits[int(np.argmax(median_shape))] *= 2
-    if patch_size and fits != patch:
-        raise PlanError(
-            f"patch {shown(patch)} (S, P, L): {family.name} halves the axes until {shown(divisor)} voxels are one, so a side "
-            f"is a multiple of that; {shown(fits)} would fit"
-        )
-    down, up = family.depths(levels)
-    return Plan(
-        family.name, tuple(map(float, spacing_mm)), tuple(map(float, median_shape)), tuple(fits), int(batch_size or MIN_BATCH),
-        family.strides, family.kernel_sizes or ((3, 3, 3),) * levels, family.features(levels), down, up, 0, 0.0, 0.0,
-    )  # fmt: skip
 
 
 def _largest(median_shape, spacing_mm, budget: Budget | None, options: Mapping[str, Any]) -> Plan:
@@ -223,63 +213,31 @@ def _largest(median_shape, spacing_mm, budget: Budget | None, options: Mapping[s
     return plan(median_shape, spacing_mm, SIZES[-1], budget, **options)
 
 
-def _plan_ordered(
-    family: Family, median_shape, spacing_mm, budget: Budget, cases, in_channels, out_channels, patch_size, batch_size,
-    levels, checkpointing,
-) -> Plan:  # fmt: skip
-    def lay_out(patch: Sequence[float]) -> Topology:
-        if family.strides:
-            return fitted(family.strides, family.kernel_sizes, patch)
-        found = topology(spacing_mm, patch, levels)
-        most, least = family.levels or 99, 2 if family.kind == "tsfm" else 1
-        deep = len(found.kernel_sizes)
-        return found if levels or least <= deep <= most else topology(spacing_mm, patch, min(max(deep, least), most))
-
-    def cost(found: Topology) -> Cost:
-        if family.kind == "tsfm":
-            return tsfm_cost(family, found, in_channels, out_channels, checkpointing)
-        return unet_cost(family, found, in_channels, out_channels)
-
-    if patch_size:
-        found = lay_out(patch_size)
-        if list(found.patch_size) != [int(n) for n in patch_size]:
-            raise PlanError(
-                f"patch {shown(patch_size)}: the strides that fit it, {found.total_stride} together, do not divide it; "
-                f"{shown(found.patch_size)} would fit (axes: thickest first)"
-            )
-    else:
-        inverse = 1 / np.asarray(spacing_mm, float)
-        largest = [round(n) for n in inverse * (INITIAL_VOXELS / np.prod(inverse)) ** (1 / 3)]
-        found = lay_out([min(n, m) for n, m in zip(largest, median_shape, strict=True)])
-        while _room(family, cost(found), budget) < MIN_BATCH:
-            found = _shrink(found, median_shape, lay_out, budget, family)
-    price = cost(found)
-    room = _room(family, price, budget)
-    if batch_size is None:
-        share = round(float(np.prod(median_shape, dtype=float)) * cases * family.dataset_share / prod(found.patch_size))
-        batch_size = max(min(round(room), share), MIN_BATCH)
-    levels = len(found.kernel_sizes)
-    down, up = family.depths(levels)
-    one_gb, fixed_gb = _memory_gb(family, price)
-    return Plan(
-        family.name, tuple(map(float, spacing_mm)), tuple(map(float, median_shape)), found.patch_size, int(batch_size),
-        found.strides, found.kernel_sizes, family.features(levels), down, up, price.parameters,
-        round(fixed_gb + batch_size * one_gb, 2), round(batch_size * _seconds(price), 3),
-    )  # fmt: skip
+def _given(family: Family, spacing_mm: Sequence[float], patch_size: Sequence[int]) -> Topology:
+    found = family.lay_out(spacing_mm, patch_size)
+    fits = fit_patch(patch_size, found.strides, patch_size)
+    if list(fits) != [int(n) for n in patch_size]:
+        raise PlanError(
+            f"patch {shown(patch_size)} (S, P, L): the strides of {family.name} for it, {shown(found.total_stride)} together, "
+            f"do not divide it, or leave a single voxel; {shown(fits)} would fit"
+        )
+    return found
 
 
-def _shrink(found: Topology, median_shape, lay_out, budget: Budget, family: Family) -> Topology:
+def _shrink(family: Family, found: Topology, median_shape, spacing_mm, budget: Budget) -> Topology:
     """nnU-Net's next smaller patch: the side that is largest for its case, less what its strides then divide."""
     patch, smaller = list(found.patch_size), list(found.patch_size)
-    axis = int(np.argsort([n / m for n, m in zip(patch, median_shape, strict=True)])[-1])
+    # of equally large ones nnU-Net takes the last, and has the thickest axis first
+    thick = int(np.argmax(spacing_mm))
+    axis = max(range(3), key=lambda a: (patch[a] / median_shape[a], a != thick, a))
     smaller[axis] -= found.total_stride[axis]
     if smaller[axis] < MIN_EDGE:
         raise PlanError(
             f"{family.name}: nothing fits into {budget}: even a patch of {shown(patch)} voxels exceeds it; raise the budget "
             "(--memory_gb, --step_seconds), or take a smaller network or a coarser --spacing_mm"
         )
-    patch[axis] -= lay_out(smaller).total_stride[axis]
-    return lay_out(patch)
+    patch[axis] -= family.lay_out(spacing_mm, smaller).total_stride[axis]
+    return family.lay_out(spacing_mm, patch)
 
 
 def _memory_gb(family: Family, price: Cost) -> tuple[float, float]:
@@ -311,13 +269,14 @@ def coarse_spacing(fine: Plan, **options: Any) -> tuple[float, ...]:
     where fewer than half of the voxels would go.
     """
     spacing = np.asarray(fine.spacing_mm, float)
-    whole, found, shape = prod(fine.median_shape), fine, fine.median_shape
-    while prod(found.patch_size) / prod(shape) < SEEN_SHARE:
+    patch, shape = fine.patch_size, fine.median_shape
+    while prod(patch) / prod(shape) < SEEN_SHARE:
         is_fine = spacing.max() / spacing > 2
         spacing = np.where(is_fine, spacing * COARSER, spacing) if is_fine.any() else spacing * COARSER
         shape = tuple(np.asarray(fine.spacing_mm) / spacing * fine.median_shape)
-        found = plan([round(n) for n in shape], spacing.tolist(), **options)
-    return tuple(spacing.tolist()) if whole / prod(shape) >= 2 else fine.spacing_mm
+        if not options.get("patch_size"):
+            patch = plan([round(n) for n in shape], spacing.tolist(), **options).patch_size
+    return tuple(spacing.tolist()) if prod(fine.median_shape) / prod(shape) >= 2 else fine.spacing_mm
 
 
 def shown(numbers: Sequence[float], digits: int = 4) -> str:

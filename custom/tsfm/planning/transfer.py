@@ -134,10 +134,6 @@ class _HeadMap:
         )
         return rows and source.shape[1:] == current.shape[1:]
 
-    @property
-    def same(self) -> bool:
-        return self.theirs == self.ours
-
     def summary(self) -> dict[str, list[str]]:
         return {
             "taken over": [self.ours[i] for i in self.to_index],
@@ -163,7 +159,7 @@ def _adapt(
         return None
     if re.match(parts.inputs, name) and clicks != (False, False):
         return _adapt_prompted(parts, name, source, current, heads, clicks)
-    if re.match(parts.heads, name) and not (heads.same and source.shape == current.shape):
+    if re.match(parts.heads, name) and not (heads.theirs == heads.ours and source.shape == current.shape):
         if not heads.fits(source, current):
             return None
         value, reused = heads.take(source, current)

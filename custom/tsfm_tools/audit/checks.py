@@ -112,7 +112,7 @@ def _fragments(records: Sequence[Record], table: LabelTable) -> Iterator[Finding
 
 def _outside(records: Sequence[Record], table: LabelTable) -> Iterator[Finding]:
     for record in records:
-        for name in {one["target"] for one in record["outside"]}:
+        for name in dict.fromkeys(one["target"] for one in record["outside"]):
             pieces = [one for one in record["outside"] if one["target"] == name and one["voxels"] >= OUTSIDE_VOXELS]
             if pieces:
                 largest = max(pieces, key=lambda one: one["ml"])
@@ -123,10 +123,9 @@ def _outside(records: Sequence[Record], table: LabelTable) -> Iterator[Finding]:
 
 
 def _intensities(records: Sequence[Record], table: LabelTable) -> Iterator[Finding]:
-    for modality in dict.fromkeys(record["modality"] for record in records):
+    """Of other modalities than CT, whose units are checked when a case is read."""
+    for modality in dict.fromkeys(record["modality"] for record in records if record["modality"] != "CT"):
         found = [record for record in records if record["modality"] == modality]
-        if modality == "CT":
-            continue  # units of CT are checked when a case is read
         for record in found:
             low, _, median, high, top = record["intensity"][0]
             if low <= -900 and 100 < high < 4000 and median < 200:
@@ -139,9 +138,7 @@ def _intensities(records: Sequence[Record], table: LabelTable) -> Iterator[Findi
         odd = [i for i in np.argsort(-tops) if not usual / RANGE_FACTOR <= tops[i] <= usual * RANGE_FACTOR]
         for i in odd:
             text = f"99.5 % of the intensities lie below {tops[i]:.4g}, the data set's median is {usual:.4g}; largest value "
-            text += (
-                f"{found[i]['intensity'][0][4]:.4g}: another unit or scaling (the z-score of each case takes it out)"
-            )
+            text += f"{found[i]['intensity'][0][4]:.4g}: another unit or scaling (each case's z-score takes it out)"
             yield _about(found[i], "units", "warning", text, factor=float(tops[i] / usual))
         if odd:
             tops_all = [record["intensity"][0][4] for record in found]

@@ -146,11 +146,10 @@ def _target(sizes: np.ndarray, centers: np.ndarray, spacing_mm: tuple[float, ...
 
 def _apart(pieces: np.ndarray, around: np.ndarray) -> list[int]:
     """The pieces (numbers from 1 in a volume) that share no face with the mask `around`."""
-    touching = {0}
-    for axis in range(3):
-        one, other = ((slice(None),) * axis + (side,) for side in (slice(1, None), slice(-1)))
-        touching |= {*np.unique(pieces[one][around[other]]), *np.unique(pieces[other][around[one]])}
-    return sorted(set(np.unique(pieces).tolist()) - touching)
+    parent = int(pieces.max()) + 1
+    joined = np.where(around, parent, pieces.astype(np.uint32))
+    touching = {piece for pair in cc3d.region_graph(joined, connectivity=6) if parent in pair for piece in pair}
+    return sorted({*range(1, parent)} - touching)
 
 
 def _form(foreground: np.ndarray, spacing_mm: tuple[float, ...]) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from scipy import ndimage
+from torch.nn.functional import avg_pool3d
 
 GRIDS_MM = (4.0, 1.5)
 """Sides of the grids on which landmarks are sought: the first where an image has `LEAST` voxels of it along every axis,
@@ -70,23 +72,12 @@ def _clipped(image: np.ndarray, modality: str) -> np.ndarray:
 
 def on_grid(image: np.ndarray, spacing_mm: Sequence[float], grid_mm: float) -> np.ndarray:
     """The image on a cubic grid whose first voxel lies where the image's does: means of whole blocks, then linear."""
-    blocks = [max(1, int(grid_mm / side)) for side in spacing_mm]
-    whole = [n // block * block for n, block in zip(image.shape, blocks, strict=True)]
-    view = image[tuple(slice(n) for n in whole)]
-    for axis, block in enumerate(blocks):
-        if block > 1:
-            shape = [*view.shape[:axis], view.shape[axis] // block, block, *view.shape[axis + 1 :]]
-            view = view.reshape(shape).mean(axis + 1)
+    blocks = [min(n, max(1, int(grid_mm / side))) for n, side in zip(image.shape, spacing_mm, strict=True)]
+    means = avg_pool3d(torch.from_numpy(image)[None], blocks)[0].numpy()
     spacing = np.multiply(spacing_mm, blocks)
     first = np.subtract(blocks, 1) / 2 * spacing_mm  # a block's center, from that of the image's first voxel
-    size = np.maximum(1, np.floor((np.array(view.shape) - 1) * spacing / grid_mm + 1e-6).astype(int) + 1)
-    for axis in range(3):
-        at = (np.arange(size[axis]) * grid_mm - first[axis]) / spacing[axis]
-        low = np.clip(np.floor(at).astype(int), 0, view.shape[axis] - 1)
-        high = np.minimum(low + 1, view.shape[axis] - 1)
-        share = np.clip(at - low, 0, 1).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
-        view = np.take(view, low, axis) * (1 - share) + np.take(view, high, axis) * share
-    return view
+    size = np.maximum(1, np.floor((np.array(means.shape) - 1) * spacing / grid_mm + 1e-6).astype(int) + 1)
+    return ndimage.affine_transform(means, grid_mm / spacing, -first / spacing, tuple(size), order=1, mode="nearest")
 
 
 def _landmarks(grid: np.ndarray, grid_mm: float) -> tuple[np.ndarray, np.ndarray]:

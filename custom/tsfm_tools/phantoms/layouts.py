@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def write_pool(
     unknown = sorted(set(datasets) - set(PAPER_POOL))
     if unknown:
         raise ValueError(f"unknown phantom data sets {unknown}; known are {', '.join(PAPER_POOL)}")
-    return {name: _WRITERS.get(name, _write_msd)(folder, name, cases_per_dataset, size, seed) for name in datasets}
+    return {name: _OTHERS.get(name, _write_cases)(folder, name, cases_per_dataset, size, seed) for name in datasets}
 
 
 def write_all_ten(
@@ -102,50 +103,60 @@ def write_brats2020(folder: str, cases: int = 2, size: Sequence[int] = (40, 48, 
 
 def write_kits19(folder: str, cases: int = 2, size: Sequence[int] = (40, 56, 64), seed: int = 0) -> list[str]:
     """KiTS 2019's data folder: case_00000/imaging.nii.gz and segmentation.nii.gz (1 kidney, 2 tumor)."""
-    return _write_kits(folder, "kits19", cases, size, seed)
+    return _write_cases(folder, "kits19", cases, size, seed)
 
 
 def write_abdomenct1k(folder: str, cases: int = 2, size: Sequence[int] = (40, 56, 64), seed: int = 0) -> list[str]:
     """AbdomenCT-1K as its archives unpack (1 liver, 2 kidney, 3 spleen, 4 pancreas)."""
-    names = [f"Case_{i:05d}" for i in range(1, cases + 1)]
-    files = [(f"AbdomenCT-1K-ImagePart1/{case}_0000.nii.gz", f"Mask/{case}.nii.gz") for case in names]
-    _write_cases("abdomenct1k", folder, files, size, seed)
-    return names
+    return _write_cases(folder, "abdomenct1k", cases, size, seed)
 
 
-_MSD = {  # folder, prefix, first number and its digits, names of the raw ids
-    "msd_liver": ("Task03_Liver", "liver_{}", 0, ("background", "liver", "cancer")),
-    "msd_lung": ("Task06_Lung", "lung_{:03d}", 1, ("background", "cancer")),
-    "msd_pancreas": ("Task07_Pancreas", "pancreas_{:03d}", 1, ("background", "pancreas", "cancer")),
-    "msd_hepaticvessel": ("Task08_HepaticVessel", "hepaticvessel_{:03d}", 1, ("background", "Vessel", "Tumour")),
-    "msd_colon": ("Task10_Colon", "colon_{:03d}", 1, ("background", "colon cancer primaries")),
+class Layout(NamedTuple):
+    """The files of a data set with one image and one label map per case: its folder, their names, names of cases by number.
+
+    ids: names of the raw ids in its ``dataset.json``; empty where it has none.
+    """
+
+    folder: str
+    case: str
+    first: int = 1
+    image: str = "imagesTr/{case}.nii.gz"
+    label: str = "labelsTr/{case}.nii.gz"
+    ids: tuple[str, ...] = ()
+
+
+_KITS = "{case}/imaging.nii.gz"
+
+_LAYOUTS = {
+    "msd_liver": Layout("Task03_Liver", "liver_{}", 0, ids=("background", "liver", "cancer")),
+    "msd_lung": Layout("Task06_Lung", "lung_{:03d}", ids=("background", "cancer")),
+    "msd_pancreas": Layout("Task07_Pancreas", "pancreas_{:03d}", ids=("background", "pancreas", "cancer")),
+    "msd_hepaticvessel": Layout("Task08_HepaticVessel", "hepaticvessel_{:03d}", ids=("background", "Vessel", "Tumour")),
+    "msd_colon": Layout("Task10_Colon", "colon_{:03d}", ids=("background", "colon cancer primaries")),
+    "kits21": Layout("kits21/kits21/data", "case_{:05d}", 0, _KITS, "{case}/aggregated_MAJ_seg.nii.gz"),
+    "kits19": Layout("", "case_{:05d}", 0, _KITS, "{case}/segmentation.nii.gz"),
+    "btcv": Layout("BTCV/RawData/Training", "{:04d}", 1, "img/img{case}.nii.gz", "label/label{case}.nii.gz"),
+    "abdomenct1k": Layout("", "Case_{:05d}", 1, "AbdomenCT-1K-ImagePart1/{case}_0000.nii.gz", "Mask/{case}.nii.gz"),
 }
 
 _TOTAL_FILES = {"portal_and_splenic_vein": "portal_vein_and_splenic_vein"}  # the one that is named otherwise on disk
 
 
-def _write_cases(name: str, root: str, files: Sequence[tuple[str, str]], size: Sequence[int], seed: int) -> None:
-    """Draw a data set's cases into (image, label) files below `root`."""
-    for index, paths in enumerate(files):
-        save_case(draw_case(name, index, size, seed), name, *(_path(root, path) for path in paths))
-
-
-def _write_msd(folder: str, name: str, cases: int, size: Sequence[int], seed: int) -> list[str]:
-    task, pattern, first, ids = _MSD[name]
-    names = [pattern.format(first + i) for i in range(cases)]
-    files = [(f"imagesTr/{case}.nii.gz", f"labelsTr/{case}.nii.gz") for case in names]
-    _write_cases(name, os.path.join(folder, task), files, size, seed)
-    os.makedirs(os.path.join(folder, task, "imagesTs"), exist_ok=True)
-    training = [{"image": f"./{image}", "label": f"./{label}"} for image, label in files]
-    _describe(os.path.join(folder, task), task.split("_")[1], {"0": "CT"}, ids, training, test=[], numTest=0)
-    return names
-
-
-def _write_kits(folder: str, name: str, cases: int, size: Sequence[int], seed: int) -> list[str]:
-    root = os.path.join(folder, "kits21", "kits21", "data") if name == "kits21" else folder
-    label = "aggregated_MAJ_seg.nii.gz" if name == "kits21" else "segmentation.nii.gz"
-    names = [f"case_{i:05d}" for i in range(cases)]
-    _write_cases(name, root, [(f"{case}/imaging.nii.gz", f"{case}/{label}") for case in names], size, seed)
+def _write_cases(folder: str, name: str, cases: int, size: Sequence[int], seed: int) -> list[str]:
+    """A data set of `_LAYOUTS`; the names of its cases."""
+    layout, names, training = _LAYOUTS[name], [], []
+    root = os.path.join(folder, layout.folder)
+    for index in range(cases):
+        number = layout.first + index
+        names.append(
+            layout.case.format(number + 10 if name == "btcv" and number > 10 else number)
+        )  # it has no 11 to 20
+        files = [file.format(case=names[-1]) for file in (layout.image, layout.label)]
+        save_case(draw_case(name, index, size, seed), name, *(_path(root, file) for file in files))
+        training.append({"image": f"./{files[0]}", "label": f"./{files[1]}"})
+    if layout.ids:
+        os.makedirs(os.path.join(root, "imagesTs"), exist_ok=True)
+        _describe(root, layout.folder.split("_")[1], {"0": "CT"}, layout.ids, training, test=[], numTest=0)
     return names
 
 
@@ -163,13 +174,6 @@ def _write_amos(folder: str, name: str, cases: int, size: Sequence[int], seed: i
     root, modality = os.path.join(folder, "amos22"), {"0": "CT", "1": "MR"}
     _describe(root, "AMOS", modality, ids, listed["Tr"], validation=listed["Va"], test=[])
     return [f"amos_{number:04d}" for number in numbers]
-
-
-def _write_btcv(folder: str, name: str, cases: int, size: Sequence[int], seed: int) -> list[str]:
-    root = os.path.join(folder, "BTCV", "RawData", "Training")
-    names = [f"{i:04d}" for i in [*range(1, 11), *range(21, 41), *range(41, 1000)][:cases]]
-    _write_cases(name, root, [(f"img/img{case}.nii.gz", f"label/label{case}.nii.gz") for case in names], size, seed)
-    return names
 
 
 def _write_totalsegmentator(folder: str, name: str, cases: int, size: Sequence[int], seed: int) -> list[str]:
@@ -199,13 +203,9 @@ def _write_breast(folder: str, name: str, cases: int, size: Sequence[int], seed:
     return names
 
 
-_WRITERS = {
-    "kits21": _write_kits,
-    "amos22": _write_amos,
-    "btcv": _write_btcv,
-    "totalsegmentator": _write_totalsegmentator,
-    "breast_dce": _write_breast,
-}
+_OTHERS = {"amos22": _write_amos, "totalsegmentator": _write_totalsegmentator, "breast_dce": _write_breast}
+
+DOWNSTREAM = {"brats2020": write_brats2020, "kits19": write_kits19, "abdomenct1k": write_abdomenct1k}
 
 
 def _describe(

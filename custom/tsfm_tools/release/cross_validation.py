@@ -24,7 +24,7 @@ from tsfm.evaluation.evaluation import evaluate_folder
 from tsfm.evaluation.label_maps import load_map, load_truth, match_predictions
 from tsfm.evaluation.postprocessing_plan import determine
 from tsfm.evaluation.scores import count_voxels
-from tsfm.evaluation.tables import load_rows
+from tsfm.evaluation.tables import load_rows, markdown
 from tsfm.files import write_first, write_json, write_text
 from tsfm.inference.claims import Claims
 from tsfm.inference.postprocessing import apply
@@ -307,18 +307,17 @@ class CrossValidation:
         rows = [row for row in load_rows(self.folder / "scores/cases.csv") if row["dice"] is not None]
         of_case = {item["case"]: fold for fold, items in self.held_out.items() for item in items}
         after = self._processed(pairs, plan)
-        heads = ["target", *(f"fold {fold}" for fold in self.folds), "all", "post-processed", "cases"]
-        lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+        heads, lines = ["target", *(f"fold {fold}" for fold in self.folds), "all", "post-processed", "cases"], []
         for target in dict.fromkeys(row["target"] for row in rows):
             found = [(of_case.get(row["case"]), row["dice"]) for row in rows if row["target"] == target]
             parts = [[dice for fold, dice in found if fold == one] for one in self.folds]
             cells = [*map(_mean, parts), _mean([dice for _, dice in found]), _mean(after[target])]
-            lines.append(f"| {' | '.join([target, *cells, str(len(found))])} |")
+            lines.append([target, *cells, len(found)])
         names = [step["target"] for step in plan["steps"]]
         said = f"the largest component alone is kept of {', '.join(names)}" if names else "none helps"
         return (
             f"# Cross-validation of {os.path.basename(self.dataset_dir)}\n\nMean Dice of the held-out cases that hold the "
-            "target, windows averaged with their mirrored versions.\n\n" + "\n".join(lines) + "\n\n"
+            "target, windows averaged with their mirrored versions.\n\n" + markdown(heads, lines) + "\n\n"
             f"Post-processing: {said}. All folds as one bundle, post-processing included: {released}\n"
         )
 

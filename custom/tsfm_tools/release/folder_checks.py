@@ -65,9 +65,13 @@ def metadata_of(bundle: str) -> dict[str, Any]:
     return read_json(config_path(bundle, "metadata.json"))
 
 
+def description_of(bundle: str) -> dict[str, Any]:
+    """What travels with a bundle's weights; empty where it has none."""
+    return read_state(os.path.join(bundle, "models", "model.pt"))[1] if has_weights(bundle) else {}
+
+
 def _name(bundle: str) -> str:
-    weights = os.path.join(bundle, "models", "model.pt")
-    check_name(os.path.basename(bundle), has_weights(bundle) and bool(read_state(weights)[1].get("click_sigma")))
+    check_name(os.path.basename(bundle), bool(description_of(bundle).get("click_sigma")))
     return os.path.basename(bundle)
 
 
@@ -155,8 +159,9 @@ def _data_license(bundle: str) -> str:
     pool = config_path(bundle, "pool.json")
     names = []
     if has_weights(bundle):
-        trained_on = read_state(os.path.join(bundle, "models", "model.pt"))[1].get("trained_on", [])
-        names = [name for name in trained_on if name != LABEL_MAP]  # label maps from a server name no data set
+        names = [
+            name for name in description_of(bundle).get("trained_on", []) if name != LABEL_MAP
+        ]  # label maps from a server name no data set
     elif os.path.isfile(pool):
         names = [entry["name"] for entry in read_json(pool)["datasets"]]
     missing = [name for name in names if name.lower() not in text]
@@ -180,8 +185,10 @@ def _channel_def(bundle: str) -> str:
     need(names["0"] == "background", f"value 0 is {names['0']!r}; expected background")
     need(all(name == name.lower() for name in names.values()), "names have to be lower-case")
     if has_weights(bundle):
-        _, description = read_state(os.path.join(bundle, "models", "model.pt"))
-        need(names == table_of(description).channel_def(), "channel_def differs from the targets of the weights")
+        need(
+            names == table_of(description_of(bundle)).channel_def(),
+            "channel_def differs from the targets of the weights",
+        )
     return f"{len(names) - 1} targets"
 
 

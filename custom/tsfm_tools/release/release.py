@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import shutil
 import zipfile
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 import tsfm
 from tsfm.cases.licences import licence_list
-from tsfm.files import atomic_write, locked, sweep, unfinished
+from tsfm.files import atomic_write, locked, sweep, unfinished, write_json, write_text
 from tsfm.schema import read_json
 from tsfm.training.checkpoint import EXTRA_STATE, encode_description, read_state
 from tsfm.training.weight_files import write_state
@@ -156,7 +155,7 @@ def release(
     with _replaced(bundle) as folder:
         _copy_bundle(bundle_dir, folder)
         for file, content in configs.items():
-            _write_json(os.path.join(folder, "configs", file), content)
+            write_json(os.path.join(folder, "configs", file), content, ensure_ascii=False)
         Path(folder, "docs/data_license.txt").write_text(licence or licence_list(seen), encoding="utf-8")
         write_readme(os.path.join(folder, "docs", "README.md"), name, metadata["version"], parts)
         _write_weights(os.path.join(folder, "models"), tensors, description, safetensors)
@@ -186,7 +185,7 @@ def list_release(output_dir: str, release: str, checksum: str, source: str) -> N
     with locked(output_dir):
         known = read_json(listing) if os.path.isfile(listing) else {}
         known[release] = {"checksum": checksum, "source": source}
-        atomic_write(listing, lambda temporary: _write_json(temporary, dict(sorted(known.items()))))
+        write_json(listing, dict(sorted(known.items())), ensure_ascii=False)
 
 
 @contextmanager
@@ -336,12 +335,8 @@ def _write_large_files(bundle: str, name: str, base_url: str) -> None:
             '    hash_type: "sha256"',
         ]
     if lines[1:]:
-        Path(bundle, "large_files.yml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(os.path.join(bundle, "large_files.yml"), "\n".join(lines) + "\n")
 
 
 def _url(base_url: str, file: str) -> str:
     return f"{base_url.rstrip('/')}/{file}" if base_url else file
-
-
-def _write_json(path: str, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    Path(path).write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
