@@ -111,7 +111,7 @@ def test_the_inferer_gives_the_same_label_map_in_either_layout(amp):
     """In bfloat16 (where the processor has it), but for voxels whose logit is 0 up to rounding."""
     torch.manual_seed(0)
     network, image = NETWORKS["BasicUNet"]().eval(), torch.randn(1, 1, 40, 48, 40)
-    inferer = SlabInferer((32, 32, 32), ["a", "b", "c", "d"], amp=amp, progress=False)
+    inferer = SlabInferer((32, 32, 32), ["a", "b", "c", "d"], activation="regions", amp=amp, progress=False)
     as_it_is = lambda windows: network(windows.contiguous())  # noqa: E731
     maps = [inferer(image, one) for one in (as_it_is, network)]
     assert maps[0].unique().numel() > 2
