@@ -453,15 +453,19 @@ class TestSlabInferer:
         ensemble = torch.nn.Module()
         ensemble.count, ensemble.versions = 2, lambda x: (network(x) for network in networks)
         inferer = SlabInferer((8, 8, 8), TREE, mirror="SP", amp=False, progress=False)
-        inferer._observer = SimpleNamespace(watch=seen.append)
+        inferer._observer = SimpleNamespace(
+            watch=lambda number, count, logits: seen.append((number, count, logits.clone())),
+            keep=lambda: seen.append("kept"),
+        )
         result = logits_of(inferer, image, ensemble)
         expected = [naive_logits(image[0].numpy(), network, (8, 8, 8), (2, 3)) for network in networks]
         np.testing.assert_allclose(result[0], np.mean(expected, 0), atol=1e-5)
-        assert {(version.member, version.flip) for version in seen} == {
-            (member, flip) for member in (0, 1) for flip in ((), (2,), (3,), (2, 3))
-        }
-        assert [version.number for version in seen[:8]] == list(range(8)) and {version.count for version in seen} == {8}
-        assert len(seen) == 8 * len({tuple(version.corners[0]) for version in seen})
+        windows = [seen[start : start + 9] for start in range(0, len(seen), 9)]
+        assert len(windows) == np.prod([len(window_starts(n, 8)) for n in image.shape[2:]])
+        assert all(versions.pop() == "kept" for versions in windows)
+        assert all([version[:2] for version in versions] == [(n, 8) for n in range(8)] for versions in windows)
+        first = torch.stack([logits for _, _, logits in windows[0]]).mean(0)
+        torch.testing.assert_close(first[0, :, 0, 0, 0], result[0, :, 0, 0, 0])
 
     def test_the_buffer_does_not_grow_with_the_number_of_slices(self, monkeypatch):
         sizes = []

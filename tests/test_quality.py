@@ -10,7 +10,6 @@ from ignite.engine import Engine, Events
 from tsfm.cases.folders import JOURNAL, find_images, read_report
 from tsfm.inference import report
 from tsfm.inference.painting import Slab
-from tsfm.inference.passes import Version
 from tsfm.inference.prediction import CaseEvaluator
 from tsfm.inference.quality import Quality, binary_entropy, doubt
 from tsfm.inference.report import CaseReport
@@ -33,9 +32,10 @@ def test_agreement_is_the_dice_of_pairs_of_versions_and_a_batch_that_begins_agai
     versions = torch.randn(4, 2, 2 + exclusive, 3, 4, 5)
     first = {name: (i + exclusive, i + exclusive) for i, name in enumerate(NAMES)}
     quality = Quality(first, {"liver": 0.5, "tumor": -0.5}, exclusive)
-    twice = [*enumerate(versions[:2]), *enumerate(versions), *enumerate(versions)]  # out of memory, then beyond float16
-    for number, logits in twice:
-        quality.watch(Version(number, 4, [(0, 0, 0)] * 2, 0, (), logits))
+    for attempt in (versions[:2], versions, versions):  # out of memory, then beyond float16
+        for number, logits in enumerate(attempt):
+            quality.watch(number, 4, logits)
+    quality.keep()
     report = quality.report()
     for i, (name, level) in enumerate((("liver", 0.5), ("tumor", -0.5))):
         masks = versions.argmax(2) == i + 1 if exclusive else versions[:, :, i] > level

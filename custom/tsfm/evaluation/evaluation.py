@@ -31,7 +31,7 @@ class CaseScores:
 
     Needs, per decollated item, the prediction ``output["pred"]`` (1, X, Y, Z) on the image's own grid (after
     ``Invertd``) and ``batch["label"]``: the label file (a path, or one path per structure), which is read here and
-    compared with the prediction's affine; or raw ids as a tensor on that grid.
+    compared with the prediction's affine.
 
     Args:
         output_dir: folder of the results.
@@ -205,7 +205,7 @@ def _scored(
     Voxel sides count to 10 nm: NIfTI keeps affines in 32 bits, and a score must not depend on that.
     """
     prediction, affine, _ = grid
-    truth, _ = load_truth(label, table, dataset, grid)
+    truth = load_truth(label, table, dataset, grid)
     spacing_mm = tuple(round(side, 5) for side in spacing_of(affine))
     upright = round(upright_share(affine), 5)
     return score_case(prediction, truth, table, dataset, spacing_mm, tolerances_mm, case, upright)

@@ -88,7 +88,7 @@ def folder_page(
         prediction = as_label_map(prediction, len(table.names), str(pair["prediction"]))
         grid = RawVolume(prediction[None], affine, str(pair["prediction"]))
         image = on_grid_of(grid, read_volume(paths_of(item["image"])[0]), "image and prediction")
-        truth, _ = load_truth(pair["label"], table, entry["dataset"], (prediction, affine, grid.source))
+        truth = load_truth(pair["label"], table, entry["dataset"], (prediction, affine, grid.source))
         maps = {"truth": truth_map(truth, table, entry["dataset"]), "prediction": prediction}
         if per_target:
             value = table.names.index(name) + 1
@@ -142,14 +142,14 @@ class CasePage:
             logger.warning("No page of pictures in %s: %s", self.output_dir, error)
 
 
-def curve_png(csv_path: str | Path, path: str | Path, x: str = "epoch") -> Path:
+def curve_png(csv_path: str | Path, path: str | Path) -> Path:
     """Loss (left) and Dice (right) over epochs from the ``curve.csv`` of a run.
 
     Columns with "loss" in their name go left; the validation Dice and its moving average ("ema") right, with the single
     targets ("dice_NAME") as thin lines.
     """
     rows = load_rows(csv_path)
-    names = list(dict.fromkeys(name for row in rows for name in row if name != x))
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "epoch"))
     targets = [name for name in names if name.startswith("dice_")]
     means = [name for name in names if name == "ema" or ("dice" in name and name not in targets)]
     figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
@@ -161,14 +161,14 @@ def curve_png(csv_path: str | Path, path: str | Path, x: str = "epoch") -> Path:
         (right, means, 2),
     ):
         for name in columns:
-            points = [(row[x], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+            points = [(row["epoch"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
             label = {"ema": "moving average"}.get(name, name.removeprefix("dice_").replace("_", " "))
             if points:
                 axes.plot(
                     *zip(*points, strict=True), label=label, linewidth=width, marker="." if len(points) < 40 else None
                 )
     for axes, label in ((left, "loss"), (right, "Dice")):
-        axes.set(xlabel=x, ylabel=label)
+        axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         if 0 < len(axes.lines) <= 12:
             axes.legend(fontsize=8)

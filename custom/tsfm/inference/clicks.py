@@ -219,7 +219,7 @@ class _Pass(NamedTuple):
 
 @dataclass
 class ClickPasses(Passes):
-    """Passes of a network with click channels; `watch` sees those without clicks.
+    """Passes of a network with click channels; the observer sees those without clicks.
 
     Args:
         sigma: of the click channels, in voxels.
@@ -238,16 +238,18 @@ class ClickPasses(Passes):
         self, image: torch.Tensor, corners: Sequence, window: Sequence[int], average: Any
     ) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
         """(logits (T, *window), float16, of the chosen targets; corner) of each window."""
-        todo = list(corners)
+        todo, observer = list(corners), self.observer
         while todo:
             some, todo = todo[: self.size], todo[self.size :]  # out of memory makes `size` smaller
             every = {tuple(corner): list(self._of(corner, window)) for corner in some}
             results = {one: self.kept.get(*one) for passes in every.values() for one in passes}
             for prompted in (False, True):
+                self.observer = None if prompted else observer
                 missing = [one for one, value in results.items() if value is None and bool(one.clicks) == prompted]
                 for value, one in super().logits(image, missing, window, average):
                     value = value[self.channels] if one.target is None else value[one.target]
                     results[one] = self.kept.put(*one, value)
+            self.observer = observer
             for corner in some:
                 automatic, *clicked = every[tuple(corner)]
                 merged = results[automatic].clone()
@@ -266,11 +268,3 @@ class ClickPasses(Passes):
         windows = super()._batch(image, [one.corner for one in passes], window)
         clicks = torch.stack([click_channels(one.clicks, window, self.sigma) for one in passes])
         return torch.cat([windows, clicks.to(windows)], 1)
-
-    def _sum(self, batch: torch.Tensor, passes: Sequence[_Pass]) -> torch.Tensor:
-        watch = self.watch
-        self.watch = None if passes[0].clicks else watch
-        try:
-            return super()._sum(batch, [one.corner for one in passes])
-        finally:
-            self.watch = watch

@@ -7,38 +7,19 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..network.cpu import autocast, channels_last
+from .quality import Quality
 
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 
 AMP_DTYPES = ("auto", "bfloat16", "float16")
-
-
-class Version(NamedTuple):
-    """What one version of the network says about some windows.
-
-    `number` counts the `count` versions of the same windows from 0. A batch that runs out of memory begins again with
-    number 0, so what was seen of it counts only once the last version is there.
-
-    corners: first voxels (S, P, L) of the windows in the image, which is padded to one window at least.
-    member: number of the fold, where several are averaged.
-    flip: dimensions of (B, T, S, P, L) along which the windows were mirrored; the logits are turned back.
-    logits: (B, T, S, P, L), of all outputs; valid until the call returns.
-    """
-
-    number: int
-    count: int
-    corners: Sequence[Sequence[int]]
-    member: int
-    flip: tuple[int, ...]
-    logits: Tensor
 
 
 @dataclass
@@ -52,7 +33,7 @@ class Passes:
         flips: dimensions to flip together, for every mirrored version but the plain one.
         amp, amp_dtype: see `SlabInferer`.
         check: turns an output into plain logits, or raises.
-        watch: is called with every `Version` of every batch.
+        observer: sees what every version of the windows says.
     """
 
     network: Callable
@@ -62,7 +43,7 @@ class Passes:
     amp: bool
     amp_dtype: str
     check: Callable[[Any], Tensor]
-    watch: Callable[[Version], None] | None
+    observer: Quality | None
 
     def __post_init__(self) -> None:
         self.home, self.flips, self.stack = self.device, [(), *self.flips], ExitStack()
@@ -94,6 +75,8 @@ class Passes:
             if error is not None:
                 self._make_room(average, error)
                 continue
+            if self.observer is not None:
+                self.observer.keep()
             yield from zip(found, some, strict=True)
             todo = todo[len(some) :]
             del found  # its memory serves the next batch
@@ -105,7 +88,7 @@ class Passes:
         batch = batch.clone(memory_format=torch.channels_last_3d)
         dtype = amp_type(self.device, self.amp_dtype)
         with autocast(self.device, self.amp, dtype):
-            total = self._sum(batch, corners)
+            total = self._sum(batch)
         if self.amp and dtype == torch.float16 and not total.isfinite().all():
             logger.warning("the network's numbers exceed float16: computing in float32")
             self.amp = False
@@ -117,17 +100,18 @@ class Passes:
         boxes = [tuple(slice(c, c + n) for c, n in zip(corner, window, strict=True)) for corner in corners]
         return torch.stack([image[(slice(None), *box)] for box in boxes])
 
-    def _sum(self, batch: Tensor, corners: Sequence) -> Tensor:
+    def _sum(self, batch: Tensor) -> Tensor:
+        """Mean logits (B, T, *window) of a network's input."""
         versions = getattr(self.network, "versions", None)
         total, number, count = None, 0, len(self.flips) * (self.network.count if versions else 1)
         for flip in self.flips:
             turned = batch.flip(flip) if flip else batch
             outputs = versions(turned) if versions else [self.network(turned)]
-            for member, output in enumerate(outputs):
+            for output in outputs:
                 logits = self.check(output)
                 logits = logits.flip(flip) if flip else logits
-                if self.watch is not None:
-                    self.watch(Version(number, count, corners, member, flip, logits))
+                if self.observer is not None:
+                    self.observer.watch(number, count, logits)
                 total = logits if count == 1 else logits.float() if total is None else total.add_(logits)
                 number += 1
         return total if count == 1 else total.div_(count)

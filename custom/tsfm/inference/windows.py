@@ -278,8 +278,7 @@ class SlabInferer(Inferer):
         device = network_device(network, image.device)
         average = self._average(image.shape[1:], device)
         progress = tqdm(total=math.prod(map(len, starts)), desc="windows", unit="window", disable=not self.progress)
-        watch = self._observer and self._observer.watch
-        settings = self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self._checked, watch
+        settings = self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self._checked, self._observer
         with passes(network, device, *settings) as through, progress:
             for row, s in enumerate(starts[0]):
                 corners = list(itertools.product([s], *starts[1:]))
