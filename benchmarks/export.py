@@ -16,7 +16,10 @@ import statistics
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
+import numpy as np
+import torch
 from sides import PEER, answer, peak_gib
 
 DEPTH = 32
@@ -28,8 +31,6 @@ SPACING_MM, SOURCE_SPACING_MM = (1.5, 1.0, 1.0), (1.0, 0.5, 0.5)
 
 def write_logits(path, classes, kind):
     """Background and `classes` - 1 others, float16 (classes, S, P, L): ellipsoids with soft borders, or noise."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
     logits = np.lib.format.open_memmap(path, "w+", np.float16, (classes, *SHAPE))
     grid = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in SHAPE), indexing="ij", sparse=True)
@@ -45,8 +46,6 @@ def write_logits(path, classes, kind):
 
 
 def tsfm(path):
-    import numpy as np
-    import torch
     from tsfm.inference.painting import Painter, Slab
     from tsfm.network.cpu import keep_freed_memory
 
@@ -61,10 +60,6 @@ def tsfm(path):
 
 
 def nnunet(path):
-    from types import SimpleNamespace
-
-    import numpy as np
-    import torch
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
     from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -92,8 +87,6 @@ def nnunet(path):
 
 def measure(python, side, path):
     """Seconds, peak GiB and the label map of one process."""
-    import numpy as np
-
     out = path + f".{side}.npy"
     return (*answer(python, __file__, "--side", side, path, out), np.load(out))
 
@@ -108,8 +101,6 @@ def main():
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        import numpy as np
-
         seconds, label_map = {"tsfm": tsfm, "nnunet": nnunet}[args.side[0]](args.side[1])
         gib = peak_gib()
         np.save(args.side[2], np.asarray(label_map).astype(np.uint8))

@@ -39,10 +39,7 @@ PARTS = {"NIfTI": fuzz_nifti, "JSON": fuzz_json, "weights": fuzz_weights}
 OUTCOMES = ("refused", "right", "silent", "hanging", "unhelpful")
 SECONDS = 20
 MEMORY_BYTES = 2**30  # beyond what the imports take
-IMPORTS = (
-    "SimpleITK", "jsonschema", "scipy.ndimage", "monai.data", "tsfm.cases.cases", "tsfm.planning.own_data", "tsfm.options",
-    "tsfm.training.run_state",
-)  # fmt: skip
+IMPORTS = "SimpleITK", "jsonschema", "scipy.ndimage", "monai.data"  # what the package imports as late as it can
 ADVICE = (
     "download", "correct", "convert", "rename", "check", "repair", "give", "leave out", "replace", "save", "put",
     "resample", "install", "name", "set", "expected", "did you mean", "known:",

@@ -14,6 +14,12 @@ from typing import Any
 
 import numpy as np
 from sides import ROOT
+from tsfm.cases.folders import find_images
+from tsfm.cases.pool import DatasetPool
+from tsfm.cases.volumes import read_volume
+from tsfm.options import check_options
+from tsfm.planning.own_data import dataset_pool
+from tsfm.schema import read_json
 
 COUNT = 500
 
@@ -48,24 +54,17 @@ def plain_items(items: list[dict[str, Any]], root: str) -> list[Any]:
 
 
 def use_pool(path: str) -> Any:
-    from tsfm.cases.pool import DatasetPool
-
     pool = DatasetPool(path, os.path.dirname(path))
     folds = [[item["case"] for item in pool.val_items(fold)] for fold in range(5)]
     return [plain_items(pool.cases, os.path.dirname(path)), pool.table.to_dict(), folds]
 
 
 def use_dataset(path: str) -> Any:
-    from tsfm.planning.own_data import dataset_pool
-
     pool = dataset_pool(os.path.dirname(path))
     return [plain_items(pool.cases, os.path.dirname(path)), pool.table.to_dict()["targets"]]
 
 
 def use_datalist(path: str) -> Any:
-    from tsfm.cases.folders import find_images
-    from tsfm.cases.volumes import read_volume
-
     items = find_images(path)
     for item in items:
         if not os.path.exists(item["image"]):
@@ -74,8 +73,6 @@ def use_datalist(path: str) -> Any:
 
 
 def use_splits(path: str) -> Any:
-    from tsfm.cases.pool import DatasetPool
-
     declared = {**POOL, "datasets": [{**POOL["datasets"][0], "patient": {"pattern": "c."}}]}
     pool = DatasetPool(declared, os.path.dirname(path), splits_file=path)
     return [[item["case"] for item in part] for part in pool.split(0)]
@@ -83,9 +80,6 @@ def use_splits(path: str) -> Any:
 
 def use_overlay(path: str) -> Any:
     """What of the overlay has an effect: the ids that train.json has."""
-    from tsfm.options import check_options
-    from tsfm.schema import read_json
-
     base = ROOT / "bundles/tsfm_finetune/configs/train.json"
     check_options(["monai.bundle", "run", "--config_file", str([str(base), path])])
     content, known = read_json(path), read_json(base)

@@ -8,7 +8,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
+from tsfm.cases.cases import Preparation, load_case
+from tsfm.cases.volumes import read_volume
+from tsfm.errors import CaseWarning
 
 COUNT = 1000
 SHAPE = (24, 22, 20)
@@ -28,8 +32,6 @@ VALUES = (
 
 def prepare(folder: Path) -> None:
     """Write a CT with both forms that agree, plain and compressed."""
-    import nibabel as nib
-
     rng = np.random.default_rng(0)
     smooth = np.cumsum(np.cumsum(rng.normal(size=SHAPE), 0), 1)
     voxels = np.clip(smooth * 60, -1000, 1500).astype(np.int16)
@@ -107,10 +109,6 @@ def _flip(rng: np.random.Generator, raw: bytearray, low: int, high: int) -> None
 
 
 def judge(path: Path, _whole: None) -> tuple[str, str]:
-    from tsfm.cases.cases import Preparation, load_case
-    from tsfm.cases.volumes import read_volume
-    from tsfm.errors import CaseWarning
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_case({"image": str(path), "modality": "CT"}, None, Preparation((1.5, 1.0, 1.0)))

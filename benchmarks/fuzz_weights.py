@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from fuzz_json import another_type, at, places
+from tsfm.cases.cases import Preparation
+from tsfm.labels import LabelTable
+from tsfm.network.tsfm_net import TSFM
+from tsfm.training.checkpoint import EXTRA_STATE, describe_network, encode_description, read_state, save_weights
+from tsfm.training.run_state import _read_run
+from tsfm.training.weight_files import write_pt
 
 COUNT = 300
 HOSTILE = (
@@ -26,12 +33,6 @@ HOSTILE = (
 
 def weights() -> tuple[Any, dict[str, Any]]:
     """A small network with everything that a description can hold, and the content of its ``last.pt``."""
-    import torch
-    from tsfm.cases.cases import Preparation
-    from tsfm.labels import LabelTable
-    from tsfm.network.tsfm_net import TSFM
-    from tsfm.training.checkpoint import describe_network
-
     table = LabelTable(
         {"liver": {}, "肿瘤": {"inside": "liver", "lesion": True}},
         [{"name": "own", "labels": {"1": "liver", "2": "肿瘤"}}],
@@ -47,22 +48,18 @@ def weights() -> tuple[Any, dict[str, Any]]:
     return network, state
 
 
-def read_weights(path: str) -> Any:
-    from tsfm.training.checkpoint import read_state
+def plain(tensors: dict[str, torch.Tensor]) -> dict[str, list]:
+    return {name: [str(t.dtype), list(t.shape), t.float().flatten().tolist()] for name, t in tensors.items()}
 
+
+def read_weights(path: str) -> Any:
     tensors, description = read_state(path)
-    return [
-        description,
-        {name: [str(t.dtype), list(t.shape), t.float().flatten().tolist()] for name, t in tensors.items()},
-    ]
+    return [description, plain(tensors)]
 
 
 def read_last(path: str) -> Any:
-    from tsfm.training.run_state import _read_run
-
     state = _read_run(path)
-    model = {name: [str(t.dtype), list(t.shape), t.float().flatten().tolist()] for name, t in state["model"].items()}
-    return [{key: state[key] for key in ("epoch", "curve", "best", "settings")}, model]
+    return [{key: state[key] for key in ("epoch", "curve", "best", "settings")}, plain(state["model"])]
 
 
 USES = {"model.pt": read_weights, "model.safetensors": read_weights, "last.pt": read_last}
@@ -107,10 +104,6 @@ def hostile(description: dict[str, Any], draw: random.Random) -> tuple[str, dict
 
 def prepare(folder: Path) -> dict[str, Any]:
     """Write good files; the network, its description, the run's state, and what is read from each file."""
-    import torch
-    from tsfm.training.checkpoint import save_weights
-    from tsfm.training.weight_files import write_pt
-
     torch.set_num_threads(1)  # a pool of threads doesn't outlive the fork
     network, last = weights()
     save_weights(network, folder / "model.pt")
@@ -120,9 +113,6 @@ def prepare(folder: Path) -> dict[str, Any]:
 
 
 def mutate(rng: np.random.Generator, folder: Path, whole: dict[str, Any]) -> tuple[str, Path]:
-    import torch
-    from tsfm.training.checkpoint import EXTRA_STATE, encode_description, save_weights
-
     draw = random.Random(rng.bytes(8))
     for old in folder.glob("damaged*"):
         old.unlink()

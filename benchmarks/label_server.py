@@ -62,14 +62,8 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        options = {"--app": bundles[0] / "label_app", "--studies": self.studies, "--host": "127.0.0.1", "--port": port}
-        command = [
-            python,
-            "-m",
-            "monailabel.main",
-            "start_server",
-            *(str(word) for pair in options.items() for word in pair),
-        ]
+        command = [python, "-m", "monailabel.main", "start_server", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--app", str(bundles[0] / "label_app"), "--studies", str(self.studies)]
         command += ["--conf", "models", ",".join(map(str, bundles)), "--conf", "scoring", "false"]
         own = {"PYTHONPATH": str(shim.parent), "MONAI_LABEL_SESSION_PATH": str(folder / "sessions")}
         with open(folder / "server.log", "w") as log:
@@ -99,11 +93,8 @@ class Server:
     def submit(self, image: str) -> int:
         label = np.zeros(self.images[image], np.uint8)
         label[label.shape[0] // 4 : label.shape[0] // 2] = 1
-        url, content = (
-            f"{self.url}/datastore/label?image={image}",
-            gzip.compress(nib.Nifti1Image(label, AFFINE).to_bytes()),
-        )
-        return requests.put(url, files={"label": ("label.nii.gz", content)}, timeout=60).status_code
+        file = ("label.nii.gz", gzip.compress(nib.Nifti1Image(label, AFFINE).to_bytes()))
+        return requests.put(f"{self.url}/datastore/label?image={image}", files={"label": file}, timeout=60).status_code
 
     def train(self, model: str) -> int:
         body = {"max_epochs": 1, "val_split": 0.5, "multi_gpu": False}

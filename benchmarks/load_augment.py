@@ -16,7 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
+import numpy as np
+import torch
 from sides import ONE_THREAD, PEER, ROOT, in_turn, organs, peak_gib, serve
 
 SPACING_MM = (1.5, 1.0, 1.0)
@@ -26,8 +29,6 @@ BATCH = 2
 
 def synthetic_ct(shape, seed):
     """Normalised CT-like image (S, P, L) float32 with noise, and labels 1..4 as balls, uint8."""
-    import numpy as np
-
     rng = np.random.default_rng(seed)
     grid = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in shape), indexing="ij", sparse=True)
     image = rng.standard_normal(shape, dtype=np.float32) * 0.1 - 1
@@ -47,7 +48,6 @@ def synthetic_ct(shape, seed):
 def prepare_tsfm(folder, shape):
     """Two NIfTI cases, prepared into the store by a process of its own: preparing is not what is measured here."""
     import nibabel as nib
-    import numpy as np
 
     store, items = tsfm_store(folder)
     affine = np.diag([-SPACING_MM[2], -SPACING_MM[1], SPACING_MM[0], 1.0])  # L, P, S
@@ -93,7 +93,6 @@ def tsfm_store(folder):
 
 
 def prepare_nnunet(folder, shape, patch):
-    import numpy as np
     from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
     for number in range(CASES):
@@ -111,9 +110,6 @@ def prepare_nnunet(folder, shape, patch):
 
 
 def batches_nnunet(folder, patch, size=BATCH, deep_supervision_scales=None):
-    from types import SimpleNamespace
-
-    import numpy as np
     from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
     from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -135,8 +131,6 @@ def batches_nnunet(folder, patch, size=BATCH, deep_supervision_scales=None):
 
 def answer_rounds(side, folder, patch, batches):
     """One side's process: seconds of each round of batches, and MiB."""
-    import torch
-
     torch.set_num_threads(1)
     stream = {"tsfm": batches_tsfm, "nnunet": batches_nnunet}[side](folder, patch)
     for _ in range(3):  # nnU-Net times its convolutions on first use

@@ -120,14 +120,7 @@ def main() -> None:
     for name, row in rows.items():
         if name in fixture:
             continue
-        shapes, spacings, cases, channels, classes = row
-        fixture[name] = {
-            "shapes": shapes,
-            "spacings": spacings,
-            "cases": cases,
-            "channels": channels,
-            "classes": classes,
-        }
+        fixture[name] = dict(zip(("shapes", "spacings", "cases", "channels", "classes"), row, strict=True))
         fixture[name]["plans"] = plans(PLANNERS if name in RESIDUAL_TOO else {"nnunet": PLANNERS["nnunet"]}, *row)
         print(name, fixture[name]["plans"]["nnunet"]["3d_fullres"]["patch_size"], flush=True)
         path.write_text(json.dumps(fixture, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))

@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 
+import numpy as np
+import torch
 from sides import PEER, answer, organs, peak_gib
 
 SPACING_MM, TARGET_MM = (1.5, 0.7, 0.7), (1.5, 1.0, 1.0)
@@ -53,7 +56,6 @@ def main() -> None:
 def write_ct(folder: str, shape: tuple[int, int, int]) -> None:
     """A body of soft tissue in air with ellipsoid organs and noise, and its label map, as NIfTI with LPS axes."""
     import nibabel as nib
-    import numpy as np
 
     random = np.random.default_rng(0)
     axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
@@ -73,9 +75,6 @@ def write_ct(folder: str, shape: tuple[int, int, int]) -> None:
 
 def run_tsfm(row: str, folder: str, repeats: int) -> list[float]:
     """Seconds of each repeat."""
-    import shutil
-
-    import torch
     from tsfm.cases.cases import Preparation, load_case
     from tsfm.patches.store import CaseStore
     from tsfm.patches.stored_case import sample_foreground

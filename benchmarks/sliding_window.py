@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -116,8 +117,6 @@ def profile(network, image):
 
 
 def nnunet(network, image):
-    from types import SimpleNamespace
-
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(

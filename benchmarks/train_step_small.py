@@ -14,7 +14,10 @@ import statistics
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
+import numpy as np
+import torch
 from load_augment import batches_nnunet, batches_tsfm, calls, prepare_nnunet, prepare_tsfm, tsfm_store
 from sides import PEER, in_turn, serve
 
@@ -44,7 +47,6 @@ def plain_unet(classes):
 
 def steps_tsfm(folder, batch_size, own_network):
     """An iterator; each `next` is one iteration of MONAI's trainer with the bundle's step."""
-    import torch
     from monai.engines import SupervisedTrainer
     from tsfm.network.loss import PartialLabelLoss
     from tsfm.network.tsfm_net import TSFM
@@ -67,10 +69,6 @@ def steps_tsfm(folder, batch_size, own_network):
 
 def steps_nnunet(folder, batch_size):
     """An iterator; each `next` is a batch and `nnUNetTrainer.train_step` with it, as on a CPU."""
-    from types import SimpleNamespace
-
-    import numpy as np
-    import torch
     from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
     from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -96,8 +94,6 @@ def steps_nnunet(folder, batch_size):
 
 def answer_rounds(side, folder, batch, steps):
     """One side's process: seconds of work of each round of steps."""
-    import torch
-
     torch.set_num_threads(1)
     stream = steps_nnunet(folder, batch) if side == "nnunet" else steps_tsfm(folder, batch, side == "tsfm_s")
     for _ in range(2):

@@ -23,7 +23,7 @@ from tsfm.patches.augmentation import (
     RandRotateScale,
     blur_axis,
     resample_patch,
-    seed_transforms,
+    share_random_state,
     source_box,
     thick_patch_axis,
 )
@@ -50,7 +50,7 @@ def outputs(probe):
     rng = np.random.default_rng(1)
     with plain_tensors():
         for draw in range(DRAWS):
-            seed_transforms(compose, int(rng.integers(2**32)))
+            share_random_state(compose, np.random.RandomState(int(rng.integers(2**32))))
             for found, transform in zip(changed, compose.transforms, strict=True):
                 image = transform({"image": probe.clone(), "label": probe[:1] > 0})["image"]
                 if not torch.equal(image, probe):

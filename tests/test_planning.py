@@ -559,6 +559,8 @@ def test_a_plan_is_taken_back_from_its_file(pool, tmp_path):
     Forecast(str(tmp_path), plan).save(hours=2.0)
     for asked in ("auto", "coarse"):  # an overlay may have it
         assert plan_run(pool, str(tmp_path), spacing_mm=asked, plan_file=str(tmp_path / "plan.json")) == plan
+    same = {"patch_size": list(plan.patch_size), "batch_size": plan.batch_size, "network_size": plan.network}
+    assert plan_run(pool, str(tmp_path), **same, plan_file=str(tmp_path / "plan.json")) == plan
     with pytest.raises(PlanError, match="leave --patch_size out"):
         plan_run(pool, str(tmp_path), patch_size=[8, 16, 16], plan_file=str(tmp_path / "plan.json"))
     with pytest.raises(PlanError, match=r"no\.json cannot be read"):

@@ -285,12 +285,12 @@ def test_a_missing_file(case):
 
 def test_a_label_of_another_shape_or_place(case, tmp_path):
     small = save(tmp_path / "small.nii", np.zeros((9, 8, 6), np.uint8))
-    found = r"small.nii: shape \(6, 8, 9\) along \(S, P, L\), but .*image.nii.gz has \(7, 8, 9\) along \(S, P, L\)"
+    found = r"small.nii and .*image.nii.gz: .*shape \(6, 8, 9\) along \(S, P, L\) against \(7, 8, 9\) along \(S, P, L\)"
     refused({**case, "label": small}, found)
     shifted = AFFINE.copy()
     shifted[0, 3] += 0.5
     moved = save(tmp_path / "moved.nii", np.zeros(SHAPE, np.uint8), shifted)
-    refused({**case, "label": moved}, r"moved.nii: .* 0.5 mm away .* \(allowed: 0.07 mm")
+    refused({**case, "label": moved}, r"moved.nii and .*image.nii.gz: .* 0.5 mm apart \(allowed: 0.07 mm")
     shifted[0, 3] = AFFINE[0, 3] + 0.05
     load_case({**case, "label": save(tmp_path / "near.nii", np.zeros(SHAPE, np.uint8), shifted)}, TABLE, CT)
 

@@ -243,6 +243,13 @@ def test_of_a_study_the_one_series_of_image_planes_is_read_and_the_rest_named(tm
         read_volume(tmp_path / "alone")
 
 
+def test_a_slice_that_is_cut_short_is_refused_also_at_the_end_of_its_series(tmp_path):
+    last = write_slices(tmp_path / "ct", line([0, 3, 6, 9])) / "003.dcm"
+    for kept in (-1, 600):
+        last.write_bytes(last.read_bytes()[:kept])
+        refused(tmp_path / "ct", "1 DICOM files of the kind of the series cannot be read: 003.dcm; .*copy or download")
+
+
 def test_of_a_study_with_several_series_each_is_listed_with_what_to_do(tmp_path):
     listed = r"3 DICOM series: .*'Thorax 1.5' \(4 slices of 1.5 mm\); 'Thorax 5' \(4 slices of 5 mm\)"
     refused(write_study(tmp_path / "three", (1, 1.5, 5)), rf"{listed}; expected exactly one: .* own \(`dcm2niix -f")
@@ -500,7 +507,7 @@ def test_a_compression_that_the_name_denies_says_rename(tmp_path):
     (tmp_path / "d.nii.gz").write_bytes(plain)
     refused(tmp_path / "d.nii.gz", "not compressed .* rename it to end in .nii")
     (tmp_path / "e.nii.gz").write_bytes(bytes(len(plain)))
-    refused(tmp_path / "e.nii.gz", "damaged, or not compressed")
+    refused(tmp_path / "e.nii.gz", "damaged or cut short .*Not a gzipped file")
 
 
 @pytest.mark.parametrize(

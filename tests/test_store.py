@@ -153,7 +153,7 @@ def test_a_label_that_was_read_for_the_fingerprint_is_not_read_again(orientation
 
 def test_the_key_follows_what_matters_and_nothing_else(tmp_path, items):
     def key(table=TABLE, preparation=PREPARATION, **changes):
-        return CaseStore(tmp_path, table, preparation).key({**items[0], **changes})
+        return CaseStore(tmp_path, table, preparation).path({**items[0], **changes})
 
     same = key()
     more = LabelTable({**TARGETS, "spleen": {}}, [{"name": "zero", "labels": {"9": "spleen"}}, ONE])

@@ -127,8 +127,7 @@ def cell(side: Ours | Peer, folder: Path, minutes: float, seed: int, data: Path,
     units = max(1, int((minutes * 60 - start) / each))
     seconds = side.train(folder, units, seed)
     side.predict(folder)
-    dice = score(folder / "maps", data)
-    found = {"minutes": seconds / 60, "steps": units * side.unit, "dice": dice}
+    found = {"minutes": seconds / 60, "steps": units * side.unit, "dice": score(folder / "maps", data)}
     (folder / "cell.json").write_text(json.dumps(found, indent=2))
 
 

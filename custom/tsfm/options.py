@@ -143,7 +143,7 @@ def check_options(arguments: Sequence[str]) -> None:
             )
     for path, content in contents.items():
         _check_values(content, path)
-    _check_values({name: _literal(value) for name, value in own.items()}, "command line")
+    _check_values(overrides(arguments), "command line")
     for name, value in own.items():
         target = re.split(r"#|::", value[1:])[0]
         if value.startswith(SIGNS[1:]) and target not in known and not target.endswith((".json", ".yaml", ".yml")):
@@ -190,6 +190,11 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
     if os.path.isfile(path) and isinstance(content := read_json(path), dict):
         options = {**{name: str(value) for name, value in content.items()}, **options}
     return options
+
+
+def overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Id -> value of what a command line sets in the configs."""
+    return {name: _literal(value) for name, value in _options(arguments).items() if name not in RUN_OPTIONS}
 
 
 def _typed(arguments: Sequence[str]) -> dict[str, str]:

@@ -155,22 +155,24 @@ def load_codes(
         CaseError: unreadable files, grids that differ, masks that are missing or not listed, unknown ids; a mask over one
             that says more (a kidney over its tumor).
     """
-    if not isinstance(label, Mapping):
-        raw = read_labels(label)
-        raw = raw if image is None else on_grid_of(image, raw, what)
-        return RawVolume(_encode(table, dataset, raw.array[0], raw.source)[None], raw.affine, raw.source)
+    if isinstance(label, Mapping):
+        return _merge_masks(label, table, dataset, image, what)
+    raw = read_labels(label)
+    raw = raw if image is None else on_grid_of(image, raw, what)
+    return RawVolume(_encode(table, dataset, raw.array[0], raw.source)[None], raw.affine, raw.source)
+
+
+def _merge_masks(
+    label: Mapping[str, Any], table: LabelTable, dataset: str, image: RawVolume | None, what: str
+) -> RawVolume:
+    """`load_codes` of one mask file per structure."""
     ids = table.local_ids(dataset)
     source = image.source if image is not None else str(next(iter(label.values()), dataset))
-    unknown = [name for name in label if name not in ids]
-    if unknown:
+    structures = [name for name in ids[1:] if isinstance(name, str)]
+    if set(label) != set(structures) or not label:
         raise CaseError(
-            f"{source}: label masks for {unknown}, which data set '{dataset}' does not list; it lists {list(ids[1:])}"
-        )
-    missing = [name for name in ids[1:] if isinstance(name, str) and name not in label]
-    if missing:
-        raise CaseError(
-            f"{source}: no label masks for {missing}, which data set '{dataset}' lists; without them these structures "
-            f"would count as absent (there are {list(label)})"
+            f"{source}: label masks for {list(label)}; data set '{dataset}' lists {structures}, expected a mask of each "
+            "(without it a structure would count as absent) and of no other"
         )
     codes = None
     for name in sorted(label, key=ids.index):
@@ -182,8 +184,6 @@ def load_codes(
         inside = mask.array != 0
         _check_hidden(codes.array, inside, table, dataset, name, mask.source)
         codes.array[inside] = ids.index(name)
-    if codes is None:
-        raise CaseError(f"{source}: an empty list of label masks for data set '{dataset}'")
     return codes
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..labels import LabelTable, as_table
-from ..names import case_names, counted, modality_name, plain_name, plain_names, unknown_names
+from ..names import case_names, counted, listed, modality_name, plain_name, plain_names, unknown_names
 from ..schema import read_json
 from .folders import SUFFIXES, PoolError, legible, paths_of, stem
 
@@ -73,45 +73,52 @@ def read_dataset(
         PoolError: a folder that is not there, files that are missing, no case.
     """
     folder = os.fspath(Path(dataset_dir, entry.get("folder", "")))
-    if recorded is not None:
-        pairs = [(case, files["image"], files["label"]) for case, files in recorded.items()]
-    elif not os.path.isdir(folder):
-        raise PoolError(f"folder {folder} does not exist")
-    else:
-        pairs = _msd_pairs(folder) if entry.get("format") == "msd" else _pattern_pairs(folder, entry)
-    licence = declared_licence(dataset_dir, entry)
     excluded = set(entry.get("exclude", ()))
-    unknown = unknown_names(sorted(excluded), [case for case, _, _ in pairs])
-    if unknown and recorded is None:
-        raise PoolError(f'{folder}: "exclude" names cases that are not there: {unknown}')
-    items, absent, unlabelled, modalities = [], [], 0, _modalities(entry)
-    labels = {os.path.normpath(path) for *_, label in pairs for path in paths_of(label)}
-    for case, image, label in sorted(pairs, key=lambda pair: pair[0]):
-        # in one folder "{case}.nii.gz" fits the labels of "{case}_seg.nii.gz", too
-        if case in excluded or os.path.normpath(paths_of(image)[0]) in labels:
-            continue
-        if recorded is None:
-            if entry.get("unlabelled") == "skip" and not any(map(os.path.exists, paths_of(label))):
-                unlabelled += 1
-                continue
-            absent += [path for path in (*paths_of(image), *paths_of(label)) if not os.path.exists(path)]
+    if recorded is None:
+        cases = _cases_in(folder, entry, excluded)
+    else:
+        cases = [(case, one["image"], one["label"]) for case, one in recorded.items() if case not in excluded]
+    if not cases:
+        layout = "dataset.json" if _is_msd(entry) else f"image {entry['image']}, label {entry['label']}"
+        raise PoolError(f"folder {folder} holds no case in the layout {layout}")
+    licence, modalities, items = declared_licence(dataset_dir, entry), _modalities(entry), []
+    for case, image, label in sorted(cases, key=lambda one: one[0]):
         modality = modality_name(modalities[next(iter(_fitting(modalities, case)), "default")], source)
         item = {"image": image, "label": label, "dataset": entry["name"], "modality": modality, "case": case}
         items.append(item | {"licence": licence} if licence else item)
-    if absent:
-        shown = "\n    ".join(absent[:10])
-        raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
-    is_msd = entry.get("format") == "msd"
-    if recorded is None:
-        _warn_of_unused_modalities(entry, [case for case, _, _ in pairs])
-        if not is_msd:
-            _warn_of_unused_files(folder, entry, pairs)
-    if unlabelled:
-        logger.info("%s: left out without a label file: %s", entry["name"], counted(unlabelled, "case"))
-    if not items:
-        layout = "dataset.json" if is_msd else f"image {entry['image']}, label {entry['label']}"
-        raise PoolError(f"folder {folder} holds no case in the layout {layout}")
     return items
+
+
+def _cases_in(folder: str, entry: Mapping[str, Any], excluded: set[str]) -> list[tuple[str, Any, Any]]:
+    """(case, image, label) of the cases in a data set's folder that are to be used."""
+    if not os.path.isdir(folder):
+        raise PoolError(f"folder {folder} does not exist")
+    pairs = _msd_pairs(folder) if _is_msd(entry) else _pattern_pairs(folder, entry)
+    names = [case for case, _, _ in pairs]
+    unknown = unknown_names(sorted(excluded), names)
+    if unknown:
+        raise PoolError(f'{folder}: "exclude" names cases that are not there: {unknown}')
+    # in one folder "{case}.nii.gz" fits the labels of "{case}_seg.nii.gz", too
+    labels = {os.path.normpath(path) for *_, label in pairs for path in paths_of(label)}
+    cases = [pair for pair in pairs if pair[0] not in excluded and os.path.normpath(paths_of(pair[1])[0]) not in labels]
+    if entry.get("unlabelled") == "skip":
+        wanted = len(cases)
+        cases = [one for one in cases if any(map(os.path.exists, paths_of(one[2])))]
+        if len(cases) < wanted:
+            logger.info("%s: left out without a label file: %s", entry["name"], counted(wanted - len(cases), "case"))
+    files = [path for _, *both in cases for one in both for path in paths_of(one)]
+    absent = [path for path in files if not os.path.exists(path)]
+    if absent:
+        shown = listed(absent, between="\n    ")
+        raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
+    _warn_of_unused_modalities(entry, names)
+    if not _is_msd(entry):
+        _warn_of_unused_files(folder, entry, pairs)
+    return cases
+
+
+def _is_msd(entry: Mapping[str, Any]) -> bool:
+    return entry.get("format") == "msd"
 
 
 def declared_licence(dataset_dir: str, entry: Mapping[str, Any]) -> str | Mapping[str, Any] | None:
@@ -142,24 +149,7 @@ def declared_labels(content: Mapping[str, Any], path: str) -> tuple[dict[str, An
     MSD has ``{"1": name}``, nnU-Net ``{name: 1}`` or, for regions, ``{name: [1, 2]}``: an id then belongs to every region
     that lists it, and a region lies inside the smallest one that holds all its ids.
     """
-    labels = content.get("labels")
-    if not isinstance(labels, Mapping) or not labels:
-        raise PoolError(f'{path} has no "labels"')
-    if all(str(key).isdigit() for key in labels):
-        plain = plain_names({raw: name for raw, name in labels.items() if int(raw) != 0}, path)
-        named: dict[str, list[int]] = {}
-        for raw, name in plain.items():
-            named.setdefault(name, []).append(int(raw))
-    else:
-        ids = {name: value if isinstance(value, list | tuple) else [value] for name, value in labels.items()}
-        if not all(isinstance(raw, int) for values in ids.values() for raw in values):
-            raise PoolError(
-                f'{path}: "labels" is {dict(labels)}; expected {{"0": "background", "1": name, ...}}, or nnU-Net\'s '
-                '{"background": 0, name: 1, ...} with a list of ids for a region'
-            )
-        ids = {name: list(values) for name, values in ids.items() if list(values) != [0]}
-        plain = plain_names({name: name for name in ids}, path)
-        named = {plain[name]: values for name, values in ids.items()}
+    named = _named_ids(content.get("labels"), path)
     ignored = named.pop(IGNORE, [])
     order = content.get("regions_class_order")
     if order is not None and len(order) != len(named):
@@ -169,6 +159,25 @@ def declared_labels(content: Mapping[str, Any], path: str) -> tuple[dict[str, An
     return label_ids, {name: _relation(name, named) for name in named}, ignored
 
 
+def _named_ids(labels: Any, path: str) -> dict[str, list[int]]:
+    """Plain name -> raw ids, of the "labels" of a ``dataset.json``; background is left out."""
+    if not isinstance(labels, Mapping) or not labels:
+        raise PoolError(f'{path} has no "labels"')
+    named: dict[str, list[int]] = {}
+    if all(str(key).isdigit() for key in labels):
+        for raw, name in plain_names({raw: name for raw, name in labels.items() if int(raw) != 0}, path).items():
+            named.setdefault(name, []).append(int(raw))
+        return named
+    ids = {name: list(value) if isinstance(value, list | tuple) else [value] for name, value in labels.items()}
+    if not all(isinstance(raw, int) for values in ids.values() for raw in values):
+        raise PoolError(
+            f'{path}: "labels" is {dict(labels)}; expected {{"0": "background", "1": name, ...}}, or nnU-Net\'s '
+            '{"background": 0, name: 1, ...} with a list of ids for a region'
+        )
+    foreground = {name: values for name, values in ids.items() if values != [0]}
+    return {plain: foreground[name] for name, plain in plain_names({name: name for name in foreground}, path).items()}
+
+
 def _relation(name: str, named: Mapping[str, Sequence[int]]) -> dict[str, str]:
     own = set(named[name])
     around = [other for other, ids in named.items() if own < set(ids)]
@@ -176,34 +185,30 @@ def _relation(name: str, named: Mapping[str, Sequence[int]]) -> dict[str, str]:
 
 
 def _msd_pairs(folder: str) -> list[tuple[str, Any, str]]:
-    declared = read_json(os.path.join(folder, "dataset.json"), "dataset.json", PoolError)
-    listed = [
-        [[os.path.normpath(os.path.join(folder, one)) for one in paths_of(entry[key])] for key in ("image", "label")]
-        for entry in declared.get("training", [])
-    ]
-    sidecars = [images[0] for images, _ in listed if os.path.basename(images[0]).startswith("._")]
+    """(case, image, label) of a ``dataset.json``'s "training" list; what is listed twice, which folds would tear apart, once."""
+    path = os.path.join(folder, "dataset.json")
+    declared = read_json(path, "dataset.json", PoolError).get("training", [])
+    once: dict[str, tuple[list[str], list[str]]] = {}
+    sidecars = []
+    for entry in declared:
+        pair = tuple(
+            [os.path.normpath(os.path.join(folder, one)) for one in paths_of(entry[key])] for key in ("image", "label")
+        )
+        first = pair[0][0]
+        if os.path.basename(first).startswith("._"):
+            sidecars.append(first)
+        elif once.setdefault(first, pair) != pair:
+            raise PoolError(f"{path} lists {first} twice, as {once[first]} and as {pair}: leave out one of them")
     if sidecars:
         logger.warning("%d files of macOS, %s for one, are no images and left out", len(sidecars), sidecars[0])
-        listed = [pair for pair in listed if pair[0][0] not in sidecars]
-    listed = _each_once(listed, os.path.join(folder, "dataset.json"))
-    firsts = [images[0] for images, _ in listed]
-    names = case_names([stem(first) for first in firsts], [os.path.relpath(first, folder) for first in firsts])
+    repeated = len(declared) - len(sidecars) - len(once)
+    if repeated:
+        logger.warning("%s lists %s twice: once counts", path, counted(repeated, "case"))
+    names = case_names([stem(first) for first in once], [os.path.relpath(first, folder) for first in once])
     return [
         (name, images if len(images) > 1 else images[0], label)
-        for name, (images, [label]) in zip(names, listed, strict=True)
+        for name, (images, [label]) in zip(names, once.values(), strict=True)
     ]
-
-
-def _each_once(listed: Sequence[list[list[str]]], path: str) -> list[list[list[str]]]:
-    """The listed [images, labels] without repetitions, which folds would tear apart; PoolError for one image with two labels."""
-    once: dict[str, list[list[str]]] = {}
-    for pair in listed:
-        other = once.setdefault(pair[0][0], pair)
-        if other != pair:
-            raise PoolError(f"{path} lists {pair[0][0]} twice, as {other} and as {pair}: leave out one of them")
-    if len(once) < len(listed):
-        logger.warning("%s lists %s twice: once counts", path, counted(len(listed) - len(once), "case"))
-    return list(once.values())
 
 
 def _pattern_pairs(folder: str, entry: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -248,10 +253,7 @@ def _warn_of_unused_files(folder: str, entry: Mapping[str, Any], pairs: Sequence
     for what, paths in (("labels without an image", labels.values()), ("images of other names", images)):
         lone = [path for path in map(os.path.normpath, paths) if path not in known]
         if lone:
-            more = f" and {len(lone) - 10} more" if len(lone) > 10 else ""
-            logger.warning(
-                "%s: %s (%s) are not used: %s%s", entry["name"], what, named, ", ".join(lone[:10]), more
-            )  # fmt: skip
+            logger.warning("%s: %s (%s) are not used: %s", entry["name"], what, named, listed(lone))
             known.update(lone)
 
 

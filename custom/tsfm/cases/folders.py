@@ -104,7 +104,6 @@ def find_images(
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {list(EXISTING)}")
-    as_dicom = dicom_outputs(save)
     if not 0 <= part < parts:
         raise ValueError(f"part is {part} of {parts} parts; expected a number from 0 to parts - 1")
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
@@ -113,38 +112,18 @@ def find_images(
         raise FileNotFoundError(
             f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders; check that it is what you meant"
         )
-    others = [item["image"] for item in items if not os.path.isdir(os.fspath(paths_of(item["image"])[0]))]
-    if as_dicom and others:
-        raise FileError(
-            f"{len(others)} of {len(items)} images are no folder with a DICOM series, for example {others[0]}, and "
-            f"{as_dicom[0]} refers to one: leave it out of --save, or give those images a run of their own"
-        )
+    _check_series(items, save)
     clicks, names = clicks or {}, _case_names(items)
     for item, name in zip(items, names, strict=True):
         item.update({"case": name, **clicks.get(name, {})})
     for name in clicks:
         if name not in names:
             raise ValueError(f"clicks for a case {name!r}, which is not in {source}{nearest(name, names)}")
-    if output_dir is not None:
-        check_writable(output_dir, "--output_dir")
-        _check_apart(items, output_dir, save)
-    items = items[part::parts]
-    if output_dir is None or existing == "overwrite":
-        return items
-    enough = all if existing == "skip" else any
-    cases = [item["case"] for item in items]
-    done = {case for case in cases if enough(path.exists() for path in output_paths(output_dir, case, save))}
-    if done and existing == "error":
-        raise FileExistsError(
-            f"{len(done)} of {len(items)} results are already in {output_dir}, for example {min(done)}: set "
-            '"existing" to "skip" to keep them and do the rest, or to "overwrite"'
-        )
-    if done:
-        logger.info(
-            "%d of %d results are in %s and stay, whatever weights and options made them",
-            len(done), len(items), output_dir,
-        )  # fmt: skip
-    return [item for item in items if item["case"] not in done]
+    if output_dir is None:
+        return items[part::parts]
+    check_writable(output_dir, "--output_dir")
+    _check_apart(items, output_dir, save)
+    return _to_do(items[part::parts], output_dir, existing, save)
 
 
 def output_path(output_dir: str | os.PathLike, case: str) -> Path:
@@ -171,6 +150,36 @@ def saved_outputs(save: str | Sequence[str]) -> list[str]:
 def dicom_outputs(save: str | Sequence[str]) -> list[str]:
     """Those names in `save` whose outputs refer to the slices of a DICOM series; ValueError as `saved_outputs`."""
     return [name for name in saved_outputs(save) if name.startswith("dicom")]
+
+
+def _check_series(items: Sequence[Mapping[str, Any]], save: str | Sequence[str]) -> None:
+    """FileError where an output refers to a DICOM series and an image is none."""
+    as_dicom = dicom_outputs(save)
+    others = [item["image"] for item in items if not os.path.isdir(os.fspath(paths_of(item["image"])[0]))]
+    if as_dicom and others:
+        raise FileError(
+            f"{len(others)} of {len(items)} images are no folder with a DICOM series, for example {others[0]}, and "
+            f"{as_dicom[0]} refers to one: leave it out of --save, or give those images a run of their own"
+        )
+
+
+def _to_do(
+    items: list[dict[str, Any]], output_dir: str | os.PathLike, existing: str, save: Any
+) -> list[dict[str, Any]]:
+    """The items whose results are not there yet, or are to be overwritten; FileExistsError where some are there."""
+    if existing == "overwrite":
+        return items
+    enough = all if existing == "skip" else any
+    cases = [item["case"] for item in items]
+    done = {case for case in cases if enough(path.exists() for path in output_paths(output_dir, case, save))}
+    found = f"{len(done)} of {len(items)} results are in {output_dir}"
+    if done and existing == "error":
+        raise FileExistsError(
+            f'{found}, for example {min(done)}: set "existing" to "skip" to keep them and do the rest, or to "overwrite"'
+        )
+    if done:
+        logger.info("%s and stay, whatever weights and options made them", found)
+    return [item for item in items if item["case"] not in done]
 
 
 def _check_apart(items: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike, save: str | Sequence[str]) -> None:
@@ -204,7 +213,7 @@ def _items(source: Any, output_dir: str | os.PathLike | None = None) -> list[dic
     searched = os.path.dirname(re.split(r"[*?[]", path)[0]) or "."
     if output_dir is not None and os.path.realpath(output_dir) != os.path.realpath(searched):
         found = [one for one in found if not (_lies_in(one, output_dir) and _lies_in(output_dir, searched))]
-    results = {folder: _results(folder) for folder in {os.path.dirname(one) for one in found}}
+    results = {folder: results_in(folder) for folder in {os.path.dirname(one) for one in found}}
     found = [one for one in found if os.path.basename(one) not in results[os.path.dirname(one)]]
     items = [item for one in found for item in _items(one, output_dir)]
     return list({str(item["image"]): item for item in items}.values())  # "**/*" finds a folder and what is in it
@@ -236,7 +245,7 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
         links = {name: os.path.islink(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
         # links last: a folder goes by its own name, if it has one here
         folders[:] = sorted(links, key=lambda name: (links[name], name))
-        results = _results(parent) if {REPORT, JOURNAL} & set(files) else set()
+        results = results_in(parent) if {REPORT, JOURNAL} & set(files) else set()
         visible = sorted(name for name in files if not name.startswith(".") and name not in results)
         images = [os.path.join(parent, name) for name in visible if name.lower().endswith(SUFFIXES)]
         others = [os.path.join(parent, name) for name in visible if not name.lower().endswith(SUFFIXES)]
@@ -253,26 +262,14 @@ def _in_folder(folder: str, output_dir: str | os.PathLike | None = None) -> list
     return found + closed
 
 
-def _results(folder: str) -> set[str]:
-    """Names of the files that an inference writes into a folder, by its report."""
-    return _written(_reported(folder))
-
-
-def beside_label_maps(folder: str | os.PathLike) -> set[str]:
-    """Names of the files that an inference writes into a folder, by its report, and that are no label maps."""
-    cases = _reported(folder)
-    return _written(cases) - {f"{case}{OUTPUT_SUFFIX}" for case in cases}
-
-
-def _written(cases: Sequence[str]) -> set[str]:
-    return {f"{case}{ending}" for case in cases for ending in OUTPUTS.values()} | {REPORT} if cases else set()
-
-
-def _reported(folder: str | os.PathLike) -> list[str]:
+def results_in(folder: str | os.PathLike, besides: str = "") -> set[str]:
+    """Names of the files that an inference writes into a folder, by its report, those of the output `besides` left out."""
     try:
-        return list(read_report(folder))
+        cases = read_report(folder)
     except (OSError, ValueError):  # another file of this name
-        return []
+        return set()
+    kinds = {ending for name, ending in OUTPUTS.items() if name != besides}
+    return {REPORT, *(f"{case}{ending}" for case in cases for ending in kinds)}
 
 
 def read_report(output_dir: str | os.PathLike) -> dict[str, Mapping[str, Any]]:

@@ -42,17 +42,17 @@ def grid_distance_mm(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]
     return float(np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max())
 
 
-def shown_grid(shape: Sequence[int], affine: np.ndarray) -> str:
-    """A shape with the directions of its axes, as messages say it: ``(40, 64, 64) along (S, P, L)``."""
-    return f"{tuple(map(int, shape))} along ({', '.join(map(str, aff2axcodes(affine)))})"
-
-
 def grid_difference(shape: Sequence[int], affine, other_shape: Sequence[int], other_affine) -> str:
     """What differs between two grids, in words; empty when they are the same by the rule of `SAME_GRID`."""
     if tuple(shape) != tuple(other_shape):
-        return f"shape {shown_grid(shape, affine)} against {shown_grid(other_shape, other_affine)}"
-    apart = grid_distance_mm(affine, other_affine, shape)
-    return f"affines put a corner {apart:.3g} mm apart" if apart > SAME_GRID * min(spacing_of(affine)) else ""
+        return f"shape {_shown(shape, affine)} against {_shown(other_shape, other_affine)}"
+    apart, allowed = grid_distance_mm(affine, other_affine, shape), SAME_GRID * min(spacing_of(affine))
+    return f"affines put a corner {apart:.3g} mm apart (allowed: {allowed:.3g} mm)" if apart > allowed else ""
+
+
+def _shown(shape: Sequence[int], affine: np.ndarray) -> str:
+    """A shape with the directions of its axes: ``(40, 64, 64) along (S, P, L)``."""
+    return f"{tuple(map(int, shape))} along ({', '.join(map(str, aff2axcodes(affine)))})"
 
 
 def turn_to(affine: np.ndarray, wanted: np.ndarray) -> np.ndarray:

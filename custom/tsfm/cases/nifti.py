@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import zlib
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -223,21 +222,14 @@ def _stream(path: str):
 @contextmanager
 def _naming(path: str):
     """Errors from below as CaseErrors that name the file; nibabel, gzip, zlib and numpy each raise their own kind."""
-    again = "; copy or download it again"
     try:
         yield
     except CaseError:
         raise
     except MemoryError as error:
         raise CaseError(f"{path}: its voxels do not fit into memory; free some, or cut the image") from error
-    except PermissionError as error:
-        raise CaseError(f"{path}: cannot be read ({error.strerror}); ask for the right to read it") from error
-    except gzip.BadGzipFile as error:
-        raise CaseError(f"{path}: damaged, or not compressed with gzip ({error}){again}") from error
-    except zlib.error as error:
-        raise CaseError(f"{path}: damaged, it cannot be decompressed ({error}){again}") from error
-    except EOFError as error:
-        raise CaseError(f"{path}: the file ends too early ({error}){again}") from error
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CaseError(f"{path}: not a readable NIfTI file, or cut short ({reason}){again}") from error
+        raise CaseError(
+            f"{path}: not a readable NIfTI file, damaged or cut short ({reason}); copy or download it again"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import CaseError
-from ..names import counted
+from ..names import counted, listed
 from .folders import is_dicom, legible
 from .grids import warn
 
@@ -26,9 +27,6 @@ PHASES = {
     "0008|0018": "SOPInstanceUID",
 }  # fmt: skip
 """What may tell apart slices that lie at one place, what explains most first."""
-
-LISTED = 10
-"""How many series, or files, a message lists at most."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Slice:
     thickness: float | None
     scale: tuple[float, float]
     frames: int
+    sop_class: str
     modality: str
     image_type: str
     series: str
@@ -72,15 +71,16 @@ def series_slices(folder: str) -> list[Slice]:
         series = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, one) for one in ids]
     aside = [files for files in series if len(series) > 1 and all(read_header(name).is_aside for name in files)]
     kept = [files for files in series if files not in aside]
-    if len(kept) == 1:
-        _warn_of_others(folder, aside, {os.path.basename(name) for files in series for name in files})
-        return [read_header(name) for name in kept[0]]
-    advice = "give each a folder of its own (`dcm2niix -f %s_%p -o OUT FOLDER` writes one NIfTI file per series)"
-    if not kept:
-        advice = "they are localizers or hold no image planes" if aside else "its DICOM files hold no images"
-    found = kept or aside
-    listed = "; ".join(map(_described, found[:LISTED])) + f"; and {len(found) - LISTED} more" * (len(found) > LISTED)
-    raise CaseError(f"{folder}: {len(found)} DICOM series: {listed or 'none'}; expected exactly one: {advice}")
+    if len(kept) != 1:
+        advice = "give each a folder of its own (`dcm2niix -f %s_%p -o OUT FOLDER` writes one NIfTI file per series)"
+        if not kept:
+            advice = "they are localizers or hold no image planes" if aside else "its DICOM files hold no images"
+        found = kept or aside
+        shown = listed(map(_described, found), between="; ") or "none"
+        raise CaseError(f"{folder}: {len(found)} DICOM series: {shown}; expected exactly one: {advice}")
+    slices = [read_header(name) for name in kept[0]]
+    _check_others(folder, aside, {os.path.basename(name) for files in series for name in files}, slices[0].sop_class)
+    return slices
 
 
 def _described(files: Sequence[str]) -> str:
@@ -90,13 +90,30 @@ def _described(files: Sequence[str]) -> str:
     return f"'{legible(first.description or first.series)}' ({counted(len(files) * first.frames, 'slice')} of {thick})"
 
 
-def _warn_of_others(folder: str, aside: Sequence[Sequence[str]], in_series: set[str]) -> None:
-    """Name the series that are left out, and the DICOM files that are in no series: reports, contours, damaged ones."""
+def _check_others(folder: str, aside: Sequence[Sequence[str]], in_series: set[str], sop_class: str) -> None:
+    """Name the series that are left out, and the DICOM files that are in no series: reports, contours.
+
+    Raises:
+        CaseError: one of these says that it is a slice like the others (by its SOP class), but GDCM could not read it.
+    """
     files = {one.name for one in os.scandir(folder) if one.is_file() and not one.name.startswith(".")}
-    others = [legible(name) for name in sorted(files - in_series) if is_dicom(os.path.join(folder, name))]
+    others = [name for name in sorted(files - in_series) if is_dicom(os.path.join(folder, name))]
+    damaged = [legible(name) for name in others if _declared_class(os.path.join(folder, name)) == sop_class != ""]
+    if damaged:
+        raise CaseError(
+            f"{folder}: {len(damaged)} DICOM files of the kind of the series cannot be read: {listed(damaged)}; "
+            "they are damaged or cut short: copy or download them again"
+        )
     if aside or others:
-        listed = "; ".join([*map(_described, aside), *others[:LISTED]]) + "; ..." * (len(others) > LISTED)
-        warn(f"{folder}: left out beside the series, as localizers or without image planes: {listed}")
+        shown = listed([*map(_described, aside), *map(legible, others)], between="; ")
+        warn(f"{folder}: left out beside the series, as localizers or without image planes: {shown}")
+
+
+def _declared_class(path: str) -> str:
+    """The SOP class that a DICOM file declares before its data set, or nothing."""
+    with open(path, "rb") as file:
+        found = re.search(rb"\x02\x00\x02\x00UI..([\d.]+)", file.read(1024), re.DOTALL)
+    return found[1].decode() if found else ""
 
 
 def read_header(name: str) -> Slice:
@@ -112,7 +129,7 @@ def read_header(name: str) -> Slice:
         reader.ReadImageInformation()
 
     def text(tag: str) -> str:
-        return reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
+        return reader.GetMetaData(tag).strip(" \0") if reader.HasMetaDataKey(tag) else ""
 
     def numbers(tag: str, count: int) -> list[float] | None:
         found = text(tag)
@@ -131,6 +148,7 @@ def read_header(name: str) -> Slice:
         thickness=one_number("0018|0050"),
         scale=(one_number("0028|1053", 1.0), one_number("0028|1052", 0.0)),
         frames=int(one_number(FRAMES, 1)),
+        sop_class=text("0008|0016"),
         modality=text("0008|0060"),
         image_type=text("0008|0008"),
         series=text(SERIES),

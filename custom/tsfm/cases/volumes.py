@@ -19,17 +19,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt2axcodes, orn
 from ..errors import CaseError
 from .dicom import open_file, open_series
 from .folders import NIFTI, paths_of
-from .grids import (
-    SAME_GRID,
-    check_body,
-    grid_difference,
-    grid_distance_mm,
-    shown_grid,
-    spacing_of,
-    turn_array,
-    turn_grid,
-    turn_to,
-)
+from .grids import check_body, grid_difference, turn_array, turn_grid, turn_to
 from .nifti import Opened, open_nifti
 
 
@@ -38,16 +28,6 @@ class RawVolume:
     """Voxels (C, I, J, K) in the file's own type and axis order, affine (4, 4) to RAS millimetres, and the path."""
 
     array: np.ndarray
-    affine: np.ndarray
-    source: str
-
-
-@dataclass
-class ImageGrid:
-    """What a header says: number of channels, shape (I, J, K), affine (4, 4) to RAS millimetres, and the path."""
-
-    channels: int
-    shape: tuple[int, int, int]
     affine: np.ndarray
     source: str
 
@@ -74,12 +54,11 @@ def read_volume(path) -> RawVolume:
     return RawVolume(np.concatenate([v.array for v in volumes]), volumes[0].affine, volumes[0].source)
 
 
-def read_grid(path) -> ImageGrid:
+def read_grid(path) -> Opened:
     """The grid of what `read_volume` reads, from the header alone (of the first file, where each holds a channel)."""
-    paths = [os.fspath(one) for one in paths_of(path)]
-    opened = _open(paths[0])
-    channels = len(paths) if len(paths) > 1 else opened.channels
-    return ImageGrid(channels, opened.shape, opened.affine, paths[0])
+    paths = paths_of(path)
+    opened = _open(os.fspath(paths[0]))
+    return opened._replace(channels=len(paths)) if len(paths) > 1 else opened
 
 
 def read_labels(path) -> RawVolume:
@@ -123,19 +102,11 @@ def as_whole_numbers(array: np.ndarray, source: str = "label map") -> np.ndarray
 
 def check_same_grid(first: RawVolume, second: RawVolume, what: str) -> None:
     """Raise CaseError unless both volumes have the same shape and, within `SAME_GRID`, the same affine."""
-    shape, other = first.array.shape[1:], second.array.shape[1:]
-    if shape != other:
+    difference = grid_difference(second.array.shape[1:], second.affine, first.array.shape[1:], first.affine)
+    if difference:
         raise CaseError(
-            f"{second.source}: shape {shown_grid(other, second.affine)}, but {first.source} has "
-            f"{shown_grid(shape, first.affine)}; {what} lie on different grids: resample one onto the other, or pair the "
-            "right files"
-        )
-    apart, allowed = grid_distance_mm(first.affine, second.affine, shape), SAME_GRID * min(spacing_of(first.affine))
-    if apart > allowed:
-        raise CaseError(
-            f"{second.source}: its affine puts a corner {apart:.3g} mm away from that of {first.source} (allowed: "
-            f"{allowed:.3g} mm, a tenth of a voxel); {what} lie on different grids: correct the header, or pair the "
-            "right files"
+            f"{second.source} and {first.source}: {what} lie on different grids: {difference}; resample one onto the other, "
+            "correct the header, or pair the right files"
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..cases.cases import load_codes
-from ..cases.folders import SUFFIXES, beside_label_maps, paths_of, stem
+from ..cases.folders import SUFFIXES, paths_of, results_in, stem
 from ..cases.grids import grid_difference, turn_grid, turn_to
 from ..cases.volumes import RawVolume, read_grid, read_labels
 from ..labels import LabelTable
@@ -98,7 +98,7 @@ def label_maps_in(folder: str | Path) -> list[Path]:
     What our own inference wrote beside its label maps is none.
     """
     found = glob.glob(os.path.join(glob.escape(os.fspath(folder)), "**", "*"), recursive=True)
-    others = {os.path.join(folder, name) for name in beside_label_maps(folder)}
+    others = {os.path.join(folder, name) for name in results_in(folder, besides="label_map")}
     images = (one for one in found if one.lower().endswith(SUFFIXES) and not os.path.isdir(one))
     return sorted(Path(one) for one in images if one not in others)
 

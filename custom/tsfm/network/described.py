@@ -42,8 +42,8 @@ class FixedPatch(nn.Module):
 class Parts(NamedTuple):
     """A network's tensors by what they do: patterns (`re`) that match the beginning of their names.
 
-    head: all of the heads. heads: of these, weights and biases with one row per target. optional: what may be missing in a checkpoint as a whole: all that
-    shares what the pattern matches. inputs: kernels with one slice (axis 1) per image channel.
+    head: all of the heads. heads: of these, weights and biases with one row per target. optional: what may be missing in a
+    checkpoint as a whole: all that shares what the pattern matches. inputs: kernels with one slice (axis 1) per image channel.
     """
 
     encoder: str
@@ -120,9 +120,14 @@ def check_described(network: nn.Module) -> None:
 
 
 def check_levels(
-    features: Sequence, depths_down: Sequence, depths_up: Sequence, strides: Sequence, kernel_sizes: Sequence
+    network: str,
+    features: Sequence,
+    depths_down: Sequence,
+    depths_up: Sequence,
+    strides: Sequence,
+    kernel_sizes: Sequence,
 ) -> None:
-    """Raise a ValueError that names the argument whose length does not fit the number of levels."""
+    """Raise a ValueError that names the `network` and the argument whose length does not fit the number of levels."""
     levels = len(features)
     expected = {
         "depths_down": (depths_down, levels),
@@ -133,11 +138,13 @@ def check_levels(
     for name, (value, length) in expected.items():
         if len(value) != length:
             raise ValueError(
-                f"TSFM: {name} has {len(value)} entries, expected {length} for the {levels} levels of features"
+                f"{network}: {name} has {len(value)} entries, expected {length} for the {levels} levels of features"
             )
     if levels < 2 or any(len(stride) != 3 or min(stride) < 1 for stride in strides):
         raise ValueError(
-            f"TSFM: strides {strides} must hold three positive factors (S, P, L) for each step down, at least one"
+            f"{network}: strides {strides} must hold three positive factors (S, P, L) for each step down, at least one"
         )
     if any(len(kernel) != 3 or min(kernel) < 1 or any(side % 2 == 0 for side in kernel) for kernel in kernel_sizes):
-        raise ValueError(f"TSFM: kernel_sizes {list(kernel_sizes)} must hold three odd sizes (S, P, L) for each level")
+        raise ValueError(
+            f"{network}: kernel_sizes {list(kernel_sizes)} must hold three odd sizes (S, P, L) for each level"
+        )

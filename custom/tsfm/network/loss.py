@@ -62,11 +62,7 @@ class PartialLabelLoss(nn.Module):
 
     def forward(self, logits: Tensor | Sequence[Tensor], codes: Tensor) -> Tensor:
         """Scalar loss from `logits` (B, T, *spatial), or one such tensor per level, and `codes` (B, 1, *spatial)."""
-        levels = [logits] if isinstance(logits, Tensor) else list(logits)
-        levels = [level.as_subclass(Tensor) for level in levels]  # MetaTensors pay for every operation
-        weights = level_weights(len(levels)) if self.weights is None else self.weights
-        self.check(levels, codes, weights)
-        codes = self.narrow(codes.as_subclass(Tensor))
+        levels, weights, codes = self.levels(logits, codes)
         plans = [
             _plan(self.targets_CT, _nearest(codes, level.shape[2:])) if weight else None
             for level, weight in zip(levels, weights, strict=True)
@@ -76,8 +72,15 @@ class PartialLabelLoss(nn.Module):
         flat_BTN = [level.flatten(2) for level in levels]  # a view, channels-last or not
         return _PartialLabel.apply(plans, weights, self.reduction, processes, *flat_BTN)
 
-    def check(self, levels: list[Tensor], codes: Tensor, weights: Sequence[float]) -> None:
-        """Raise a ValueError where logits, codes, weights and table do not fit each other."""
+    def levels(self, logits: Tensor | Sequence[Tensor], codes: Tensor) -> tuple[list[Tensor], Sequence[float], Tensor]:
+        """Logits (B, T, *spatial) per level, their weights, and codes (B, *spatial) as the smallest type that holds them.
+
+        Raises:
+            ValueError: logits, codes, weights and table that do not fit each other.
+        """
+        levels = [logits] if isinstance(logits, Tensor) else list(logits)
+        levels = [level.as_subclass(Tensor) for level in levels]  # MetaTensors pay for every operation
+        weights = level_weights(len(levels)) if self.weights is None else self.weights
         if len(weights) != len(levels):
             raise ValueError(f"{len(levels)} levels of logits but {len(weights)} deep-supervision weights")
         for level in levels:
@@ -90,8 +93,9 @@ class PartialLabelLoss(nn.Module):
                     f"codes have shape {tuple(codes.shape)}, logits {tuple(level.shape)}; "
                     "expected codes (B, 1, *spatial) for logits (B, T, *spatial)"
                 )
+        return levels, weights, self._narrow(codes.as_subclass(Tensor))
 
-    def narrow(self, codes: Tensor) -> Tensor:
+    def _narrow(self, codes: Tensor) -> Tensor:
         """Codes (B, *spatial) as the smallest integer type that holds them; transforms may have made them float."""
         num_codes = len(self.targets_CT)
         if codes.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64):
@@ -135,11 +139,7 @@ class PerTarget(nn.Module):
 
     def forward(self, logits: Tensor | Sequence[Tensor], codes: Tensor) -> Tensor:
         """Scalar loss; arguments as for `PartialLabelLoss`."""
-        levels = [logits] if isinstance(logits, Tensor) else list(logits)
-        levels = [level.as_subclass(Tensor) for level in levels]
-        weights = self.shape.weights or level_weights(len(levels))
-        self.shape.check(levels, codes, weights)
-        codes = self.shape.narrow(codes.as_subclass(Tensor))
+        levels, weights, codes = self.shape.levels(logits, codes)
         return sum(
             weight * self._level(level, _nearest(codes, level.shape[2:])) if weight else 0 * level.float().mean()
             for level, weight in zip(levels, weights, strict=True)

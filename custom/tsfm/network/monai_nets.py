@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -103,17 +102,17 @@ def _pattern(names: Sequence[str]) -> str:
 
 def _stride(network: nn.Module, in_channels: int, net: str) -> list[int]:
     """Per axis, the smallest power of two whose multiples the network takes as sizes; nothing is computed."""
-    powers = [2**step for step in range(LARGEST_STRIDE.bit_length())]
     whole = [2 * LARGEST_STRIDE] * 3
     if problem := _problem(network, in_channels, whole):
         raise NetworkError(f"monai: {net} gives no logits on the grid of its image: {problem}")
-    found = []
-    for axis, power in product(range(3), powers):
+
+    def takes(axis: int, more: int) -> bool:
         size = list(whole)
-        size[axis] += power
-        if len(found) == axis and not _problem(network, in_channels, size):
-            found.append(power)
-    return found
+        size[axis] += more
+        return not _problem(network, in_channels, size)
+
+    powers = [2**step for step in range(LARGEST_STRIDE.bit_length())]
+    return [next((power for power in powers if takes(axis, power)), 2 * LARGEST_STRIDE) for axis in range(3)]
 
 
 def _problem(network: nn.Module, in_channels: int, size: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import Adapted, NetworkError, drop_duplicates, given, only_finest, package, recompute
-from .described import DescribedNetwork, Parts
+from .described import DescribedNetwork, Parts, check_levels
 from .monai_nets import MONAINet
 from .prompted import SAMMed3D
 from .tsfm_net import TSFM
@@ -74,12 +74,7 @@ class NNUNet(Adapted):
         depths_down = depths_down or ([1, 3, 4, *[6] * levels][:levels] if residual else [2] * levels)
         depths_up = depths_up or [1 if residual else 2] * (levels - 1)
         arguments = {"name": "nnunet", **given(NNUNet, locals())}
-        lengths = {"features": levels, "kernel_sizes": levels, "depths_down": levels, "depths_up": levels - 1}
-        for key, expected in lengths.items():
-            if len(arguments[key]) != expected:
-                raise NetworkError(
-                    f"nnunet: {key} has {len(arguments[key])} entries, expected {expected} for {len(strides)} strides"
-                )
+        check_levels("nnunet", features, depths_down, depths_up, strides, kernel_sizes)
         unet = package("dynamic_network_architectures.architectures.unet")
         build = unet.ResidualEncoderUNet if residual else unet.PlainConvUNet
         net = build(

@@ -52,7 +52,10 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def gather_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(network state, optimizer state), whole and on the CPU; all processes have to call it, the first gets the result."""
+    """(network state, optimizer state), whole; of a sharded network on the CPU, for which all processes have to call it and
+    the first gets the result."""
+    if not is_sharded(network):
+        return network.state_dict(), optimizer.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(network, options=options), get_optimizer_state_dict(network, optimizer, options=options)
 
@@ -103,7 +106,11 @@ def scatter_state(
     model_state: Mapping[str, Any],
     optimizer_state: Mapping[str, Any],
 ) -> None:
-    """Inverse of `gather_state`: every process passes the whole and keeps its part."""
+    """Inverse of `gather_state`: every process passes the whole and, of a sharded network, keeps its part."""
+    if not is_sharded(network):
+        network.load_state_dict(model_state)
+        optimizer.load_state_dict(optimizer_state)
+        return
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(network, dict(model_state), options=options)
     set_optimizer_state_dict(network, optimizer, dict(optimizer_state), options=options)

@@ -276,7 +276,7 @@ class TSFM(DescribedNetwork):
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         kernels = [tuple(size) for size in kernel_sizes or [CUBE] * len(features)]
-        check_levels(features, depths_down, depths_up, strides, kernels)
+        check_levels("TSFM", features, depths_down, depths_up, strides, kernels)
         if skip not in SKIPS:
             raise ValueError(f"TSFM: skip is {skip!r}; expected one of {SKIPS}")
         if skip == "concat" and min(depths_up) < 1:

@@ -135,22 +135,18 @@ def resample_patch(
     return sampled, labels
 
 
-def seed_transforms(transform: Any, seed: int) -> None:
-    """Let a transform and all that it holds draw from one new random state.
+def share_random_state(part: Any, state: np.random.RandomState) -> None:
+    """Let a transform (or a list of them) and all that it holds draw from one random state.
 
     `set_random_state` makes a state for each part instead, which takes 2 ms for the list of the bundles.
     """
-    _share_random_state(transform, np.random.RandomState(seed))
-
-
-def _share_random_state(part: Any, state: np.random.RandomState) -> None:
     if isinstance(part, (list, tuple)):
         for member in part:
-            _share_random_state(member, state)
+            share_random_state(member, state)
     elif isinstance(part, Transform):
         if isinstance(part, Randomizable):
             part.R = state
-        _share_random_state(list(vars(part).values()), state)
+        share_random_state(list(vars(part).values()), state)
 
 
 class RandPerChanneld(RandomizableTransform, MapTransform):
@@ -175,9 +171,8 @@ class RandPerChanneld(RandomizableTransform, MapTransform):
         prob: float = 0.1,
         channel_prob: float = 1.0,
         thick_in_plane: bool = False,
-        allow_missing_keys: bool = False,
     ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
+        MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         self.transform = transform
         self.channel_prob = channel_prob

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from ..cases.pool import complete_items, sampling_weights
 from ..preparation.preprocessing import channel_rules
-from .augmentation import RandRotateScale, resample_patch, seed_transforms, source_box
+from .augmentation import RandRotateScale, resample_patch, share_random_state, source_box
 
 
 class Draw(NamedTuple):
@@ -37,7 +37,7 @@ class PoolSampler(DistributedSampler):
     tells it the epoch by itself; elsewhere call :meth:`set_epoch`. With `fixed` every epoch is the same, whoever tells it: for validation.
 
     Args:
-        data: datalist items (weighted by :func:`tsfm.cases.pool.sampling_weights`), or one weight per case.
+        data: datalist items, weighted by :func:`tsfm.cases.pool.sampling_weights`.
         batch_size: samples per process.
         iterations: batches per epoch.
         foreground_fraction: the last samples of a batch, from ``round(batch * (1 - fraction))`` on, are forced to show
@@ -50,7 +50,7 @@ class PoolSampler(DistributedSampler):
 
     def __init__(
         self,
-        data: Sequence[Mapping[str, Any]] | Sequence[float] | np.ndarray,
+        data: Sequence[Mapping[str, Any]],
         batch_size: int = 2,
         iterations: int = 250,
         seed: int = 0,
@@ -60,16 +60,14 @@ class PoolSampler(DistributedSampler):
         allow_empty: bool = False,
         fixed: bool = False,
     ) -> None:
-        weights = sampling_weights(data) if len(data) and isinstance(data[0], Mapping) else np.asarray(data, np.float64)
-        if not len(weights) and allow_empty:
-            iterations = 0
-        elif not len(weights) or weights.min() < 0 or not 0 < weights.sum() < np.inf:
-            raise ValueError(f"no cases to draw from: {len(weights)} weights that sum to {weights.sum()}")
-        super().__init__(weights, num_replicas=world_size, rank=rank, shuffle=False, seed=seed)
+        if not len(data) and not allow_empty:
+            raise ValueError("no cases to draw from")
+        super().__init__(data, num_replicas=world_size, rank=rank, shuffle=False, seed=seed)
         self.batch_size = batch_size
-        self.iterations = iterations
+        self.iterations = iterations if len(data) else 0
         self.foreground_fraction = foreground_fraction
         self.fixed = fixed
+        weights = sampling_weights(data)
         self._cumulative = np.cumsum(weights) / weights.sum()
 
     def set_epoch(self, epoch: int) -> None:
@@ -151,7 +149,7 @@ class PatchDataset(Dataset):
         sample = {"image": image, "label": label, "dataset": item["dataset"], "case": item["case"]}
         if self.transform is None:
             return sample
-        seed_transforms(self.transform, int(rng.integers(2**32)))
+        share_random_state(self.transform, np.random.RandomState(int(rng.integers(2**32))))
         return self._transformed(sample, item["modality"], case)
 
     def _transformed(self, sample: dict[str, Any], modality: str, case: Any) -> dict[str, Any]:

@@ -89,12 +89,8 @@ class CaseStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_paths": {}}
 
-    def key(self, item: Mapping[str, Any]) -> str:
-        """Hex digest of everything that decides an item's stored bytes. Raises CaseError for a missing file."""
-        item = self._complete(item)
-        return self._key(item, self.sources.identity(item))
-
     def _key(self, item: Mapping[str, Any], files: Sequence[Any]) -> str:
+        """Hex digest of everything that decides a complete item's stored bytes, with what identifies its files."""
         label, preparation = item.get("label"), self.preparation.to_dict()
         if preparation["resample_first"]:
             preparation["mask"] = "resampled"  # told apart from what was stored when it was taken afterwards
@@ -109,15 +105,16 @@ class CaseStore:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 
     def path(self, item: Mapping[str, Any]) -> str:
-        """Folder of an item, whether it exists or not."""
+        """Folder of an item, whether it exists or not. Raises CaseError for a missing file."""
         item = self._complete(item)
         known_as = repr([item.get(part) for part in ("dataset", "case", "modality", "image", "label")])
         if known_as not in self._paths:
-            self._paths[known_as] = self._path(item, self.key(item))
+            self._paths[known_as] = self._path(item, self.sources.identity(item))
         return self._paths[known_as]
 
-    def _path(self, item: Mapping[str, Any], key: str) -> str:
-        return os.path.join(self.store_dir, dataset_folder(item["dataset"]), f"{folder_name(item['case'])}-{key}")
+    def _path(self, item: Mapping[str, Any], files: Sequence[Any]) -> str:
+        name = f"{folder_name(item['case'])}-{self._key(item, files)}"
+        return os.path.join(self.store_dir, dataset_folder(item["dataset"]), name)
 
     def open(self, item: Mapping[str, Any]) -> StoredCase:
         """The stored case; prepares it on first touch.
@@ -127,7 +124,8 @@ class CaseStore:
             StoreError: the store cannot be written.
         """
         path = self.path(item)
-        self._ensure(self._complete(item), path, self._kept(item) if not os.path.isdir(path) else "")
+        if not os.path.isdir(path):
+            self._store(item, path, self._kept(item))
         return StoredCase(path, self.table)
 
     def prepare(self, items: Sequence[Mapping[str, Any]], num_workers: int = 0, progress: bool = True) -> PrepareReport:
@@ -157,11 +155,11 @@ class CaseStore:
             workers = min(num_workers, -(-len(jobs) // CASES_PER_WORKER)) if self.sources.raw_data else 0
             for index, outcome in run_all(_prepare_one, jobs, workers):
                 bar.update()
-                was_there = False
+                count = ""
                 if isinstance(outcome, tuple):
-                    path, outcome, was_there = outcome
+                    path, outcome, count = outcome
                     _VERIFIED.add(path)  # in a worker, too: those of a loader begin as copies of this process
-                report.add(missing[index], outcome, "reused" if was_there else "prepared")
+                report.add(missing[index], outcome, count)
         report.empty_labels.sort()
         return report
 
@@ -172,11 +170,10 @@ class CaseStore:
         """Where the fingerprint may have kept the label codes of an item, so that its label is not read twice."""
         return kept_path(self.sources, self._complete(item), self.table, self.preparation)
 
-    def _ensure(self, item: Mapping[str, Any], path: str, kept: str) -> bool:
-        """Prepare an item into its folder; whether it was there before."""
-        if os.path.isdir(path):
-            return True
+    def _store(self, item: Mapping[str, Any], path: str, kept: str) -> None:
+        """Prepare an item into its folder."""
         if not self.sources.raw_data:
+            item = self._complete(item)
             raise CaseError(
                 f"case '{item['case']}' of data set '{item['dataset']}', prepared with these settings, "
                 f"{missing_in(self.store_dir)}"
@@ -184,14 +181,13 @@ class CaseStore:
         prepared = prepare_case(item, self.table, self.preparation, kept_codes(kept))
         write_folder(self.store_dir, path, files_of(prepared))
         _VERIFIED.add(path)
-        return False
 
     def _take_over(self, item: Mapping[str, Any], path: str) -> bool:
         """Whether the case lay under the key of earlier versions, which had path and time in it; its folder is renamed."""
         if not self.sources.raw_data or not os.path.isdir(os.path.dirname(path)):
             return False
         item = self._complete(item)
-        earlier = self._path(item, self._key(item, file_identity(item)))
+        earlier = self._path(item, file_identity(item))
         if os.path.isdir(earlier):
             with contextlib.suppress(OSError):  # another process was faster, or the store may only be read
                 os.rename(earlier, path)
@@ -213,7 +209,9 @@ class CaseStore:
             )  # fmt: skip
 
 
-def _prepare_one(store: CaseStore, item: Mapping[str, Any], path: str, kept: str) -> tuple[str, dict[str, Any], bool]:
-    """Prepare one item: its folder, what its ``case.json`` holds, and whether another process had stored it already."""
-    was_there = store._ensure(store._complete(item), path, kept)
-    return path, read_index(path), was_there
+def _prepare_one(store: CaseStore, item: Mapping[str, Any], path: str, kept: str) -> tuple[str, dict[str, Any], str]:
+    """Prepare one item: its folder, what its ``case.json`` holds, and what it counts as (another process may be faster)."""
+    if os.path.isdir(path):
+        return path, read_index(path), "reused"
+    store._store(item, path, kept)
+    return path, read_index(path), "prepared"

@@ -68,6 +68,9 @@ def fitted(strides: Sequence, kernel_sizes: Sequence, patch_size: Sequence[float
     return Topology(tuple(strides), tuple(kernel_sizes), patch)
 
 
+TRANSFORMER = ("hidden_size", "num_layers", "num_heads", "mlp_dim")
+
+
 @dataclass(frozen=True)
 class Family:
     """A network that can be as deep as the data asks.
@@ -77,7 +80,7 @@ class Family:
     reference, reference_gb: nnU-Net's currency: so many feature map values of one sample fill so many GB with a batch of 2.
     dataset_share: a batch holds at most this share of the data set's voxels. levels: at least, at most. widths: the channels, where
     they follow no rule (weights). strides, kernel_sizes: where they are given, with the patch that is theirs; ``fixed``
-    networks have them. transformer: TSFM's hidden_size, num_layers, num_heads, mlp_dim. skip: TSFM's.
+    networks have them. transformer: TSFM's arguments `TRANSFORMER`. skip: TSFM's.
     """
 
     name: str

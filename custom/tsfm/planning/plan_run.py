@@ -20,11 +20,10 @@ from ..cases.pool import DatasetPool
 from ..network.networks import LEVEL_STRIDES
 from ..preparation.fingerprint import Fingerprint, plan_spacing
 from ..schema import FileError, read_json
-from .families import FAMILIES, Family
+from .families import FAMILIES, TRANSFORMER, Family
 from .own_data import pretrained_description
 from .plan import pool_fingerprint
 from .planner import MIN_BATCH, Budget, Plan, PlanError, coarse_spacing, plan, plan_patch, shown
-from .turns import rank
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def plan_run(
     num_workers: int = 0,
     network_name: str | None = None,
 ) -> Plan:
-    """The plan of a fine-tuning run, by nnU-Net's rule from the data; printed by the first process.
+    """The plan of a fine-tuning run, by nnU-Net's rule from the data; printed.
 
     Args:
         spacing_mm: millimetres (S, P, L); ``"auto"``: nnU-Net's target spacing; ``"coarse"``: nnU-Net's spacing of the low
@@ -101,12 +100,7 @@ def plan_run(
         "network": family or network_size, "cases": len(pool.cases), "in_channels": in_channels,
         "out_channels": len(pool.table.names), "patch_size": patch, "batch_size": batch, "checkpointing": checkpointing,
     }  # fmt: skip
-    budget = _budget(memory_gb, step_seconds, device)
-    if decided := _decided(family, patch, batch):
-        budget = Budget()
-        given = {"memory_gb": memory_gb, "step_seconds": step_seconds}
-        if unused := [f"--{name} {value:g}" for name, value in given.items() if value is not None]:
-            logger.warning("%s: without effect, since %s", " and ".join(unused), decided)
+    budget = _budget(memory_gb, step_seconds, device, _decided(family, patch, batch))
 
     def planned(budget: Budget) -> Plan:
         spacing = _spacing(spacing_mm, found, description)
@@ -131,8 +125,7 @@ def plan_run(
         result = _of_network(result, network_name)
     else:
         warn_of_distance(description, pool, result.spacing_mm)
-    if rank() == 0:
-        logger.info("%s", describe_plan(result, None if decided else budget, pretrained))
+    logger.info("%s", describe_plan(result, budget, pretrained))
     return result
 
 
@@ -146,6 +139,7 @@ def _of_network(found: Plan, name: str | None) -> Plan:
 
 def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | None = None) -> str:
     """A plan in words, for a terminal."""
+    limits = str(budget or "")
     start = f"starts from {pretrained}" if pretrained else "starts from nothing: no pretrained weights were given"
     strides = " ".join("".join(map(str, stride)) for stride in plan.strides)
     kernels = " ".join("".join(map(str, kernel)) for kernel in plan.kernel_sizes)
@@ -155,7 +149,7 @@ def describe_plan(plan: Plan, budget: Budget | None = None, pretrained: str | No
     cost = f"{memory} on a GPU, {plan.step_seconds:g} s a step on one CPU core" if plan.memory_gb else "none"
     return "\n".join(
         (
-            f"plan{f' for {budget}' if budget else ''} (S, P, L):",
+            f"plan{limits and f' for {limits}'} (S, P, L):",
             f"  spacing   {shown(plan.spacing_mm)} mm, median case {shown(plan.median_shape)} voxels",
             f"  patch     {shown(plan.patch_size)}, batch {plan.batch_size}",
             f"  network   {plan.network}{size}; {start}",
@@ -181,7 +175,7 @@ def weights_family(description: Mapping[str, Any], has_strides: bool = True) -> 
     if not has_strides:
         own |= {"strides": (), "kernel_sizes": ()}
     if network.get("bottleneck", True):
-        own["transformer"] = tuple(network[key] for key in ("hidden_size", "num_layers", "num_heads", "mlp_dim"))
+        own["transformer"] = tuple(network[key] for key in TRANSFORMER)
     return Family("weights", "tsfm", 0, 0, down, up, skip=network.get("skip", "add"), **own)
 
 
@@ -278,7 +272,13 @@ def _decided(family: Family | None, patch: Sequence[int] | None, batch_size: int
     return "network, patch and batch are given" if is_given else ""
 
 
-def _budget(memory_gb: float | None, step_seconds: float | None, device: str | torch.device) -> Budget:
+def _budget(memory_gb: float | None, step_seconds: float | None, device: str | torch.device, decided: str) -> Budget:
+    """As asked for, else by the device; none where `decided` says why it is not looked at."""
+    if decided:
+        given = {"memory_gb": memory_gb, "step_seconds": step_seconds}
+        if unused := [f"--{name} {value:g}" for name, value in given.items() if value is not None]:
+            logger.warning("%s: without effect, since %s", " and ".join(unused), decided)
+        return Budget()
     device = torch.device(device)
     if memory_gb is None and device.type == "cuda":
         memory_gb = round(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
@@ -288,13 +288,14 @@ def _budget(memory_gb: float | None, step_seconds: float | None, device: str | t
 
 
 def _read_plan(path: str, asked: Mapping[str, Any], pretrained: str | None, network_name: str | None) -> Plan:
-    given = [f"--{name}" for name, value in asked.items() if value not in ("auto", "coarse")]
-    if given:
-        raise PlanError(f"--plan {path} says it all; leave {', '.join(given)} out, or change the file")
     try:
         found = Plan.from_dict(read_json(path))
     except (OSError, FileError) as error:
         raise PlanError(f"the plan {os.path.abspath(path)} cannot be read: {error}") from None
+    own = found.to_dict() | {"network_size": found.network}
+    other = [f"--{name}" for name, value in asked.items() if value not in ("auto", "coarse", own[name])]
+    if other:
+        raise PlanError(f"--plan {path} says it all; leave {', '.join(other)} out, or change the file")
     if pretrained is None:
         if found.network not in (FAMILIES if found.features else (network_name,)):
             raise PlanError(

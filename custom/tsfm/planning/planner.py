@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..preparation.fingerprint import fit_patch
-from .families import FAMILIES, MIN_EDGE, SIZES, Cost, Family, Topology, step_cost
+from .families import FAMILIES, MIN_EDGE, SIZES, TRANSFORMER, Cost, Family, Topology, step_cost
 
 MIN_BATCH = 2
 
@@ -80,20 +80,17 @@ class Plan:
         if not self.features:  # another network than the planner's
             return {"name": self.network}
         family, own = FAMILIES[self.network], self.to_dict()
+        arguments = {"name": self.network.partition("_")[0], "img_size": own["patch_size"]}
         if self.network == "swinunetr":
-            return {"name": "swinunetr", "img_size": own["patch_size"]}
-        names = {"patch_size": "img_size", "features": "features", "blocks_down": "depths_down", "strides": "strides"}
-        arguments = {name: own[field] for field, name in names.items()}
+            return arguments
+        arguments |= {"features": own["features"], "depths_down": own["blocks_down"], "strides": own["strides"]}
         if family.kind == "fixed":
-            return {"name": "stunet", **arguments}
+            return arguments
         arguments["depths_up"] = own["blocks_up"]
         if family.kind == "tsfm":
-            transformer = dict(
-                zip(("hidden_size", "num_layers", "num_heads", "mlp_dim"), family.transformer, strict=True)
-            )
-            return {"name": "tsfm", **arguments, "kernel_sizes": self.kernels_if_any_is_flat(), **transformer}
-        arguments["kernel_sizes"] = own["kernel_sizes"]
-        return {"name": "nnunet", **arguments, "residual": family.kind == "residual"}
+            arguments |= zip(TRANSFORMER, family.transformer, strict=True)
+            return arguments | {"kernel_sizes": self.kernels_if_any_is_flat()}
+        return arguments | {"kernel_sizes": own["kernel_sizes"], "residual": family.kind == "residual"}
 
 
 @dataclass(frozen=True)

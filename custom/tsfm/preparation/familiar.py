@@ -14,9 +14,9 @@ import numpy as np
 from ..names import modality_name
 
 FEATURES = {
-    **{f"extent_{axis}": ("mm along {axis}", axis) for axis in "SPL"},
-    **{f"voxel_{axis}": ("mm of voxel along {axis}", axis) for axis in "SPL"},
-    **{f"p{share}": (f"as the {share}th percentile of its prepared intensities", "") for share in (5, 50, 95)},
+    **{f"extent_{axis}": f"mm along {axis}" for axis in "SPL"},
+    **{f"voxel_{axis}": f"mm of voxel along {axis}" for axis in "SPL"},
+    **{f"p{share}": f"as the {share}th percentile of its prepared intensities" for share in (5, 50, 95)},
 }
 """Name of a statistic -> what its number is. Lengths are the field of view (without empty borders) and the file's own voxels."""
 
@@ -65,12 +65,11 @@ def unfamiliar(seen: Mapping[str, Sequence[float]], found: Mapping[str, float]) 
         if name not in found or name not in FEATURES:
             continue
         room = (high - low) / 2
-        is_length = not name.startswith("p")
-        lower, upper = (min(low - room, low / 1.33), max(high + room, high * 1.33)) if is_length else (
-            low - room - 0.5, high + room + 0.5)  # fmt: skip
+        lower, upper = low - room - 0.5, high + room + 0.5
+        if not name.startswith("p"):
+            lower, upper = min(low - room, low / 1.33), max(high + room, high * 1.33)
         if not lower <= found[name] <= upper:
-            text, axis = FEATURES[name]
-            lines.append(f"{found[name]:.3g} {text.format(axis=axis)}; the weights saw {low:.3g} to {high:.3g}")
+            lines.append(f"{found[name]:.3g} {FEATURES[name]}; the weights saw {low:.3g} to {high:.3g}")
     return lines
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_all_start_methods, get_context
@@ -24,10 +24,10 @@ class UnguardedScript(RuntimeError):
     """The script that was started would be run again, whole, by every worker process."""
 
 
-def available_workers(most: int = 12) -> int:
-    """Worker processes for this process: the cores that it may use, shared with the other processes of torchrun here."""
+def available_workers() -> int:
+    """Worker processes for this process, 1 to 12: the cores that it may use, shared with torchrun's other processes here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(12, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def run_all(function: Callable, jobs: Sequence[tuple], num_workers: int = 0) -> Iterator[tuple[int, Any]]:
@@ -48,12 +48,9 @@ def run_all(function: Callable, jobs: Sequence[tuple], num_workers: int = 0) -> 
     check_guard()
     waiting = deque(range(len(jobs)))
     while waiting:
-        suspects: list[int] = []
-        yield from _run_pool(function, jobs, waiting, num_workers, suspects)
+        suspects = yield from _run_pool(function, jobs, waiting, num_workers)
         for index in suspects:
-            alone: list[int] = []
-            yield from _run_pool(function, jobs, deque([index]), 1, alone)
-            if alone:
+            if (yield from _run_pool(function, jobs, deque([index]), 1)):
                 died = f"the worker process died on {_name(jobs[index])} (out of memory?)"
                 yield index, WorkerDied(f"{died}: try fewer workers, or look at this case")
 
@@ -74,8 +71,10 @@ def _name(job: tuple) -> str:
     return repr(job[0]) if case is None else f"case {case.get('case', '')} ({case['image']})"
 
 
-def _run_pool(function, jobs, waiting: deque[int], workers: int, suspects: list[int]) -> Iterator[tuple[int, Any]]:
-    """Run what waits until all is done or a worker dies; what was in flight then is left in `suspects`."""
+def _run_pool(
+    function: Callable, jobs: Sequence[tuple], waiting: deque[int], workers: int
+) -> Generator[tuple[int, Any], None, list[int]]:
+    """Run what waits until all is done or a worker dies; returns what was in flight then."""
     pool = ProcessPoolExecutor(min(workers, len(waiting)), mp_context=_context(), initializer=_start_worker)
     flight: dict[Future, int] = {}
     try:
@@ -86,12 +85,11 @@ def _run_pool(function, jobs, waiting: deque[int], workers: int, suspects: list[
             done, _ = wait(flight, return_when=FIRST_COMPLETED)
             finished = [(flight.pop(future), future.result()) for future in done if future.exception() is None]
             yield from finished
-            for error in (future.exception() for future in done if future in flight):
-                if not isinstance(error, BrokenProcessPool):
-                    raise error
-                raise BrokenProcessPool
+            for future in done & flight.keys():
+                future.result()  # raises
+        return []
     except BrokenProcessPool:
-        suspects.extend(sorted(flight.values()))
+        return sorted(flight.values())
     except BaseException:
         for process in list((getattr(pool, "_processes", None) or {}).values()):
             process.terminate()

@@ -119,10 +119,9 @@ def describe_network(
     for the same targets say of themselves (`goes_on`). `mirror_axes` are those along which training mirrors, and inference may.
 
     Raises:
-        CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation.
-        ValueError: `mirror_axes` that are none.
+        CheckpointError: a network whose outputs or inputs do not fit the label table or the preparation; `mirror_axes` that
+            are none.
     """
-    check_mirror_axes(mirror_axes)
     arguments = network.description["network"]
     if arguments["out_channels"] != len(table.names):
         raise CheckpointError(
@@ -193,15 +192,6 @@ def goes_on(network: DescribedNetwork, description: Mapping[str, Any]) -> None:
             trained_targets=trained_targets(description),
             trained_cases=description.get("trained_cases", []),
             familiar=description.get("familiar", {}),
-        )
-
-
-def check_mirror_axes(axes: Any) -> None:
-    """Raise a ValueError unless `axes` are some of the letters S, P, L, in any order, none twice ("" is none)."""
-    if not isinstance(axes, str) or len(set(axes) & set("SPL")) != len(axes):
-        raise ValueError(
-            f"mirror_axes is {axes!r}; expected some of the letters S, P and L (superior, posterior, left), each once, "
-            'like "SP"; "" for none'
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import Timer
 from monai.utils import CommonKeys as Keys
 
 from ..files import atomic_write
@@ -42,29 +43,23 @@ class Curve:
         self.evaluator, self.per_target, self.write = evaluator, per_target, write
         self.rows: list[dict[str, Any]] = []
         self.losses: list[torch.Tensor] = []
-        self.started = self.waiting_since = time.perf_counter()
-        self.waited = 0.0
+        self.started, self.waiting = time.perf_counter(), Timer()
         self.validated = False
 
     def attach(self, engine: Engine) -> None:
         """Collect losses and times of every iteration of `engine`, write at the end of its epochs."""
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
-        engine.add_event_handler(Events.GET_BATCH_STARTED, self._wait)
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._got)
+        self.waiting.attach(
+            engine, Events.EPOCH_STARTED, pause=Events.GET_BATCH_COMPLETED, resume=Events.GET_BATCH_STARTED
+        )
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         if self.evaluator is not None:
             self.evaluator.add_event_handler(Events.COMPLETED, self._mark)
 
     def _start(self, engine: Engine) -> None:
-        self.losses, self.waited, self.validated, self.started = [], 0.0, False, time.perf_counter()
+        self.losses, self.validated, self.started = [], False, time.perf_counter()
         self.learning_rate = float(engine.optimizer.param_groups[0]["lr"])  # the schedule steps at the epoch's end
-
-    def _wait(self, engine: Engine) -> None:
-        self.waiting_since = time.perf_counter()
-
-    def _got(self, engine: Engine) -> None:
-        self.waited += time.perf_counter() - self.waiting_since
 
     def _collect(self, engine: Engine) -> None:
         self.losses.append(engine.state.output[0][Keys.LOSS])
@@ -88,7 +83,7 @@ class Curve:
             METRIC: None,
             "ema": None,
             "train_s": round(training_s, 3),
-            "data_wait_s": round(self.waited, 3),
+            "data_wait_s": round(self.waiting.value(), 3),
         }
         if self.validated:
             value = float(self.evaluator.state.metrics[METRIC])
@@ -101,7 +96,7 @@ class Curve:
             return
         write_csv(self.path, self.rows)
         dice = f", {METRIC} {row[METRIC]:.4f} (average {row['ema']:.4f})" if self.validated else ""
-        share = 100 * self.waited / training_s
+        share = 100 * row["data_wait_s"] / training_s
         logger.info(
             "epoch %d/%d: loss %.4f%s, lr %.2e, %.1f s, %.1f%% of it waiting for data",
             row["epoch"], engine.state.max_epochs, row["loss"], dice, row["lr"], training_s, share,

@@ -30,16 +30,12 @@ class PooledDice(Metric):
 
     Args:
         table: the label table; channel ``i`` of the logits is ``table.names[i]``.
-        threshold: sigmoid probability above which a voxel is positive.
         output_transform: turns the engine's output into ``(logits, codes)``, as for any ignite metric; logits
             (B, T, S, P, L) and codes (B, 1, S, P, L), or lists of such without the batch axis.
     """
 
-    def __init__(self, table: LabelTable, threshold: float = 0.5, output_transform: Any = lambda x: x) -> None:
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold is {threshold}, expected a probability between 0 and 1")
+    def __init__(self, table: LabelTable, output_transform: Any = lambda x: x) -> None:
         self.table = table
-        self._cut = float(np.log(threshold / (1 - threshold)))
         self._rows = torch.from_numpy(table.targets)
         super().__init__(output_transform, device="cpu")
 
@@ -83,7 +79,7 @@ class PooledDice(Metric):
         self._voxels += voxels
         annotated = (self._rows[voxels > 0] >= 0).any(0)
         for target in annotated.nonzero().flatten().tolist():
-            claimed = codes[logits[:, target] > self._cut]
+            claimed = codes[logits[:, target] > 0]
             self._claimed[target] += torch.bincount(claimed, minlength=number).cpu()
 
     @sync_all_reduce("_voxels", "_claimed")

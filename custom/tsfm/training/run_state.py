@@ -24,7 +24,7 @@ from torch import nn
 from ..cases.pool import is_bare
 from ..files import PARTIAL, atomic_write, check_writable
 from ..names import counted
-from ..network.sharding import gather_model, gather_state, is_sharded, scatter_state, set_shares, take_shares
+from ..network.sharding import gather_model, gather_state, scatter_state, set_shares, take_shares
 from .checkpoint import save_weights
 from .curve import Curve
 from .run_settings import changed, description_of, digest, run_settings
@@ -160,24 +160,13 @@ class RunState:
                 f"{self.output_dir}: the run there has {counted(state['epoch'], 'epoch')}, {engine.state.max_epochs} were asked for: "
                 "give at least as many --epochs, or this run its own --output_dir"
             )
-        parts, rates = dict(self.parts), [group["lr"] for group in self.parts["optimizer"].param_groups]
+        if missing := [name for name in self.parts if name not in {"optimizer", *state["parts"]}]:
+            raise CheckpointError(
+                f"{self.output_dir}: the run there was without {missing} in its parts, which cannot begin in its middle: give "
+                "this run its own --output_dir"
+            )
         before = state.get("epochs", engine.state.max_epochs)  # what earlier versions wrote does not say it
-        if "model" not in state:
-            network, optimizer = unwrap(self.network), parts.pop("optimizer")
-            tensors, _ = take_shares(network, optimizer)
-            read_tensors(source, tensors)
-            set_shares(network, optimizer, tensors, state["shares"])
-        elif is_sharded(self.network):
-            scatter_state(self.network, parts.pop("optimizer"), state["model"], state["parts"]["optimizer"])
-        else:
-            unwrap(self.network).load_state_dict(state["model"])
-        schedule = parts.pop("lr_scheduler", None)
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
-        if schedule is not None:
-            _go_on(schedule, state["parts"]["lr_scheduler"], rates if before != engine.state.max_epochs else None)
-        self.curve.load_state_dict(state["curve"])
-        self.best = state["best"]
+        self._restore(state, source, other_length=before != engine.state.max_epochs)
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         done = " (the run is complete)" if state["epoch"] == engine.state.max_epochs else ""
@@ -188,6 +177,24 @@ class RunState:
                 counted(state["epoch"], "epoch"), before, engine.state.max_epochs, engine.state.max_epochs,
                 self.parts["optimizer"].param_groups[0]["lr"],
             )  # fmt: skip
+
+    def _restore(self, state: Mapping[str, Any], source: str, other_length: bool) -> None:
+        """Network, parts, curve and best as they were in the state that lies at `source`, of a run of another length or not."""
+        network, optimizer = unwrap(self.network), self.parts["optimizer"]
+        rates = [group["lr"] for group in optimizer.param_groups] if other_length else None
+        if "model" in state:
+            scatter_state(network, optimizer, state["model"], state["parts"]["optimizer"])
+        else:
+            tensors, _ = take_shares(network, optimizer)
+            read_tensors(source, tensors)
+            set_shares(network, optimizer, tensors, state["shares"])
+        for name, part in self.parts.items():
+            if name == "lr_scheduler":
+                _go_on(part, state["parts"][name], rates)
+            elif name != "optimizer":
+                part.load_state_dict(state["parts"][name])
+        self.curve.load_state_dict(state["curve"])
+        self.best = state["best"]
 
     def _choose(self) -> str | None:
         """Path of the newest state that is whole, which the first process looks for; None where there is none at all."""
@@ -252,10 +259,7 @@ class RunState:
                 engine.state.epoch, tensors, state, lambda: save_weights(best, self.model_path) if best else None
             )
             return
-        if is_sharded(network):
-            state["model"], state["parts"]["optimizer"] = gather_state(network, optimizer)
-        else:
-            state["model"], state["parts"]["optimizer"] = network.state_dict(), optimizer.state_dict()
+        state["model"], state["parts"]["optimizer"] = gather_state(network, optimizer)
         if not self.write:
             return
         if is_best:

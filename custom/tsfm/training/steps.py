@@ -103,7 +103,7 @@ class TrainStep(AutocastStep):
         self.scaler.update()
         self._count(engine.state, finite, together)
 
-    def _count(self, state: Any, finite: bool, together: int = 1) -> None:
+    def _count(self, state: Any, finite: bool, together: int) -> None:
         """Count a skipped step; at an epoch's end raise if it had no other, unless a loss scale is still being sought."""
         place = (state.iteration - 1) % state.epoch_length + 1
         self.skipped += not finite

@@ -90,7 +90,8 @@ def _is_zip(path: str) -> bool:
 
 def _verify_zip(path: str) -> None:
     """Compare the checksums of a ``.pt`` file's records, which torch writes and does not read; once per process."""
-    identity = _identity(path)
+    state = os.stat(path)
+    identity = os.path.abspath(path), state.st_size, state.st_mtime_ns
     if identity in _VERIFIED:
         return
     try:
@@ -101,11 +102,6 @@ def _verify_zip(path: str) -> None:
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: its checksums do not fit its content ({damaged}): {AGAIN}")
     _VERIFIED.add(identity)
-
-
-def _identity(path: str) -> tuple[str, int, int]:
-    state = os.stat(path)
-    return os.path.abspath(path), state.st_size, state.st_mtime_ns
 
 
 def _load_safetensors(path: str) -> dict[str, torch.Tensor]:

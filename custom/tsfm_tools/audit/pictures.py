@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tsfm.cases.grids import spacing_of
+from tsfm.cases.volumes import RawVolume
 from tsfm.evaluation.overlays import CT_WINDOW_HU, colors_of, truth_map
 from tsfm.files import atomic_write
 from tsfm.labels import LabelTable
@@ -42,26 +43,16 @@ def picture(
 
 
 def _draw(cases: Sequence[tuple[Mapping[str, Any], LabelTable, str]], place: Sequence[int] | None) -> bytes:
-    panels = []
-    for item, table, _ in cases:
+    figure = Figure(figsize=(2 * INCHES, INCHES + 0.2), dpi=DOTS, facecolor="black")
+    FigureCanvasAgg(figure)
+    places = [0, 0.5]  # of the panels, from the left
+    for number, (item, table, _) in enumerate(cases):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image, codes, *_ = read_case(item, table)
-        at = place if place is not None and not panels else _fullest(codes)
+        at = _fullest(codes) if place is None or number else place
         for axis in (0,) if len(cases) > 1 else (0, 1):
-            panels.append(_panel(image, truth_map(codes, table, item["dataset"]), at, axis, item, table))
-    figure = Figure(figsize=(INCHES * len(panels), INCHES + 0.2), dpi=DOTS, facecolor="black")
-    FigureCanvasAgg(figure)
-    for number, (shown, labels, aspect, window, title, colors) in enumerate(panels):
-        axes = figure.add_axes((number / len(panels), 0, 1 / len(panels) - 0.005, 0.92))
-        axes.imshow(shown, cmap="gray", vmin=window[0], vmax=window[1], aspect=aspect)
-        axes.autoscale(False)
-        grid = [np.arange(-1, n + 1) for n in reversed(labels.shape)]  # a voxel around: single rows have a contour, too
-        for value in np.unique(labels[labels > 0]).tolist():
-            mask = np.pad(labels == value, 1)
-            axes.contour(*grid, mask, levels=(0.5,), colors=[colors[value]], linewidths=1)
-        axes.set_axis_off()
-        figure.text((number + 0.02) / len(panels), 0.94, title[:46], color="white", fontsize=8, parse_math=False)
+            _panel(figure, places.pop(0), image, truth_map(codes, table, item["dataset"]), at, axis, item, table)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="black")
     return buffer.getvalue()
@@ -75,8 +66,10 @@ def _fullest(codes: np.ndarray) -> list[int]:
 
 
 def _panel(
-    image, painted: np.ndarray, at: Sequence[int], axis: int, item: Mapping[str, Any], table: LabelTable
-) -> tuple:
+    figure: Figure, left: float, image: RawVolume, painted: np.ndarray, at: Sequence[int], axis: int, item: Mapping[str, Any],
+    table: LabelTable,
+) -> None:  # fmt: skip
+    """Half of the figure: the slice of `axis` at the voxel `at`, with the contours of its labels."""
     spacing = spacing_of(image.affine)
     index = min(max(int(at[axis]), 0), painted.shape[axis] - 1)
     shown, labels = image.array[0].take(index, axis), painted.take(index, axis)
@@ -88,5 +81,14 @@ def _panel(
     low, high = CT_WINDOW_HU if item["modality"] == "CT" else np.percentile(shown, (1, 99.5))
     if item["modality"] == "CT" and not low < float(np.median(shown)) < high and np.ptp(shown) > 0:
         low, high = min(low, float(np.median(shown))), max(high, float(np.percentile(shown, 99)))
+    axes = figure.add_axes((left, 0, 0.495, 0.92))
+    shades = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+    axes.imshow(shown, aspect=aspect * steps[0] / steps[1], **shades)
+    axes.autoscale(False)
+    grid = [np.arange(-1, n + 1) for n in reversed(labels.shape)]  # a voxel around: single rows have a contour, too
+    for value in np.unique(labels[labels > 0]).tolist():
+        mask = np.pad(labels == value, 1)
+        axes.contour(*grid, mask, levels=(0.5,), colors=[colors_of(table)[value]], linewidths=1)
+    axes.set_axis_off()
     title = f"{item['case']}, {('axial', 'coronal')[axis]} {index + 1}/{painted.shape[axis]}"
-    return shown, labels, aspect * steps[0] / steps[1], (low, max(high, low + 1e-6)), title, colors_of(table)
+    figure.text(left + 0.01, 0.94, title[:46], color="white", fontsize=8, parse_math=False)

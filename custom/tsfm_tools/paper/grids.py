@@ -280,13 +280,11 @@ class GridRunner:
     def _kept(self, run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
         """`record`; CheckpointError where it is that of other settings."""
         record = self.record(run)
-        if record:
-            record["settings"]["run"].pop("pretrained", None)  # where the weights lay, in those of earlier versions
-            if record["settings"] != settings:
-                changed = changes(*({**one, **one["run"], "run": None} for one in (record["settings"], settings)))
-                raise CheckpointError(
-                    f"{self.cell(run)} holds a cell with other settings ({changed}); give this grid its own --output_dir"
-                )
+        if record and record["settings"] != settings:
+            changed = changes(*({**one, **one["run"], "run": None} for one in (record["settings"], settings)))
+            raise CheckpointError(
+                f"{self.cell(run)} holds a cell with other settings ({changed}); give this grid its own --output_dir"
+            )
         return record
 
 

@@ -6,7 +6,7 @@ A result is ``{"row": id, "dataset", "epochs", "seed", "scores": {data set: {tar
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,10 @@ def figures(
         seeds = set.intersection(*map(set, parts)) if parts else ()
         return {seed: float(np.mean([part[seed] for part in parts])) for seed in seeds}
     found = {}
-    for result in results:
-        fits = column.epochs in (None, result["epochs"]) and column.dataset in grid.covers(result["dataset"])
-        if result["row"] != row["id"] or not fits:
-            continue
-        part = _scores(result, column)
+    for seed, part in _scores(grid, row, column, results):
         values = [part.get(target) for target in column.targets or part]
         if values and None not in values:
-            found[result["seed"]] = float(np.mean(values))
+            found[seed] = float(np.mean(values))
     return found
 
 
@@ -51,11 +47,19 @@ def _parts(grid: Grid, column: Column) -> list[Column]:
     return parts if {part.name for part in parts} == set(column.mean_of) else []
 
 
-def _scores(result: Mapping[str, Any], column: Column) -> Mapping[str, float]:
-    """Target -> Dice on a column's data set; what was trained on a folder alone may call that data set otherwise."""
-    scores = result["scores"]
-    is_alone = len(scores) == 1 and column.dataset == result["dataset"]
-    return scores.get(column.dataset) or (next(iter(scores.values())) if is_alone else {})
+def _scores(
+    grid: Grid, row: Mapping[str, Any], column: Column, results: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[int, Mapping[str, float]]]:
+    """(seed, target -> Dice on the column's data set) of a row's results after the column's epochs.
+
+    What was trained on a folder alone may call that data set otherwise.
+    """
+    for result in results:
+        fits = column.epochs in (None, result["epochs"]) and column.dataset in grid.covers(result["dataset"])
+        if result["row"] == row["id"] and fits:
+            scores = result["scores"]
+            is_alone = len(scores) == 1 and column.dataset == result["dataset"]
+            yield result["seed"], scores.get(column.dataset) or (next(iter(scores.values())) if is_alone else {})
 
 
 def is_asked(grid: Grid, row: Mapping[str, Any], column: Column) -> bool:
@@ -71,10 +75,7 @@ def is_scored(grid: Grid, row: Mapping[str, Any], column: Column, results: Seque
     """Whether the runs that could give a figure were scored: one that is absent all the same is of targets they do not know."""
     if column.mean_of:
         return all(is_scored(grid, row, other, results) for other in _parts(grid, column))
-    return any(
-        result["row"] == row["id"] and column.epochs in (None, result["epochs"]) and _scores(result, column)
-        for result in results
-    )
+    return any(part for _, part in _scores(grid, row, column, results))
 
 
 def table(grid: Grid, results: Sequence[Mapping[str, Any]], obstacles: Mapping[str, Sequence[Run]]) -> str:

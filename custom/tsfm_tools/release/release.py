@@ -126,14 +126,7 @@ def release(
     licence = read_licence(data_license) if data_license else None
     overlays = [overlays] if isinstance(overlays, str) else overlays
     for overlay in dict.fromkeys([*["clicks.json"] * takes_clicks, *overlays]):
-        if overlay not in configs and not os.path.isfile(overlay):
-            raise ReleaseError(
-                f"{bundle_dir} has no configs/{overlay}, and no such file is there; its configs are {sorted(configs)}"
-            )
-        said = f"In this release {os.path.basename(overlay)} is merged into it."
-        about = configs["train.json"].get("_desc_", "").replace(said, "").strip()  # a release of a release has said it
-        configs["train.json"] = merge_overlay(configs["train.json"], configs.get(overlay) or read_json(overlay))
-        configs["train.json"]["_desc_"] = f"{about} {said}".strip()
+        _train_with(overlay, configs, bundle_dir)
     if takes_clicks:
         configs["train.json"]["click_sigma"] = description["click_sigma"]
     for config in (configs[file] for file in ("inference.json", "evaluate.json") if file in configs):
@@ -169,6 +162,18 @@ def release(
     Path(path + ".sha256").write_text(f"{file_hash(path, 'sha256')}  {file}\n", encoding="utf-8")
     list_release(output_dir, file.removesuffix(".zip"), file_hash(path, "sha1"), _url(base_url, file))
     return path
+
+
+def _train_with(overlay: str, configs: dict[str, Any], bundle_dir: str) -> None:
+    """Merge an overlay, one of the bundle's or a path, into the train.json of its configs, and say so there."""
+    if overlay not in configs and not os.path.isfile(overlay):
+        raise ReleaseError(
+            f"{bundle_dir} has no configs/{overlay}, and no such file is there; its configs are {sorted(configs)}"
+        )
+    said = f"In this release {os.path.basename(overlay)} is merged into it."
+    about = configs["train.json"].get("_desc_", "").replace(said, "").strip()  # a release of a release has said it
+    configs["train.json"] = merge_overlay(configs["train.json"], configs.get(overlay) or read_json(overlay))
+    configs["train.json"]["_desc_"] = f"{about} {said}".strip()
 
 
 def read_licence(path: str) -> str:

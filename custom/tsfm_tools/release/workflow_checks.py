@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,26 +49,23 @@ def _label_maps(bundle: str) -> str:
     return f"bare items are read as '{table.bare_dataset}', 1..{len(table.names)}"
 
 
-def _properties(kind: str) -> Callable[[str], str]:
-    def check(bundle: str) -> str:
-        files = ["inference.json"] if kind == "infer" else ["train.json"]
-        if kind == "train" and not has_weights(bundle) and os.path.isfile(config_path(bundle, "small.json")):
-            files.append("small.json")  # properties are built to be checked: a source bundle's are of full size
-        with tempfile.TemporaryDirectory() as folder:
-            workflow = ConfigWorkflow(
-                config_file=[config_path(bundle, file) for file in files],
-                meta_file=config_path(bundle, "metadata.json"),
-                workflow_type=kind,
-                logging_file=False,
-                bundle_root=bundle,
-                **(_train_inputs(bundle, folder) if kind == "train" else _infer_inputs(bundle, folder)),
-            )
-            workflow.initialize()
-            wrong = workflow.check_properties()
-        need(not wrong, f"{' + '.join(files)}: missing or wrong properties {wrong}")
-        return f"{' + '.join(files)}: check_properties() == []"
-
-    return check
+def _properties(bundle: str, kind: str) -> str:
+    files, inputs = (["train.json"], _train_inputs) if kind == "train" else (["inference.json"], _infer_inputs)
+    if kind == "train" and not has_weights(bundle) and os.path.isfile(config_path(bundle, "small.json")):
+        files.append("small.json")  # properties are built to be checked: a source bundle's are of full size
+    with tempfile.TemporaryDirectory() as folder:
+        workflow = ConfigWorkflow(
+            config_file=[config_path(bundle, file) for file in files],
+            meta_file=config_path(bundle, "metadata.json"),
+            workflow_type=kind,
+            logging_file=False,
+            bundle_root=bundle,
+            **inputs(bundle, folder),
+        )
+        workflow.initialize()
+        wrong = workflow.check_properties()
+    need(not wrong, f"{' + '.join(files)}: missing or wrong properties {wrong}")
+    return f"{' + '.join(files)}: check_properties() == []"
 
 
 def _infer_inputs(bundle: str, folder: str) -> dict[str, Any]:
@@ -84,16 +82,11 @@ def _train_inputs(bundle: str, folder: str) -> dict[str, Any]:
     inputs: dict[str, Any] = {key: os.path.join(folder, key) for key in ("store_dir", "output_dir", "ckpt_dir")}
     inputs["num_workers"] = 0
     if has_weights(bundle):
-        write_pool(data, 2, TINY, datasets=("msd_lung",))
-        task = os.path.join(data, "Task06_Lung")
-        names = sorted(os.listdir(os.path.join(task, "imagesTr")))
-        items = [{key: os.path.join(task, f"{key}sTr", name) for key in ("image", "label")} for name in names]
-        return {
-            **inputs,
-            "train#dataset#data": items[:1],
-            "validate#dataset#data": items[1:],
-            "ckpt_dir": bundle + "/models",
-        }
+        (names,) = write_pool(data, 2, TINY, datasets=("msd_lung",)).values()
+        image, label = (os.path.join(data, f"Task06_Lung/{key}sTr/{{}}.nii.gz") for key in ("image", "label"))
+        items = [{"image": image.format(name), "label": label.format(name)} for name in names]
+        lists = {"train#dataset#data": items[:1], "validate#dataset#data": items[1:]}
+        return {**inputs, **lists, "ckpt_dir": bundle + "/models"}
     if os.path.isfile(config_path(bundle, "pool.json")):
         write_all_ten(data, 2, TINY)
         return {**inputs, "dataset_dir": data}
@@ -155,8 +148,8 @@ def _export(bundle: str) -> str:
 
 WORKFLOW_CHECKS: dict[str, Callable[[str], str]] = {
     "label maps back (MONAI Label)": _label_maps,
-    "train properties": _properties("train"),
-    "inference properties": _properties("infer"),
+    "train properties": partial(_properties, kind="train"),
+    "inference properties": partial(_properties, kind="infer"),
     "weights fit network_def": _weights,
     "verify_net_in_out": _shape,
     "ckpt_export": _export,
