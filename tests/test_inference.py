@@ -658,6 +658,7 @@ class TestFiles:
         assert [item["case"] for item in find_images(tmp_path / "in", tmp_path, "skip", ["label_map", "note"])] == ["a"]
 
     def test_an_output_that_is_none_is_refused_before_the_work(self, tmp_path):
+        (tmp_path / "a.nii").touch()
         with pytest.raises(ValueError, match=r"label_map.*did you mean 'label_map'"):
             find_images(tmp_path, save="labelmap")
 

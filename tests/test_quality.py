@@ -117,6 +117,17 @@ def test_a_volume_includes_parts_and_what_lies_inside_of_targets_that_are_comput
     assert reported(tmp_path / "one", network, table, 20, 20, targets="tumor")["ml"] == {"tumor": pytest.approx(1.728)}
 
 
+def test_volumes_are_of_the_tables_targets_where_the_networks_were_renumbered(tmp_path):
+    """As zero_shot.json does: what the weights call a left kidney is a kidney of the pool, with the same value here."""
+    inferer = SlabInferer((8,) * 3, ["left"], doubts=True, amp=False, progress=False)
+    engine = CaseEvaluator(
+        device="cpu", val_data_loader=[{"case": ["x"], "image": torch.zeros(1, 1, 8, 8, 8)}],
+        network=Boxes([slice(2, 6)] * 3), inferer=inferer, table=LabelTable({"kidney": {}}, []),
+    )  # fmt: skip
+    engine.run()
+    assert engine.results[0]["ml"] == {"kidney": pytest.approx(0.064)}
+
+
 def test_what_some_versions_see_and_their_mean_does_not_is_doubtful(tmp_path):
     box = [slice(2, 6)] * 3
     row = reported(tmp_path, Boxes(box, when=range(3)), TUMOR, 8, 8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -155,33 +156,31 @@ class ClickInferer(SlabInferer):
             return super().__call__(inputs, network)
         noted = json.loads(note if isinstance(note, str) else note[0])  # a list: from a DataLoader
         to_voxel = np.linalg.inv(np.asarray(inputs.affine.cpu(), float).reshape(-1, 4, 4)[0])
-        points = [np.rint(to_voxel[:3, :3] @ mm + to_voxel[:3, 3]).astype(int) for _, _, mm in noted]
-        prompt = self._prompt([(kind, name) for kind, name, _ in noted], points, self._image(inputs), network)
-        return super().__call__(inputs, network, prompt=prompt)
+        voxels = [np.rint(to_voxel[:3, :3] @ mm + to_voxel[:3, 3]) for _, _, mm in noted]
+        asked = [(kind, name, tuple(map(int, voxel))) for (kind, name, _), voxel in zip(noted, voxels, strict=True)]
+        return super().__call__(inputs, network, prompt=self._prompt(asked, self._image(inputs), network))
 
-    def _prompt(self, asked: Sequence[tuple[str, str]], points: Sequence[np.ndarray], image, network) -> Prompt:
-        """What each click says about which target; those of the form "label" need to know what is found there."""
-        names, clicks = list(self.names), {}
-
-        def add(target: int, point: np.ndarray, inside: bool) -> None:
-            clicks.setdefault(target, []).append(Click(tuple(int(n) for n in point), inside))
-
-        own = {names.index(name) for kind, name in asked if kind != "outside" and name != BACKGROUND}
-        found = self._found_at(points, image, network) if any(kind == "label" for kind, _ in asked) else None
-        for number, ((kind, name), point) in enumerate(zip(asked, points, strict=True)):
-            clicked = None if name == BACKGROUND else names.index(name)
-            if clicked is not None:
+    def _prompt(self, asked: Sequence[tuple[str, str, tuple[int, ...]]], image: torch.Tensor, network: Any) -> Prompt:
+        """What each click (kind, name, voxel) says about which target; the kind "label" needs to know what is found there."""
+        names, clicks = list(self.names), defaultdict(list)
+        own = {names.index(name) for kind, name, _ in asked if kind != "outside" and name != BACKGROUND}
+        found = [set()] * len(asked)
+        if any(kind == "label" for kind, _, _ in asked):
+            found = self._found_at([voxel for _, _, voxel in asked], image, network)
+        for (kind, name, voxel), there in zip(asked, found, strict=True):
+            contains = set()
+            if name != BACKGROUND:
                 if name not in self.chosen:
                     raise ClickError(f"clicks for {name}, but only {list(self.chosen)} are computed: add it to targets")
-                add(clicked, point, kind != "outside")
-            if kind == "label":
-                contains = set() if clicked is None else {clicked, *self.table.ancestors(clicked)}
-                others = (own | found[number]) - contains
-                for target in sorted(t for t in others if names[t] in self.chosen):
-                    add(target, point, False)
+                target = names.index(name)
+                clicks[target].append(Click(voxel, kind != "outside"))
+                contains = {target, *self.table.ancestors(target)}
+            for other in sorted((own | there) - contains) if kind == "label" else ():
+                if names[other] in self.chosen:
+                    clicks[other].append(Click(voxel, False))
         return clicks
 
-    def _found_at(self, points: Sequence[np.ndarray], image: torch.Tensor, network: Any) -> list[set[int]]:
+    def _found_at(self, points: Sequence[Sequence[int]], image: torch.Tensor, network: Any) -> list[set[int]]:
         """For each voxel the targets that are found there without clicks; none outside of the image."""
         found: list[set[int]] = [set() for _ in points]
         levels, done = torch.tensor([self.levels[i] for i in self.channels]), 0

@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..labels import LabelTable
-from ..preparation.resampling import AxisResampler, axis_resampler, one_thread
+from ..preparation.resampling import AxisResampler, axis_resampler, in_threads
 
 ACTIVATIONS = ("sigmoid", "regions", "softmax", "probabilities")
 
@@ -80,18 +79,11 @@ class Painter:
             ValueError: the logits hold NaN.
         """
         begin, end = self._done, int(np.searchsorted(self._last, slab.stop))
-        threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-        if slab.logits.device.type != "cpu" or threads == 1:
-            for start in range(begin, end, _PART):
-                self._paint(slab, start, min(start + _PART, end))
-        else:
 
-            def paint(start: int) -> None:
-                with torch.inference_mode(inference), torch.no_grad():
-                    self._paint(slab, start, min(start + _PART, end))
+        def paint(start: int) -> None:
+            self._paint(slab, start, min(start + _PART, end))
 
-            with one_thread(), ThreadPoolExecutor(threads) as pool:
-                list(pool.map(paint, range(begin, end, _PART)))
+        in_threads(paint, range(begin, end, _PART), slab.logits.device)
         self._done = end
 
     def _paint(self, slab: Slab, begin: int, end: int) -> None:

@@ -199,21 +199,10 @@ class CaseEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> Any:
         case = str(batchdata["case"][0])
-        unread = {key: batchdata[key][0] for key in ("error", "left") if key in batchdata}
-        row: dict[str, Any] = {"case": case, **unread}
+        row = {"case": case, **{key: batchdata[key][0] for key in ("error", "left") if key in batchdata}}
         try:
-            if not unread:
-                if self.annotated is not None:
-                    known = self.annotated[batchdata["dataset"][0]] if "dataset" in batchdata else self.every.chosen
-                    self.inferer = self.every.restricted_to(known)
-                row |= self._strange(case, batchdata)
-                output = super()._iteration(engine, batchdata)
-                prediction = output[0].get("pred") if isinstance(output, list) and output else None
-                if getattr(self.inferer, "doubts", False):
-                    row["quality"] = self.inferer.quality
-                computed = getattr(self.inferer, "chosen", self.table.names)
-                row["ml"] = {} if prediction is None else volumes_ml(prediction, self.table, computed)
-                row["ml"] |= dict.fromkeys((name for name in row.get("quality", ()) if name not in row["ml"]), 0.0)
+            if row.keys() == {"case"}:
+                output = self._segment(engine, batchdata, row)
         except Exception as error:
             logger.debug("case %s", case, exc_info=True)
             row["error"] = root_cause(error)
@@ -229,14 +218,33 @@ class CaseEvaluator(SupervisedEvaluator):
         self.results.append(row)
         return output
 
-    def _strange(self, case: str, batchdata: Mapping[str, Any]) -> dict[str, list[str]]:
-        """The row's "warnings": what in an image is far from what the weights have seen."""
+    def _segment(self, engine: SupervisedEvaluator, batchdata: dict[str, Any], row: dict[str, Any]) -> Any:
+        """Segment a case that was read, and note in its row what is known of it."""
+        if self.annotated is not None:
+            known = self.annotated[batchdata["dataset"][0]] if "dataset" in batchdata else self.every.chosen
+            self.inferer = self.every.restricted_to(known)
+        if found := self._strange(row["case"], batchdata):
+            row["warnings"] = found
+        output = super()._iteration(engine, batchdata)
+        if getattr(self.inferer, "doubts", False):
+            row["quality"] = self.inferer.quality
+        known, found = self.table.names, {}
+        if isinstance(output, list) and "pred" in output[0]:
+            is_own = (
+                getattr(self.inferer, "names", None) == known
+            )  # else its targets became the table's (zero_shot.json)
+            found = volumes_ml(output[0]["pred"], self.table, self.inferer.chosen if is_own else known)
+        row["ml"] = found | {name: 0.0 for name in row.get("quality", ()) if name in known and name not in found}
+        return output
+
+    def _strange(self, case: str, batchdata: Mapping[str, Any]) -> list[str]:
+        """What in an image is far from what the weights have seen."""
         image = batchdata["image"]
         grid, modality = prepared_grid(image), (batchdata.get("modality") or [None])[0]
         found = self.familiar.warnings(image.as_tensor()[0].numpy(force=True), grid, modality) if grid else []
         for line in found:
             logger.warning("%s is far from what the weights were trained on: %s", case, line)
-        return {"warnings": found} if found else {}
+        return found
 
 
 def _prepared_where_it_fits(prepare: Callable, batch: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
