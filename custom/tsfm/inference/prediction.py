@@ -221,10 +221,10 @@ class CaseEvaluator(SupervisedEvaluator):
     def _segment(self, engine: SupervisedEvaluator, batchdata: dict[str, Any], row: dict[str, Any]) -> Any:
         """Segment a case that was read, and note in its row what is known of it."""
         if self.annotated is not None:
-            known = self.annotated[batchdata["dataset"][0]] if "dataset" in batchdata else self.every.chosen
-            self.inferer = self.every.restricted_to(known)
-        if found := self._strange(row["case"], batchdata):
-            row["warnings"] = found
+            wanted = self.annotated[batchdata["dataset"][0]] if "dataset" in batchdata else self.every.chosen
+            self.inferer = self.every.restricted_to(wanted)
+        if warnings := self._strange(row["case"], batchdata):
+            row["warnings"] = warnings
         output = super()._iteration(engine, batchdata)
         if getattr(self.inferer, "doubts", False):
             row["quality"] = self.inferer.quality

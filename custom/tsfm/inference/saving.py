@@ -68,7 +68,7 @@ class SaveResultsd(SaveImaged):
         keys: label maps (1, X, Y, Z) on the image's own grid, that is, after Invertd.
         existing: what to do with files that are there: "error", "skip" (keep them, write the others), or "overwrite".
         save: one or several of `cases.folders.OUTPUTS`.
-        table: label table of the label map's values.
+        table: label table of the label map's values; needed for all but plain label maps.
         raw_ids: a data set of the table, in whose own ids label maps are written.
         probabilities: what the inferer fills; needed to save them.
 
