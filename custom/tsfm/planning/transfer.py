@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..names import listed
 from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork, Parts
 from ..network.description import differences
@@ -238,15 +239,13 @@ def _lacking(side: Mapping[str, Any], names: Iterable[str], parts: Parts, allowe
 
 
 def _misfit(path: str, problems: list[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    lines = [f"{path} does not fit the network ({len(problems)} problems); the network was not changed:"]
     differ = differences(theirs.get("network", {}), ours.get("network", {}))
-    lines += [f"  {line}" for line in [*differ, *problems[:SHOWN]]]
-    if len(problems) > SHOWN:
-        lines.append(f"  ... and {len(problems) - SHOWN} more")
-    declare = (
-        "Declare the network with the checkpoint's features, depths and skip (its channels, targets, patch and strides"
+    shown = listed([*differ, *problems], len(differ) + SHOWN, between="\n  ")
+    return (
+        f"{path} does not fit the network ({len(problems)} problems); the network was not changed:\n  {shown}\n"
+        "Declare the network with the checkpoint's features, depths and skip (its channels, targets, patch and strides may "
+        "differ)."
     )
-    return "\n".join([*lines, f"{declare} may differ)."])
 
 
 def _none_shared(parts: Parts, heads: _HeadMap, entries: Sequence[Entry]) -> list[str]:
