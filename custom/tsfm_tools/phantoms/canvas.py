@@ -130,6 +130,11 @@ class Canvas:
         if inner:
             self.inner[where][depth_mm > 0] = INNER.index(inner) + 1
 
+    def draw(self, shape: tuple[tuple, np.ndarray], tissue: str, organ: str = "") -> tuple[tuple, np.ndarray]:
+        """Paint a tissue into a shape, which is a part of the grid and the depth of its voxels; hands the shape on."""
+        self.paint(*shape, self.tissue(tissue), organ)
+        return shape
+
     def ellipsoid(self, center: Sequence[float], radii: Sequence[float]) -> tuple[tuple, np.ndarray]:
         """Part of the grid around an ellipsoid, and the depth (mm) of its voxels below the surface."""
         reach = 1.3 * np.asarray(radii)
