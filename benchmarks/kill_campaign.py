@@ -121,6 +121,19 @@ def finish(started: list, limit_s: float | None = None) -> str:
     return "ended" if all(p.exitcode == 0 for p in started) else "failed"
 
 
+def attack(folder: Path, data: Path, store: Path, kind: str, rng: random.Random, longest_s: float) -> tuple[str, int]:
+    """Kill a run one to three times within `longest_s`, and let it end: what came of it, and how often it was killed."""
+    killed = 0
+    for _ in range(rng.randint(1, 3)):
+        result = finish(start(folder, data, store, kind, rng, rng.randrange(1, 256)), rng.random() * longest_s)
+        if result != "killed":
+            break
+        killed += 1
+    if result in ("killed", "ended"):
+        result = finish(start(folder, data, store, kind, rng, rng.randrange(1, 256)))
+    return result, killed
+
+
 def read_traces(folder: Path) -> dict[tuple[str, int], set[str]]:
     """(file, iteration) -> all that was written for it, by all processes that came to it."""
     found = defaultdict(set)
@@ -182,14 +195,7 @@ def main() -> None:
         kind = options.kinds[run % len(options.kinds)]
         folder = work / f"run {run}"
         store = folder / "store" if rng.random() < 0.25 else shared_store  # a quarter is killed while preparing, too
-        planned, done = rng.randint(1, 3), 0
-        for _ in range(planned):
-            result = finish(start(folder, data, store, kind, rng, rng.randrange(1, 256)), rng.random() * seconds[kind])
-            done += result == "killed"
-            if result != "killed":
-                break
-        if result in ("killed", "ended"):
-            result = finish(start(folder, data, store, kind, rng, rng.randrange(1, 256)))
+        result, done = attack(folder, data, store, kind, rng, seconds[kind])
         result = compare(folder, work / f"whole {kind}") if result == "ended" else result
         outcomes[kind][result == "equal"] += 1
         kills[kind] += done

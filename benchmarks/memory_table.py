@@ -9,6 +9,8 @@ bytes, without the workspace of the convolutions.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from tsfm.network.networks import create_network
 from tsfm.planning.families import SIZES
@@ -20,6 +22,11 @@ SHARED = {
     "1 GPU": {}, "DDP": {"processes": 2}, "FSDP 2": {"processes": 2, "sharded": True},
     "FSDP 4": {"processes": 4, "sharded": True}, "FSDP 8": {"processes": 8, "sharded": True},
 }  # fmt: skip
+KINDS = {
+    "bfloat16 autocast": {},
+    "bfloat16 throughout": {"weight_bytes": 2, "state_bytes": 2},
+    "float32": {"amp": False},
+}
 
 
 def main() -> None:
@@ -29,21 +36,13 @@ def main() -> None:
         plan = plan_patch(PATCH, SPACING_MM, name, out_channels=TARGETS)
         with torch.device("meta"):
             network = create_network(in_channels=1, out_channels=TARGETS, img_size=PATCH, plan=plan)
-        for batch in (1, 2):
-            for recomputed in (False, True):
-                steps = walk(network, 1, PATCH, batch, recomputed, True)
-                full = walk(network, 1, PATCH, batch, recomputed, False)
-                for kind, options in (
-                    ("bfloat16 autocast", {}),
-                    ("bfloat16 throughout", {"weight_bytes": 2, "state_bytes": 2}),
-                    ("float32", {"amp": False}),
-                ):
-                    walked = full if kind == "float32" else steps
-                    cells = [
-                        f"{peak_bytes(walked, recomputed, **options, **more) / 1e9:.1f}" for more in SHARED.values()
-                    ]
-                    kept = "recomputed" if recomputed else "kept"
-                    print(f"| {name} | {steps.weights / 1e6:.0f} M | {kept} | {batch} | {kind} | {' | '.join(cells)} |")
+        for batch, recomputed in product((1, 2), (False, True)):
+            walked = {amp: walk(network, 1, PATCH, batch, recomputed, amp) for amp in (True, False)}
+            for kind, options in KINDS.items():
+                steps = walked[options.get("amp", True)]
+                peaks = [peak_bytes(steps, recomputed, **options, **more) for more in SHARED.values()]
+                cells = [name, f"{steps.weights / 1e6:.0f} M", "recomputed" if recomputed else "kept", batch, kind]
+                print(f"| {' | '.join(map(str, [*cells, *(f'{peak / 1e9:.1f}' for peak in peaks)]))} |")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def train(path, iterations):
 def tsfm(network, image):
     from tsfm.inference.windows import SlabInferer
 
-    inferer = SlabInferer(PATCH, [f"target_{i}" for i in range(CLASSES)], progress=False)
+    inferer = SlabInferer(PATCH, [f"target_{i}" for i in range(CLASSES)], activation="regions", progress=False)
     started = time.perf_counter()
     label_map = inferer(image[None], network)
     return time.perf_counter() - started, label_map[0, 0]

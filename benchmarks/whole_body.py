@@ -87,12 +87,14 @@ def main() -> None:
         network.bias.copy_(torch.linspace(36, 2, args.targets))
     inputs = MetaTensor(image)
     box = tuple((0, n) for n in source)
-    record = Grid(source, box, source, shape, tuple(args.spacing), SPACING_MM).to_dict()
+    record = Grid(source, box, source, shape, tuple(args.spacing), SPACING_MM).to_dict() | {
+        "source_affine": torch.eye(4).tolist()
+    }
     inputs.applied_operations = [{"class": "PrepareImaged", "extra_info": record}]
     before = forget_peak()
     started = time.perf_counter()
     names = [f"target_{i}" for i in range(args.targets)]
-    label_map = SlabInferer(PATCH, names)(inputs, network)
+    label_map = SlabInferer(PATCH, names, activation="regions")(inputs, network)
     seconds, peak = time.perf_counter() - started, peak_gib()
     print(f"{os.cpu_count()} cores; source {source}, prepared {shape}, {args.targets} targets: {seconds:.0f} s")
     print(f"peak {peak:.2f} GiB, on top of Python, model and image: {peak - before:.2f} GiB", end="; ")

@@ -204,3 +204,12 @@ def write_dicom(folder, voxels, spacing, series="1.2.826.0.1.3680043.2.1125.1"):
         writer.KeepOriginalImageUIDOn()
         writer.SetFileName(str(folder / f"{series[-1]}_{z}.dcm"))
         writer.Execute(image)
+
+
+def logits_of(inferer, image, network, **asked):
+    """A `SlabInferer`'s averaged logits (1, T, S, P, L) of a prepared image, float32: its slabs put together."""
+    whole, done = [], 0
+    for slab in inferer.slabs(inferer._image(image), network, **asked):
+        whole.append(slab.logits[:, done - slab.start :].float().clone())
+        done = slab.stop
+    return torch.cat(whole, 1)[None]

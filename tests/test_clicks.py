@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import logits_of
 from monai.inferers import SimpleInferer
 from monai.transforms import Compose, Invertd, LoadImaged
 from scipy import ndimage
@@ -137,12 +138,11 @@ def test_with_clicks_it_is_what_the_sliding_window_gives_for_an_image_with_the_c
     clicks = [Click((4, 5, 3), True), Click((25, 18, 8), False)]
     whole = torch.cat([image, click_channels(clicks, image.shape[2:], SIGMA)[None]], 1)
     options = {"amp": False, "progress": False, "mirror": "SP"}
-    expected = SlabInferer(PATCH, ["a"], **options).logits(whole, network)
+    expected = logits_of(SlabInferer(PATCH, ["a"], **options), whole, network)
     inferer = ClickInferer(PATCH, ["a"], click_sigma=SIGMA, **options)
-    for slab in inferer.slabs(image[0], network, prompt={0: clicks}):
-        torch.testing.assert_close(slab.logits, expected[0, :, slab.start : slab.stop], atol=2e-3, rtol=0)
-    automatic = SlabInferer(PATCH, ["a"], **options).logits(with_click_channels(image), network)
-    torch.testing.assert_close(inferer.logits(image, network), automatic, atol=2e-3, rtol=0)
+    torch.testing.assert_close(logits_of(inferer, image, network, prompt={0: clicks}), expected, atol=2e-3, rtol=0)
+    automatic = logits_of(SlabInferer(PATCH, ["a"], **options), with_click_channels(image), network)
+    torch.testing.assert_close(logits_of(inferer, image, network), automatic, atol=2e-3, rtol=0)
     assert (expected - automatic).abs().max() > 0.05
 
 

@@ -90,9 +90,7 @@ def test_folds_are_trained_scored_and_released_and_nothing_is_done_twice(phantom
     assert cross_validation.SCORED in (released / "docs/README.md").read_text(encoding="utf-8")
     inference = json.loads((released / "configs/inference.json").read_text())
     pool = CrossValidation(data, str(out), BUNDLE, [0, 1], [tiny], {}).pool
-    plan = determine(
-        [out / f"held_out/{one['case']}.nii.gz" for one in items], [one["label"] for one in items], pool.table
-    )
+    plan = determine([{**one, "prediction": out / f"held_out/{one['case']}.nii.gz"} for one in items], pool.table)
     assert steps == plan["steps"]
     assert (
         inference["postprocessing_plan"] == {key: plan[key] for key in ("targets", "steps")}

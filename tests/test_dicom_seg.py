@@ -184,9 +184,8 @@ def test_every_code_is_one_of_the_standard_with_its_meaning():
 def test_save_names_the_segs_beside_the_label_map_and_images_without_a_series_are_refused_at_once(tmp_path):
     series = write_series(tmp_path / "scans" / "ct")
     (item,) = find_images(series.parent, tmp_path / "out", save=["label_map", "dicom_seg"])
-    for table in (POOL, None):
-        save = SaveResultsd("pred", tmp_path / "out", "overwrite", ["label_map", "dicom_seg", "dicom_labelmap"], table)
-        save({**item, "pred": label_map_on(series)})
+    save = SaveResultsd("pred", tmp_path / "out", "overwrite", ["label_map", "dicom_seg", "dicom_labelmap"], POOL)
+    save({**item, "pred": label_map_on(series)})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ct.labelmap.dcm", "ct.nii.gz", "ct.seg.dcm"]
     numbers = [POOL.names.index(name) + 1 for name in sorted(SHOWN, key=POOL.names.index)]
     assert hd.seg.segread(tmp_path / "out/ct.labelmap.dcm").segment_numbers[-len(SHOWN) :] == numbers
@@ -234,12 +233,9 @@ def test_what_cannot_become_a_seg_is_refused_with_the_reason(tmp_path, monkeypat
     assert "has no FrameOfReferenceUID" in str(case["error"])  # before it is read
     good = write_series(tmp_path / "good")
     with pytest.raises(CaseError, match=r"not on the grid of the series: affines put a corner 5 mm apart"):
-        write_seg(
-            label_map_on(write_series(tmp_path / "other", start=(0, 7, 11))),
-            tmp_path / "seg.dcm",
-            POOL,
-            source=str(good),
-        )
+        label_map = label_map_on(write_series(tmp_path / "other", start=(0, 7, 11)))
+        label_map.meta["filename_or_obj"] = str(good)
+        write_seg(label_map, tmp_path / "seg.dcm", POOL)
     with pytest.raises(CaseError, match=r"a.nii.gz: a DICOM SEG refers to the slices of a DICOM series"):
         source_slices("a.nii.gz")
     (good / "3.dcm").unlink()

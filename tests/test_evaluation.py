@@ -9,7 +9,6 @@ import pytest
 import SimpleITK as sitk
 import torch
 from monai.data import DataLoader, MetaTensor
-from monai.engines import SupervisedEvaluator
 from tsfm.cases.dataset_folder import label_table
 from tsfm.cases.folders import stem
 from tsfm.cases.grids import grid_difference
@@ -338,7 +337,7 @@ class Given(torch.nn.Module):
         return image.to(torch.uint8)
 
 
-def evaluator_over(items, handler, kind=SupervisedEvaluator):
+def evaluator_over(items, handler):
     """An evaluator of `Given`; items without an image go as they are."""
     data = [
         {**item, "image": MetaTensor(torch.from_numpy(item["image"].astype(np.float32))[None], affine=item["affine"])}
@@ -346,9 +345,9 @@ def evaluator_over(items, handler, kind=SupervisedEvaluator):
         else item
         for item in items
     ]
-    return kind(
+    return CaseEvaluator(
         device=torch.device("cpu"), val_data_loader=DataLoader(data, batch_size=1), network=Given(),
-        decollate=True, val_handlers=[handler],
+        decollate=True, val_handlers=[handler], table=handler.table,
     )  # fmt: skip
 
 
@@ -362,9 +361,11 @@ def test_the_handler_writes_what_the_folder_command_writes(table, tmp_path):
     ]  # fmt: skip
     handler = CaseScores(str(tmp_path / "handler"), table)
     evaluator_over(items, handler).run()
+    assert handler.summary.pop("protocol") == {"painted per case": "all targets", "mirrored along": "no axis"}
     assert json.dumps(handler.summary) == json.dumps(summary)
-    for name in ("cases.csv", "lesions.csv", "summary.json", "scores.md"):
+    for name in ("cases.csv", "lesions.csv"):
         assert (tmp_path / "handler" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
+    assert (tmp_path / "handler/scores.md").read_text().startswith((tmp_path / "folder/scores.md").read_text())
 
 
 def test_the_handler_scores_the_rest_when_a_case_does_not_fit(table, tmp_path):
@@ -374,7 +375,7 @@ def test_the_handler_scores_the_rest_when_a_case_does_not_fit(table, tmp_path):
          "label": str(labels / f"case_{n}.nii.gz"), "dataset": "kits", "case": f"case_{n}"}
         for n in range(3)
     ]  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"1 case.*case_1.*different grids"):
+    with pytest.raises(FailedCases, match=r"(?s)1 of 3 cases.*case_1.*different grids"):
         evaluator_over(items, CaseScores(str(tmp_path / "scores"), table)).run()
     assert {row["case"] for row in load_rows(tmp_path / "scores" / "cases.csv")} == {"case_0", "case_2"}
 
@@ -400,7 +401,7 @@ def test_an_evaluator_that_collects_failures_is_told_and_raises_itself(table, tm
         for n in range(2)
     ]  # fmt: skip
     handler = CaseScores(str(tmp_path / "scores"), table, trained_cases=case_digests(items[1:]))
-    evaluator = evaluator_over([{"case": "broken", "error": "no such file"}, *items], handler, CaseEvaluator)
+    evaluator = evaluator_over([{"case": "broken", "error": "no such file"}, *items], handler)
     with pytest.raises(FailedCases, match=r"(?s)2 of 3 cases failed.*broken: no such file.*case_0: .*different grids"):
         evaluator.run()
     assert [failure["case"] for failure in handler.summary["failed"]] == ["case_0", "broken"]

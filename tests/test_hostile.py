@@ -394,6 +394,7 @@ def test_another_report_is_refused_before_any_case(tmp_path, content):
         device="cpu",
         val_data_loader=[{"case": ["a"]}],
         network=torch.nn.Identity(),
+        table=TABLE,
         val_handlers=[CaseReport(tmp_path)],
     )
     with pytest.raises(ValueError, match=r"report\.json"):

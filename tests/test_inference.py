@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import logits_of
 from ignite.engine import Events
 from monai.data import MetaTensor, ThreadDataLoader
 from monai.transforms import Compose, EnsureTyped, Invertd, LoadImaged, Orientationd, SaveImaged
@@ -142,6 +143,7 @@ def prepared(shape, source_shape, spacing=(1.5, 1, 1), source_spacing=(1.5, 1, 1
     """A random prepared image (1, 1, S, P, L) with the record that PrepareImaged leaves."""
     image = MetaTensor(torch.from_numpy(np.random.default_rng(seed).normal(size=(1, 1, *shape))).float())
     grid = {"shape": list(shape), "cropped_shape": list(source_shape), "spacing_mm": list(spacing)}
+    grid |= {"crop": [(0, n) for n in source_shape], "source_shape": list(source_shape), "source_affine": np.eye(4)}
     record = {"class": "PrepareImaged", "extra_info": {**grid, "source_spacing_mm": list(source_spacing)}}
     image.applied_operations = [[record]] if batched else [record]
     return image
@@ -175,13 +177,13 @@ class TestSlabInferer:
     @pytest.mark.parametrize("shape", [(40, 20, 25), (16, 12, 9), (5, 30, 7), (1, 40, 3), (33, 1, 1), (17, 13, 11)])
     def test_logits_are_the_gaussian_mean_over_all_windows(self, shape):
         image = prepared(shape, shape)
-        result = SlabInferer((16, 12, 10), TREE, amp=False, progress=False).logits(image, convolution())
+        result = logits_of(SlabInferer((16, 12, 10), TREE, amp=False, progress=False), image, convolution())
         np.testing.assert_allclose(result[0], naive_logits(image[0].numpy(), convolution(), (16, 12, 10)), atol=1e-5)
 
     @pytest.mark.parametrize("mirror, dimensions", [(True, (2, 3, 4)), ("SP", (2, 3)), ("L", (4,)), (False, ())])
     def test_mirroring_is_the_mean_over_the_flips_of_its_axes(self, mirror, dimensions):
         image = prepared((14, 13, 12), (14, 13, 12))
-        result = SlabInferer((8, 8, 8), TREE, mirror=mirror, amp=False, progress=False).logits(image, convolution())
+        result = logits_of(SlabInferer((8, 8, 8), TREE, mirror=mirror, amp=False, progress=False), image, convolution())
         expected = naive_logits(image[0].numpy(), convolution(), (8, 8, 8), dimensions)
         np.testing.assert_allclose(result[0], expected, atol=1e-5)
 
@@ -194,7 +196,7 @@ class TestSlabInferer:
         image = prepared((40, 20, 25), (40, 20, 25))
         inferer = SlabInferer((16, 12, 10), ["a", "b"], amp=False, progress=False)
         expected = torch.cat([(20000 * image).clamp(-32000, 32000), 0.01 * image], 1)
-        result = inferer.logits(image, Fake((20000.0, 0.01), (0.0, 0.0)))
+        result = logits_of(inferer, image, Fake((20000.0, 0.01), (0.0, 0.0)))
         torch.testing.assert_close(result, expected.as_tensor(), rtol=4e-3, atol=1e-5)
 
     @pytest.mark.parametrize(
@@ -274,8 +276,8 @@ class TestSlabInferer:
     def test_a_restricted_inferer_paints_those_of_its_targets_alone(self):
         image = torch.ones(1, 1, 4, 4, 4)
         both = SlabInferer((4, 4, 4), ["a", "b"], amp=False, progress=False)
-        network = Fake((5.0, 0.0), (0.0, 5.0))
-        assert both(image, network).unique().tolist() == [2], "b is painted over a"
+        network = Fake((5.0, 0.0), (0.0, 6.0))
+        assert both(image, network).unique().tolist() == [2], "b is surer than a"
         assert both.restricted_to(["a"])(image, network).unique().tolist() == [1]
         assert both.restricted_to(["a"]).restricted_to(["b"])(image, network).unique().tolist() == [0]
 
@@ -287,7 +289,8 @@ class TestSlabInferer:
 
     def test_threshold_per_target(self):
         image = torch.linspace(-3, 3, 64).view(1, 1, 4, 4, 4)
-        inferer = SlabInferer((4, 4, 4), ["a", "b"], threshold={"b": 0.9}, amp=False, progress=False)
+        settings = {"threshold": {"b": 0.9}, "activation": "regions", "amp": False, "progress": False}
+        inferer = SlabInferer((4, 4, 4), ["a", "b"], **settings)
         result = inferer(image, Fake((1.0, 1.0), (0.0, 0.0)))
         torch.testing.assert_close(result, (image > 0).byte() + (torch.sigmoid(image) > 0.9).byte())
 
@@ -319,12 +322,12 @@ class TestSlabInferer:
             prepared((20, 12, 25), (20, 12, 25)),
             SlabInferer((8, 8, 8), TREE, sw_batch_size=8, amp=False, progress=False),
         )
-        expected = inferer.logits(image, network)
+        expected = logits_of(inferer, image, network)
         monkeypatch.setattr("tsfm.inference.windows.RollingAverage", spy)
         monkeypatch.setattr("tsfm.inference.windows.network_device", lambda *_: gpu)
         monkeypatch.setattr(network, "to", lambda place=None, **_: places.append(place) if place else None)
         monkeypatch.setattr(network, "forward", forward)
-        result = inferer.logits(image, network)
+        result = logits_of(inferer, image, network)
         torch.testing.assert_close(result, expected)
         said = [record.message.split(": ")[1].split(" (")[0] for record in caplog.records]
         halved = [f"{size} window" for size in (4, 2, 1)]
@@ -437,7 +440,7 @@ class TestSlabInferer:
             prepared((9, 9, 9), (9, 9, 9)),
             SlabInferer((8, 8, 8), ["a"], amp_dtype="float16", progress=False),
         )
-        result = inferer.logits(image, Half((1e5,)))
+        result = logits_of(inferer, image, Half((1e5,)))
         torch.testing.assert_close(result, (1e5 * image).clamp(-32000, 32000).as_tensor())
         assert [record.message for record in caplog.records] == [
             "the network's numbers exceed float16: computing in float32"
@@ -450,15 +453,19 @@ class TestSlabInferer:
         ensemble = torch.nn.Module()
         ensemble.count, ensemble.versions = 2, lambda x: (network(x) for network in networks)
         inferer = SlabInferer((8, 8, 8), TREE, mirror="SP", amp=False, progress=False)
-        inferer._observer = SimpleNamespace(watch=seen.append)
-        result = inferer.logits(image, ensemble)
+        inferer._observer = SimpleNamespace(
+            watch=lambda number, count, logits: seen.append((number, count, logits.clone())),
+            keep=lambda: seen.append("kept"),
+        )
+        result = logits_of(inferer, image, ensemble)
         expected = [naive_logits(image[0].numpy(), network, (8, 8, 8), (2, 3)) for network in networks]
         np.testing.assert_allclose(result[0], np.mean(expected, 0), atol=1e-5)
-        assert {(version.member, version.flip) for version in seen} == {
-            (member, flip) for member in (0, 1) for flip in ((), (2,), (3,), (2, 3))
-        }
-        assert [version.number for version in seen[:8]] == list(range(8)) and {version.count for version in seen} == {8}
-        assert len(seen) == 8 * len({tuple(version.corners[0]) for version in seen})
+        windows = [seen[start : start + 9] for start in range(0, len(seen), 9)]
+        assert len(windows) == np.prod([len(window_starts(n, 8)) for n in image.shape[2:]])
+        assert all(versions.pop() == "kept" for versions in windows)
+        assert all([version[:2] for version in versions] == [(n, 8) for n in range(8)] for versions in windows)
+        first = torch.stack([logits for _, _, logits in windows[0]]).mean(0)
+        torch.testing.assert_close(first[0, :, 0, 0, 0], result[0, :, 0, 0, 0])
 
     def test_the_buffer_does_not_grow_with_the_number_of_slices(self, monkeypatch):
         sizes = []
@@ -638,11 +645,11 @@ class TestFiles:
 
     def test_what_save_names_is_written_and_what_is_there_is_kept(self, tmp_path, monkeypatch):
         monkeypatch.setitem(folders.OUTPUTS, "note", ".txt")
-        monkeypatch.setitem(WRITERS, "note", lambda result, path: path.write_text(" ".join(result.table)))
+        monkeypatch.setitem(WRITERS, "note", lambda result, path: path.write_text(" ".join(result.table.names)))
         label_map = torch.ones(1, 2, 2, 2, dtype=torch.uint8)
         (tmp_path / "a.nii.gz").write_text("precious")
         for existing, kept in (("skip", True), ("overwrite", False)):
-            SaveResultsd("pred", tmp_path, existing, ["label_map", "note"], ["blob"])({"pred": label_map, "case": "a"})
+            SaveResultsd("pred", tmp_path, existing, ["label_map", "note"], TABLE)({"pred": label_map, "case": "a"})
             assert (tmp_path / "a.txt").read_text() == "blob"
             assert ((tmp_path / "a.nii.gz").read_bytes() == b"precious") == kept
         write_blob(tmp_path / "in/a.nii", AFFINES["RAS"])
@@ -651,6 +658,7 @@ class TestFiles:
         assert [item["case"] for item in find_images(tmp_path / "in", tmp_path, "skip", ["label_map", "note"])] == ["a"]
 
     def test_an_output_that_is_none_is_refused_before_the_work(self, tmp_path):
+        (tmp_path / "a.nii").touch()
         with pytest.raises(ValueError, match=r"label_map.*did you mean 'label_map'"):
             find_images(tmp_path, save="labelmap")
 

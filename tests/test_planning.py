@@ -213,6 +213,15 @@ def test_folders_that_a_dataset_json_overrules_are_named(tmp_path, caplog):
     assert "--images and --labels are no patterns" in caplog.text
 
 
+def test_options_that_a_pool_file_overrules_are_named(tmp_path, caplog):
+    touch(tmp_path, "images/a.nii", "labels/a.nii")
+    layout = {"name": "x", "folder": ".", "image": "images/{case}.nii", "label": "labels/{case}.nii"}
+    declared = {"targets": {"liver": {}}, "datasets": [{**layout, "modality": "CT", "labels": {"1": "liver"}}]}
+    assert list(pairs_of(tmp_path, label_ids=None, pool_file=declared)) == ["a"] and not caplog.records
+    assert list(pairs_of(tmp_path, pool_file=declared, modality="MR")) == ["a"]
+    assert "--label_ids and --modality: without effect, since the pool file says it" in caplog.text
+
+
 def test_files_of_macos_in_a_list_are_left_out(tmp_path, caplog):
     touch(tmp_path, *(f"{kind}/{name}.nii" for kind in ("imagesTr", "labelsTr") for name in ("a", "._a")))
     listed = [{"image": f"./imagesTr/{name}.nii", "label": f"./labelsTr/{name}.nii"} for name in ("._a", "a")]

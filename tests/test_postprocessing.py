@@ -24,10 +24,26 @@ def table_of(note):
     return LabelTable(targets, [{"name": "d", "labels": {str(i + 1): name for i, name in enumerate(names)}}])
 
 
+@pytest.fixture
+def plan_of(tmp_path):
+    """`determine` for arrays: predictions, truths, and the data set of each (None: the table's only one)."""
+
+    def plan(predictions, truths, table, datasets=None):
+        pairs = []
+        for number, arrays in enumerate(zip(predictions, truths, strict=True)):
+            pairs.append({"dataset": datasets and datasets[number]})
+            for key, array in zip(("prediction", "label"), arrays, strict=True):
+                pairs[-1][key] = tmp_path / f"{key}_{number}.nii.gz"
+                nib.save(nib.Nifti1Image(array.astype(np.uint8), np.diag([4.0, 4.0, 4.0, 1.0])), pairs[-1][key])
+        return determine(pairs, table)
+
+    return plan
+
+
 @pytest.mark.parametrize("note", NOTES, ids=[note["name"] for note in NOTES])
-def test_plan_and_result_are_nnunets(note):
+def test_plan_and_result_are_nnunets(note, plan_of):
     truths, predictions = STORED[f"{note['name']}_truth"], STORED[f"{note['name']}_prediction"]
-    plan = determine(list(predictions), list(truths), table_of(note))
+    plan = plan_of(list(predictions), list(truths), table_of(note))
     assert [step["values"] for step in plan["steps"]] == note["kept"]
     assert list(plan["evidence"][0]["before"].values()) == pytest.approx(note["before"])
     plan["steps"] = [{**step, "fill": 0} for step in plan["steps"]]  # nnU-Net fills with background alone
@@ -58,16 +74,16 @@ def liver_case():
     return prediction, truth
 
 
-def test_a_false_tumor_becomes_the_organ_around_it():
+def test_a_false_tumor_becomes_the_organ_around_it(plan_of):
     prediction, truth = liver_case()
-    plan = determine([prediction], [truth], small_table())
+    plan = plan_of([prediction], [truth], small_table())
     assert [step["target"] for step in plan["steps"]] == ["liver_tumor"]
     np.testing.assert_array_equal(apply(prediction, plan), truth)
 
 
-def test_targets_that_the_data_set_does_not_annotate_decide_nothing():
+def test_targets_that_the_data_set_does_not_annotate_decide_nothing(plan_of):
     prediction, truth = liver_case()
-    plan = determine([prediction], [np.where(truth == 2, 1, truth)], small_table({"1": "liver"}))
+    plan = plan_of([prediction], [np.where(truth == 2, 1, truth)], small_table({"1": "liver"}))
     assert plan["steps"] == []
     assert {name for entry in plan["evidence"] for name in entry["before"]} == {"liver"}
 
@@ -85,14 +101,10 @@ def test_the_largest_component_is_simpleitks_and_equally_large_ones_stay():
     np.testing.assert_array_equal(apply(np.zeros_like(twins), plan), 0)
 
 
-def test_the_plan_is_json_and_the_input_stays_as_it_was(tmp_path):
+def test_the_plan_is_json_and_the_input_stays_as_it_was(tmp_path, plan_of):
     prediction, truth = liver_case()
     before = prediction.copy()
-    paths = {}
-    for name, array in (("prediction", prediction), ("truth", truth)):
-        paths[name] = tmp_path / f"{name}.nii.gz"
-        nib.save(nib.Nifti1Image(array, np.eye(4)), paths[name])
-    plan = determine([paths["prediction"]], [paths["truth"]], small_table())
+    plan = plan_of([prediction], [truth], small_table())
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     step = PostProcessd("pred", str(tmp_path / "plan.json"), targets=["liver", "liver_tumor", "spleen"])
     affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
@@ -112,7 +124,7 @@ def inferred(array, targets=None, clicks=()):
     return MetaTensor(torch.from_numpy(array)[None], meta=meta)
 
 
-def test_two_tumors_stay_where_the_liver_around_them_was_not_computed():
+def test_two_tumors_stay_where_the_liver_around_them_was_not_computed(plan_of):
     """The largest component of a liver with its tumors is the liver; of the tumors alone it would be one of them."""
     _, truth = liver_case()
     truth[6], truth[4:6, 6:8, 8:9] = 0, 2
@@ -123,7 +135,7 @@ def test_two_tumors_stay_where_the_liver_around_them_was_not_computed():
         [{"name": "d", "labels": {"1": "liver", "2": "liver_tumor"}}, {"name": "e", "labels": {"2": "liver_tumor"}}],
     )
     alone = np.where(truth == 2, truth, 0)
-    plan = determine([prediction, alone], [truth, alone], other, ["d", "e"])
+    plan = plan_of([prediction, alone], [truth, alone], other, ["d", "e"])
     assert [step["target"] for step in plan["steps"]] == ["all foreground"] and plan["steps"][0]["needs"] == ["liver"]
     older = {**plan, "steps": [{key: step[key] for key in ("target", "values", "fill")} for step in plan["steps"]]}
     for one in (plan, older, {**plan, "steps": [{"target": "liver", "values": [1, 2], "fill": 0}]}):
@@ -133,9 +145,9 @@ def test_two_tumors_stay_where_the_liver_around_them_was_not_computed():
         assert np.array_equal(everything.numpy()[0], truth)
 
 
-def test_what_is_removed_becomes_no_target_that_was_not_computed_and_a_click_keeps_it():
+def test_what_is_removed_becomes_no_target_that_was_not_computed_and_a_click_keeps_it(plan_of):
     prediction, truth = liver_case()
-    plan = determine([prediction], [truth], small_table())
+    plan = plan_of([prediction], [truth], small_table())
     step = PostProcessd("pred", plan, ["liver", "liver_tumor", "spleen"])
     tumors = np.where(prediction == 2, prediction, 0)
     found = step({"pred": inferred(tumors, ["liver_tumor"])})["pred"].numpy()[0]
@@ -154,7 +166,7 @@ def test_what_is_removed_becomes_no_target_that_was_not_computed_and_a_click_kee
     truth[1:5, 1:5, 1:5], truth[1, 1, 1:3] = 2, 3
     prediction = truth.copy()
     prediction[4, 4, 4] = 3
-    plan = determine([prediction], [truth], nested)
+    plan = plan_of([prediction], [truth], nested)
     found = apply(np.where(prediction == 2, 1, prediction).astype(np.uint8), plan, ["a", "c"])
     np.testing.assert_array_equal(found, np.where(truth == 2, 1, truth))
 
@@ -164,7 +176,7 @@ def test_without_a_plan_nothing_changes():
     assert PostProcessd("pred")({"pred": pred})["pred"] is pred
 
 
-def test_wrong_plans_and_lists_are_errors(tmp_path):
+def test_wrong_plans_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such post-processing plan"):
         PostProcessd("pred", str(tmp_path / "none.json"))
     for other in ({"cases": {}}, [1], {}, {"steps": [{"target": "a"}]}):
@@ -173,6 +185,3 @@ def test_wrong_plans_and_lists_are_errors(tmp_path):
             PostProcessd("pred", str(tmp_path / "report.json"))
     with pytest.raises(ValueError, match="made for"):
         PostProcessd("pred", {"targets": ["a"], "steps": []}, targets=["b"])
-    prediction, truth = liver_case()
-    with pytest.raises(ValueError, match="2 predictions and 1 truths"):
-        determine([prediction] * 2, [truth], small_table())

@@ -10,8 +10,7 @@ from ignite.engine import Engine, Events
 from tsfm.cases.folders import JOURNAL, find_images, read_report
 from tsfm.inference import report
 from tsfm.inference.painting import Slab
-from tsfm.inference.passes import Version
-from tsfm.inference.prediction import CaseEvaluator, volumes_ml
+from tsfm.inference.prediction import CaseEvaluator
 from tsfm.inference.quality import Quality, binary_entropy, doubt
 from tsfm.inference.report import CaseReport
 from tsfm.inference.windows import SlabInferer
@@ -19,6 +18,7 @@ from tsfm.labels import LabelTable
 from tsfm.preparation.familiar import Familiar, features, ranges
 
 NAMES = ("liver", "tumor")
+TUMOR = LabelTable({"tumor": {}}, [])
 
 
 def pairwise_dice(masks):
@@ -32,9 +32,10 @@ def test_agreement_is_the_dice_of_pairs_of_versions_and_a_batch_that_begins_agai
     versions = torch.randn(4, 2, 2 + exclusive, 3, 4, 5)
     first = {name: (i + exclusive, i + exclusive) for i, name in enumerate(NAMES)}
     quality = Quality(first, {"liver": 0.5, "tumor": -0.5}, exclusive)
-    twice = [*enumerate(versions[:2]), *enumerate(versions), *enumerate(versions)]  # out of memory, then beyond float16
-    for number, logits in twice:
-        quality.watch(Version(number, 4, [(0, 0, 0)] * 2, 0, (), logits))
+    for attempt in (versions[:2], versions, versions):  # out of memory, then beyond float16
+        for number, logits in enumerate(attempt):
+            quality.watch(number, 4, logits)
+    quality.keep()
     report = quality.report()
     for i, (name, level) in enumerate((("liver", 0.5), ("tumor", -0.5))):
         masks = versions.argmax(2) == i + 1 if exclusive else versions[:, :, i] > level
@@ -114,14 +115,24 @@ def test_a_volume_includes_parts_and_what_lies_inside_of_targets_that_are_comput
     assert set(every["quality"]) == set(table.names) and every["doubt"] == 0
     network.number = 0
     assert reported(tmp_path / "one", network, table, 20, 20, targets="tumor")["ml"] == {"tumor": pytest.approx(1.728)}
-    assert volumes_ml(torch.full((1, 10, 10, 10), 4)) == {"4": 1.0}
+
+
+def test_volumes_are_of_the_tables_targets_where_the_networks_were_renumbered(tmp_path):
+    """As zero_shot.json does: what the weights call a left kidney is a kidney of the pool, with the same value here."""
+    inferer = SlabInferer((8,) * 3, ["left"], doubts=True, amp=False, progress=False)
+    engine = CaseEvaluator(
+        device="cpu", val_data_loader=[{"case": ["x"], "image": torch.zeros(1, 1, 8, 8, 8)}],
+        network=Boxes([slice(2, 6)] * 3), inferer=inferer, table=LabelTable({"kidney": {}}, []),
+    )  # fmt: skip
+    engine.run()
+    assert engine.results[0]["ml"] == {"kidney": pytest.approx(0.064)}
 
 
 def test_what_some_versions_see_and_their_mean_does_not_is_doubtful(tmp_path):
     box = [slice(2, 6)] * 3
-    row = reported(tmp_path, Boxes(box, when=range(3)), ["tumor"], 8, 8)
+    row = reported(tmp_path, Boxes(box, when=range(3)), TUMOR, 8, 8)
     assert row["ml"] == {"tumor": 0.0} and row["doubt"] == pytest.approx(1 - 3 * 2 / (7 * 3))
-    nothing = reported(tmp_path, Boxes(box, when=()), ["tumor"], 8, 8)
+    nothing = reported(tmp_path, Boxes(box, when=()), TUMOR, 8, 8)
     assert nothing["ml"] == nothing["quality"] == {} and nothing["doubt"] == 0
 
 
@@ -133,7 +144,7 @@ def test_versions_that_differ_outside_of_a_small_image_alone_agree(tmp_path):
             logits = super().forward(x)
             return torch.full_like(logits, 5.0) if self.number == 1 else logits
 
-    row = reported(tmp_path, Padded([slice(4, 12)] * 3), ["tumor"], 8, 16)
+    row = reported(tmp_path, Padded([slice(4, 12)] * 3), TUMOR, 8, 16)
     assert row["quality"]["tumor"]["agreement"] == 1 and row["ml"] == {"tumor": pytest.approx(0.512)}
 
 

@@ -119,7 +119,15 @@ def window() -> None:
     torch.manual_seed(0)
     network = TSFM(**{**ARGUMENTS, "deep_supervision": False}).eval()
     image = torch.randn(1, 1, 24, 40, 48)
-    inferer = SlabInferer(SIZE, [f"t{i}" for i in range(TARGETS)], mirror="S", threshold=0.1, amp=False, progress=False)
+    inferer = SlabInferer(
+        SIZE,
+        [f"t{i}" for i in range(TARGETS)],
+        mirror="S",
+        threshold=0.1,
+        activation="regions",
+        amp=False,
+        progress=False,
+    )
     with torch.no_grad():
         maps = [inferer(image, network.to(device)).cpu() for device in ("cpu", DEVICE)]
     verdict(f"label map, {len(maps[0].unique()) - 1} targets painted: share of other voxels",

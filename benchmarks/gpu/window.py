@@ -60,7 +60,13 @@ def measure(image: torch.Tensor, layout: str = "first", windows_at_once: int = 1
     if layout == "last":
         model = model.to(memory_format=torch.channels_last_3d)
         keep_channels_last(True)
-    inferer = SlabInferer(PATCH, [f"target_{i}" for i in range(TARGETS)], sw_batch_size=windows_at_once, progress=False)
+    inferer = SlabInferer(
+        PATCH,
+        [f"target_{i}" for i in range(TARGETS)],
+        sw_batch_size=windows_at_once,
+        activation="regions",
+        progress=False,
+    )
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:

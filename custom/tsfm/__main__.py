@@ -126,7 +126,7 @@ def postprocessing(predictions: str, labels: str, pool_file: str, output_file: s
     check_writable(os.path.dirname(os.path.abspath(output_file)), "--output_file")
     table = label_table(pool_file)
     pairs = match_predictions(predictions, labels, dataset)
-    plan = determine([pair["prediction"] for pair in pairs], [pair["label"] for pair in pairs], table, dataset)
+    plan = determine(pairs, table)
     write_json(output_file, plan)
     print(f"{counted(len(plan['steps']), 'step')}, written to {output_file}")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,14 @@ LESION_ENDINGS = ("tumor", "tumour", "lesion", "cyst", "cancer", "metastasis")
 
 class LabelError(ValueError):
     """A label table that contradicts itself, or a label map that holds an id the table does not list."""
+
+
+class Rules(NamedTuple):
+    """What one data set declares: raw id (or structure name) -> targets, ids whose voxels enter no loss, what others are."""
+
+    labels: dict[int | str, tuple[str, ...]]
+    ignore: tuple[int, ...]
+    others: str | None
 
 
 class LabelTable:
@@ -143,7 +151,7 @@ class LabelTable:
 
     def annotated(self, dataset: str) -> tuple[str, ...]:
         """Targets that `dataset` annotates: those it names, and those all of whose parts it annotates."""
-        known = {target for targets in self._rules(dataset)["labels"].values() for target in targets}
+        known = {target for targets in self._rules(dataset).labels.values() for target in targets}
         while True:
             composed = {name for name in self.names if self.parts(name) and known.issuperset(self.parts(name))}
             if composed <= known:
@@ -153,7 +161,7 @@ class LabelTable:
     def local_ids(self, dataset: str) -> tuple[int | str, ...]:
         """Raw ids (or structure names) of `dataset` in the order of their codes, background (0) first."""
         rules = self._rules(dataset)
-        return (0, *rules["labels"], *rules["ignore"])
+        return (0, *rules.labels, *rules.ignore)
 
     def offset(self, dataset: str) -> int:
         """The code of `dataset`'s background; its other codes follow without a hole."""
@@ -167,15 +175,15 @@ class LabelTable:
     def ignored(self, dataset: str) -> tuple[int, ...]:
         """Local codes of `dataset` whose voxels enter no loss."""
         ids = self.local_ids(dataset)
-        return tuple(ids.index(raw) for raw in self._rules(dataset)["ignore"])
+        return tuple(ids.index(raw) for raw in self._rules(dataset).ignore)
 
     def label_rules(self, dataset: str) -> dict[str, Any]:
         """What decides the stored codes of `dataset` (raw ids in order, ids to ignore, ids to take as background)."""
         rules = self._rules(dataset)
         return {
-            "labels": [str(raw) for raw in rules["labels"]],
-            "ignore": list(rules["ignore"]),
-            "others": rules["others"],
+            "labels": [str(raw) for raw in rules.labels],
+            "ignore": list(rules.ignore),
+            "others": rules.others,
         }
 
     def encode(self, dataset: str, raw: np.ndarray, source: str = "") -> np.ndarray:
@@ -197,7 +205,7 @@ class LabelTable:
             index, values = index.reshape(raw.shape), found.tolist()
         counts = dict(zip(values, counts.tolist(), strict=True))
         unknown = {int(value): count for value, count in counts.items() if count and value not in ids}
-        if unknown and self._rules(dataset)["others"] != "background":
+        if unknown and self._rules(dataset).others != "background":
             shown, rest = dict(list(unknown.items())[:8]), len(unknown) - 8
             more = f" and {rest} more (an image in place of a label map?)" if rest > 0 else ""
             raise LabelError(
@@ -212,7 +220,7 @@ class LabelTable:
         datasets = []
         for name in self.datasets:
             rules = self.label_rules(name)
-            labels = {str(raw): list(names) for raw, names in self._datasets[name]["labels"].items()}
+            labels = {str(raw): list(names) for raw, names in self._datasets[name].labels.items()}
             more = {key: rules[key] for key in ("ignore", "others") if rules[key]}
             datasets.append({"name": name, "labels": labels, **more})
         plain = {name: {k: v for k, v in entry.items() if k != "_desc_"} for name, entry in self._entries.items()}
@@ -228,7 +236,7 @@ class LabelTable:
 
     # ---- building ---------------------------------------------------------------------------------------------
 
-    def _rules(self, dataset: str) -> dict[str, Any]:
+    def _rules(self, dataset: str) -> Rules:
         if dataset not in self._datasets:
             raise LabelError(f"unknown data set '{dataset}'; the label table knows {list(self.datasets)}")
         return self._datasets[dataset]
@@ -257,7 +265,7 @@ class LabelTable:
         if len(set(shown)) < len(shown):
             raise LabelError(f'two targets have one name, or are shown under one ("display"): {sorted(shown)}')
         for dataset, rules in self._datasets.items():
-            for raw, names in rules["labels"].items():
+            for raw, names in rules.labels.items():
                 missing = [name for name in names if name not in self._entries]
                 if missing:
                     near = nearest(missing[0], self.names)
@@ -275,10 +283,10 @@ class LabelTable:
         self.targets = np.full((self.num_codes, len(self.names)), -1, np.int8)
         for code, (dataset, raw) in enumerate(codes):
             rules = self._datasets[dataset]
-            if raw in rules["ignore"]:
+            if raw in rules.ignore:
                 continue
             annotated = {self.names.index(name) for name in self.annotated(dataset)}
-            named = [self.names.index(name) for name in rules["labels"].get(raw, ())]
+            named = [self.names.index(name) for name in rules.labels.get(raw, ())]
             positive = {one for target in named for one in (target, *self.ancestors(target))}
             self.targets[code, sorted(annotated - self._left_open(positive))] = 0
             self.targets[code, sorted(annotated & positive)] = 1
@@ -293,7 +301,7 @@ class LabelTable:
         return [one for part in self.parts(name) for one in (part, *self._all_parts(part))]
 
 
-def _dataset_rules(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _dataset_rules(entry: Mapping[str, Any]) -> Rules:
     """Normalise one data set's declaration: ids as integers where they are numbers, targets as tuples."""
     name, labels = entry["name"], {}
     for raw, targets in entry["labels"].items():
@@ -313,7 +321,7 @@ def _dataset_rules(entry: Mapping[str, Any]) -> dict[str, Any]:
     ignore = tuple(int(raw) for raw in entry.get("ignore", ()))
     if set(ignore) & {0, *labels}:
         raise LabelError(f"data set '{name}' both uses and ignores {sorted(set(ignore) & {0, *labels})}")
-    return {"labels": labels, "ignore": ignore, "others": entry.get("others")}
+    return Rules(labels, ignore, entry.get("others"))
 
 
 def is_lesion(table: LabelTable, target: str) -> bool:

@@ -97,6 +97,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def listed(texts: Iterable[object], most: int = 10, between: str = ", ") -> str:
+    """Texts in one, after `most` of them how many more there are: ``a, b, and 3 more``."""
+    texts = list(map(str, texts))
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return between.join([*texts[:most], *more])
+
+
 def unknown_names(names: Iterable[str], known: Iterable[str]) -> str:
     """The names that are not `known`, each with the nearest known one; empty where there are none."""
     known = list(known)

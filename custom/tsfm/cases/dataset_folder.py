@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..labels import LabelTable, as_table
-from ..names import case_names, counted, modality_name, plain_name, plain_names, unknown_names
+from ..names import case_names, counted, listed, modality_name, plain_name, plain_names, unknown_names
 from ..schema import read_json
 from .folders import SUFFIXES, PoolError, legible, paths_of, stem
 
@@ -109,7 +109,7 @@ def _cases_in(folder: str, entry: Mapping[str, Any], excluded: set[str]) -> list
     files = [path for _, *both in cases for one in both for path in paths_of(one)]
     absent = [path for path in files if not os.path.exists(path)]
     if absent:
-        shown = "\n    ".join(absent[:10])
+        shown = listed(absent, between="\n    ")
         raise PoolError(f"{len(absent)} files named by {folder} are missing, the first:\n    {shown}")
     _warn_of_unused_modalities(entry, names)
     if not _is_msd(entry):
@@ -149,24 +149,7 @@ def declared_labels(content: Mapping[str, Any], path: str) -> tuple[dict[str, An
     MSD has ``{"1": name}``, nnU-Net ``{name: 1}`` or, for regions, ``{name: [1, 2]}``: an id then belongs to every region
     that lists it, and a region lies inside the smallest one that holds all its ids.
     """
-    labels = content.get("labels")
-    if not isinstance(labels, Mapping) or not labels:
-        raise PoolError(f'{path} has no "labels"')
-    if all(str(key).isdigit() for key in labels):
-        plain = plain_names({raw: name for raw, name in labels.items() if int(raw) != 0}, path)
-        named: dict[str, list[int]] = {}
-        for raw, name in plain.items():
-            named.setdefault(name, []).append(int(raw))
-    else:
-        ids = {name: value if isinstance(value, list | tuple) else [value] for name, value in labels.items()}
-        if not all(isinstance(raw, int) for values in ids.values() for raw in values):
-            raise PoolError(
-                f'{path}: "labels" is {dict(labels)}; expected {{"0": "background", "1": name, ...}}, or nnU-Net\'s '
-                '{"background": 0, name: 1, ...} with a list of ids for a region'
-            )
-        ids = {name: list(values) for name, values in ids.items() if list(values) != [0]}
-        plain = plain_names({name: name for name in ids}, path)
-        named = {plain[name]: values for name, values in ids.items()}
+    named = _named_ids(content.get("labels"), path)
     ignored = named.pop(IGNORE, [])
     order = content.get("regions_class_order")
     if order is not None and len(order) != len(named):
@@ -174,6 +157,25 @@ def declared_labels(content: Mapping[str, Any], path: str) -> tuple[dict[str, An
     by_id = {raw: [name for name, ids in named.items() if raw in ids] for ids in named.values() for raw in ids}
     label_ids = {str(raw): names[0] if len(names) == 1 else names for raw, names in sorted(by_id.items())}
     return label_ids, {name: _relation(name, named) for name in named}, ignored
+
+
+def _named_ids(labels: Any, path: str) -> dict[str, list[int]]:
+    """Plain name -> raw ids, of the "labels" of a ``dataset.json``; background is left out."""
+    if not isinstance(labels, Mapping) or not labels:
+        raise PoolError(f'{path} has no "labels"')
+    named: dict[str, list[int]] = {}
+    if all(str(key).isdigit() for key in labels):
+        for raw, name in plain_names({raw: name for raw, name in labels.items() if int(raw) != 0}, path).items():
+            named.setdefault(name, []).append(int(raw))
+        return named
+    ids = {name: list(value) if isinstance(value, list | tuple) else [value] for name, value in labels.items()}
+    if not all(isinstance(raw, int) for values in ids.values() for raw in values):
+        raise PoolError(
+            f'{path}: "labels" is {dict(labels)}; expected {{"0": "background", "1": name, ...}}, or nnU-Net\'s '
+            '{"background": 0, name: 1, ...} with a list of ids for a region'
+        )
+    foreground = {name: values for name, values in ids.items() if values != [0]}
+    return {plain: foreground[name] for name, plain in plain_names({name: name for name in foreground}, path).items()}
 
 
 def _relation(name: str, named: Mapping[str, Sequence[int]]) -> dict[str, str]:
@@ -185,10 +187,10 @@ def _relation(name: str, named: Mapping[str, Sequence[int]]) -> dict[str, str]:
 def _msd_pairs(folder: str) -> list[tuple[str, Any, str]]:
     """(case, image, label) of a ``dataset.json``'s "training" list; what is listed twice, which folds would tear apart, once."""
     path = os.path.join(folder, "dataset.json")
-    listed = read_json(path, "dataset.json", PoolError).get("training", [])
+    declared = read_json(path, "dataset.json", PoolError).get("training", [])
     once: dict[str, tuple[list[str], list[str]]] = {}
     sidecars = []
-    for entry in listed:
+    for entry in declared:
         pair = tuple(
             [os.path.normpath(os.path.join(folder, one)) for one in paths_of(entry[key])] for key in ("image", "label")
         )
@@ -199,7 +201,7 @@ def _msd_pairs(folder: str) -> list[tuple[str, Any, str]]:
             raise PoolError(f"{path} lists {first} twice, as {once[first]} and as {pair}: leave out one of them")
     if sidecars:
         logger.warning("%d files of macOS, %s for one, are no images and left out", len(sidecars), sidecars[0])
-    repeated = len(listed) - len(sidecars) - len(once)
+    repeated = len(declared) - len(sidecars) - len(once)
     if repeated:
         logger.warning("%s lists %s twice: once counts", path, counted(repeated, "case"))
     names = case_names([stem(first) for first in once], [os.path.relpath(first, folder) for first in once])
@@ -251,10 +253,7 @@ def _warn_of_unused_files(folder: str, entry: Mapping[str, Any], pairs: Sequence
     for what, paths in (("labels without an image", labels.values()), ("images of other names", images)):
         lone = [path for path in map(os.path.normpath, paths) if path not in known]
         if lone:
-            more = f" and {len(lone) - 10} more" if len(lone) > 10 else ""
-            logger.warning(
-                "%s: %s (%s) are not used: %s%s", entry["name"], what, named, ", ".join(lone[:10]), more
-            )  # fmt: skip
+            logger.warning("%s: %s (%s) are not used: %s", entry["name"], what, named, listed(lone))
             known.update(lone)
 
 

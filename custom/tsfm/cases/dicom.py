@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import CaseError
+from ..names import listed
 from .folders import SUFFIXES
 from .grids import SAME_GRID, warn
 from .nifti import Opened, gray
@@ -104,8 +105,8 @@ def _same(folder: str, slices: Sequence[Slice], odd: Sequence[bool], what: str) 
     found = [os.path.basename(one.name) for one, wrong in zip(slices, odd, strict=True) if wrong]
     if found:
         raise CaseError(
-            f"{folder}: {len(found)} of {len(slices)} slices of the DICOM series are {what}: {', '.join(found[:4])}"
-            f"{', ...' if len(found) > 4 else ''}; give what belongs together a folder of its own"
+            f"{folder}: {len(found)} of {len(slices)} slices of the DICOM series are {what}: {listed(found, 4)}; give what "
+            "belongs together a folder of its own"
         )
 
 
@@ -125,7 +126,7 @@ def _step(folder: str, slices: Sequence[Slice], positions: np.ndarray, normal: n
         values = dict.fromkeys(one.phases[what] for one in slices)
         if len(values) > 1:
             raise CaseError(
-                f"{folder}: slices with {len(values)} different {what} ({', '.join(list(values)[:4])}) in one DICOM "
+                f"{folder}: slices with {len(values)} different {what} ({listed(values, 4)}) in one DICOM "
                 "series; give each volume a folder of its own"
             )
     # Positions may be rounded, so the line through all of them decides, and where it leaves each slice.
@@ -133,8 +134,8 @@ def _step(folder: str, slices: Sequence[Slice], positions: np.ndarray, normal: n
     step = number @ positions / (number @ number)
     off = np.linalg.norm(positions - positions.mean(0) - number[:, None] * step, axis=1)
     if off.max() > allowed or np.abs(gaps - usual).max() > max(2 * allowed, 2 * POSITION_MM):
-        listed = ", ".join(f"{value:g}" for value in along[:40].round(3)) + (", ..." if len(along) > 40 else "")
-        raise CaseError(f"{folder}: {_holes(along, gaps, usual, allowed)}; positions along the normal (mm): {listed}")
+        places = listed((f"{value:g}" for value in along.round(3)), 40)
+        raise CaseError(f"{folder}: {_holes(along, gaps, usual, allowed)}; positions along the normal (mm): {places}")
     lateral = np.linalg.norm(step - (step @ normal) * normal)
     if lateral * (len(slices) - 1) < allowed:
         return (step @ normal) * normal
@@ -168,7 +169,7 @@ def _holes(along: np.ndarray, gaps: np.ndarray, usual: float, allowed: float) ->
     steps = np.rint(gaps / usual)
     wide = np.flatnonzero(steps > 1)
     if wide.size and (np.abs(gaps - steps * usual) <= allowed).all():
-        at = ", ".join(f"{along[i]:g} and {along[i + 1]:g}" for i in wide[:5])
+        at = listed((f"{along[i]:g} and {along[i + 1]:g}" for i in wide), 5)
         return (
             f"{int((steps - 1).sum())} slices of the DICOM series are missing, between {at} mm where others are {usual:g} mm "
             "apart; copy the whole series"

@@ -104,6 +104,7 @@ def find_images(
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {list(EXISTING)}")
+    as_dicom = dicom_outputs(save)
     if not 0 <= part < parts:
         raise ValueError(f"part is {part} of {parts} parts; expected a number from 0 to parts - 1")
     sources = [source] if isinstance(source, (str, os.PathLike, Mapping)) else list(source)
@@ -112,7 +113,7 @@ def find_images(
         raise FileNotFoundError(
             f"no image in {source}: looked for {', '.join(SUFFIXES)} and DICOM folders; check that it is what you meant"
         )
-    _check_series(items, save)
+    _check_series(items, as_dicom)
     clicks, names = clicks or {}, _case_names(items)
     for item, name in zip(items, names, strict=True):
         item.update({"case": name, **clicks.get(name, {})})
@@ -152,9 +153,8 @@ def dicom_outputs(save: str | Sequence[str]) -> list[str]:
     return [name for name in saved_outputs(save) if name.startswith("dicom")]
 
 
-def _check_series(items: Sequence[Mapping[str, Any]], save: str | Sequence[str]) -> None:
+def _check_series(items: Sequence[Mapping[str, Any]], as_dicom: Sequence[str]) -> None:
     """FileError where an output refers to a DICOM series and an image is none."""
-    as_dicom = dicom_outputs(save)
     others = [item["image"] for item in items if not os.path.isdir(os.fspath(paths_of(item["image"])[0]))]
     if as_dicom and others:
         raise FileError(

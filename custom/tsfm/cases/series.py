@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import CaseError
-from ..names import counted
+from ..names import counted, listed
 from .folders import is_dicom, legible
 from .grids import warn
 
@@ -27,9 +27,6 @@ PHASES = {
     "0008|0018": "SOPInstanceUID",
 }  # fmt: skip
 """What may tell apart slices that lie at one place, what explains most first."""
-
-LISTED = 10
-"""How many series, or files, a message lists at most."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,8 @@ def series_slices(folder: str) -> list[Slice]:
         if not kept:
             advice = "they are localizers or hold no image planes" if aside else "its DICOM files hold no images"
         found = kept or aside
-        listed = _listed(list(map(_described, found[:LISTED])), len(found))
-        raise CaseError(f"{folder}: {len(found)} DICOM series: {listed or 'none'}; expected exactly one: {advice}")
+        shown = listed(map(_described, found), between="; ") or "none"
+        raise CaseError(f"{folder}: {len(found)} DICOM series: {shown}; expected exactly one: {advice}")
     slices = [read_header(name) for name in kept[0]]
     _check_others(folder, aside, {os.path.basename(name) for files in series for name in files}, slices[0].sop_class)
     return slices
@@ -104,12 +101,12 @@ def _check_others(folder: str, aside: Sequence[Sequence[str]], in_series: set[st
     damaged = [legible(name) for name in others if _declared_class(os.path.join(folder, name)) == sop_class != ""]
     if damaged:
         raise CaseError(
-            f"{folder}: {len(damaged)} DICOM files of the kind of the series cannot be read: {_listed(damaged, len(damaged))}; "
+            f"{folder}: {len(damaged)} DICOM files of the kind of the series cannot be read: {listed(damaged)}; "
             "they are damaged or cut short: copy or download them again"
         )
     if aside or others:
-        listed = _listed([*map(_described, aside), *map(legible, others)], len(aside) + len(others))
-        warn(f"{folder}: left out beside the series, as localizers or without image planes: {listed}")
+        shown = listed([*map(_described, aside), *map(legible, others)], between="; ")
+        warn(f"{folder}: left out beside the series, as localizers or without image planes: {shown}")
 
 
 def _declared_class(path: str) -> str:
@@ -117,11 +114,6 @@ def _declared_class(path: str) -> str:
     with open(path, "rb") as file:
         found = re.search(rb"\x02\x00\x02\x00UI..([\d.]+)", file.read(1024), re.DOTALL)
     return found[1].decode() if found else ""
-
-
-def _listed(texts: Sequence[str], number: int) -> str:
-    """The first of so many texts in one, and how many more there are."""
-    return "; ".join([*texts[:LISTED], *([f"and {number - LISTED} more"] if number > LISTED else [])])
 
 
 def read_header(name: str) -> Slice:

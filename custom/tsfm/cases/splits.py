@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..names import listed
 from ..schema import nearest
 from .folders import PoolError
 
@@ -50,10 +51,9 @@ def check_patients(train: Iterable[tuple[str, str]], val: Iterable[tuple[str, st
     """PoolError where a patient, (group, name), is in both parts."""
     shared = sorted(set(train) & set(val))
     if shared:
-        more = f" and {len(shared) - 10} more" if len(shared) > 10 else ""
-        named = ", ".join(f"{patient} of {group}" for group, patient in shared[:10])
+        named = listed(f"{patient} of {group}" for group, patient in shared)
         raise PoolError(
-            f'{source}: patients in both parts, by the pool file\'s "patient": {named}{more}; put all cases of a patient '
+            f'{source}: patients in both parts, by the pool file\'s "patient": {named}; put all cases of a patient '
             'into one part, or take "patient" out of the pool file'
         )
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from monai.data import MetaTensor
 
 from ..cases.folders import PoolError, find_images, output_paths
 from ..cases.grids import spacing_of, upright_share
 from ..cases.raw_ids import from_raw_ids, raw_values
 from ..cases.splits import case_digests
-from ..inference.prediction import CaseEvaluator, FailedCases, case_name
-from ..labels import LabelTable, as_table
+from ..inference.prediction import CaseEvaluator, FailedCases
+from ..labels import LabelTable
 from ..names import counted, unknown_names
 from .label_maps import label_maps_in, load_map, load_truth, match_predictions
 from .score_files import ScoreWriter
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 class CaseScores:
-    """Handler for evaluate.json: scores every label map against its truth and writes the files of `ScoreWriter`.
+    """Handler of a `CaseEvaluator`: scores every label map against its truth and writes the files of `ScoreWriter`.
 
     Needs, per decollated item, the prediction ``output["pred"]`` (1, X, Y, Z) on the image's own grid (after
     ``Invertd``) and ``batch["label"]``: the label file (a path, or one path per structure), which is read here and
-    compared with the prediction's affine; or raw ids as a tensor on that grid.
+    compared with the prediction's affine.
 
     Args:
         output_dir: folder of the results.
@@ -39,61 +39,54 @@ class CaseScores:
         targets: score these alone, where inference computed no others; None for all.
         trained_cases: digests of the cases that the weights were trained on, whose number is told beside the scores.
 
-    A case that could not be scored makes the run end with an error, after the others were scored: raised here, or by a
-    `tsfm.inference.prediction.CaseEvaluator`, which is told of it and raises for all failed cases together.
+    The evaluator is told of a case that could not be scored, and raises for all failed cases together.
     """
 
     def __init__(
         self,
         output_dir: str,
-        table: LabelTable | Mapping | str,
+        table: LabelTable,
         targets: Sequence[str] | None = None,
         trained_cases: Collection[str] = (),
     ) -> None:
-        self.output_dir, self.table, self.targets = output_dir, as_table(table), targets
+        self.output_dir, self.table, self.targets = output_dir, table, targets
         self.trained_cases = set(trained_cases)
         self.summary: dict[str, Any] = {}
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: CaseEvaluator) -> None:
         """Connect to an evaluator whose ``decollate`` is true."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._score)
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, engine: CaseEvaluator) -> None:
         self._writer, self._remembered = ScoreWriter(self.output_dir, self.table), 0
 
-    def _score(self, engine: Engine) -> None:
+    def _score(self, engine: CaseEvaluator) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            prediction = output["pred"]
-            name = case_name(item, prediction)
             self._remembered += len(self.trained_cases.intersection(case_digests([item])))
             try:
-                self._writer.add(self._score_one(item, prediction, name))
+                self._writer.add(self._score_one(item, output["pred"]))
             except (ValueError, OSError) as error:
-                self._writer.fail(name, error)
-                if isinstance(engine, CaseEvaluator):
-                    engine.mark_failed(f"not scored: {error}")
+                self._writer.fail(item["case"], error)
+                engine.mark_failed(f"not scored: {error}")
 
-    def _score_one(self, item: Mapping[str, Any], prediction: Any, name: str) -> list[dict[str, Any]]:
+    def _score_one(self, item: Mapping[str, Any], prediction: MetaTensor) -> list[dict[str, Any]]:
         dataset = item.get("dataset") or only_dataset(self.table)
-        affine = np.asarray(prediction.affine) if isinstance(prediction, MetaTensor) else np.eye(4)
-        rows = _scored((np.asarray(prediction.cpu())[0], affine, name), item["label"], self.table, dataset, name)
+        grid = np.asarray(prediction.cpu())[0], np.asarray(prediction.affine), item["case"]
+        rows = _scored(grid, item["label"], self.table, dataset, item["case"])
         return [row for row in rows if self.targets is None or row["target"] in self.targets]
 
-    def _finish(self, engine: Engine) -> None:
+    def _finish(self, engine: CaseEvaluator) -> None:
         known = {failure["case"] for failure in self._writer.failed}
-        is_told = isinstance(engine, CaseEvaluator)
-        rows = [row for row in engine.failed if row["case"] not in known] if is_told else []
+        rows = [row for row in engine.failed if row["case"] not in known]
         self._writer.failed += [{"case": row["case"], "error": row["error"]} for row in rows]
-        protocol = dict(engine.protocol) if is_told else {}
+        protocol = dict(engine.protocol)
         if self._remembered:
             protocol["cases that the weights were trained on"] = str(self._remembered)
         self.summary = self._writer.finish(protocol)
         cases, table = counted(self.summary["cases"], "case"), format_scores(self.summary)
         logger.info("Scores of %s in %s\n%s", cases, self.output_dir, table)
-        if self._writer.failed and not is_told:
-            raise RuntimeError(failure_text(self._writer.failed))
 
 
 def items_to_score(
@@ -155,7 +148,7 @@ def items_to_score(
 def evaluate_folder(
     predictions: str | Path,
     labels: str | Path | Sequence[Mapping[str, Any]],
-    table: LabelTable | Mapping | str,
+    table: LabelTable,
     output_dir: str | Path,
     dataset: str | None = None,
     tolerances_mm: Mapping[str, float] | float | None = None,
@@ -167,7 +160,7 @@ def evaluate_folder(
         predictions: folder of NIfTI label maps (searched with its subfolders), named like the case, image or label
             file, with or without an ending such as ``_seg`` or ``_pred``.
         labels: folder of label files, or pool items with ``label`` and, if they have them, ``case`` and ``dataset``.
-        table: the label table, its dict, or the path of a pool.json.
+        table: the label table.
         dataset: data set of items that name none (default: the table's only one).
         raw_ids: the data set in whose own ids the predictions are; None where they are the table's values.
 
@@ -176,7 +169,6 @@ def evaluate_folder(
         ValueError: grids that differ, all named at once; `raw_ids`, a data set or targets that the table does not know.
         FailedCases: at the end, when cases could not be scored; the others' results are written.
     """
-    table = as_table(table)
     if raw_ids is not None:
         raw_values(table, raw_ids)  # a data set without ids is refused
     if dataset is not None:
@@ -200,7 +192,8 @@ def evaluate_folder(
             writer.fail(pair["case"], error)
     summary = writer.finish()
     if writer.failed:
-        raise FailedCases(failure_text(writer.failed))
+        listed = "; ".join(f"{failure['case']}: {failure['error']}" for failure in writer.failed)
+        raise FailedCases(f"{counted(len(writer.failed), 'case')} could not be scored: {listed}")
     return summary
 
 
@@ -212,14 +205,7 @@ def _scored(
     Voxel sides count to 10 nm: NIfTI keeps affines in 32 bits, and a score must not depend on that.
     """
     prediction, affine, _ = grid
-    truth, _ = load_truth(label, table, dataset, grid)
+    truth = load_truth(label, table, dataset, grid)
     spacing_mm = tuple(round(side, 5) for side in spacing_of(affine))
     upright = round(upright_share(affine), 5)
     return score_case(prediction, truth, table, dataset, spacing_mm, tolerances_mm, case, upright)
-
-
-def failure_text(failed: Sequence[Mapping[str, str]]) -> str:
-    """One message that names every case that could not be scored."""
-    return f"{counted(len(failed), 'case')} could not be scored: " + "; ".join(
-        f"{f['case']}: {f['error']}" for f in failed
-    )

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..cases.cases import load_codes
 from ..cases.folders import SUFFIXES, paths_of, results_in, stem
 from ..cases.grids import grid_difference, turn_grid, turn_to
-from ..cases.volumes import RawVolume, as_whole_numbers, check_same_grid, read_grid, read_labels
+from ..cases.volumes import RawVolume, read_grid, read_labels
 from ..labels import LabelTable
 
 ENDINGS = re.compile(r"_(seg|pred|prediction|trans|mask)$")
@@ -36,27 +35,16 @@ def load_map(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_truth(
-    source: Any, table: LabelTable, dataset: str, grid: tuple[Any, np.ndarray, str] | None = None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The truth of one case as local codes of `dataset`, and its affine (None where the source has none).
+    source: str | Path | Mapping[str, Any], table: LabelTable, dataset: str, grid: tuple[np.ndarray, np.ndarray, str]
+) -> np.ndarray:
+    """The truth of one case as local codes of `dataset`, on the axes of a prediction, whatever those of its files are.
 
     Args:
-        source: a label file; a mapping structure -> mask file; or raw ids as an array or tensor (1, X, Y, Z) or
-            (X, Y, Z).
-        grid: (prediction with three axes, its affine, the case's name): files come on its axes, whatever theirs are,
-            and must lie on its grid; arrays must have its shape and, if they have any, its affine.
+        source: a label file; or a mapping structure -> mask file.
+        grid: prediction with three axes, its affine, the case's name. The files must lie on its grid.
     """
-    image = None if grid is None else RawVolume(grid[0][None], np.asarray(grid[1], float), grid[2])
-    if isinstance(source, (str, Path, Mapping)):
-        codes = load_codes(source, table, dataset, image, "prediction and truth")
-        return codes.array[0], codes.affine
-    affine = np.asarray(source.affine, float) if hasattr(source, "affine") else None
-    raw = as_whole_numbers(source.cpu().numpy() if isinstance(source, torch.Tensor) else source)
-    raw = raw[0] if raw.ndim == 4 else raw
-    if image is not None:
-        truth = RawVolume(raw[None], image.affine if affine is None else affine, f"{grid[2]}: the truth")
-        check_same_grid(image, truth, "prediction and truth")
-    return table.encode(dataset, raw), affine
+    image = RawVolume(grid[0][None], np.asarray(grid[1], float), grid[2])
+    return load_codes(source, table, dataset, image, "prediction and truth").array[0]
 
 
 def match_predictions(

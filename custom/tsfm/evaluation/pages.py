@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ..cases.folders import paths_of, saved_outputs
 from ..cases.raw_ids import from_raw_ids
 from ..cases.volumes import RawVolume, as_label_map, on_grid_of, read_volume
-from ..labels import LabelTable, as_table
+from ..labels import LabelTable
 from .label_maps import load_map, load_truth, match_predictions
 from .overlays import page_png, truth_map
 from .tables import load_rows
@@ -53,10 +53,10 @@ def worst_cases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def folder_page(
     path: str | Path,
-    rows: Sequence[Mapping[str, Any]] | str | Path,
+    scores: str | Path,
     predictions: str | Path,
     items: Sequence[Mapping[str, Any]],
-    table: LabelTable | Mapping | str,
+    table: LabelTable,
     dataset: str | None = None,
     per_target: bool = False,
     raw_ids: str | None = None,
@@ -64,13 +64,13 @@ def folder_page(
     """The page of best, median and worst case of an evaluated folder, or of each target's worst case.
 
     Args:
-        rows: scored rows, or the ``cases.csv`` that the evaluation wrote.
+        scores: the ``cases.csv`` that the evaluation wrote.
         predictions, dataset: as for :func:`tsfm.evaluation.evaluation.evaluate_folder`.
         items: the cases' pool items with ``case``, ``image`` (the first channel is shown), ``label`` and, if known, ``modality``.
         per_target: a row for each target, in the slice that shows most of it; nothing else is painted there.
         raw_ids: the data set in whose ids the predictions are; None where they are the table's values.
     """
-    table, rows = as_table(table), load_rows(rows) if isinstance(rows, (str, Path)) else rows
+    rows = load_rows(scores)
     chosen = worst_cases(rows) if per_target else choose_cases(rows)
     wanted = {(entry["dataset"], entry["case"]) for entry in chosen.values()}
     owner = dataset or table.datasets[0]
@@ -88,7 +88,7 @@ def folder_page(
         prediction = as_label_map(prediction, len(table.names), str(pair["prediction"]))
         grid = RawVolume(prediction[None], affine, str(pair["prediction"]))
         image = on_grid_of(grid, read_volume(paths_of(item["image"])[0]), "image and prediction")
-        truth, _ = load_truth(pair["label"], table, entry["dataset"], (prediction, affine, grid.source))
+        truth = load_truth(pair["label"], table, entry["dataset"], (prediction, affine, grid.source))
         maps = {"truth": truth_map(truth, table, entry["dataset"]), "prediction": prediction}
         if per_target:
             value = table.names.index(name) + 1
@@ -117,7 +117,7 @@ class CasePage:
         self,
         output_dir: str,
         items: Sequence[Mapping[str, Any]],
-        table: LabelTable | Mapping | str,
+        table: LabelTable,
         raw_ids: str | None = None,
         save: str | Sequence[str] = "label_map",
     ) -> None:
@@ -142,14 +142,14 @@ class CasePage:
             logger.warning("No page of pictures in %s: %s", self.output_dir, error)
 
 
-def curve_png(csv_path: str | Path, path: str | Path, x: str = "epoch") -> Path:
+def curve_png(csv_path: str | Path, path: str | Path) -> Path:
     """Loss (left) and Dice (right) over epochs from the ``curve.csv`` of a run.
 
     Columns with "loss" in their name go left; the validation Dice and its moving average ("ema") right, with the single
     targets ("dice_NAME") as thin lines.
     """
     rows = load_rows(csv_path)
-    names = list(dict.fromkeys(name for row in rows for name in row if name != x))
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "epoch"))
     targets = [name for name in names if name.startswith("dice_")]
     means = [name for name in names if name == "ema" or ("dice" in name and name not in targets)]
     figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
@@ -161,14 +161,14 @@ def curve_png(csv_path: str | Path, path: str | Path, x: str = "epoch") -> Path:
         (right, means, 2),
     ):
         for name in columns:
-            points = [(row[x], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+            points = [(row["epoch"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
             label = {"ema": "moving average"}.get(name, name.removeprefix("dice_").replace("_", " "))
             if points:
                 axes.plot(
                     *zip(*points, strict=True), label=label, linewidth=width, marker="." if len(points) < 40 else None
                 )
     for axes, label in ((left, "loss"), (right, "Dice")):
-        axes.set(xlabel=x, ylabel=label)
+        axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         if 0 < len(axes.lines) <= 12:
             axes.legend(fontsize=8)

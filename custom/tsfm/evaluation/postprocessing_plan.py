@@ -3,51 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..cases.volumes import as_label_map
 from ..inference.postprocessing import apply
-from ..labels import LabelTable, as_table
+from ..labels import LabelTable
 from .label_maps import load_map, load_truth
 from .scores import count_voxels, only_dataset
 
 FOREGROUND = "all foreground"
 
 
-def determine(
-    predictions: Sequence[np.ndarray | str | Path],
-    truths: Sequence[Any],
-    table: LabelTable | Mapping | str,
-    datasets: Sequence[str] | str | None = None,
-) -> dict[str, Any]:
+def determine(pairs: Sequence[Mapping[str, Any]], table: LabelTable) -> dict[str, Any]:
     """The plan that cross-validation supports.
 
     A removed voxel becomes the target that contains the removed one (a false tumor in the liver is liver again), or
     background where there is none; nnU-Net knows background only.
 
     Args:
-        predictions: label maps with values 0 to N, as arrays or NIfTI files (read one at a time).
-        truths: raw ids of the same cases, as arrays, NIfTI files, or one mask file per structure.
-        table: the label table, its dict, or the path of a pool.json.
-        datasets: data set of each case, or of all (default: the table's only one), whose annotated targets the prediction
-            holds. Dice counts these only; a case without the target in both prediction and truth counts nowhere, as in nnU-Net.
+        pairs: what `match_predictions` found; the files are read one at a time. A prediction holds the targets that its
+            data set (None: the table's only one) annotates. Dice counts these only; a case without the target in both
+            prediction and truth counts nowhere, as in nnU-Net.
+        table: the label table.
 
     Raises:
-        ValueError: lists of different length, an empty list, maps that do not fit the table.
+        ValueError: maps that do not fit the table.
     """
-    table = as_table(table)
-    if not predictions or len(predictions) != len(truths):
-        raise ValueError(f"{len(predictions)} predictions and {len(truths)} truths: expected one of each per case")
-    one_owner = datasets is None or isinstance(datasets, str)
-    owners = [datasets or only_dataset(table)] * len(truths) if one_owner else datasets
-    cases = list(zip(predictions, truths, owners, strict=True))
+    pairs = [{**pair, "dataset": pair["dataset"] or only_dataset(table)} for pair in pairs]
     plan: dict[str, Any] = {"targets": list(table.names), "steps": [], "evidence": []}
-    before = _mean_dice(cases, table, plan["steps"])
-    for candidate in _candidates(table, {name for owner in owners for name in table.annotated(owner)}):
-        after = _mean_dice(cases, table, [*plan["steps"], candidate])
+    before = _mean_dice(pairs, table, plan["steps"])
+    for candidate in _candidates(table, {name for pair in pairs for name in table.annotated(pair["dataset"])}):
+        after = _mean_dice(pairs, table, [*plan["steps"], candidate])
         kept = _helps(candidate["target"], before, after)
         plan["evidence"].append({"target": candidate["target"], "kept": kept, "before": before, "after": after})
         if kept:
@@ -85,14 +73,16 @@ def _helps(target: str, before: Mapping[str, float], after: Mapping[str, float])
     return same and means[1] > means[0] and all(after[name] >= before[name] for name in before)
 
 
-def _mean_dice(cases: Sequence[tuple], table: LabelTable, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _mean_dice(
+    pairs: Sequence[Mapping[str, Any]], table: LabelTable, steps: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
     """Target -> mean Dice over the cases where truth or the *processed* prediction holds it."""
     values: dict[str, list[float]] = {}
-    for prediction, truth, dataset in cases:
-        is_file = isinstance(prediction, (str, Path))
-        array, affine = load_map(prediction) if is_file else (prediction, None)
-        array = as_label_map(array, len(table.names), str(prediction) if is_file else "case")
-        codes, _ = load_truth(truth, table, dataset, (array, affine, str(prediction)) if is_file else None)
+    for pair in pairs:
+        dataset, name = pair["dataset"], str(pair["prediction"])
+        array, affine = load_map(name)
+        array = as_label_map(array, len(table.names), name)
+        codes = load_truth(pair["label"], table, dataset, (array, affine, name))
         processed = apply(array, {"targets": table.names, "steps": steps}, table.annotated(dataset))
         for name, (tp, fp, fn) in count_voxels(processed, codes, table, dataset).items():
             if tp + fp + fn:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -147,42 +150,37 @@ class ClickInferer(SlabInferer):
         if self.sigma is not None and self.exclusive:
             raise ValueError("click channels are for networks with one sigmoid per target, not for a softmax")
 
-    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, network: Any) -> torch.Tensor:
         note = inputs.meta.get(CLICKS) if isinstance(inputs, MetaTensor) else None
         if not note or self.sigma is None:
-            return super().__call__(inputs, network, *args, **kwargs)
+            return super().__call__(inputs, network)
         noted = json.loads(note if isinstance(note, str) else note[0])  # a list: from a DataLoader
         to_voxel = np.linalg.inv(np.asarray(inputs.affine.cpu(), float).reshape(-1, 4, 4)[0])
-        points = [np.rint(to_voxel[:3, :3] @ mm + to_voxel[:3, 3]).astype(int) for _, _, mm in noted]
-        prompt = self._prompt([(kind, name) for kind, name, _ in noted], points, self._image(inputs), network)
-        return super().__call__(inputs, network, *args, prompt=prompt, **kwargs)
+        voxels = [np.rint(to_voxel[:3, :3] @ mm + to_voxel[:3, 3]) for _, _, mm in noted]
+        asked = [(kind, name, tuple(map(int, voxel))) for (kind, name, _), voxel in zip(noted, voxels, strict=True)]
+        return super().__call__(inputs, network, prompt=self._prompt(asked, self._image(inputs), network))
 
-    def _prompt(self, asked: Sequence[tuple[str, str]], points: Sequence[np.ndarray], image, network) -> Prompt:
-        """What each click says about which target; those of the form "label" need to know what is found there."""
-        names, clicks = list(self.names), {}
-
-        def add(target: int, point: np.ndarray, inside: bool) -> None:
-            clicks.setdefault(target, []).append(Click(tuple(int(n) for n in point), inside))
-
-        own = {names.index(name) for kind, name in asked if kind != "outside" and name != BACKGROUND}
-        found = self._found_at(points, image, network) if any(kind == "label" for kind, _ in asked) else None
-        for number, ((kind, name), point) in enumerate(zip(asked, points, strict=True)):
-            clicked = None if name == BACKGROUND else names.index(name)
-            if clicked is not None:
+    def _prompt(self, asked: Sequence[tuple[str, str, tuple[int, ...]]], image: torch.Tensor, network: Any) -> Prompt:
+        """What each click (kind, name, voxel) says about which target; the kind "label" needs to know what is found there."""
+        names, clicks = list(self.names), defaultdict(list)
+        own = {names.index(name) for kind, name, _ in asked if kind != "outside" and name != BACKGROUND}
+        found = [set()] * len(asked)
+        if any(kind == "label" for kind, _, _ in asked):
+            found = self._found_at([voxel for _, _, voxel in asked], image, network)
+        for (kind, name, voxel), there in zip(asked, found, strict=True):
+            contains = set()
+            if name != BACKGROUND:
                 if name not in self.chosen:
                     raise ClickError(f"clicks for {name}, but only {list(self.chosen)} are computed: add it to targets")
-                add(clicked, point, kind != "outside")
-            if kind == "label":
-                contains = set() if clicked is None else {clicked, *self._ancestors(clicked)}
-                others = (own | found[number]) - contains
-                for target in sorted(t for t in others if names[t] in self.chosen):
-                    add(target, point, False)
+                target = names.index(name)
+                clicks[target].append(Click(voxel, kind != "outside"))
+                contains = {target, *self.table.ancestors(target)}
+            for other in sorted((own | there) - contains) if kind == "label" else ():
+                if names[other] in self.chosen:
+                    clicks[other].append(Click(voxel, False))
         return clicks
 
-    def _ancestors(self, target: int) -> Sequence[int]:
-        return self.table.ancestors(target) if isinstance(self.table, LabelTable) else ()
-
-    def _found_at(self, points: Sequence[np.ndarray], image: torch.Tensor, network: Any) -> list[set[int]]:
+    def _found_at(self, points: Sequence[Sequence[int]], image: torch.Tensor, network: Any) -> list[set[int]]:
         """For each voxel the targets that are found there without clicks; none outside of the image."""
         found: list[set[int]] = [set() for _ in points]
         levels, done = torch.tensor([self.levels[i] for i in self.channels]), 0
@@ -194,12 +192,10 @@ class ClickInferer(SlabInferer):
             done = slab.stop
         return found
 
-    def slabs(
-        self, image: torch.Tensor, network: Any, *args: Any, prompt: Prompt | None = None, **kwargs: Any
-    ) -> Iterator[Slab]:
+    def slabs(self, image: torch.Tensor, network: Any, prompt: Prompt | None = None) -> Iterator[Slab]:
         """As `SlabInferer.slabs`, with the clicks of `prompt`, on the grid of `image`."""
         if self.sigma is None:
-            return super().slabs(image, network, *args, **kwargs)
+            return super().slabs(image, network)
         before = self._before(image.shape[1:])
         moved = {
             target: [Click(tuple(n + low for n, low in zip(c.voxel, before, strict=True)), c.inside) for c in clicks]
@@ -208,14 +204,8 @@ class ClickInferer(SlabInferer):
         settings = (self.roi_size, self.flips, self.amp, self.amp_dtype, tuple(self.channels))
         watched = self._observer and (self.flips or getattr(network, "versions", None))  # every version has to be seen
         kept = kept_windows(image, network, settings, 0 if watched else self.keep_bytes)
-        return super().slabs(image, network, *args, prompt=moved, kept=kept, **kwargs)
-
-    def _passes(self, network: Any, device: torch.device) -> Passes:
-        if self.sigma is None:
-            return super()._passes(network, device)
-        passes = super()._passes(network, device, ClickPasses)
-        passes.sigma, passes.channels = self.sigma, self.channels
-        return passes
+        passes = partial(ClickPasses, sigma=self.sigma, channels=self.channels, prompt=moved, kept=kept)
+        return super().slabs(image, network, passes)
 
 
 class _Pass(NamedTuple):
@@ -226,26 +216,39 @@ class _Pass(NamedTuple):
     clicks: tuple[Click, ...]
 
 
+@dataclass
 class ClickPasses(Passes):
-    """Passes of a network with click channels; `watch` sees those without clicks."""
+    """Passes of a network with click channels; the observer sees those without clicks.
+
+    Args:
+        sigma: of the click channels, in voxels.
+        channels: outputs that are wanted.
+        prompt: clicks on the grid of the (padded) image.
+        kept: what was computed of this image before.
+        others: as for `Passes`.
+    """
 
     sigma: float
     channels: Sequence[int]
+    prompt: Prompt
+    kept: KeptWindows
 
     def logits(
-        self, image, corners, window, average, *args: Any, prompt: Prompt, kept: KeptWindows, **kwargs: Any
-    ) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:  # fmt: skip
+        self, image: torch.Tensor, corners: Sequence, window: Sequence[int], average: Any
+    ) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
         """(logits (T, *window), float16, of the chosen targets; corner) of each window."""
-        todo = list(corners)
+        todo, observer = list(corners), self.observer
         while todo:
             some, todo = todo[: self.size], todo[self.size :]  # out of memory makes `size` smaller
-            every = {tuple(corner): list(self._of(corner, prompt, window)) for corner in some}
-            results = {one: kept.get(*one) for passes in every.values() for one in passes}
+            every = {tuple(corner): list(self._of(corner, window)) for corner in some}
+            results = {one: self.kept.get(*one) for passes in every.values() for one in passes}
             for prompted in (False, True):
+                self.observer = None if prompted else observer
                 missing = [one for one, value in results.items() if value is None and bool(one.clicks) == prompted]
-                for value, one in super().logits(image, missing, window, average, *args, **kwargs):
+                for value, one in super().logits(image, missing, window, average):
                     value = value[self.channels] if one.target is None else value[one.target]
-                    results[one] = kept.put(*one, value)
+                    results[one] = self.kept.put(*one, value)
+            self.observer = observer
             for corner in some:
                 automatic, *clicked = every[tuple(corner)]
                 merged = results[automatic].clone()
@@ -253,9 +256,9 @@ class ClickPasses(Passes):
                     merged[self.channels.index(one.target)] = results[one]
                 yield merged, corner
 
-    def _of(self, corner: Sequence[int], prompt: Prompt, window: Sequence[int]) -> Iterator[_Pass]:
+    def _of(self, corner: Sequence[int], window: Sequence[int]) -> Iterator[_Pass]:
         yield _Pass(tuple(corner), None, ())
-        for target, clicks in prompt.items():
+        for target, clicks in self.prompt.items():
             local = [Click(tuple(n - c for n, c in zip(one.voxel, corner, strict=True)), one.inside) for one in clicks]
             if seen := tuple(one for one in local if reaches(one, window, self.sigma)):
                 yield _Pass(tuple(corner), target, seen)
@@ -264,11 +267,3 @@ class ClickPasses(Passes):
         windows = super()._batch(image, [one.corner for one in passes], window)
         clicks = torch.stack([click_channels(one.clicks, window, self.sigma) for one in passes])
         return torch.cat([windows, clicks.to(windows)], 1)
-
-    def _sum(self, batch: torch.Tensor, passes: Sequence[_Pass], *args: Any, **kwargs: Any) -> torch.Tensor:
-        watch = self.watch
-        self.watch = None if passes[0].clicks else watch
-        try:
-            return super()._sum(batch, [one.corner for one in passes], *args, **kwargs)
-        finally:
-            self.watch = watch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -55,9 +55,8 @@ def highdicom() -> Any:
 def write_seg(
     label_map: torch.Tensor,
     path: str | os.PathLike,
-    table: LabelTable | Sequence[str] | None = None,
+    table: LabelTable,
     kind: str = "BINARY",
-    source: str | None = None,
 ) -> None:
     """Write a label map (1, I, J, K) as a SEG that refers to its source series, whole or not at all.
 
@@ -66,17 +65,16 @@ def write_seg(
     asks. Where the map is empty, one empty frame is written of a segment for the table's first target.
 
     Args:
-        label_map: a MetaTensor on the grid of the series as it was read.
-        table: of the map's values, or their names.
-        kind: "BINARY" or "LABELMAP".
-        source: folder of the series; by default the one that the map's meta data names.
+        label_map: a MetaTensor on the grid of the series as it was read, whose folder its meta data name.
+        table: of the map's values.
+        kind: one of `KINDS`.
 
     Raises:
         ImportError: no highdicom.
         CaseError: the source is no DICOM series of single slices, lacks what a SEG must repeat, or lies on another grid.
     """
     hd = highdicom()
-    source = source or str(label_map.meta.get("filename_or_obj", ""))
+    source = str(label_map.meta.get("filename_or_obj", ""))
     slices = source_slices(source)
     values = np.asarray(label_map.detach().cpu())[0]
     grid = read_grid(source)
@@ -86,8 +84,6 @@ def write_seg(
     found = [int(value) for value in np.unique(values) if value]
     if not found:
         found, slices, values = [1], slices[:1], values[:, :, :1]
-    if not isinstance(table, LabelTable):
-        table = LabelTable({name: {} for name in table or map(str, range(1, max(found) + 1))}, [])
     frames = values.transpose(2, 1, 0)  # slices, rows, columns
     numbers = {value: value if kind == "LABELMAP" else place for place, value in enumerate(found, start=1)}
     lookup = np.zeros(max(found) + 1, np.uint16 if max(found) > 255 else np.uint8)

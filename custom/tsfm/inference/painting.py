@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..labels import LabelTable
-from ..preparation.resampling import AxisResampler, axis_resampler, one_thread
+from ..preparation.resampling import AxisResampler, axis_resampler, in_threads
 
 ACTIVATIONS = ("sigmoid", "regions", "softmax", "probabilities")
 
@@ -80,18 +79,11 @@ class Painter:
             ValueError: the logits hold NaN.
         """
         begin, end = self._done, int(np.searchsorted(self._last, slab.stop))
-        threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-        if slab.logits.device.type != "cpu" or threads == 1:
-            for start in range(begin, end, _PART):
-                self._paint(slab, start, min(start + _PART, end))
-        else:
 
-            def paint(start: int) -> None:
-                with torch.inference_mode(inference), torch.no_grad():
-                    self._paint(slab, start, min(start + _PART, end))
+        def paint(start: int) -> None:
+            self._paint(slab, start, min(start + _PART, end))
 
-            with one_thread(), ThreadPoolExecutor(threads) as pool:
-                list(pool.map(paint, range(begin, end, _PART)))
+        in_threads(paint, range(begin, end, _PART), slab.logits.device)
         self._done = end
 
     def _paint(self, slab: Slab, begin: int, end: int) -> None:
@@ -174,16 +166,15 @@ def resize_axes(shape: Sequence[int], source_shape: Sequence[int], thick: int | 
 
 
 def paint_tiers(
-    table: LabelTable | None, channels: Sequence[int | None], exclusive: bool = False
+    table: LabelTable, channels: Sequence[int | None], activation: str = "sigmoid"
 ) -> list[list[tuple[int, int]]]:
-    """(channel, value) as `Painter` wants them: by how deep a target lies; without a table one after the other.
+    """(channel, value) as `Painter` wants them: by how deep a target lies; regions in their order, softmax all in one.
 
     Args:
         table: says what lies in what.
         channels: of each target, in order; None for those that are not computed.
-        exclusive: all targets compete.
     """
-    depth: Callable[[int], Any] = (lambda target: 0) if exclusive else table.paint_depth if table else int
+    depth: Callable[[int], Any] = {"sigmoid": table.paint_depth, "regions": int}.get(activation, lambda target: 0)
     order = sorted((target for target, channel in enumerate(channels) if channel is not None), key=depth)
     return [[(channels[target], target + 1) for target in tier] for _, tier in itertools.groupby(order, key=depth)]
 

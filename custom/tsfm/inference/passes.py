@@ -7,38 +7,19 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..network.cpu import autocast, channels_last
+from .quality import Quality
 
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 
 AMP_DTYPES = ("auto", "bfloat16", "float16")
-
-
-class Version(NamedTuple):
-    """What one version of the network says about some windows.
-
-    `number` counts the `count` versions of the same windows from 0. A batch that runs out of memory begins again with
-    number 0, so what was seen of it counts only once the last version is there.
-
-    corners: first voxels (S, P, L) of the windows in the image, which is padded to one window at least.
-    member: number of the fold, where several are averaged.
-    flip: dimensions of (B, T, S, P, L) along which the windows were mirrored; the logits are turned back.
-    logits: (B, T, S, P, L), of all outputs; valid until the call returns.
-    """
-
-    number: int
-    count: int
-    corners: Sequence[Sequence[int]]
-    member: int
-    flip: tuple[int, ...]
-    logits: Tensor
 
 
 @dataclass
@@ -51,9 +32,8 @@ class Passes:
         size: windows per pass.
         flips: dimensions to flip together, for every mirrored version but the plain one.
         amp, amp_dtype: see `SlabInferer`.
-        wants_layout: lay tensors out as (S, P, L, C).
         check: turns an output into plain logits, or raises.
-        watch: is called with every `Version` of every batch.
+        observer: sees what every version of the windows says.
     """
 
     network: Callable
@@ -62,16 +42,15 @@ class Passes:
     flips: Sequence[tuple[int, ...]]
     amp: bool
     amp_dtype: str
-    wants_layout: bool
     check: Callable[[Any], Tensor]
-    watch: Callable[[Version], None] | None
+    observer: Quality | None
 
     def __post_init__(self) -> None:
         self.home, self.flips, self.stack = self.device, [(), *self.flips], ExitStack()
 
     def __enter__(self) -> Passes:
         self.stack.enter_context(torch.no_grad())
-        self._lay_out()
+        self.stack.enter_context(channels_last(self.network))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -83,41 +62,37 @@ class Passes:
                 self.network.to(CPU)
 
     def logits(
-        self,
-        image: Tensor,
-        corners: Sequence[Sequence[int]],
-        window: Sequence[int],
-        average: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, image: Tensor, corners: Sequence, window: Sequence[int], average: Any
     ) -> Iterator[tuple[Tensor, Sequence[int]]]:
         """(logits (T, *window), corner) of each window of `image` (C, S, P, L); `average` is the buffer they go to."""
         todo = list(corners)
         while todo:
             some, error = todo[: self.size], None
             try:
-                found = self._mean(image, some, window, *args, **kwargs)
+                found = self._mean(image, some, window)
             except torch.OutOfMemoryError as raised:
                 error = raised.with_traceback(None)  # its frames hold the tensors that filled the memory
             if error is not None:
                 self._make_room(average, error)
                 continue
+            if self.observer is not None:
+                self.observer.keep()
             yield from zip(found, some, strict=True)
             todo = todo[len(some) :]
             del found  # its memory serves the next batch
 
-    def _mean(self, image: Tensor, corners: Sequence, window: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
+    def _mean(self, image: Tensor, corners: Sequence, window: Sequence[int]) -> Tensor:
         """Mean logits (B, T, *window) over all versions."""
         batch = self._batch(image, corners, window).to(self.device)
-        if self.wants_layout:  # `contiguous` leaves one channel as it is, and outputs may follow its strides
-            batch = batch.clone(memory_format=torch.channels_last_3d)
+        # `contiguous` leaves one channel as it is, and outputs may follow its strides
+        batch = batch.clone(memory_format=torch.channels_last_3d)
         dtype = amp_type(self.device, self.amp_dtype)
         with autocast(self.device, self.amp, dtype):
-            total = self._sum(batch, corners, *args, **kwargs)
+            total = self._sum(batch)
         if self.amp and dtype == torch.float16 and not total.isfinite().all():
             logger.warning("the network's numbers exceed float16: computing in float32")
             self.amp = False
-            return self._mean(image, corners, window, *args, **kwargs)
+            return self._mean(image, corners, window)
         return total
 
     def _batch(self, image: Tensor, corners: Sequence, window: Sequence[int]) -> Tensor:
@@ -125,17 +100,18 @@ class Passes:
         boxes = [tuple(slice(c, c + n) for c, n in zip(corner, window, strict=True)) for corner in corners]
         return torch.stack([image[(slice(None), *box)] for box in boxes])
 
-    def _sum(self, batch: Tensor, corners: Sequence, *args: Any, **kwargs: Any) -> Tensor:
+    def _sum(self, batch: Tensor) -> Tensor:
+        """Mean logits (B, T, *window) of a network's input."""
         versions = getattr(self.network, "versions", None)
         total, number, count = None, 0, len(self.flips) * (self.network.count if versions else 1)
         for flip in self.flips:
             turned = batch.flip(flip) if flip else batch
-            outputs = versions(turned) if versions else [self.network(turned, *args, **kwargs)]
-            for member, output in enumerate(outputs):
+            outputs = versions(turned) if versions else [self.network(turned)]
+            for output in outputs:
                 logits = self.check(output)
                 logits = logits.flip(flip) if flip else logits
-                if self.watch is not None:
-                    self.watch(Version(number, count, corners, member, flip, logits))
+                if self.observer is not None:
+                    self.observer.watch(number, count, logits)
                 total = logits if count == 1 else logits.float() if total is None else total.add_(logits)
                 number += 1
         return total if count == 1 else total.div_(count)
@@ -151,17 +127,13 @@ class Passes:
         elif self.device != CPU and isinstance(self.network, nn.Module):
             self.network.to(CPU)
             self.device = CPU
-            self._lay_out()
+            self.stack.enter_context(channels_last(self.network))
             what = "the network moves to the CPU for the rest of this image"
         else:
             raise error
         logger.warning("out of memory on %s: %s", self.home, what)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _lay_out(self) -> None:
-        if self.wants_layout:
-            self.stack.enter_context(channels_last(self.network))
 
 
 def mirrored_axes(mirror: bool | str) -> list[tuple[int, ...]]:

@@ -131,8 +131,8 @@ class PostProcessd(MapTransform):
         clicks, computed = json.loads(meta.get(CLICKS, "[]")), json.loads(meta.get(COMPUTED, "null"))
         clicked = {name for kind, name, _ in clicks if kind != "outside" and name in self.plan["targets"]}
         plain = label_map.detach().as_subclass(torch.Tensor)
-        kept = [apply(as_label_map(channel, 65535), self.plan, computed, clicked) for channel in plain.cpu().numpy()]
-        kept = torch.from_numpy(np.stack(kept)).to(plain)
+        kept = apply(as_label_map(plain[0].cpu().numpy(), 65535), self.plan, computed, clicked)
+        kept = torch.from_numpy(kept)[None].to(plain)
         if not isinstance(label_map, MetaTensor):
             return kept
         return MetaTensor(kept, meta=label_map.meta, applied_operations=label_map.applied_operations)

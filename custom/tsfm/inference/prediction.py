@@ -86,7 +86,7 @@ class CaseDataset(Dataset):
     So it gets through a DataLoader's worker, and :class:`CaseEvaluator` reports it.
 
     Args:
-        data, transform: as for Dataset.
+        data, transform: as for Dataset; an item that says no "case" is named like its image.
         output_dir: folder of the results; with it a case is claimed before it is read, so that no other process does it
             too. One that another has, or has done in the meantime, gives ``{"case", "left"}``.
         existing, save: as for `find_images`.
@@ -95,7 +95,7 @@ class CaseDataset(Dataset):
     def __init__(
         self,
         data: Sequence[Mapping[str, Any]],
-        transform: Any = None,
+        transform: Callable[[Any], Any],
         output_dir: str | os.PathLike | None = None,
         existing: str = "error",
         save: str | Sequence[str] = "label_map",
@@ -121,17 +121,17 @@ class CaseDataset(Dataset):
         return "another process has done it"
 
     def _transform(self, index: int) -> Any:
-        item = self.data[index]
+        image = paths_of(self.data[index]["image"])[0]
+        item = {"case": stem(image), **self.data[index]}
         if self.claims is not None and (left := self._left(item["case"])):
             return {"case": item["case"], "left": left}
         try:
             if dicom_outputs(self.save):  # before the work, not at its end
-                source_slices(os.fspath(paths_of(item["image"])[0]))
-            return super()._transform(index)
+                source_slices(os.fspath(image))
+            return self.transform(item)
         except Exception as error:
-            case = item.get("case") or stem(paths_of(item["image"])[0])
-            logger.debug("case %s", case, exc_info=True)
-            return {"case": case, "error": root_cause(error)}
+            logger.debug("case %s", item["case"], exc_info=True)
+            return {"case": item["case"], "error": root_cause(error)}
 
 
 class CaseEvaluator(SupervisedEvaluator):
@@ -142,11 +142,11 @@ class CaseEvaluator(SupervisedEvaluator):
     target that some version of the network paints, and the result does not, has 0 ml.
 
     Args:
-        table: label table or target names, to tell the targets' volumes from the label map's values.
+        table: label table, to tell the targets' volumes from the label map's values.
         annotated_only: paint a case with the targets that its data set ("dataset") annotates in `table`, as MultiTalent
             scores: what another data set would call these voxels does not cover them. The inferer is a `SlabInferer`.
         familiar: names what in an image the weights have not seen; the rows' "warnings".
-        others: as for SupervisedEvaluator; batches of one case. `amp` belongs to the inferer.
+        others: as for SupervisedEvaluator; batches of one case, with its name ("case"). `amp` belongs to the inferer.
 
     Raises:
         FailedCases: by `run`, after the last case, if some failed.
@@ -155,7 +155,7 @@ class CaseEvaluator(SupervisedEvaluator):
     def __init__(
         self,
         *args: Any,
-        table: LabelTable | Sequence[str] | None = None,
+        table: LabelTable,
         annotated_only: bool = False,
         familiar: Familiar | None = None,
         **kwargs: Any,
@@ -166,7 +166,7 @@ class CaseEvaluator(SupervisedEvaluator):
         self.every, self.annotated = self.inferer, None
         if annotated_only:
             self.annotated = {dataset: table.annotated(dataset) for dataset in table.datasets}
-        self.table = table or ()
+        self.table = table
         self.results: list[dict[str, Any]] = []
 
     def run(self, global_epoch: int = 1) -> None:
@@ -198,22 +198,11 @@ class CaseEvaluator(SupervisedEvaluator):
         }
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> Any:
-        case = _case_of(batchdata, len(self.results) + 1)
-        unread = {key: batchdata[key][0] for key in ("error", "left") if key in batchdata}
-        row: dict[str, Any] = {"case": case, **unread}
+        case = str(batchdata["case"][0])
+        row = {"case": case, **{key: batchdata[key][0] for key in ("error", "left") if key in batchdata}}
         try:
-            if not unread:
-                if self.annotated is not None:
-                    known = self.annotated[batchdata["dataset"][0]] if "dataset" in batchdata else self.every.chosen
-                    self.inferer = self.every.restricted_to(known)
-                row |= self._strange(batchdata)
-                output = super()._iteration(engine, batchdata)
-                prediction = output[0].get("pred") if isinstance(output, list) and output else None
-                if getattr(self.inferer, "doubts", False):
-                    row["quality"] = self.inferer.quality
-                computed = getattr(self.inferer, "chosen", None)
-                row["ml"] = {} if prediction is None else volumes_ml(prediction, self.table, computed)
-                row["ml"] |= dict.fromkeys((name for name in row.get("quality", ()) if name not in row["ml"]), 0.0)
+            if row.keys() == {"case"}:
+                output = self._segment(engine, batchdata, row)
         except Exception as error:
             logger.debug("case %s", case, exc_info=True)
             row["error"] = root_cause(error)
@@ -229,39 +218,38 @@ class CaseEvaluator(SupervisedEvaluator):
         self.results.append(row)
         return output
 
-    def _strange(self, batchdata: Mapping[str, Any]) -> dict[str, list[str]]:
-        """The row's "warnings": what in an image is far from what the weights have seen."""
+    def _segment(self, engine: SupervisedEvaluator, batchdata: dict[str, Any], row: dict[str, Any]) -> Any:
+        """Segment a case that was read, and note in its row what is known of it."""
+        if self.annotated is not None:
+            wanted = self.annotated[batchdata["dataset"][0]] if "dataset" in batchdata else self.every.chosen
+            self.inferer = self.every.restricted_to(wanted)
+        if warnings := self._strange(row["case"], batchdata):
+            row["warnings"] = warnings
+        output = super()._iteration(engine, batchdata)
+        if getattr(self.inferer, "doubts", False):
+            row["quality"] = self.inferer.quality
+        known, found = self.table.names, {}
+        if isinstance(output, list) and "pred" in output[0]:
+            is_own = (
+                getattr(self.inferer, "names", None) == known
+            )  # else its targets became the table's (zero_shot.json)
+            found = volumes_ml(output[0]["pred"], self.table, self.inferer.chosen if is_own else known)
+        row["ml"] = found | {name: 0.0 for name in row.get("quality", ()) if name in known and name not in found}
+        return output
+
+    def _strange(self, case: str, batchdata: Mapping[str, Any]) -> list[str]:
+        """What in an image is far from what the weights have seen."""
         image = batchdata["image"]
         grid, modality = prepared_grid(image), (batchdata.get("modality") or [None])[0]
         found = self.familiar.warnings(image.as_tensor()[0].numpy(force=True), grid, modality) if grid else []
         for line in found:
-            logger.warning("%s is far from what the weights were trained on: %s", _case_of(batchdata, 0), line)
-        return {"warnings": found} if found else {}
+            logger.warning("%s is far from what the weights were trained on: %s", case, line)
+        return found
 
 
 def _prepared_where_it_fits(prepare: Callable, batch: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
     """MONAI's `prepare_batch`; an image that a GPU does not hold whole stays on the CPU, and goes there window by window."""
     return where_it_fits(lambda place: prepare(batch, place, *args, **kwargs), torch.device(device), "the image")
-
-
-def _case_of(batchdata: Mapping[str, Any], number: int) -> str:
-    """Name of the one case in a batch."""
-    if "case" in batchdata:
-        return str(batchdata["case"][0])
-    meta = getattr(batchdata.get("image"), "meta", {})
-    names = meta.get("filename_or_obj", [])
-    return stem(names[0] if isinstance(names, (list, tuple)) else names) if names else f"case {number}"
-
-
-def case_name(item: Mapping[str, Any], image: torch.Tensor) -> str:
-    """Name of one case (no batch): what the item says, else that of the image's file."""
-    source = _source(image)
-    return str(item.get("case") or (stem(source) if source else "case"))
-
-
-def _source(image: torch.Tensor) -> str:
-    """The file that an image, or what was made of it, was read from; empty where it was none."""
-    return str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else ""
 
 
 def root_cause(error: BaseException) -> str:
@@ -270,24 +258,14 @@ def root_cause(error: BaseException) -> str:
     return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
 
 
-def volumes_ml(
-    label_map: torch.Tensor, table: LabelTable | Sequence[str] = (), computed: Sequence[str] | None = None
-) -> dict[str, float]:
-    """Volume of each target that occurs in a label map (1, X, Y, Z), in ml; values without a name are numbered.
-
-    Args:
-        table: label table, by which a target holds its parts and what lies inside; or the names of the values.
-        computed: the targets to report, others were not looked for; None for all.
-    """
-    counts = torch.bincount(label_map.detach().cpu().as_subclass(torch.Tensor).flatten(), minlength=65536).numpy()
+def volumes_ml(label_map: torch.Tensor, table: LabelTable, computed: Sequence[str]) -> dict[str, float]:
+    """Volume of each `computed` target that occurs in a label map (1, X, Y, Z), its parts and what lies inside included, in ml."""
+    values = label_map.detach().cpu().as_subclass(torch.Tensor).flatten()
+    counts = torch.bincount(values, minlength=len(table.names) + 1).numpy() @ table.map_membership()
     affine = np.asarray(label_map.affine) if isinstance(label_map, MetaTensor) else np.eye(4)
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-    if isinstance(table, LabelTable):
-        voxels = dict(zip(table.names, counts[: len(table.names) + 1] @ table.map_membership(), strict=True))
-    else:
-        voxels = {table[v - 1] if v <= len(table) else str(v): counts[v] for v in np.flatnonzero(counts).tolist() if v}
-    wanted = voxels if computed is None else computed
-    return {name: float(count * voxel_ml) for name, count in voxels.items() if count and name in wanted}
+    found = zip(table.names, counts, strict=True)
+    return {name: float(count * voxel_ml) for name, count in found if count and name in computed}
 
 
 def format_results(results: Sequence[Mapping[str, Any]]) -> str:
@@ -316,7 +294,7 @@ def write_label_map(label_map: torch.Tensor, path: str | os.PathLike) -> None:
     """
     array = np.asarray(label_map.detach().cpu())[0]
     affine = np.asarray(label_map.affine, float) if isinstance(label_map, MetaTensor) else np.eye(4)
-    source = _source(label_map)
+    source = str(label_map.meta.get("filename_or_obj", "")) if isinstance(label_map, MetaTensor) else ""
     header = header_of(source) if source.lower().endswith(NIFTI) else None
     if header is not None:
         header.set_data_shape(array.shape)

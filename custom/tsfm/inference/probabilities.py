@@ -77,7 +77,7 @@ class Probabilities:
         )  # fmt: skip
         self.array.schunk.vlmeta["targets"] = list(names)
         self.array.schunk.vlmeta["affine"] = affine.tolist()
-        self.open: dict[int, np.ndarray] = {}
+        self.block = None
 
     def add(self, slab: Slab) -> None:
         """Take in the source slices that are determined by the slices up to the end of this slab."""
@@ -85,16 +85,16 @@ class Probabilities:
         for s in range(begin, end):
             place = self.first + self.step * s
             number = place // CHUNK
-            if number not in self.open:
-                size = list(self.array.shape)
-                size[1 + self.along] = min(CHUNK, size[1 + self.along] - number * CHUNK)
-                self.open[number] = np.zeros(size, np.float16)
+            here = [slice(None)] * 4
+            here[1 + self.along] = slice(number * CHUNK, number * CHUNK + CHUNK)
+            if self.block is None:
+                self.block = self.array[tuple(here)]
             where = list(self.box)
             where[self.along] = place - number * CHUNK
             plane = turn_array(self._slice(slab, s)[:, None].numpy(), self.turn)
-            self.open[number][(slice(None), *where)] = plane.take(0, axis=1 + self.along)
+            self.block[(slice(None), *where)] = plane.take(0, axis=1 + self.along)
             if s + 1 == self.axes[0].n_out or (place + self.step) // CHUNK != number:
-                self._write(number)
+                self.array[tuple(here)], self.block = self.block, None
             self.done = s + 1
 
     def save(self, path: str | os.PathLike) -> None:
@@ -133,13 +133,6 @@ class Probabilities:
         found = logits.half().cpu()
         absent = found.new_zeros(found.shape[1:])
         return torch.stack([absent if channel is None else found[channel] for channel in self.channels])
-
-    def _write(self, number: int) -> None:
-        block = self.open.pop(number)
-        where = [slice(None)] * self.array.ndim
-        start = number * CHUNK
-        where[1 + self.along] = slice(start, start + block.shape[1 + self.along])
-        self.array[tuple(where)] = block
 
 
 def kept_probabilities(output_dir: str | os.PathLike, save: str | Sequence[str]) -> Probabilities | None:

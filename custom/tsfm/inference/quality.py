@@ -16,7 +16,6 @@ from torch.nn.functional import softplus
 
 from ..preparation.resampling import label_box
 from .painting import Slab, highest_logits
-from .passes import Version
 
 
 class Quality:
@@ -45,38 +44,38 @@ class Quality:
         self.pairs = {name: [0, 0] for name in targets}  # sum n (n - 1), sum (K - 1) n
         self.bits = {name: [0.0, 0] for name in targets}
         self._votes: dict[str, Tensor] = {}
-        # the corners of a batch that may begin again, and what it adds to the pairs
-        self._last: tuple[list, dict[str, tuple[int, int]]] | None = None
+        self._winners: list[Tensor] = []
         self._done = 0
 
-    def watch(self, version: Version) -> None:
-        """Take in what one version says; a batch counts once another one begins: it may be computed anew, after all versions."""
-        if version.count == 1:
+    def watch(self, number: int, count: int, logits: Tensor) -> None:
+        """Take in what version `number` of `count` says of some windows: (B, T, S, P, L); 0 begins them, perhaps again."""
+        if count == 1:
             return
-        corners = [tuple(corner) for corner in version.corners]
-        logits = version.logits[(slice(None), slice(None), *self.box)]
-        if version.number == 0 and self._last:
-            if self._last[0] != corners:
-                self._count()
-            self._last = None
-        if version.number == 0:
+        logits = logits[(slice(None), slice(None), *self.box)]
+        if number == 0:
             self._votes, self._winners = {}, []
         if self.exclusive:
             self._winners.append(logits.argmax(1).to(torch.int16))
         else:
             for name, (output, _) in self.targets.items():
                 votes = (logits[:, output] > self.levels[name]).to(torch.uint8)
-                self._votes[name] = self._votes[name].add_(votes) if version.number else votes
-        if version.number == version.count - 1:
-            self._last = corners, self._of_winners() if self.exclusive else self._of_votes(version.count)
-            self._votes, self._winners = {}, []
+                self._votes[name] = self._votes[name].add_(votes) if number else votes
+            self._versions = count
 
-    def _of_votes(self, count: int) -> dict[str, tuple[int, int]]:
-        """Target -> sum n (n - 1) and (K - 1) sum n over the batch; n of K versions paint a voxel."""
-        n, found = torch.arange(count + 1), {}
+    def keep(self) -> None:
+        """Count the windows whose last version was seen."""
+        for name, (shared, possible) in (self._of_winners() if self._winners else self._of_votes()).items():
+            self.pairs[name][0] += shared
+            self.pairs[name][1] += possible
+        self._votes, self._winners = {}, []
+
+    def _of_votes(self) -> dict[str, tuple[int, int]]:
+        """Target -> sum n (n - 1) and (K - 1) sum n over the windows; n of K versions paint a voxel."""
+        found = {}
         for name, votes in self._votes.items():
-            voxels = torch.bincount(votes.flatten(), minlength=count + 1).cpu()
-            found[name] = int((n * (n - 1) * voxels).sum()), int((count - 1) * (n * voxels).sum())
+            voxels = torch.bincount(votes.flatten(), minlength=self._versions + 1).cpu()
+            n = torch.arange(len(voxels))
+            found[name] = int((n * (n - 1) * voxels).sum()), int((self._versions - 1) * (n * voxels).sum())
         return found
 
     def _of_winners(self) -> dict[str, tuple[int, int]]:
@@ -89,13 +88,6 @@ class Quality:
         shared = 2 * sum(histogram(a[a == b]) for a, b in itertools.combinations(self._winners, 2))
         possible = others * sum(map(histogram, self._winners))
         return {name: (int(shared[output]), int(possible[output])) for name, (output, _) in self.targets.items()}
-
-    def _count(self) -> None:
-        """Add the last batch."""
-        for name, (shared, possible) in self._last[1].items():
-            self.pairs[name][0] += shared
-            self.pairs[name][1] += possible
-        self._last = None
 
     def see(self, slab: Slab) -> None:
         """Take in averaged logits; the first slices may have come before. All or, where memory runs out, nothing counts."""
@@ -117,8 +109,6 @@ class Quality:
 
     def report(self) -> dict[str, dict[str, float | None]]:
         """Target -> ``agreement`` and ``entropy``."""
-        if self._last:
-            self._count()
         result = {}
         for name, (shared, possible) in self.pairs.items():
             bits, voxels = self.bits[name]
@@ -133,12 +123,12 @@ def binary_entropy(logits: Tensor) -> Tensor:
     return (softplus(logits) - torch.sigmoid(logits) * logits) / math.log(2)
 
 
-def doubt(report: Mapping[str, Mapping[str, Any]], targets: Sequence[str] | None = None) -> float:
+def doubt(report: Mapping[str, Mapping[str, Any]]) -> float:
     """One number for a case, the larger the more doubtful: 1 - mean agreement, or mean entropy where there is one version.
 
     Of the targets that some version paints, even where their mean does not; 0 where none does.
     """
-    rows = [row for name, row in report.items() if targets is None or name in targets]
+    rows = list(report.values())
     if not rows:
         return 0.0
     if any(row["agreement"] is None for row in rows):

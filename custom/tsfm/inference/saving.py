@@ -16,7 +16,7 @@ from ..cases.folders import dicom_outputs, output_paths, saved_outputs
 from ..cases.raw_ids import in_raw_ids, raw_values
 from ..labels import LabelTable
 from .dicom_seg import highdicom, write_seg
-from .prediction import case_name, write_label_map
+from .prediction import write_label_map
 from .probabilities import NEEDED_FOR, Probabilities
 
 
@@ -24,14 +24,14 @@ class Result(NamedTuple):
     """One case as it leaves inference: what a writer writes.
 
     label_map: (1, X, Y, Z) on the image's own grid, values 1 to N; a MetaTensor knows its image's file and affine.
-    table: label table, or the targets' names, of these values; None where nobody said.
+    table: label table of these values; None where nobody said.
     item: the case's entries: those of the datalist ("image", "case", ...) and what the transforms made of them.
     raw_ids: the data set whose ids a label map is wanted in; None for the values.
     probabilities: those of this case, where the inferer kept them.
     """
 
     label_map: torch.Tensor
-    table: LabelTable | Sequence[str] | None
+    table: LabelTable | None
     item: Mapping[Hashable, Any]
     raw_ids: str | None = None
     probabilities: Probabilities | None = None
@@ -62,13 +62,13 @@ WRITERS: dict[str, Callable[[Result, Path], None]] = {
 class SaveResultsd(SaveImaged):
     """Writes what `save` names of each case: ``output_dir/<case>.nii.gz``, the label map, with the image's affine and header.
 
-    A SaveImaged, so that MONAI Label leaves it out. The item's "case" names the files, else the image file's name does.
+    A SaveImaged, so that MONAI Label leaves it out. The item's "case" names the files.
 
     Args:
         keys: label maps (1, X, Y, Z) on the image's own grid, that is, after Invertd.
         existing: what to do with files that are there: "error", "skip" (keep them, write the others), or "overwrite".
         save: one or several of `cases.folders.OUTPUTS`.
-        table: label table, or the targets' names, of the label map's values.
+        table: label table of the label map's values; needed for all but plain label maps.
         raw_ids: a data set of the table, in whose own ids label maps are written.
         probabilities: what the inferer fills; needed to save them.
 
@@ -83,7 +83,7 @@ class SaveResultsd(SaveImaged):
         output_dir: str = "./",
         existing: str = "error",
         save: str | Sequence[str] = "label_map",
-        table: LabelTable | Sequence[str] | None = None,
+        table: LabelTable | None = None,
         raw_ids: str | None = None,
         probabilities: Probabilities | None = None,
         allow_missing_keys: bool = False,
@@ -106,7 +106,7 @@ class SaveResultsd(SaveImaged):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
-            paths = output_paths(self.output_dir, case_name(item, item[key]), self.save)
+            paths = output_paths(self.output_dir, item["case"], self.save)
             there = [path for path in paths if path.exists()] if self.existing != "overwrite" else []
             if there and self.existing == "error":
                 raise FileExistsError(f"{there[0]} is already there; remove it, or allow to overwrite it")

@@ -22,8 +22,8 @@ class SourceGrid(NamedTuple):
     thick: int | None
     crop: Sequence[Sequence[int]]
     full_shape: Sequence[int]
-    affine: Any = np.eye(4)
-    image_affine: Any = np.eye(4)
+    affine: Any
+    image_affine: Any
 
 
 def prepared_grid(inputs: torch.Tensor) -> Mapping[str, Any] | None:
@@ -46,16 +46,13 @@ def source_grid(inputs: torch.Tensor) -> SourceGrid:
     operations, shape = _operations(inputs), tuple(inputs.shape[2:])
     grid = prepared_grid(inputs)
     if grid is None:
-        return SourceGrid(shape, None, [(0, size) for size in shape], shape)
+        return SourceGrid(shape, None, [(0, size) for size in shape], shape, np.eye(4), np.eye(4))
     if tuple(grid["shape"]) != shape:
         raise ValueError(
             f"the image is {shape} voxels (S, P, L), PrepareImaged made it {tuple(grid['shape'])}: "
             "no transform between it and the inferer may change the shape"
         )
-    cropped = tuple(grid["cropped_shape"])
-    affine = grid.get("source_affine", np.eye(4))
+    thick, affine = thick_axis(grid["spacing_mm"], grid["source_spacing_mm"]), grid["source_affine"]
     turns = [one["extra_info"]["original_affine"] for one in operations if one.get("class") == "Orientation"]
-    return SourceGrid(
-        cropped, thick_axis(grid["spacing_mm"], grid["source_spacing_mm"]),
-        grid.get("crop", [(0, size) for size in cropped]), grid.get("source_shape", cropped), affine, (turns or [affine])[0],
-    )  # fmt: skip
+    turned = (turns or [affine])[0]
+    return SourceGrid(tuple(grid["cropped_shape"]), thick, grid["crop"], grid["source_shape"], affine, turned)

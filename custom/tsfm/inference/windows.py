@@ -137,7 +137,7 @@ class SlabInferer(Inferer):
 
     Args:
         roi_size: window (S, P, L), the patch the network was trained with.
-        table: label table, or the targets' names in the order of the outputs.
+        table: label table, or the names of targets of which none lies in another, in the order of the outputs.
         overlap: of neighboring windows, as a fraction of the window.
         sw_batch_size: windows per forward pass.
         mirror: average over the eight mirrored versions of each window; or over those along some axes, ``"SP"``.
@@ -145,7 +145,6 @@ class SlabInferer(Inferer):
         targets: names of the only targets to compute; None for all.
         amp: mixed precision, on devices that compute in its type.
         amp_dtype: "bfloat16", "float16", or "auto": bfloat16, or float16 on a GPU that does not compute in bfloat16.
-        channels_last: lay tensors out as (S, P, L, C), which convolutions like best.
         progress: show a progress bar over the windows.
         activation: "sigmoid": of targets that lie equally deep the one furthest above its threshold wins; "regions": later
             ones are painted over earlier ones (nnU-Net); "softmax": the largest logit wins, thresholds are not looked at,
@@ -170,7 +169,6 @@ class SlabInferer(Inferer):
         threshold: float | Mapping[str, float] = 0.5,
         targets: Sequence[str] | str | None = None,
         amp: bool = True,
-        channels_last: bool = True,
         progress: bool = True,
         activation: str = "sigmoid",
         amp_dtype: str = "auto",
@@ -180,8 +178,8 @@ class SlabInferer(Inferer):
         self.roi_size = tuple(int(side) for side in roi_size)
         if len(self.roi_size) != 3 or min(self.roi_size) < 1:
             raise ValueError(f"roi_size is {roi_size}, expected three positive numbers of voxels (S, P, L)")
-        self.table = table if isinstance(table, LabelTable) else tuple(table)
-        self.names = table.names if isinstance(table, LabelTable) else self.table
+        self.table = table if isinstance(table, LabelTable) else LabelTable(dict.fromkeys(table), [])
+        self.names = self.table.names
         self.levels = threshold_logits(threshold, self.names)
         chosen = [targets] if isinstance(targets, str) else self.names if targets is None else list(targets)
         unknown = [name for name in chosen if name not in self.names]
@@ -198,8 +196,8 @@ class SlabInferer(Inferer):
         if sw_batch_size < 1:
             raise ValueError(f"sw_batch_size is {sw_batch_size}, expected 1 window per pass or more")
         self.overlap, self.sw_batch_size, self.flips = overlap, sw_batch_size, mirrored_axes(mirror)
-        self.amp, self.channels_last, self.progress = amp, channels_last, progress
-        self.amp_dtype, self.probabilities, self.doubts = amp_dtype, probabilities, doubts
+        self.amp, self.amp_dtype, self.progress = amp, amp_dtype, progress
+        self.probabilities, self.doubts = probabilities, doubts
         self.quality: dict[str, dict[str, float | None]] = {}
         self._observer: Quality | None = None
 
@@ -214,13 +212,15 @@ class SlabInferer(Inferer):
         self.chosen = chosen
         self.channels = [i for i, name in enumerate(self.outputs) if name in chosen or (self.exclusive and chosen)]
 
-    def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Label map (1, 1, s, p, l), uint8, of one prepared image (1, C, S, P, L), with the image's metadata."""
+    def __call__(self, inputs: torch.Tensor, network: Callable, **asked: Any) -> torch.Tensor:
+        """Label map (1, 1, s, p, l), uint8, of one prepared image (1, C, S, P, L), with the image's metadata.
+
+        `asked`: more arguments of `slabs`.
+        """
         image, grid = self._image(inputs), source_grid(inputs)
         numbers = {output: number for number, output in enumerate(self.channels)}
-        table = self.table if isinstance(self.table, LabelTable) and self.activation != "regions" else None
         channels = [numbers.get(target + self.exclusive) for target in range(len(self.names))]
-        tiers = paint_tiers(table, channels, self.exclusive)
+        tiers = paint_tiers(self.table, channels, self.activation)
         levels = self.levels if self.exclusive else [self.levels[i] for i in self.channels]
         painter = Painter(image.shape[1:], grid.shape, tiers, levels, grid.thick, self.exclusive)
         quality = self._observer = self._quality(image.shape[1:]) if self.doubts else None
@@ -229,7 +229,7 @@ class SlabInferer(Inferer):
             kept = {name: numbers[self.outputs.index(name)] for name in self.chosen}
             self.probabilities.begin(image.shape[1:], grid, self.names, kept, self.activation)
             takers.append(self.probabilities.add)
-        for slab in self.slabs(image, network, *args, **kwargs) if tiers else ():
+        for slab in self.slabs(image, network, **asked) if tiers else ():
             for take in takers:
                 done_where_it_fits(take, slab)
         self._observer, self.quality = None, quality.report() if quality else {}
@@ -243,15 +243,7 @@ class SlabInferer(Inferer):
         result.meta = {**inputs.meta, COMPUTED: json.dumps(list(self.chosen))}
         return result
 
-    def logits(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Averaged logits or probabilities (1, T, S, P, L), float32, prepared grid; this one does hold the whole volume."""
-        image = self._image(inputs)
-        whole = torch.empty((len(self.channels), *image.shape[1:]))
-        for slab in self.slabs(image, network, *args, **kwargs):
-            whole[:, slab.start : slab.stop] = slab.logits.cpu().float()
-        return whole[None]
-
-    def uncertainty(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> float:
+    def uncertainty(self, inputs: torch.Tensor, network: Callable) -> float:
         """Mean binary entropy (bits) of all targets over the voxels where some target is painted, 0 where none is.
 
         Of a softmax network's targets, against the background.
@@ -264,13 +256,16 @@ class SlabInferer(Inferer):
             logits = logits[:, (logits > 0).any(0)]
             return float(binary_entropy(logits).sum()), logits.numel()
 
-        for slab in self.slabs(self._image(inputs), network, *args, **kwargs):
+        for slab in self.slabs(self._image(inputs), network):
             found, values = done_where_it_fits(bits, slab)
             total, count, done = total + found, count + values, slab.stop
         return total / count if count else 0.0
 
-    def slabs(self, image: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> Iterator[Slab]:
-        """Averaged logits of an image (C, S, P, L), finished slices first; a slab is valid until the next is asked for."""
+    def slabs(self, image: torch.Tensor, network: Callable, passes: Callable[..., Passes] = Passes) -> Iterator[Slab]:
+        """Averaged logits of an image (C, S, P, L), finished slices first; a slab is valid until the next is asked for.
+
+        `passes` makes what takes the windows through the network.
+        """
         shape = image.shape[1:]
         before = self._before(shape)
         after = [max(patch - size, 0) - low for size, patch, low in zip(shape, self.roi_size, before, strict=True)]
@@ -286,11 +281,11 @@ class SlabInferer(Inferer):
         device = network_device(network, image.device)
         average = self._average(image.shape[1:], device)
         progress = tqdm(total=math.prod(map(len, starts)), desc="windows", unit="window", disable=not self.progress)
-        passes = self._passes(network, device)
-        with passes, progress:
+        settings = self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self._checked, self._observer
+        with passes(network, device, *settings) as through, progress:
             for row, s in enumerate(starts[0]):
                 corners = list(itertools.product([s], *starts[1:]))
-                for one, corner in passes.logits(image, corners, self.roi_size, average, *args, **kwargs):
+                for one, corner in through.logits(image, corners, self.roi_size, average):
                     average.add(one, corner, self.channels)
                     del one
                     progress.update()
@@ -311,12 +306,6 @@ class SlabInferer(Inferer):
             raise ValueError(f"inputs have the shape {tuple(inputs.shape)}, expected one image (1, C, S, P, L)")
         return (inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)[0]
 
-    def _passes(self, network: Callable, device: torch.device, kind: type[Passes] = Passes) -> Passes:
-        return kind(
-            network, device, self.sw_batch_size, self.flips, self.amp, self.amp_dtype, self.channels_last, self._checked,
-            self._observer and self._observer.watch,
-        )  # fmt: skip
-
     def _quality(self, shape: Sequence[int]) -> Quality:
         """Of the targets that are painted, in an image (S, P, L)."""
         sides = zip(self._before(shape), shape, self.roi_size, strict=True)
@@ -331,10 +320,8 @@ class SlabInferer(Inferer):
             needed = 4 * len(self.channels) * self.roi_size[0] * math.prod(shape[1:])
             if min(needed, max(needed // 2, FULL_PRECISION_BYTES)) > free_bytes(device) // 2:
                 device = CPU
-        try:
-            return RollingAverage(len(self.channels), shape, self.roi_size, device)
-        except torch.OutOfMemoryError:
-            return RollingAverage(len(self.channels), shape, self.roi_size, CPU)
+        size = len(self.channels), shape, self.roi_size
+        return where_it_fits(lambda place: RollingAverage(*size, place), device, "the buffer of averaged windows")
 
     def _checked(self, logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """The finest output, plain, or its softmax; ValueError where it does not fit the table."""

@@ -155,11 +155,11 @@ class CaseStore:
             workers = min(num_workers, -(-len(jobs) // CASES_PER_WORKER)) if self.sources.raw_data else 0
             for index, outcome in run_all(_prepare_one, jobs, workers):
                 bar.update()
-                was_there = False
+                count = ""
                 if isinstance(outcome, tuple):
-                    path, outcome, was_there = outcome
+                    path, outcome, count = outcome
                     _VERIFIED.add(path)  # in a worker, too: those of a loader begin as copies of this process
-                report.add(missing[index], outcome, "reused" if was_there else "prepared")
+                report.add(missing[index], outcome, count)
         report.empty_labels.sort()
         return report
 
@@ -209,9 +209,9 @@ class CaseStore:
             )  # fmt: skip
 
 
-def _prepare_one(store: CaseStore, item: Mapping[str, Any], path: str, kept: str) -> tuple[str, dict[str, Any], bool]:
-    """Prepare one item: its folder, what its ``case.json`` holds, and whether another process had stored it already."""
-    was_there = os.path.isdir(path)
-    if not was_there:
-        store._store(item, path, kept)
-    return path, read_index(path), was_there
+def _prepare_one(store: CaseStore, item: Mapping[str, Any], path: str, kept: str) -> tuple[str, dict[str, Any], str]:
+    """Prepare one item: its folder, what its ``case.json`` holds, and what it counts as (another process may be faster)."""
+    if os.path.isdir(path):
+        return path, read_index(path), "reused"
+    store._store(item, path, kept)
+    return path, read_index(path), "prepared"

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._version import __version__
 from ..cases.cases import Preparation
 from ..labels import LabelTable
-from ..names import plain_name
+from ..names import listed, plain_name
 from ..network.networks import create_network
 from ..schema import read_json
 from ..training.weight_files import CheckpointError, load_file, misfits
@@ -183,8 +183,8 @@ def rename(state: Mapping[str, Tensor], network: Mapping[str, Any], source: str)
     own.pop("_extra_state")
     problems += misfits(found, own)
     if problems:
-        listed = "\n  ".join(problems[:10])
-        raise CheckpointError(f"{source} does not fit the plans ({len(problems)} tensors):\n  {listed}")
+        shown = listed(problems, between="\n  ")
+        raise CheckpointError(f"{source} does not fit the plans ({len(problems)} tensors):\n  {shown}")
     return found
 
 

@@ -62,10 +62,14 @@ def dataset_pool(
     options["licence"] = licence
     dataset_dir = os.path.expanduser(dataset_dir)
     name = plain_name(os.path.basename(os.path.abspath(dataset_dir))) or "data"
-    if pool_file is not None or kept_in is not None:
-        content = recorded_pool(kept_in, name) if pool_file is None else pool_file
-        if pool_file is None:
-            _check_recorded(content, label_ids, regions, modality, str(kept_in))
+    if pool_file is not None:
+        given = {"images": images != "images", "labels": labels != "labels", "label_ids": label_ids, "regions": regions}
+        if unused := [f"--{option}" for option, value in (given | {"modality": modality}).items() if value]:
+            logger.warning("%s: without effect, since the pool file says it", " and ".join(unused))
+        return DatasetPool(pool_file, dataset_dir, kept_in=kept_in, **options)
+    if kept_in is not None:
+        content = recorded_pool(kept_in, name)
+        _check_recorded(content, label_ids, regions, modality, kept_in)
         return DatasetPool(content, dataset_dir, kept_in=kept_in, **options)
     declared = os.path.abspath(os.path.join(dataset_dir, "dataset.json"))
     source = declared if os.path.isfile(declared) else os.path.dirname(declared)

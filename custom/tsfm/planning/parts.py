@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..names import listed
 from ..network.described import Parts
 from ..network.tsfm_net import PARTS
 from ..training.run_state import unwrap
@@ -33,8 +34,8 @@ def freeze(network: nn.Module, what: str) -> nn.Module:
             drawn.append(name)
     if drawn:
         raise ValueError(
-            f"freeze is {what!r}, but nothing pretrained fills {drawn[0]}{f' and {len(drawn) - 1} more' * (len(drawn) > 1)}: they "
-            "would stay as they were drawn at random. Give weights that have them (--pretrained), or leave --freeze out"
+            f"freeze is {what!r}, but nothing pretrained fills {listed(drawn, 1)}: they would stay "
+            "as they were drawn at random. Give weights that have them (--pretrained), or leave --freeze out"
         )
     return network
 

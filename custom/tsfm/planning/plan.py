@@ -96,7 +96,7 @@ def plan_preparation(
         tuple(spacing), intensity, in_channels, modalities[0], masked, channels if ct_normalization == "checkpoint" else (),
         orientation, known.get("resample_first", False),
     )  # fmt: skip
-    if pool.entries and rank() == 0:
+    if pool.entries:
         logger.info("images: %s", describe_images(pool, result))
     return result
 

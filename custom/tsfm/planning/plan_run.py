@@ -24,7 +24,6 @@ from .families import FAMILIES, TRANSFORMER, Family
 from .own_data import pretrained_description
 from .plan import pool_fingerprint
 from .planner import MIN_BATCH, Budget, Plan, PlanError, coarse_spacing, plan, plan_patch, shown
-from .turns import rank
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def plan_run(
     num_workers: int = 0,
     network_name: str | None = None,
 ) -> Plan:
-    """The plan of a fine-tuning run, by nnU-Net's rule from the data; printed by the first process.
+    """The plan of a fine-tuning run, by nnU-Net's rule from the data; printed.
 
     Args:
         spacing_mm: millimetres (S, P, L); ``"auto"``: nnU-Net's target spacing; ``"coarse"``: nnU-Net's spacing of the low
@@ -126,8 +125,7 @@ def plan_run(
         result = _of_network(result, network_name)
     else:
         warn_of_distance(description, pool, result.spacing_mm)
-    if rank() == 0:
-        logger.info("%s", describe_plan(result, budget, pretrained))
+    logger.info("%s", describe_plan(result, budget, pretrained))
     return result
 
 

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..names import listed
 from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork, Parts
 from ..network.description import differences
@@ -65,31 +66,24 @@ def load_pretrained(
     found, theirs, parts = read.tensors, read.description, network.parts
     if theirs.get("activation") in ("softmax", "probabilities"):  # a sigmoid head is one relative to the background's
         found = {key: value[1:] - value[:1] if re.match(parts.heads, key) else value for key, value in found.items()}
-    ours = {**getattr(network, "description", {}), **(task or {})}
+    ours = {**network.description, **(task or {})}
     own = {name: value for name, value in network.state_dict().items() if not name.endswith(EXTRA_STATE)}
     heads = _HeadMap(list(theirs.get("targets", ())), list(ours.get("targets", ())))
     clicks = tuple(bool(side.get("click_sigma")) for side in (theirs, ours))
 
-    entries, values, problems = [], {}, []
+    entries, values = [], {}
+    missing = _lacking(found, own, parts, read.absent)
+    problems = [f"{name} {tuple(own[name].shape)}: not in the checkpoint" for name in missing]
     for name, current in own.items():
-        source = found.get(name)
-        if source is None:
-            if not re.match(read.absent, name) and not _may_be_absent(parts, name, found):
-                problems.append(f"{name} {tuple(current.shape)}: not in the checkpoint")
+        if name not in found:
             entries.append(Entry(name, tuple(current.shape), "new", 0, current.numel()))
-            continue
-        adapted = _adapt(parts, name, source, current, heads, clicks)
-        if adapted is None:
-            problems.append(f"{name}: checkpoint {tuple(source.shape)}, network {tuple(current.shape)}")
-            continue
-        entry, values[name] = adapted
-        entries.append(entry)
+        elif adapted := _adapt(parts, name, found[name], current, heads, clicks):
+            entry, values[name] = adapted
+            entries.append(entry)
+        else:
+            problems.append(f"{name}: checkpoint {tuple(found[name].shape)}, network {tuple(current.shape)}")
     unused = {name: tuple(value.shape) for name, value in found.items() if values.get(name) is None}
-    superfluous = [
-        name
-        for name in found
-        if name not in own and not re.match(read.unused, name) and not _may_be_absent(parts, name, own)
-    ]
+    superfluous = _lacking(own, found, parts, read.unused)
     problems += [f"{name} {unused[name]}: not in the network" for name in superfluous]
     if not any(entry.reused for entry in entries):
         problems.insert(0, "not a single tensor fits")
@@ -233,22 +227,25 @@ def _fit_kernel(weight: Tensor, shape: Sequence[int]) -> Tensor:
     return weight
 
 
-def _may_be_absent(parts: Parts, name: str, other: Mapping[str, Any]) -> bool:
-    """Whether the side `other` may lack `name`: the whole Transformer, or the head of one level."""
-    group = re.match(parts.optional, name)
-    return group is not None and not any(key.startswith(group[0]) for key in other)
+def _lacking(side: Mapping[str, Any], names: Iterable[str], parts: Parts, allowed: str) -> list[str]:
+    """The `names` that a side lacks, but those `allowed` and groups that may be absent as a whole (Transformer, a head)."""
+
+    def is_absent_as_a_whole(name: str) -> bool:
+        group = re.match(parts.optional, name)
+        return group is not None and not any(key.startswith(group[0]) for key in side)
+
+    missing = [name for name in names if name not in side and not re.match(allowed, name)]
+    return [name for name in missing if not is_absent_as_a_whole(name)]
 
 
 def _misfit(path: str, problems: list[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    lines = [f"{path} does not fit the network ({len(problems)} problems); the network was not changed:"]
     differ = differences(theirs.get("network", {}), ours.get("network", {}))
-    lines += [f"  {line}" for line in [*differ, *problems[:SHOWN]]]
-    if len(problems) > SHOWN:
-        lines.append(f"  ... and {len(problems) - SHOWN} more")
-    declare = (
-        "Declare the network with the checkpoint's features, depths and skip (its channels, targets, patch and strides"
+    shown = listed([*differ, *problems], len(differ) + SHOWN, between="\n  ")
+    return (
+        f"{path} does not fit the network ({len(problems)} problems); the network was not changed:\n  {shown}\n"
+        "Declare the network with the checkpoint's features, depths and skip (its channels, targets, patch and strides may "
+        "differ)."
     )
-    return "\n".join([*lines, f"{declare} may differ)."])
 
 
 def _none_shared(parts: Parts, heads: _HeadMap, entries: Sequence[Entry]) -> list[str]:

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from ..files import write_json, write_text
+from ..names import listed
 
 SHOWN = 10  # names that an error or a report spells out
 
@@ -91,8 +92,7 @@ class TransferReport:
 
 
 def _listed(title: str, names: list[str]) -> list[str]:
-    more = f", ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return [f"{title}: {', '.join(names[:SHOWN])}{more}"] if names else []
+    return [f"{title}: {listed(names, SHOWN)}"] if names else []
 
 
 def _percent(value: float) -> str:

@@ -120,11 +120,11 @@ def fingerprint(
     jobs: dict[int, tuple] = {}
     for index, item in enumerate(items):
         try:
-            path = sources and kept_path(sources, complete_items([item], table)[0], table, preparation)
-            kept = path and _read_kept(path)
-            if kept and kept.drawn(voxels) is not None:
+            path = None if sources is None else kept_path(sources, complete_items([item], table)[0], table, preparation)
+            kept = None if path is None else _read_kept(path, voxels)
+            if kept is not None:
                 found[index] = kept
-            elif sources and not sources.raw_data:
+            elif sources is not None and not sources.raw_data:
                 raise CaseError(f"the fingerprint of case '{item['case']}' {missing_in(sources.store_dir)}")
             else:
                 jobs[index] = (item, table, preparation, voxels, path)
@@ -238,7 +238,8 @@ def kept_codes(path: str) -> np.ndarray | None:
         return None
 
 
-def _read_kept(path: str) -> Measured | None:
+def _read_kept(path: str, voxels: int) -> Measured | None:
+    """What was measured before, if its sample has so many voxels."""
     if not os.path.isfile(path):
         return None
     try:
@@ -246,7 +247,8 @@ def _read_kept(path: str) -> Measured | None:
             values, plain = file["values"], json.loads(str(file["plain"]))
     except DAMAGED:  # measured again
         return None
-    return Measured(*plain)._replace(values=values)
+    kept = Measured(*plain)._replace(values=values)
+    return None if kept.drawn(voxels) is None else kept
 
 
 def _statistics(values: np.ndarray) -> dict[str, float]:
@@ -271,21 +273,3 @@ def plan_spacing(spacings_mm: Sequence[Sequence[float]], shapes: Sequence[Sequen
         finer = np.percentile(spacings_mm[:, worst], 10)
         target[worst] = finer if finer >= coarsest else coarsest + 1e-5
     return tuple(target.tolist())
-
-
-def fit_patch(
-    shape: Sequence[float], strides: Sequence[Sequence[int]], patch_size: Sequence[int] = (112, 160, 192)
-) -> tuple[int, int, int]:
-    """Patch that fits the network: per axis `patch_size`, but no larger than the (median) image shape needs.
-
-    Every side is a multiple of the product of the axis' strides, rounded up; and the lowest level keeps more than one
-    voxel, which instance normalisation cannot do without.
-    """
-    divisors = [int(np.prod([stride[axis] for stride in strides])) if len(strides) else 1 for axis in range(3)]
-    patch = [
-        -(-max(1, min(int(np.ceil(size)), int(limit))) // divisor) * divisor
-        for size, limit, divisor in zip(shape, patch_size, divisors, strict=True)
-    ]
-    if patch == divisors:
-        patch[int(np.argmax(shape))] *= 2
-    return tuple(patch)

@@ -90,37 +90,18 @@ def filled_mask(image: np.ndarray) -> np.ndarray:
 def channel_rules(
     preparation: Preparation, modality: str, channels: int, cropped_share: float = 1.0
 ) -> Sequence[Mapping[str, Any]]:
-    """How each channel of a case is normalised, in the form of `Preparation.channels`."""
+    """How each channel of a case is normalised, in the form of `Preparation.channels`.
+
+    Listed modalities (CT) are clipped to [lower, upper], shifted by mean and divided by sd. Others are z-scored per
+    channel; `cropped_share` (what the crop kept of the volume) then decides on the mask where the plan does not.
+    """
     masked = {"scheme": "zscore", "masked": preparation.masked.get(modality, cropped_share < MASKED_BELOW)}
     rule = {"scheme": "ct", **preparation.intensity[modality]} if modality in preparation.intensity else masked
     return preparation.channels or [rule] * channels
 
 
-def normalize(
-    image: torch.Tensor,
-    preparation: Preparation,
-    modality: str,
-    cropped_share: float = 1.0,
-    mask: np.ndarray | None = None,
-) -> torch.Tensor:
-    """Normalise float (C, S, P, L) in place on the cropped source grid, and return it.
-
-    Listed modalities (CT) are clipped to [lower, upper], shifted by mean and divided by sd. Others are z-scored per
-    channel; `cropped_share` (what the crop kept of the volume) then decides on the mask where the plan does not. The
-    `mask` is that of the non-zero region, where it was taken before (`resample_first`).
-    """
-    rules = channel_rules(preparation, modality, len(image), cropped_share)
-    where = None
-    if any(rule.get("masked") for rule in rules):
-        mask = filled_mask(image.cpu().numpy()) if mask is None else mask
-        where = torch.from_numpy(mask).to(image.device)
-    for channel, rule in zip(image, rules, strict=True):
-        _normalize_channel(channel, rule, where if rule.get("masked") else None)
-    return image
-
-
 def _normalize_channel(channel: torch.Tensor, rule: Mapping[str, Any], mask: torch.Tensor | None) -> None:
-    """One channel (S, P, L) in place, by a rule of `Preparation.channels`."""
+    """One channel (S, P, L) in place, by a rule of `Preparation.channels`; `mask` is that of the non-zero region, or all."""
     scheme = rule["scheme"]
     if scheme == "ct":
         channel.clamp_(rule["lower"], rule["upper"]).sub_(rule["mean"]).div_(max(rule["sd"], 1e-8))
@@ -173,16 +154,20 @@ def prepare_image(
         tuple(image.shape[1:]), crop, tuple(cropped.shape[1:]), shape, tuple(spacing_mm), preparation.spacing_mm
     )
     thick = thick_axis(spacing_mm, preparation.spacing_mm)
-    mask = None
-    if preparation.resample_first:  # a spline rings into the zeros around the mask, so the mask itself is resampled
-        if any(rule.get("masked") for rule in channel_rules(preparation, modality, len(cropped), share)):
-            mask = resample(filled_mask(cropped.cpu().numpy()), shape, 1, thick) >= 0.5
+    rules, mask = channel_rules(preparation, modality, len(cropped), share), None
+    if any(rule.get("masked") for rule in rules):
+        mask = filled_mask(cropped.cpu().numpy())
+        if preparation.resample_first:  # a spline rings into the zeros around the mask, so the mask itself is resampled
+            mask = resample(mask, shape, 1, thick) >= 0.5
+        mask = torch.from_numpy(mask).to(cropped.device)
+    if preparation.resample_first:
         cropped = _resample_channels(cropped, shape, thick, source)
     with one_thread():
-        cropped = normalize(cropped, preparation, modality, share, mask)
-    if preparation.resample_first:
-        return cropped, grid
-    return _resample_channels(cropped, shape, thick, source), grid
+        for channel, rule in zip(cropped, rules, strict=True):
+            _normalize_channel(channel, rule, mask if rule.get("masked") else None)
+    if not preparation.resample_first:
+        cropped = _resample_channels(cropped, shape, thick, source)
+    return cropped, grid
 
 
 def _resample_channels(image: torch.Tensor, shape: Sequence[int], thick: int | None, source: str) -> torch.Tensor:

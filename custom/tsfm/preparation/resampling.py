@@ -8,7 +8,7 @@ resize is a product of one small banded matrix per axis, which costs far less th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -148,23 +148,31 @@ def resize_axis(x: torch.Tensor, axis: int, size: int, order: int) -> torch.Tens
     resampler = axis_resampler(x.shape[axis], size, order)
     across = 1 if axis == 0 else 0
     out = x.new_empty((*x.shape[:axis], size, *x.shape[axis + 1 :]))
+
+    def resize(start: int) -> None:
+        length = min(_TILE, x.shape[across] - start)
+        part = resampler.apply(x.narrow(across, start, length).contiguous(), axis)
+        out.narrow(across, start, length).copy_(part)
+
+    in_threads(resize, range(0, x.shape[across], _TILE), x.device)
+    return out
+
+
+def in_threads(work: Callable[[int], None], starts: Iterable[int], device: torch.device) -> None:
+    """``work(start)`` for each start without gradients, each on one thread; on the processor torch's threads share them."""
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
-    def work(start: int) -> None:
+    def alone(start: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            length = min(_TILE, x.shape[across] - start)
-            part = resampler.apply(x.narrow(across, start, length).contiguous(), axis)
-            out.narrow(across, start, length).copy_(part)
+            work(start)
 
-    starts = range(0, x.shape[across], _TILE)
     with one_thread():
-        if threads == 1 or x.device.type != "cpu":
+        if threads == 1 or device.type != "cpu":
             for start in starts:
-                work(start)
+                alone(start)
         else:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(work, starts))
-    return out
+                list(pool.map(alone, starts))
 
 
 @contextmanager

@@ -95,28 +95,20 @@ def find_sources(
         raise PoolError("--datasets names data sets of a pool file, and none is given (--pool_file)")
     if not isinstance(downstream, Mapping):
         downstream = dict.fromkeys([downstream] if isinstance(downstream, str) else downstream or ())
-    scored = {path if folder is None else folder for path, folder in downstream.items()}
-    sources, left_out = [], []
+    left_out: list[str] = []
     if pool_file is not None:
-        sources.append(Source(DatasetPool(pool_file, dataset_dir, datasets, allow_missing=True)))
+        pools = [DatasetPool(pool_file, dataset_dir, datasets, allow_missing=True)]
     elif os.path.isfile(os.path.join(dataset_dir, "dataset.json")):
-        sources.append(Source(dataset_pool(dataset_dir)))
+        pools = [dataset_pool(dataset_dir)]
     else:
-        for name in sorted(os.listdir(dataset_dir)):
-            folder = os.path.join(dataset_dir, name)
-            if os.path.realpath(folder) in map(os.path.realpath, scored):
-                continue
-            if os.path.isfile(os.path.join(folder, "dataset.json")):
-                sources.append(Source(dataset_pool(folder)))
-            elif os.path.isdir(folder):
-                left_out.append(name)
-    for path, folder in downstream.items():
-        if folder is None:
-            pool = dataset_pool(path)
-        else:
-            content = read_json(path)  # an overlay of the fine-tuning bundle, or a pool file
-            pool = DatasetPool(content.get("pool_file", content), folder, allow_missing=True, source=path)
-        sources.append(Source(pool, downstream=True))
+        scored = {os.path.realpath(path if folder is None else folder) for path, folder in downstream.items()}
+        folders = [one.path for one in sorted(os.scandir(dataset_dir), key=lambda one: one.name) if one.is_dir()]
+        folders = [folder for folder in folders if os.path.realpath(folder) not in scored]
+        is_set = {folder: os.path.isfile(os.path.join(folder, "dataset.json")) for folder in folders}
+        pools = [dataset_pool(folder) for folder in folders if is_set[folder]]
+        left_out = [os.path.basename(folder) for folder in folders if not is_set[folder]]
+    sources = [Source(pool) for pool in pools]
+    sources += [Source(_scored_pool(path, folder), downstream=True) for path, folder in downstream.items()]
     names = Counter(name for source in sources for name in source.pool.chosen)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
@@ -126,6 +118,14 @@ def find_sources(
             f"{dataset_dir} holds no folder with a dataset.json; give --pool_file, or point --dataset_dir at one"
         )
     return sources, left_out
+
+
+def _scored_pool(path: str, folder: str | None) -> DatasetPool:
+    """What `downstream` of `audit` names: a folder, or a pool file or overlay of the fine-tuning bundle with its folder."""
+    if folder is None:
+        return dataset_pool(path)
+    content = read_json(path)
+    return DatasetPool(content.get("pool_file", content), folder, allow_missing=True, source=path)
 
 
 def measure_all(

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from tsfm.schema import KINDS, TEXT, TEXTS, FileError, check, nearest, read_json
 
-COUNT = {"type": "integer", "minimum": 1, "description": "a whole number from 1"}
 
-COUNTS = {"type": "array", "minItems": 1, "items": COUNT, "description": "a list of whole numbers, like [10, 20]"}
+def _list(items: Mapping[str, Any], description: str) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": items, "description": description}
 
 
 def _object(description: str, required: Sequence[str], properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +33,16 @@ def _named(entry: Mapping[str, Any], description: str) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": entry, "description": description}
 
 
+COUNTS = _list(
+    {"type": "integer", "minimum": 1, "description": "a whole number from 1"}, "a list of whole numbers, like [10, 20]"
+)
+
+FIGURE = {
+    "type": ["number", "array"],
+    "items": {"type": ["number", "null"]},
+    "description": "a figure, or one per number of epochs of the row",
+}
+
 ROW = _object(
     'an object like {"id": "nnunet", "name": "nnU-Net", "bundle": "tsfm_finetune", "datasets": [...]}',
     ["id", "name", "datasets"],
@@ -40,23 +50,31 @@ ROW = _object(
         **dict.fromkeys(("id", "name", "bundle", "weights"), TEXT),
         **dict.fromkeys(("overlays", "packages", "datasets"), TEXTS),
         "epochs": COUNTS,
-        "seeds": {
-            "type": "array",
-            "minItems": 1,
-            "items": {"type": "integer"},
-            "description": "a list of whole numbers",
-        },
+        "seeds": _list({"type": "integer"}, "a list of whole numbers"),
         **{key: {"type": "boolean", "description": "true or false"} for key in ("prompted", "zero_shot")},
         "options": {"type": "object", "description": "an object of ids of the bundle's train.json"},
-        "paper": _named(
-            {
-                "type": ["number", "array"],
-                "items": {"type": ["number", "null"]},
-                "description": "a figure, or one per number of epochs of the row",
-            },
-            "an object from columns to figures",
-        ),
+        "paper": _named(FIGURE, "an object from columns to figures"),
     },
+)
+
+COLUMN = _object(
+    'an object like {"name": "Liver: tumor", "dataset": "msd_liver", "targets": ["liver_tumor"]}',
+    ["name"],
+    {
+        **dict.fromkeys(("name", "block", "dataset"), TEXT),
+        **dict.fromkeys(("targets", "mean_of"), TEXTS),
+        "epochs": COUNTS,
+    },
+)
+
+DATASET = _object(
+    "an object that says where a data set lies and which targets it has",
+    ["name"],
+    {"name": TEXT, "folder": TEXT, "pool_file": TEXT, "only": TEXTS, "overlays": TEXTS},
+)
+
+WEIGHTS = _object(
+    'an object with a "file" that others publish, or the "row" that trains it', [], {"file": TEXT, "row": ROW}
 )
 
 KINDS["grid"] = _object(
@@ -65,38 +83,10 @@ KINDS["grid"] = _object(
     {
         "title": TEXT,
         "notes": TEXTS,
-        "datasets": _named(
-            _object(
-                "an object that says where a data set lies and which targets it has",
-                ["name"],
-                {"name": TEXT, "folder": TEXT, "pool_file": TEXT, "only": TEXTS, "overlays": TEXTS},
-            ),
-            "an object of data sets",
-        ),
-        "columns": {
-            "type": "array",
-            "minItems": 1,
-            "description": "a list of columns",
-            "items": _object(
-                'an object like {"name": "Liver: tumor", "dataset": "msd_liver", "targets": ["liver_tumor"]}',
-                ["name"],
-                {
-                    **dict.fromkeys(("name", "block", "dataset"), TEXT),
-                    "targets": TEXTS,
-                    "mean_of": TEXTS,
-                    "epochs": COUNTS,
-                },
-            ),
-        },
-        "weights": _named(
-            _object(
-                'an object with a "file" that others publish, or the "row" that trains it',
-                [],
-                {"file": TEXT, "row": ROW},
-            ),
-            "an object of weights",
-        ),
-        "rows": {"type": "array", "minItems": 1, "items": ROW, "description": "a list of rows"},
+        "datasets": _named(DATASET, "an object of data sets"),
+        "columns": _list(COLUMN, "a list of columns"),
+        "weights": _named(WEIGHTS, "an object of weights"),
+        "rows": _list(ROW, "a list of rows"),
     },
 )
 

@@ -112,6 +112,13 @@ class GridRunner:
         self.runs = sorted((run for row in grid.rows for run in grid.runs(row)), key=lambda run: run.epochs or 0)
         trained = [run for run in (*self.runs, *self.recipes.values()) if not is_published(run.row)]
         self._ids = {bundle: self._known_ids(bundle) for bundle in {run.row["bundle"] for run in trained}}
+        self._check_settings()
+        for run in trained:
+            bundle, configs = self._bundle(run)
+            options = [word for key, value in self._options(run).items() for word in (f"--{key}", str(value))]
+            check_options(["run", "--config_file", str(_config_paths(bundle, configs)), *options])
+
+    def _check_settings(self) -> None:
         known = set(PUBLISHED).union(*self._ids.values())
         unknown = [f"--{key}{nearest(key, known)}" for key in self.settings if key.split("#")[0] not in known]
         if unknown:
@@ -121,10 +128,6 @@ class GridRunner:
                 f"{', '.join(own)}: the grid and --output_dir decide this for each run: change rows in a copy of the grid "
                 "(--grid; transfer_table has --epochs and --seeds), give weights by name (--weights)"
             )
-        for run in trained:
-            bundle, configs = self._bundle(run)
-            options = [word for key, value in self._options(run).items() for word in (f"--{key}", str(value))]
-            check_options(["run", "--config_file", str(_config_paths(bundle, configs)), *options])
 
     def _known_ids(self, bundle: str) -> set[str]:
         folder = self.grid.bundles_dir / bundle / "configs"

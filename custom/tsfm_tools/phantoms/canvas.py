@@ -110,12 +110,10 @@ class Canvas:
 
     def box(self, low: Sequence[float], high: Sequence[float]) -> tuple[slice, slice, slice]:
         """The part of the grid that can hold coordinates from ``low`` to ``high`` (mm), deformation included."""
-        slices = []
-        for axis in range(3):
-            a = ((low[axis] - self.deform_mm) * self.scale - self.low_mm[axis]) / self.spacing_mm[axis]
-            b = ((high[axis] + self.deform_mm) * self.scale - self.low_mm[axis]) / self.spacing_mm[axis]
-            slices.append(slice(int(np.clip(a - 1, 0, self.shape[axis])), int(np.clip(b + 2, 0, self.shape[axis]))))
-        return tuple(slices)
+        start = (np.subtract(low, self.deform_mm) * self.scale - self.low_mm) / self.spacing_mm - 1
+        stop = (np.add(high, self.deform_mm) * self.scale - self.low_mm) / self.spacing_mm + 2
+        ends = zip(np.clip(start, 0, self.shape), np.clip(stop, 0, self.shape), strict=True)
+        return tuple(slice(int(first), int(last)) for first, last in ends)
 
     def paint(
         self, where: tuple, depth_mm: np.ndarray, value: float | np.ndarray, organ: str = "", inner: str = ""
@@ -131,6 +129,11 @@ class Canvas:
             self.organs[where][depth_mm > 0] = ORGANS.index(organ) + 1
         if inner:
             self.inner[where][depth_mm > 0] = INNER.index(inner) + 1
+
+    def draw(self, shape: tuple[tuple, np.ndarray], tissue: str, organ: str = "") -> tuple[tuple, np.ndarray]:
+        """Paint a tissue into a shape, which is a part of the grid and the depth of its voxels; hands the shape on."""
+        self.paint(*shape, self.tissue(tissue), organ)
+        return shape
 
     def ellipsoid(self, center: Sequence[float], radii: Sequence[float]) -> tuple[tuple, np.ndarray]:
         """Part of the grid around an ellipsoid, and the depth (mm) of its voxels below the surface."""

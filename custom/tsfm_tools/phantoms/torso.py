@@ -83,8 +83,7 @@ def _chest(c: Canvas, cavity: np.ndarray, over_dome: np.ndarray) -> None:
         ([(300, -25, 5), (345, -20, -8), (362, 5, 5), (345, 40, 22)], (14, 14, 13, 12), "artery"),
         ([(300, -5, -28), (420, -10, -25)], (10, 9), "vein"),
     ):
-        where, depth = c.tube(points, radii)
-        c.paint(where, depth, c.tissue(tissue))
+        where, depth = c.draw(c.tube(points, radii), tissue)
         c.organs[where][depth > 0] = 0
 
 
@@ -92,12 +91,10 @@ def _skeleton(c: Canvas, cavity: np.ndarray) -> None:
     """Spine with disks and canal, back and psoas muscles, pelvis."""
     s, p, lat = c.grid
     for sign in (-1, 1):
-        where, depth = c.tube([(0, 84, sign * 36), (420, 82, sign * 30)], (26, 20))
-        c.paint(where, depth, c.tissue("muscle"))
+        c.draw(c.tube([(0, 84, sign * 36), (420, 82, sign * 30)], (26, 20)), "muscle")
         where, depth = c.tube([(0, 20, sign * 60), (90, 40, sign * 48), (195, 56, sign * 30)], (20, 20, 10))
         c.paint(where, depth, c.tissue("muscle") + 5)
-        where, depth = c.ellipsoid((4, 4, sign * 92), (27, 27, 27))
-        c.paint(where, depth, c.tissue("bone"))
+        where, depth = c.draw(c.ellipsoid((4, 4, sign * 92), (27, 27, 27)), "bone")
         c.paint(where, depth - 5, c.tissue("marrow"))
     wing = 9 - np.abs(np.sqrt(((s - 55) / 85) ** 2 + ((p - 5) / 74) ** 2 + (lat / 112) ** 2) - 1) * 74
     wing = np.minimum(np.minimum(wing, 98 - s), np.minimum(np.abs(lat) - 34, p + 30))
@@ -119,8 +116,7 @@ def _skeleton(c: Canvas, cavity: np.ndarray) -> None:
 def _vessels(c: Canvas) -> None:
     """Aorta with its iliac branches, inferior vena cava, portal and splenic vein, esophagus."""
     for sign in (-1, 1):
-        where, depth = c.tube([(82, 34, 2), (15, 0, sign * 55)], (8, 7))
-        c.paint(where, depth, c.tissue("artery"))
+        c.draw(c.tube([(82, 34, 2), (15, 0, sign * 55)], (8, 7)), "artery")
     portal = [(214, 2, -48), (190, 8, -14), (194, 2, 24), (214, 34, 88)]
     for organ, tissue, points, radii in (
         ("esophagus", "esophagus", [(425, 34, 6), (300, 36, 6), (262, 26, 14), (240, 8, 28)], (9, 9, 9, 9)),
@@ -128,8 +124,7 @@ def _vessels(c: Canvas) -> None:
         ("inferior_vena_cava", "vein", [(80, 34, -18), (190, 30, -22), (258, 12, -28)], (11, 12, 12)),
         ("portal_and_splenic_vein", "vein", portal, (8, 8, 6.5, 5.5)),
     ):
-        where, depth = c.tube([c.jitter(point, 2.5) for point in points], radii)
-        c.paint(where, depth, c.tissue(tissue), organ=organ)
+        c.draw(c.tube([c.jitter(point, 2.5) for point in points], radii), tissue, organ)
 
 
 def _bowel(c: Canvas, cavity: np.ndarray) -> None:
@@ -191,22 +186,17 @@ def _abdomen(c: Canvas, cavity: np.ndarray, over_dome: np.ndarray) -> None:
         depth = np.minimum(depth, -dent[where] + 1)
         c.paint(where, depth, c.tissue("cortex"), organ=f"kidney_{side}")
         c.paint(where, depth - 8 - 3 * c.noise(16)[where], c.tissue("medulla"))
-        where, depth = c.ellipsoid(c.jitter(lift, 2), (15, 11, 6.5))
-        c.paint(where, depth, c.tissue("adrenal"), organ=f"adrenal_gland_{side}")
+        c.draw(c.ellipsoid(c.jitter(lift, 2), (15, 11, 6.5)), "adrenal", f"adrenal_gland_{side}")
     course = [(158, -6, -26), (184, -14, -6), (194, -12, 28), (210, 26, 84)]
     where, depth = c.tube([c.jitter(point, 4) for point in course], (17, 12, 11, 9))
     c.paint(where, depth + 1.5 * texture[where], c.tissue("pancreas") + 10 * texture[where], organ="pancreas")
     course = [(192, -32, -20), (180, -8, -50), (140, 6, -48), (132, 12, 0)]
-    where, depth = c.tube([c.jitter(point, 3) for point in course], (12, 12, 11, 10))
-    c.paint(where, depth, c.tissue("duodenum"), organ="duodenum")
+    where, depth = c.draw(c.tube([c.jitter(point, 3) for point in course], (12, 12, 11, 10)), "duodenum", "duodenum")
     c.paint(where, depth - 6.5, c.tissue("fluid"))
-    where, depth = c.ellipsoid(c.jitter((166, -46, -54)), size(30, 16, 15))
-    c.paint(where, depth, c.tissue("gallbladder"), organ="gallbladder")
-    where, depth = c.ellipsoid(c.jitter((48, -32, 0)), size(30, 32, 38))
-    c.paint(where, depth, c.tissue("muscle"), organ="bladder")
+    c.draw(c.ellipsoid(c.jitter((166, -46, -54)), size(30, 16, 15)), "gallbladder", "gallbladder")
+    where, depth = c.draw(c.ellipsoid(c.jitter((48, -32, 0)), size(30, 32, 38)), "muscle", "bladder")
     c.paint(where, depth - 3.5, c.tissue("bladder"))
-    where, depth = c.ellipsoid(c.jitter((10, -6, 0), 2), size(17, 17, 23))
-    c.paint(where, depth, c.tissue("prostate"), organ="prostate_or_uterus")
+    c.draw(c.ellipsoid(c.jitter((10, -6, 0), 2), size(17, 17, 23)), "prostate", "prostate_or_uterus")
 
 
 def _liver_vessels(c: Canvas, liver: np.ndarray) -> None:

@@ -222,8 +222,7 @@ class CrossValidation:
             items = [item for items in self.held_out.values() for item in items]
             evaluate_folder(self.folder / "held_out", items, self.pool.table, self.folder / "scores")
             pairs = match_predictions(self.folder / "held_out", items)
-            columns = [[pair[key] for pair in pairs] for key in ("prediction", "label")]
-            plan = determine(*columns, self.pool.table, [pair["dataset"] for pair in pairs])
+            plan = determine(pairs, self.pool.table)
             write_json(self.folder / "postprocessing.json", plan)
             steps = {key: plan[key] for key in ("targets", "steps")}
             said = f"{len(self.folds)} folds of {os.path.basename(self.dataset_dir)} ({len(items)} cases)"
@@ -326,7 +325,7 @@ class CrossValidation:
         found: dict[str, list[float]] = {}
         for pair in pairs:
             prediction, affine = load_map(pair["prediction"])
-            truth, _ = load_truth(pair["label"], self.pool.table, pair["dataset"], (prediction, affine, pair["case"]))
+            truth = load_truth(pair["label"], self.pool.table, pair["dataset"], (prediction, affine, pair["case"]))
             processed = apply(prediction, plan, self.pool.table.annotated(pair["dataset"]))
             for name, (tp, fp, fn) in count_voxels(processed, truth, self.pool.table, pair["dataset"]).items():
                 if tp + fn:
