@@ -10,7 +10,7 @@ import pytest
 import torch
 from tsfm.network.networks import create_network
 from tsfm.network.tsfm_net import TSFM
-from tsfm.planning.families import FAMILIES, SIZES, topology, tsfm_cost, unet_cost
+from tsfm.planning.families import FAMILIES, SIZES, Family, topology, tsfm_cost, unet_cost
 from tsfm.planning.plan_run import warn_of_small_patch
 from tsfm.planning.planner import Budget, Plan, PlanError, coarse_spacing, plan, plan_patch
 from tsfm.preparation.fingerprint import Fingerprint, plan_spacing
@@ -169,6 +169,22 @@ def test_what_cannot_be_planned_is_named():
 def test_a_plan_survives_json_with_what_a_run_has_measured():
     found = plan((36, 50, 35), (1, 1, 1), budget=Budget(step_seconds=0.3))
     assert Plan.from_dict(json.loads(json.dumps(found.to_dict() | {"hours": 3.0}))) == found
+
+
+def test_a_patch_of_weights_fits_their_strides_and_the_images():
+    def patch_of(shape, strides, own=(112, 160, 192)):
+        family = Family("weights", "fixed", 0, 0, (1,), (1,), strides=strides, patch=own)
+        return plan(shape, (1, 1, 1), family).patch_size
+
+    strides = ((2, 2, 2),) * 4 + ((1, 2, 2),)
+    assert patch_of((400, 400, 400), strides) == (112, 160, 192)
+    assert patch_of((36, 50, 35), strides) == (48, 64, 64)
+    assert patch_of((90.5, 100, 500), strides, (112, 150, 192)) == (96, 128, 192)
+    assert patch_of((3, 4, 2), ((2, 2, 2),) * 3) == (8, 16, 8), "one voxel at the bottom cannot be normalised"
+    with pytest.raises(PlanError, match="16x8x8 would fit"):
+        plan_patch(
+            (8, 8, 8), (1, 1, 1), Family("x", "fixed", 0, 0, (1,), (1,), strides=((2, 2, 2),) * 3, patch=(8, 8, 8))
+        )
 
 
 def test_a_familys_number_of_levels_is_kept():

@@ -14,7 +14,7 @@ from tsfm.cases.cases import Preparation
 from tsfm.cases.volumes import Reader
 from tsfm.errors import CaseError
 from tsfm.labels import LabelTable
-from tsfm.preparation.fingerprint import fingerprint, fit_patch, plan_spacing
+from tsfm.preparation.fingerprint import fingerprint, plan_spacing
 from tsfm.preparation.preprocessing import PrepareImaged, crop_box, prepare_case, prepare_image
 from tsfm.preparation.resampling import (
     AxisResampler,
@@ -303,14 +303,6 @@ def test_a_case_that_cannot_be_read_is_reported_by_the_fingerprint(tmp_path):
 def test_the_target_spacing_is_nnunets(name):
     spacings, shapes, expected = json.loads(str(NNUNET["planned"]))[name]
     assert plan_spacing(spacings, shapes) == pytest.approx(expected, rel=1e-9)
-
-
-def test_the_patch_fits_the_strides_and_the_images():
-    strides = [(2, 2, 2)] * 4 + [(1, 2, 2)]
-    assert fit_patch((400, 400, 400), strides) == (112, 160, 192)
-    assert fit_patch((36, 50, 35), strides) == (48, 64, 64)
-    assert fit_patch((90.5, 100, 500), strides, (112, 150, 192)) == (96, 128, 192)
-    assert fit_patch((3, 4, 2), [(2, 2, 2)] * 3) == (8, 16, 8), "one voxel at the bottom cannot be normalised"
 
 
 def test_nearest_keeps_type_and_leading_axes():

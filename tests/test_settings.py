@@ -171,6 +171,8 @@ def test_what_an_overlay_defines_for_the_recipe_belongs_to_it(begin):
 def test_what_changes_no_step_may_change_and_a_run_from_python_goes_on(options, begin):
     begin("--epochs", "3")
     begin(*options)
+    with pytest.raises(CheckpointError, match="train#step#clip_norm"):
+        begin("--train::step::clip_norm", "1.0")
 
 
 def test_a_run_of_an_earlier_version_goes_on(begin, tmp_path):

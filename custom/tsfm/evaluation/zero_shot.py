@@ -48,14 +48,9 @@ class RenumberTargetsd(MapTransform):
     """
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        trained: LabelTable,
-        shared: Mapping[str, Sequence[str]],
-        table: LabelTable,
-        allow_missing_keys: bool = False,
+        self, keys: KeysCollection, trained: LabelTable, shared: Mapping[str, Sequence[str]], table: LabelTable
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(keys)
         self.table, self.numbers = table, {}
         for dataset in table.datasets:
             own = {
@@ -76,7 +71,5 @@ class RenumberTargetsd(MapTransform):
         for key in self.key_iterator(result):
             found = result[key]
             renumbered = numbers.to(found.device)[found.as_subclass(torch.Tensor).long()]
-            if isinstance(found, MetaTensor):
-                renumbered = MetaTensor(renumbered, meta=found.meta, applied_operations=found.applied_operations)
-            result[key] = renumbered
+            result[key] = MetaTensor(renumbered, meta=found.meta, applied_operations=found.applied_operations)
         return result

@@ -57,14 +57,8 @@ class ReadClicksd(MapTransform):
             click channels.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        table: LabelTable,
-        sigma: float | None = None,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, table: LabelTable, sigma: float | None = None) -> None:
+        super().__init__(keys)
         self.sigma = sigma
         self.names = {name: name for name in table.names}
         shown = list(table.channel_def().values())[1:]

@@ -106,9 +106,8 @@ class PostProcessd(MapTransform):
         keys: KeysCollection,
         plan: Mapping[str, Any] | str | Path | None = None,
         targets: Sequence[str] | None = None,
-        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(keys)
         if isinstance(plan, (str, Path)):
             if not Path(plan).is_file():
                 raise FileNotFoundError(f"{plan}: no such post-processing plan; give null for none")
@@ -126,13 +125,11 @@ class PostProcessd(MapTransform):
                 result[key] = self._process(result[key])
         return result
 
-    def _process(self, label_map: torch.Tensor) -> torch.Tensor:
-        meta = label_map.meta if isinstance(label_map, MetaTensor) else {}
-        clicks, computed = json.loads(meta.get(CLICKS, "[]")), json.loads(meta.get(COMPUTED, "null"))
+    def _process(self, label_map: MetaTensor) -> MetaTensor:
+        notes = label_map.meta
+        clicks, computed = json.loads(notes.get(CLICKS, "[]")), json.loads(notes.get(COMPUTED, "null"))
         clicked = {name for kind, name, _ in clicks if kind != "outside" and name in self.plan["targets"]}
         plain = label_map.detach().as_subclass(torch.Tensor)
         kept = apply(as_label_map(plain[0].cpu().numpy(), 65535), self.plan, computed, clicked)
         kept = torch.from_numpy(kept)[None].to(plain)
-        if not isinstance(label_map, MetaTensor):
-            return kept
-        return MetaTensor(kept, meta=label_map.meta, applied_operations=label_map.applied_operations)
+        return MetaTensor(kept, meta=notes, applied_operations=label_map.applied_operations)

@@ -86,11 +86,9 @@ class SaveResultsd(SaveImaged):
         table: LabelTable | None = None,
         raw_ids: str | None = None,
         probabilities: Probabilities | None = None,
-        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(
-            keys, output_dir=output_dir, output_postfix="", output_dtype=np.uint8, separate_folder=False,
-            print_log=False, allow_missing_keys=allow_missing_keys,
+            keys, output_dir=output_dir, output_postfix="", output_dtype=np.uint8, separate_folder=False, print_log=False,
         )  # fmt: skip
         self.output_dir, self.existing, self.save, self.table = output_dir, existing, saved_outputs(save), table
         self.raw_ids, self.probabilities = raw_ids, probabilities

@@ -262,7 +262,10 @@ class SlabInferer(Inferer):
         return total / count if count else 0.0
 
     def slabs(self, image: torch.Tensor, network: Callable, passes: Callable[..., Passes] = Passes) -> Iterator[Slab]:
-        """Averaged logits of an image (C, S, P, L), finished slices first; a slab is valid until the next is asked for."""
+        """Averaged logits of an image (C, S, P, L), finished slices first; a slab is valid until the next is asked for.
+
+        `passes` makes what takes the windows through the network.
+        """
         shape = image.shape[1:]
         before = self._before(shape)
         after = [max(patch - size, 0) - low for size, patch, low in zip(shape, self.roi_size, before, strict=True)]

@@ -62,10 +62,15 @@ def topology(spacing_mm: Sequence[float], patch_size: Sequence[float], least: in
 
 
 def fitted(strides: Sequence, kernel_sizes: Sequence, patch_size: Sequence[float]) -> Topology:
-    """The smallest patch that `strides` divide and that is not smaller than `patch_size`, with them."""
+    """The smallest patch that `strides` divide and that is not smaller than `patch_size`, with them.
+
+    The lowest level keeps more than one voxel, which instance normalization cannot do without.
+    """
     divisor = [prod(axis) for axis in zip((1, 1, 1), *strides, strict=True)]
-    patch = tuple(int(-(-n // d) * d) for n, d in zip(patch_size, divisor, strict=True))
-    return Topology(tuple(strides), tuple(kernel_sizes), patch)
+    patch = [int(-(-n // d) * d) for n, d in zip(patch_size, divisor, strict=True)]
+    if patch == divisor:
+        patch[max(range(3), key=lambda axis: patch_size[axis])] *= 2
+    return Topology(tuple(strides), tuple(kernel_sizes), tuple(patch))
 
 
 TRANSFORMER = ("hidden_size", "num_layers", "num_heads", "mlp_dim")

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from ..preparation.fingerprint import fit_patch
 from .families import FAMILIES, MIN_EDGE, SIZES, TRANSFORMER, Cost, Family, Topology, step_cost
 
 MIN_BATCH = 2
@@ -161,7 +160,7 @@ def plan(
     if patch_size:
         found = _given(family, spacing_mm, patch_size)
     elif family.strides:
-        found = family.lay_out(spacing_mm, fit_patch([int(n) for n in median_shape], family.strides, family.patch))
+        found = family.lay_out(spacing_mm, [min(int(n), m) for n, m in zip(median_shape, family.patch, strict=True)])
     else:
         inverse = 1 / np.asarray(spacing_mm, float)
         largest = [round(n) for n in inverse * (INITIAL_VOXELS / np.prod(inverse)) ** (1 / 3)]
@@ -212,11 +211,10 @@ def _largest(median_shape, spacing_mm, budget: Budget | None, options: Mapping[s
 
 def _given(family: Family, spacing_mm: Sequence[float], patch_size: Sequence[int]) -> Topology:
     found = family.lay_out(spacing_mm, patch_size)
-    fits = fit_patch(patch_size, found.strides, patch_size)
-    if list(fits) != [int(n) for n in patch_size]:
+    if list(found.patch_size) != [int(n) for n in patch_size]:
         raise PlanError(
             f"patch {shown(patch_size)} (S, P, L): the strides of {family.name} for it, {shown(found.total_stride)} together, "
-            f"do not divide it, or leave a single voxel; {shown(fits)} would fit"
+            f"do not divide it, or leave a single voxel; {shown(found.patch_size)} would fit"
         )
     return found
 

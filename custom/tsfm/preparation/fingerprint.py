@@ -273,21 +273,3 @@ def plan_spacing(spacings_mm: Sequence[Sequence[float]], shapes: Sequence[Sequen
         finer = np.percentile(spacings_mm[:, worst], 10)
         target[worst] = finer if finer >= coarsest else coarsest + 1e-5
     return tuple(target.tolist())
-
-
-def fit_patch(
-    shape: Sequence[float], strides: Sequence[Sequence[int]], patch_size: Sequence[int] = (112, 160, 192)
-) -> tuple[int, int, int]:
-    """Patch that fits the network: per axis `patch_size`, but no larger than the (median) image shape needs.
-
-    Every side is a multiple of the product of the axis' strides, rounded up; and the lowest level keeps more than one
-    voxel, which instance normalisation cannot do without.
-    """
-    divisors = [int(np.prod([stride[axis] for stride in strides])) if len(strides) else 1 for axis in range(3)]
-    patch = [
-        -(-max(1, min(int(np.ceil(size)), int(limit))) // divisor) * divisor
-        for size, limit, divisor in zip(shape, patch_size, divisors, strict=True)
-    ]
-    if patch == divisors:
-        patch[int(np.argmax(shape))] *= 2
-    return tuple(patch)

@@ -165,6 +165,7 @@ class RunState:
                 f"{self.output_dir}: the run there was without {missing} in its parts, which cannot begin in its middle: give "
                 "this run its own --output_dir"
             )
+        self.settings["recipe"] = self.settings["recipe"] or state["settings"].get("recipe", {})
         before = state.get("epochs", engine.state.max_epochs)  # what earlier versions wrote does not say it
         self._restore(state, source, other_length=before != engine.state.max_epochs)
         engine.state.epoch = state["epoch"]
