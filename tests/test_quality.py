@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from tsfm.cases import folders
 from tsfm.cases.folders import JOURNAL, find_images, read_report
 from tsfm.inference import report
 from tsfm.inference.painting import Slab
@@ -214,3 +215,18 @@ def test_a_case_like_those_of_the_training_passes():
 def test_what_is_far_from_the_training_is_named(shape, shift, grid, modality, said):
     image = np.random.default_rng(1).normal(shift, 1, shape)
     assert any(said in line for line in Familiar({"CT": seen()}).warnings(image, grid, modality))
+
+
+def test_a_report_is_read_whole_while_another_process_moves_its_journal_into_it(tmp_path, monkeypatch):
+    (tmp_path / "report.json").write_text('{"cases": {"a": {}}}')
+    (tmp_path / JOURNAL).write_text('\n{"b": {}}')
+    plain = folders.read_json
+
+    def read_json(path):
+        content = plain(path)
+        CaseReport(tmp_path).write()
+        return content
+
+    monkeypatch.setattr(folders, "read_json", read_json)
+    monkeypatch.setattr(report, "read_report", lambda _: {"a": {}, "b": {}})
+    assert set(read_report(tmp_path)) == {"a", "b"}

@@ -278,13 +278,15 @@ def read_report(output_dir: str | os.PathLike) -> dict[str, Mapping[str, Any]]:
     Raises:
         FileError: another file of this name.
     """
-    path, journal = Path(output_dir, REPORT), Path(output_dir, JOURNAL)
+    path, lines = Path(output_dir, REPORT), []
+    with suppress(FileNotFoundError):  # before the report, into which a process that is at it moves them
+        lines = Path(output_dir, JOURNAL).read_text("utf-8").splitlines()
     content = read_json(path) if path.is_file() else {"cases": {}}
     if not isinstance(content, dict) or not isinstance(content.get("cases"), dict):
         raise FileError(
             f'{path} is no report of segmented cases, expected {{"cases": {{...}}}}: move it, or choose another --output_dir'
         )
-    for line in journal.read_text("utf-8").splitlines() if journal.is_file() else ():
+    for line in lines:
         with suppress(ValueError):  # a process may have been killed amid a line; the next one begins anew
             content["cases"].update(json.loads(line))
     return content["cases"]
