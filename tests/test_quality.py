@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from tsfm.cases import folders
 from tsfm.cases.folders import JOURNAL, find_images, read_report
 from tsfm.inference import report
 from tsfm.inference.painting import Slab
-from tsfm.inference.prediction import CaseEvaluator
+from tsfm.inference.prediction import CaseEvaluator, volumes_ml
 from tsfm.inference.quality import Quality, binary_entropy, doubt
 from tsfm.inference.report import CaseReport
 from tsfm.inference.windows import SlabInferer
@@ -128,6 +129,10 @@ def test_volumes_are_of_the_tables_targets_where_the_networks_were_renumbered(tm
     assert engine.results[0]["ml"] == {"kidney": pytest.approx(0.064)}
 
 
+def test_values_that_no_target_has_count_in_no_volume():
+    assert volumes_ml(torch.tensor([[[[0, 1, 2]]]], dtype=torch.uint8), TUMOR, ["tumor"]) == {"tumor": 0.001}
+
+
 def test_what_some_versions_see_and_their_mean_does_not_is_doubtful(tmp_path):
     box = [slice(2, 6)] * 3
     row = reported(tmp_path, Boxes(box, when=range(3)), TUMOR, 8, 8)
@@ -177,6 +182,20 @@ def test_what_a_killed_run_left_is_known_and_in_the_next_report(tmp_path):
     engine_of(tmp_path, []).run(["c"])
     content = json.loads((tmp_path / "report.json").read_text())
     assert content == {"cases": {"a": {"seconds": 2.0}, "c": {"seconds": 1.0}}}
+
+
+def test_rows_that_another_process_moves_into_the_report_meanwhile_are_not_missed(tmp_path, monkeypatch):
+    (tmp_path / JOURNAL).write_text('\n{"a": {"seconds": 2.0}}')
+    (tmp_path / "report.json").write_text('{"cases": {}}')
+    read = folders.read_json
+
+    def and_then_it_is_moved(path):
+        content = read(path)
+        (tmp_path / JOURNAL).unlink()
+        return content
+
+    monkeypatch.setattr(folders, "read_json", and_then_it_is_moved)
+    assert list(read_report(tmp_path)) == ["a"]
 
 
 # ---- what the weights have seen ------------------------------------------------------------------------------------------

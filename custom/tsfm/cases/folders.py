@@ -268,8 +268,9 @@ def results_in(folder: str | os.PathLike, besides: str = "") -> set[str]:
         cases = read_report(folder)
     except (OSError, ValueError):  # another file of this name
         return set()
-    kinds = {ending for name, ending in OUTPUTS.items() if name != besides}
-    return {REPORT, *(f"{case}{ending}" for case in cases for ending in kinds)}
+    found = {f"{case}{ending}" for case in cases for ending in OUTPUTS.values()}
+    left_out = {f"{case}{OUTPUTS[besides]}" for case in cases if besides}  # a case may be named like another's output
+    return {REPORT, *(found - left_out)}
 
 
 def read_report(output_dir: str | os.PathLike) -> dict[str, Mapping[str, Any]]:
@@ -278,13 +279,17 @@ def read_report(output_dir: str | os.PathLike) -> dict[str, Mapping[str, Any]]:
     Raises:
         FileError: another file of this name.
     """
-    path, journal = Path(output_dir, REPORT), Path(output_dir, JOURNAL)
+    path, lines = Path(output_dir, REPORT), []
+    with suppress(
+        FileNotFoundError, NotADirectoryError
+    ):  # before the report: another process may put its lines there and remove it meanwhile
+        lines = Path(output_dir, JOURNAL).read_text("utf-8").splitlines()
     content = read_json(path) if path.is_file() else {"cases": {}}
     if not isinstance(content, dict) or not isinstance(content.get("cases"), dict):
         raise FileError(
             f'{path} is no report of segmented cases, expected {{"cases": {{...}}}}: move it, or choose another --output_dir'
         )
-    for line in journal.read_text("utf-8").splitlines() if journal.is_file() else ():
+    for line in lines:
         with suppress(ValueError):  # a process may have been killed amid a line; the next one begins anew
             content["cases"].update(json.loads(line))
     return content["cases"]
