@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from conftest import ROOT
 from tsfm import __main__ as command_line
 from tsfm.errors import CaseError, first_cause
 from tsfm.errors import _show as show
@@ -36,6 +37,18 @@ def test_none_is_refused_where_monai_would_drop_it(config, tmp_path):
     overlay.write_text('{"network_def": null}')
     check_options(["monai.bundle", "run", "--config_file", f"['{config}','{overlay}']", "--network_def", "None"])
     check_options(["monai.bundle", "run", "--config_file", config, "--network_def", "$None"])
+
+
+def test_a_network_def_that_is_replaced_whole_is_refused_with_what_to_do(tmp_path):
+    train, overlay = ROOT / "bundles/tsfm_finetune/configs/train.json", tmp_path / "own.json"
+    command = ["monai.bundle", "run", "--config_file", f"['{train}','{overlay}']"]
+    network = {"_target_": "UNet", "spatial_dims": 3}
+    overlay.write_text(json.dumps({"network_def": network}))
+    with pytest.raises(OptionError, match=r"lacks 'name'.*\"network_def#name\".*changes\.md"):
+        check_options(command)
+    for more in ({"name": None}, {}):
+        overlay.write_text(json.dumps({"network_def": network | more, **({} if more else {"network_def#name": None})}))
+        check_options(command)
 
 
 def test_an_option_of_an_overlay_that_is_not_listed_is_refused(config, tmp_path):

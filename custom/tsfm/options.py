@@ -141,6 +141,7 @@ def check_options(arguments: Sequence[str]) -> None:
                 f"--{name} None would change nothing: MONAI drops an option that is None. Give --{name} '$None' (with single "
                 f"quotes), or an overlay that says null"
             )
+    _check_parts(merged, {tuple(_parts(key)) for key in (*merged, *own)})
     for path, content in contents.items():
         _check_values(content, path)
     _check_values(overrides(arguments), "command line")
@@ -151,6 +152,22 @@ def check_options(arguments: Sequence[str]) -> None:
                 f"--{name} {value}: a value that begins with {value[0]} refers to an id of the config files, and there is "
                 f"none named '{target}'{nearest(target, known)}; for a file or folder of this name write ./{value}"
             )
+
+
+def _check_parts(merged: Mapping[str, Any], given: set[tuple[str, ...]]) -> None:
+    """OptionError for an id that an overlay replaced whole, without a part to which another id refers."""
+    for reference in re.findall(r"@([A-Za-z_]\w*(?:(?:#|::)\w+)+)", json.dumps(merged)):
+        first, *rest = _parts(reference)
+        place = None if f"+{first}" in merged else merged.get(first)
+        for depth, step in enumerate(rest):
+            if not isinstance(place, Mapping) or (first, *rest[: depth + 1]) in given:
+                break
+            if step not in place:
+                raise OptionError(
+                    f"'{first}' is replaced as a whole and lacks '{step}', to which other ids refer (@{reference}): set its "
+                    f'parts one by one, as in "{first}#{step}": ... (docs/changes.md)'
+                )
+            place = place[step]
 
 
 def _check_values(content: Mapping[str, Any], source: str) -> None:

@@ -169,10 +169,11 @@ def _merge_masks(
     ids = table.local_ids(dataset)
     source = image.source if image is not None else str(next(iter(label.values()), dataset))
     structures = [name for name in ids[1:] if isinstance(name, str)]
-    if set(label) != set(structures) or not label:
+    lacking, unknown = [name for name in structures if name not in label], [name for name in label if name not in ids]
+    if lacking or unknown or not label:
         raise CaseError(
-            f"{source}: label masks for {list(label)}; data set '{dataset}' lists {structures}, expected a mask of each "
-            "(without it a structure would count as absent) and of no other"
+            f"{source}: label masks for {len(label)} structures, none for {lacking}, unlisted are {unknown}; expected one of "
+            f"each that data set '{dataset}' lists (without it a structure would count as absent), and of no other"
         )
     codes = None
     for name in sorted(label, key=ids.index):

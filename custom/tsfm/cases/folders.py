@@ -280,9 +280,7 @@ def read_report(output_dir: str | os.PathLike) -> dict[str, Mapping[str, Any]]:
         FileError: another file of this name.
     """
     path, lines = Path(output_dir, REPORT), []
-    with suppress(
-        FileNotFoundError, NotADirectoryError
-    ):  # before the report: another process may put its lines there and remove it meanwhile
+    with suppress(FileNotFoundError):  # before the report, into which a process that is at it moves them
         lines = Path(output_dir, JOURNAL).read_text("utf-8").splitlines()
     content = read_json(path) if path.is_file() else {"cases": {}}
     if not isinstance(content, dict) or not isinstance(content.get("cases"), dict):
