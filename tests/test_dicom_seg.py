@@ -184,6 +184,8 @@ def test_every_code_is_one_of_the_standard_with_its_meaning():
 def test_save_names_the_segs_beside_the_label_map_and_images_without_a_series_are_refused_at_once(tmp_path):
     series = write_series(tmp_path / "scans" / "ct")
     (item,) = find_images(series.parent, tmp_path / "out", save=["label_map", "dicom_seg"])
+    with pytest.raises(ValueError, match="a table names the segments of dicom_seg"):
+        SaveResultsd("pred", tmp_path / "out", save="dicom_seg")
     save = SaveResultsd("pred", tmp_path / "out", "overwrite", ["label_map", "dicom_seg", "dicom_labelmap"], POOL)
     save({**item, "pred": label_map_on(series)})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ct.labelmap.dcm", "ct.nii.gz", "ct.seg.dcm"]

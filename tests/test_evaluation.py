@@ -14,7 +14,7 @@ from tsfm.cases.folders import stem
 from tsfm.cases.grids import grid_difference
 from tsfm.cases.splits import case_digests
 from tsfm.evaluation.evaluation import CaseScores, evaluate_folder
-from tsfm.evaluation.label_maps import match_predictions
+from tsfm.evaluation.label_maps import label_maps_in, match_predictions
 from tsfm.evaluation.score_files import ScoreWriter
 from tsfm.evaluation.scores import COLUMNS, count_voxels, score_case
 from tsfm.evaluation.tables import format_scores, load_rows, markdown_scores, summarize
@@ -406,6 +406,15 @@ def test_an_evaluator_that_collects_failures_is_told_and_raises_itself(table, tm
         evaluator.run()
     assert [failure["case"] for failure in handler.summary["failed"]] == ["case_0", "broken"]
     assert handler.summary["protocol"]["cases that the weights were trained on"] == "1"
+
+
+def test_a_case_named_like_anothers_output_has_a_label_map_all_the_same(tmp_path):
+    rows = {case: {"seconds": 1.0} for case in ("a", "a_uncertainty", "b")}
+    (tmp_path / "report.json").write_text(json.dumps({"cases": rows}))
+    maps = [tmp_path / f"{case}.nii.gz" for case in rows]
+    for path in (*maps, tmp_path / "b_uncertainty.nii.gz"):
+        path.touch()
+    assert label_maps_in(tmp_path) == maps
 
 
 def test_rows_are_on_disk_as_soon_as_their_case_ends(table, tmp_path):

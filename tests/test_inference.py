@@ -467,6 +467,23 @@ class TestSlabInferer:
         first = torch.stack([logits for _, _, logits in windows[0]]).mean(0)
         torch.testing.assert_close(first[0, :, 0, 0, 0], result[0, :, 0, 0, 0])
 
+    def test_a_batch_whose_versions_memory_does_not_suffice_to_compare_is_computed_anew(self, monkeypatch):
+        image, network, keep, short = prepared((20, 12, 9), (20, 12, 9)), convolution(), Quality.keep, [1, 1]
+        options = {"sw_batch_size": 4, "mirror": "S", "amp": False, "progress": False, "doubts": True}
+        inferer = SlabInferer((8, 8, 8), TREE, **options)
+        inferer(image, network)
+        expected = inferer.quality
+
+        def fails_twice(quality):
+            if short:
+                short.pop()
+                raise torch.OutOfMemoryError
+            keep(quality)
+
+        monkeypatch.setattr(Quality, "keep", fails_twice)
+        inferer(image, network)
+        assert not short and inferer.quality == {name: pytest.approx(row) for name, row in expected.items()}
+
     def test_the_buffer_does_not_grow_with_the_number_of_slices(self, monkeypatch):
         sizes = []
 

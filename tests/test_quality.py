@@ -11,7 +11,7 @@ from tsfm.cases import folders
 from tsfm.cases.folders import JOURNAL, find_images, read_report
 from tsfm.inference import report
 from tsfm.inference.painting import Slab
-from tsfm.inference.prediction import CaseEvaluator
+from tsfm.inference.prediction import CaseEvaluator, volumes_ml
 from tsfm.inference.quality import Quality, binary_entropy, doubt
 from tsfm.inference.report import CaseReport
 from tsfm.inference.windows import SlabInferer
@@ -127,6 +127,10 @@ def test_volumes_are_of_the_tables_targets_where_the_networks_were_renumbered(tm
     )  # fmt: skip
     engine.run()
     assert engine.results[0]["ml"] == {"kidney": pytest.approx(0.064)}
+
+
+def test_values_that_no_target_has_count_in_no_volume():
+    assert volumes_ml(torch.tensor([[[[0, 1, 2]]]], dtype=torch.uint8), TUMOR, ["tumor"]) == {"tumor": 0.001}
 
 
 def test_what_some_versions_see_and_their_mean_does_not_is_doubtful(tmp_path):

@@ -268,8 +268,9 @@ def results_in(folder: str | os.PathLike, besides: str = "") -> set[str]:
         cases = read_report(folder)
     except (OSError, ValueError):  # another file of this name
         return set()
-    kinds = {ending for name, ending in OUTPUTS.items() if name != besides}
-    return {REPORT, *(f"{case}{ending}" for case in cases for ending in kinds)}
+    found = {f"{case}{ending}" for case in cases for ending in OUTPUTS.values()}
+    left_out = {f"{case}{OUTPUTS[besides]}" for case in cases if besides}  # a case may be named like another's output
+    return {REPORT, *(found - left_out)}
 
 
 def read_report(output_dir: str | os.PathLike) -> dict[str, Mapping[str, Any]]:

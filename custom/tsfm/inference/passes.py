@@ -70,13 +70,14 @@ class Passes:
             some, error = todo[: self.size], None
             try:
                 found = self._mean(image, some, window)
+                if self.observer is not None:
+                    self.observer.keep()
             except torch.OutOfMemoryError as raised:
                 error = raised.with_traceback(None)  # its frames hold the tensors that filled the memory
             if error is not None:
+                found = None
                 self._make_room(average, error)
                 continue
-            if self.observer is not None:
-                self.observer.keep()
             yield from zip(found, some, strict=True)
             todo = todo[len(some) :]
             del found  # its memory serves the next batch

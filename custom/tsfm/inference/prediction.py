@@ -259,9 +259,13 @@ def root_cause(error: BaseException) -> str:
 
 
 def volumes_ml(label_map: torch.Tensor, table: LabelTable, computed: Sequence[str]) -> dict[str, float]:
-    """Volume of each `computed` target that occurs in a label map (1, X, Y, Z), its parts and what lies inside included, in ml."""
+    """Volume of each `computed` target that occurs in a label map (1, X, Y, Z), its parts and what lies inside included, in ml.
+
+    Values that the table does not name, which somebody's own step may add, count nowhere.
+    """
     values = label_map.detach().cpu().as_subclass(torch.Tensor).flatten()
-    counts = torch.bincount(values, minlength=len(table.names) + 1).numpy() @ table.map_membership()
+    voxels = torch.bincount(values, minlength=len(table.names) + 1).numpy()[: len(table.names) + 1]
+    counts = voxels @ table.map_membership()
     affine = np.asarray(label_map.affine) if isinstance(label_map, MetaTensor) else np.eye(4)
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
     found = zip(table.names, counts, strict=True)

@@ -63,7 +63,7 @@ class Quality:
             self._versions = count
 
     def keep(self) -> None:
-        """Count the windows whose last version was seen."""
+        """Count the windows whose last version was seen: all or, where memory runs out, none."""
         for name, (shared, possible) in (self._of_winners() if self._winners else self._of_votes()).items():
             self.pairs[name][0] += shared
             self.pairs[name][1] += possible

@@ -73,7 +73,7 @@ class SaveResultsd(SaveImaged):
         probabilities: what the inferer fills; needed to save them.
 
     Raises:
-        ValueError: unknown names in `save`, probabilities that nobody keeps, a data set without ids.
+        ValueError: unknown names in `save`, probabilities that nobody keeps, a data set without ids, a missing `table`.
         ImportError: DICOM shall be written and highdicom is not there.
     """
 
@@ -98,8 +98,10 @@ class SaveResultsd(SaveImaged):
             raise ValueError(
                 f"save is {self.save}, but nobody keeps probabilities: give inferer and saver one Probabilities"
             )
-        if dicom_outputs(self.save):
+        if segs := dicom_outputs(self.save):
             highdicom()
+            if table is None:
+                raise ValueError(f"save is {self.save}, and a table names the segments of {segs[0]}: give one")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
