@@ -235,6 +235,13 @@ def test_lesions_equal_simpleitks_components():
     assert {kind for _, kind in found} >= {"found", "false"}
 
 
+@pytest.mark.parametrize("shape", [(9, 1, 1), (1, 1, 28), (13, 3, 1), (3, 3, 3)])
+def test_a_thin_row_of_single_voxels_is_as_many_lesions(shape):
+    truth = np.zeros(shape, bool)
+    truth[::2, ::2, ::2] = True
+    assert [row["kind"] for row in lesions(truth & False, truth, (1, 1, 1))] == ["missed"] * truth.sum()
+
+
 def test_corner_neighbors_are_one_lesion_and_one_shared_voxel_finds_it():
     truth, prediction = np.zeros((2, 6, 6, 6), bool)
     truth[0, 0, 0] = truth[1, 1, 1] = True

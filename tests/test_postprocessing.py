@@ -101,6 +101,12 @@ def test_the_largest_component_is_simpleitks_and_equally_large_ones_stay():
     np.testing.assert_array_equal(apply(np.zeros_like(twins), plan), 0)
 
 
+def test_a_thin_row_of_equally_large_single_voxels_stays():
+    values = np.zeros((9, 1, 1), np.uint8)
+    values[::2] = 1
+    np.testing.assert_array_equal(apply(values, {"steps": [{"values": [1], "fill": 0}]}), values)
+
+
 def test_the_plan_is_json_and_the_input_stays_as_it_was(tmp_path, plan_of):
     prediction, truth = liver_case()
     before = prediction.copy()

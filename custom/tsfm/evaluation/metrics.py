@@ -85,7 +85,8 @@ def lesions(
     voxel_ml = float(np.prod(spacing_mm)) * upright / 1000
     rows = []
     for mask, other, is_truth in ((truth, prediction, True), (prediction, truth, False)):
-        components = cc3d.connected_components(mask, connectivity=26)
+        # bytes: of bools cc3d 4.1.1 refuses thin boxes in which every second voxel is set ("maximum length exception")
+        components = cc3d.connected_components(mask.view(np.uint8), connectivity=26)
         sizes = np.bincount(components.ravel())[1:]
         shared = np.bincount(components[other], minlength=len(sizes) + 1)[1:]
         for size, covered in zip(sizes.tolist(), shared.tolist(), strict=True):

@@ -80,8 +80,8 @@ def _keep_largest(label_map: np.ndarray, values: Sequence[int], fill: int) -> No
     if around is None:
         return
     box = tuple(slice(*side) for side in around)
-    lookup = np.zeros(max(len(boxes), *values) + 1, bool)
-    lookup[list(values)] = True
+    lookup = np.zeros(max(len(boxes), *values) + 1, np.uint8)  # cc3d refuses some bools, see metrics.lesions
+    lookup[list(values)] = 1
     components = cc3d.connected_components(lookup[label_map[box]], connectivity=26)
     sizes = np.bincount(components.ravel())
     sizes[0] = 0

@@ -116,7 +116,7 @@ def _labels(
             continue
         sides = zip(enclosing(found), codes.shape, strict=True)  # and a voxel around it
         box = tuple(slice(max(0, low - 1), min(size, high + 1)) for (low, high), size in sides)
-        pieces = cc3d.connected_components(np.ascontiguousarray(is_it[codes[box]]))
+        pieces = cc3d.connected_components(np.ascontiguousarray(is_it[codes[box]]).view(np.uint8))
         facts = cc3d.statistics(pieces)
         sizes, centers = facts["voxel_counts"], facts["centroids"] + [side.start for side in box]
         targets[name] = _target(sizes[1:].astype(float), centers[1:], spacing_mm, voxel_ml)
