@@ -230,9 +230,8 @@ class CaseEvaluator(SupervisedEvaluator):
             row["quality"] = self.inferer.quality
         known, found = self.table.names, {}
         if isinstance(output, list) and "pred" in output[0]:
-            is_own = (
-                getattr(self.inferer, "names", None) == known
-            )  # else its targets became the table's (zero_shot.json)
+            # zero_shot.json makes the table's targets of the inferer's
+            is_own = getattr(self.inferer, "names", None) == known
             found = volumes_ml(output[0]["pred"], self.table, self.inferer.chosen if is_own else known)
         row["ml"] = found | {name: 0.0 for name in row.get("quality", ()) if name in known and name not in found}
         return output

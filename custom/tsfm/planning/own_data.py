@@ -132,7 +132,8 @@ def pretrained_description(pretrained: str | None) -> dict[str, Any]:
     """What travels with the pretrained weights; CheckpointError with the way out where there are none."""
     if pretrained is None:
         raise CheckpointError(
-            "there are no pretrained weights to plan by: give --pretrained FILE, or numbers, or 'auto'"
+            "there are no pretrained weights, which 'checkpoint' as --spacing_mm, --patch_size or --ct_normalization asks for, "
+            "and a run without a data set: give --pretrained FILE, or numbers or 'auto' there ('fingerprint' for the last)"
         )
     if not os.path.exists(str(pretrained)):
         raise CheckpointError(

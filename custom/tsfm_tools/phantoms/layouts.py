@@ -148,9 +148,9 @@ def _write_cases(folder: str, name: str, cases: int, size: Sequence[int], seed: 
     root = os.path.join(folder, layout.folder)
     for index in range(cases):
         number = layout.first + index
-        names.append(
-            layout.case.format(number + 10 if name == "btcv" and number > 10 else number)
-        )  # it has no 11 to 20
+        if name == "btcv" and number > 10:  # it has no 11 to 20
+            number += 10
+        names.append(layout.case.format(number))
         files = [file.format(case=names[-1]) for file in (layout.image, layout.label)]
         save_case(draw_case(name, index, size, seed), name, *(_path(root, file) for file in files))
         training.append({"image": f"./{files[0]}", "label": f"./{files[1]}"})

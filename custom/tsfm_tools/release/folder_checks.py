@@ -159,9 +159,8 @@ def _data_license(bundle: str) -> str:
     pool = config_path(bundle, "pool.json")
     names = []
     if has_weights(bundle):
-        names = [
-            name for name in description_of(bundle).get("trained_on", []) if name != LABEL_MAP
-        ]  # label maps from a server name no data set
+        trained_on = description_of(bundle).get("trained_on", [])
+        names = [name for name in trained_on if name != LABEL_MAP]  # label maps from a server name no data set
     elif os.path.isfile(pool):
         names = [entry["name"] for entry in read_json(pool)["datasets"]]
     missing = [name for name in names if name.lower() not in text]
