@@ -1,5 +1,6 @@
 """Every odd input is either read right or refused with the file's name, what was found and what was expected."""
 
+import errno
 import gzip
 import os
 import sys
@@ -340,6 +341,19 @@ def test_a_truncated_file(case, tmp_path, suffix, keep):
     whole = (tmp_path / f"whole{suffix}").read_bytes()
     (tmp_path / f"cut{suffix}").write_bytes(whole[: int(len(whole) * keep)])
     refused({**case, "image": str(tmp_path / f"cut{suffix}")}, rf"cut{suffix}: .*(copy or download it again)")
+
+
+def test_a_file_that_the_disk_or_the_network_does_not_give(case, monkeypatch):
+    """A right to read that only the server knows of shows when the file is opened, a dying disk when it is read."""
+    real = open
+
+    def refusing(path, *arguments, **options):
+        if str(path) == case["image"]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    refused(case, r"image.nii.gz: cannot be read \(Permission denied\); check the disk")
 
 
 def test_a_file_of_another_kind(case, tmp_path):

@@ -229,6 +229,10 @@ def _naming(path: str):
     except MemoryError as error:
         raise CaseError(f"{path}: its voxels do not fit into memory; free some, or cut the image") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # else it is gzip's word on the content
+            raise CaseError(
+                f"{path}: cannot be read ({error.strerror}); check the disk, the network, and the right to read it"
+            ) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CaseError(
             f"{path}: not a readable NIfTI file, damaged or cut short ({reason}); copy or download it again"
