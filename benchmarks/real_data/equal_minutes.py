@@ -180,25 +180,27 @@ def report(work: Path) -> None:
             runs = found.get((side, minutes), [])
             means = [statistics.mean(run["dice"].values()) for run in runs]
             if means:
-                spread = f" ± {statistics.stdev(means):.3f}" if len(means) > 1 else ""
-                cells.append(f"{statistics.mean(means):.3f}{spread} ({len(means)})")
+                spread = statistics.stdev(means) if len(means) > 1 else 0.0
+                cells.append(
+                    f"{statistics.mean(means):.3f}" + (f" ± {spread:.3f}" if spread else "") + f" ({len(means)})"
+                )
                 steps.append(f"{statistics.mean(run['steps'] for run in runs):.0f}")
                 used = statistics.mean(run["minutes"] for run in runs)
-                curves.setdefault(name, []).append((used, statistics.mean(means), min(means), max(means)))
+                curves.setdefault(name, []).append((used, statistics.mean(means), spread))
             else:
                 cells.append("not run")
         print(f"| {name} | " + " | ".join(cells) + " | " + ", ".join(steps) + " |")
     draw(curves, work / "equal_minutes.png")
 
 
-def draw(curves: dict[str, list[tuple[float, float, float, float]]], path: Path) -> None:
+def draw(curves: dict[str, list[tuple[float, float, float]]], path: Path) -> None:
+    """One line per side: (minutes used, mean Dice, standard deviation over its runs)."""
     from matplotlib.figure import Figure
 
     figure = Figure((6.4, 4), layout="constrained", dpi=130)
     axes = figure.subplots()
     for name, points in curves.items():
-        minutes, mean, low, high = zip(*points, strict=True)
-        spread = [[m - a for m, a in zip(mean, low, strict=True)], [b - m for m, b in zip(mean, high, strict=True)]]
+        minutes, mean, spread = zip(*points, strict=True)
         axes.errorbar(minutes, mean, spread, marker="o", capsize=3, label=name)
     axes.set(xlabel="processor minutes of training, one thread", ylabel="mean Dice, held-out cases", ylim=(0, 1))
     axes.grid(alpha=0.3)
