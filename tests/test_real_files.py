@@ -284,13 +284,72 @@ def test_a_nifti_beside_a_series_hides_nothing_and_one_slice_of_it_is_no_volume(
     np.testing.assert_allclose(np.diag(read_volume(alone).affine), (-0.8, -0.7, 3, 1))
 
 
-def test_a_multi_frame_file_is_read_with_a_warning(tmp_path):
+def test_a_multi_frame_file_that_places_no_frame_is_read_with_a_warning(tmp_path):
     frames = (HU + 1000).astype(np.uint16)
     image = sitk.GetImageFromArray(frames.T.copy())
     image.SetSpacing((0.8, 0.7, 2.0))
-    sitk.WriteImage(image, str(tmp_path / "frames.dcm"))
-    for path in (tmp_path / "frames.dcm", tmp_path):
-        np.testing.assert_array_equal(warned(path, "multi-frame").array[0], frames)
+    path = tmp_path / "frames.dcm"
+    sitk.WriteImage(image, str(path))
+    assert path.read_bytes().count(b"\x20\x00\x13\x91") == SHAPE[2]  # PlanePositionSequence
+    path.write_bytes(path.read_bytes().replace(b"\x20\x00\x13\x91", b"\x20\x00\x12\x91"))
+    for given in (path, tmp_path):
+        np.testing.assert_array_equal(warned(given, "multi-frame").array[0], frames)
+
+
+def write_frames(path, distances, slopes=None, explicit=True):
+    """An enhanced MR with a frame per distance (mm, along z); a slope for all, or one per frame."""
+    pydicom = pytest.importorskip("pydicom", "3", reason="pip install -r requirements-dicom.txt")
+
+    def dataset(**values):
+        made = pydicom.Dataset()
+        for name, value in values.items():
+            setattr(made, name, [dataset(**one) for one in value] if name.endswith("Sequence") else value)
+        return made
+
+    def rescaled(slope):
+        return {
+            "PixelValueTransformationSequence": [{"RescaleIntercept": 5, "RescaleSlope": slope, "RescaleType": "US"}]
+        }
+
+    frames = [{"PlanePositionSequence": [{"ImagePositionPatient": [1, 2, float(z)]}]} for z in distances]
+    shared = {
+        "PixelMeasuresSequence": [{"PixelSpacing": [0.7, 0.8], "SliceThickness": 2}],
+        "PlaneOrientationSequence": [{"ImageOrientationPatient": np.ravel(UPRIGHT).tolist()}],
+    }
+    kinds = (pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian)
+    one = dataset(
+        SOPClassUID=pydicom.uid.EnhancedMRImageStorage, SOPInstanceUID=pydicom.uid.generate_uid(), Modality="MR",
+        SeriesInstanceUID=pydicom.uid.generate_uid(), NumberOfFrames=len(frames), Columns=SHAPE[0], Rows=SHAPE[1],
+        SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=16, HighBit=15,
+        PixelRepresentation=1, PixelData=np.ascontiguousarray(HU[:, :, : len(frames)].T).tobytes(),
+        SharedFunctionalGroupsSequence=[shared if slopes else shared | rescaled(2)],
+        PerFrameFunctionalGroupsSequence=[a | rescaled(b) for a, b in zip(frames, slopes, strict=True)] if slopes else frames,
+    )  # fmt: skip
+    one.file_meta = pydicom.dataset.FileMetaDataset()
+    one.file_meta.TransferSyntaxUID = kinds[explicit]
+    one.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_frames_of_one_file_that_are_no_even_stack_are_refused(tmp_path, explicit):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step, slopes in ((3, None), (-3, [2] * 6)):
+            volume = read_volume(write_frames(tmp_path / "even.dcm", np.arange(6) * step, slopes, explicit))
+            np.testing.assert_array_equal(volume.array[0], HU[:, :, :6] * 2 + 5)
+            np.testing.assert_allclose(ras(volume, 3, 4, 5), (1 + 3 * 0.8, 2 + 4 * 0.7, 5 * step), atol=1e-6)
+    os.remove(tmp_path / "even.dcm")
+    for name, distances in {"gap": (0, 3, 6, 15, 18), "echoes": (0, 3, 6) * 2, "shuffled": (0, 6, 3, 9)}.items():
+        path = write_frames(tmp_path / f"{name}.dcm", distances, None, explicit)
+        refused(path, r"no even stack .*frame \d of \d lies .* mm beside its place; `dcm2niix")
+    refused(write_frames(tmp_path / "pet.dcm", (0, 3, 6), [1, 2, 4], explicit), "different rescalings")
+
+
+def test_slices_that_are_stored_in_different_types_keep_their_values(tmp_path):
+    planes = [np.full(SHAPE[:2], 50, np.uint16), np.full(SHAPE[:2], -50, np.int16)]
+    volume = read_volume(write_slices(tmp_path / "ct", line([0, 3]), planes))
+    np.testing.assert_array_equal(volume.array[0, 0, 0], [50, -50])
 
 
 # ---- NIfTI: units, sizes ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from .folders import SUFFIXES
 from .grids import SAME_GRID, warn
 from .nifti import Opened, gray
 from .packed import voxel_bytes
-from .series import FRAMES, PHASES, SERIES, Slice, naming, series_slices, simpleitk
+from .series import FRAMES, PHASES, SERIES, Slice, frame_numbers, naming, series_slices, simpleitk
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -40,14 +40,14 @@ def open_series(folder: str) -> Opened:
     order, affine = _stack(folder, slices)
     slices = [slices[i] for i in order]
     shape = (*slices[0].size, len(slices))
-    scaling = {one.scale for one in slices}
+    scales, kinds = {one.scale for one in slices}, {one.kind for one in slices}
 
     def load() -> np.ndarray:
         sitk = simpleitk(folder)
         reader = sitk.ImageSeriesReader()
         reader.SetImageIO("GDCMImageIO")
         reader.SetFileNames([one.name for one in slices])
-        if len(scaling) > 1 or any(value % 1 for pair in scaling for value in pair):
+        if len(scales) > 1 or len(kinds) > 1 or any(value % 1 for pair in scales for value in pair):
             reader.SetOutputPixelType(sitk.sitkFloat32)  # ITK would round all slices to the first one's type
         with naming(folder):
             image = reader.Execute()
@@ -203,6 +203,8 @@ def open_file(path: str) -> Opened:
     direction = np.array(reader.GetDirection()).reshape(len(size), -1)[:3, :3]
     affine[:3, :3] = direction * np.array(reader.GetSpacing()[:3])
     affine[:3, 3] = reader.GetOrigin()[:3]
+    if reader.HasMetaDataKey(FRAMES) and float(reader.GetMetaData(FRAMES)) > 1:
+        _check_frames(path, size[2], affine)
     kind = reader.GetPixelIDValue()
     colors = channels in (3, 4) and (kind == sitk.sitkVectorUInt8 or "RGB" in sitk.GetPixelIDValueAsString(kind))
 
@@ -228,12 +230,27 @@ def open_file(path: str) -> Opened:
 
 
 def _check_alone(sitk, path: str, reader) -> None:
-    """A DICOM file is a volume of its own, or CaseError; frames of one file are read as ITK reads them."""
+    """A DICOM file is a volume of its own, or CaseError."""
     folder = os.path.dirname(os.path.abspath(path))
     others = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, reader.GetMetaData(SERIES).strip())
     if len(others) > 1:
         raise CaseError(
             f"{path}: one of {len(others)} files of a DICOM series; give its folder, {folder}, to use the series"
         )
-    if reader.HasMetaDataKey(FRAMES) and float(reader.GetMetaData(FRAMES)) > 1:
+
+
+def _check_frames(path: str, frames: int, affine: np.ndarray) -> None:
+    """CaseError unless the frames of one file are what ITK takes them for: an even stack (`affine`, LPS) of one scale."""
+    places = np.array(frame_numbers(path, "0020|9113", "0020|0032", 3))
+    if len(places) != frames:
         warn(f"{path}: a multi-frame DICOM file; SimpleITK places its frames, even steps are taken for granted")
+        return
+    apart = np.linalg.norm(places - affine[:3, 3] - np.arange(frames)[:, None] * affine[:3, 2], axis=1)
+    off = np.flatnonzero(apart > max(SAME_GRID * np.linalg.norm(affine[:3, 2]), POSITION_MM))
+    slopes, intercepts = (frame_numbers(path, "0028|9145", tag, 1) for tag in ("0028|1053", "0028|1052"))
+    if off.size or any(one != several[0] for several in (slopes, intercepts) for one in several):
+        reason = f"frame {off[0] + 1} of {frames} lies {apart[off[0]]:.3g} mm beside its place" if off.size else ""
+        raise CaseError(
+            f"{path}: a multi-frame DICOM file whose frames are no even stack of one volume: "
+            f"{reason or 'they have different rescalings'}; `dcm2niix -o OUT FOLDER` writes each volume as NIfTI"
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
+import struct
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from .grids import warn
 
 SERIES, FRAMES = "0020|000e", "0028|0008"
 """Tags of SeriesInstanceUID and NumberOfFrames."""
+
+FRAME_GROUPS, PIXELS = "5200|9230", "7fe0|0010"
+"""Tags of PerFrameFunctionalGroupsSequence, which has an item for each frame, and of PixelData, which comes after it."""
 
 NO_IMAGES = ("SEG", "RTDOSE")
 """Modalities whose files have voxels, but no image of a body."""
@@ -33,7 +38,8 @@ PHASES = {
 class Slice:
     """What the header of one DICOM file says; None, or an empty text, is what it does not say. Lengths in mm, LPS.
 
-    size and spacing: along a row, then along a column. scale: slope and intercept. phases: by the names of `PHASES`.
+    size and spacing: along a row, then along a column. scale: slope and intercept. kind: SimpleITK's type of its voxels.
+    phases: by the names of `PHASES`.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Slice:
     orientation: list[float] | None
     thickness: float | None
     scale: tuple[float, float]
+    kind: int
     frames: int
     sop_class: str
     modality: str
@@ -147,6 +154,7 @@ def read_header(name: str) -> Slice:
         orientation=numbers("0020|0037", 6),
         thickness=one_number("0018|0050"),
         scale=(one_number("0028|1053", 1.0), one_number("0028|1052", 0.0)),
+        kind=reader.GetPixelID(),
         frames=int(one_number(FRAMES, 1)),
         sop_class=text("0008|0016"),
         modality=text("0008|0060"),
@@ -155,6 +163,27 @@ def read_header(name: str) -> Slice:
         description=text("0008|103e"),
         phases={what: text(tag) or "none" for tag, what in PHASES.items()},
     )
+
+
+def frame_numbers(name: str, sequence: str, tag: str, count: int) -> list[list[float]]:
+    """`count` numbers of each frame of a multi-frame file, from a sequence of its own, which SimpleITK does not tell.
+
+    None for a file that says no such thing of single frames, or that is not little endian.
+
+    Raises:
+        CaseError: something else where numbers should be.
+    """
+    groups, pixels, beginning, wanted = map(_tag_bytes, (FRAME_GROUPS, PIXELS, sequence, tag))
+    pattern = beginning + rb"(?:SQ\0\0)?.{4}\xfe\xff\0\xe0.{4}.{0,64}?" + wanted + rb".{4}([-+.\deE\\ ]*)"
+    with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        frames = re.search(groups + b".*?" + pixels, content, re.DOTALL)
+        found = re.findall(pattern, frames[0], re.DOTALL) if frames else []
+    return [_numbers(text.decode().strip(), count, name, tag) for text in found]
+
+
+def _tag_bytes(tag: str) -> bytes:
+    """A tag as it stands in a little endian file, for a regular expression."""
+    return re.escape(struct.pack("<HH", *(int(half, 16) for half in tag.split("|"))))
 
 
 def _numbers(text: str, count: int, name: str, tag: str) -> list[float]:
