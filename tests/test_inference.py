@@ -155,6 +155,9 @@ class TestNnunetNumbers:
         size, patch, *starts = NNUNET[key].tolist()
         assert window_starts(size, patch) == starts
 
+    def test_windows_closer_than_voxels_are_each_there_once(self):
+        assert window_starts(9, 4, 0.9) == [0, 1, 2, 3, 4, 5]
+
     def test_gaussian(self):
         expected = NNUNET["gaussian"]
         np.testing.assert_allclose(gaussian_weights(expected.shape), expected, rtol=1e-6)

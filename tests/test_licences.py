@@ -9,6 +9,7 @@ from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import PoolError
 from tsfm.cases.licences import all_licences, licence_facts, permits, weights_terms
 from tsfm.cases.pool import DatasetPool
+from tsfm.cases.splits import case_digests
 from tsfm.labels import LabelTable
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning.own_data import dataset_pool
@@ -74,14 +75,14 @@ def test_a_folders_own_dataset_json_counts_where_the_pool_file_is_silent(tmp_pat
         dataset_pool(str(tmp_path), licence="commercial")
 
 
-def test_weights_carry_the_licences_of_all_they_saw(tmp_path):
+def test_weights_carry_the_licences_and_digests_of_all_they_saw(tmp_path):
     table = LabelTable({"a": {}}, [{"name": "one", "labels": {"1": "a"}}, {"name": "two", "labels": {"1": "a"}}])
-    items = [{"image": "i", "dataset": "one", "modality": "CT", "licence": "CC BY-NC-SA 4.0"}]
+    items = [{"image": "i", "dataset": "one", "case": "a", "modality": "CT", "licence": "CC BY-NC-SA 4.0"}]
     network = describe_network(TSFM(1, 1, **SMALL), table, Preparation((1, 1, 1)), [8, 8, 8], items)
     save_weights(network, tmp_path / "before.pt")
     pool = DatasetPool({"targets": {"a": {}}, "datasets": [{"name": "mine", "labels": {"1": "a"}, "format": "msd"}]})
     torch.manual_seed(0)
-    own = [{"image": "i", "dataset": "mine", "modality": "CT", "licence": "CC BY 4.0"}]
+    own = [{"image": "i", "dataset": "mine", "case": "b", "modality": "CT", "licence": "CC BY 4.0"}]
     pool.cases = own
     before = str(tmp_path / "before.pt")
     for name, weights in (("scratch", None), ("after", before)):  # the network of the weights alone inherits nothing
@@ -89,6 +90,8 @@ def test_weights_carry_the_licences_of_all_they_saw(tmp_path):
         tuned = describe_network(tuned, pool.table, Preparation((1, 1, 1)), [8, 8, 8], own)
         save_weights(tuned, tmp_path / f"{name}.pt")
     assert list(read_description(tmp_path / "scratch.pt")["licences"]) == ["mine"]
+    assert read_description(tmp_path / "scratch.pt")["trained_cases"] == case_digests(own)
+    assert read_description(tmp_path / "after.pt")["trained_cases"] == sorted(case_digests([*items, *own]))
     licences = read_description(tmp_path / "after.pt")["licences"]
     assert {name: one["commercial"] for name, one in licences.items()} == {"one": False, "mine": True}
     assert weights_terms(licences).startswith("Commercial use is excluded by one;")

@@ -46,7 +46,7 @@ def window_starts(size: int, patch: int, overlap: float = 0.5) -> list[int]:
     if size <= patch:
         return [0]
     count = math.ceil((size - patch) / (patch * (1 - overlap))) + 1
-    return [int(np.round((size - patch) / (count - 1) * i)) for i in range(count)]
+    return sorted({int(np.round((size - patch) / (count - 1) * i)) for i in range(count)})
 
 
 def gaussian_weights(patch: Sequence[int]) -> torch.Tensor:

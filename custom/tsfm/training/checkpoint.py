@@ -115,7 +115,7 @@ def describe_network(
     """Give `network` the description that travels with its weights.
 
     `items` are the training items: their modalities, data sets, digests, annotated targets and licences are written down, beside the
-    licences of what the weights that `network` starts from have seen. Label maps from a server (bare items) add to what weights
+    digests and licences of what the weights that `network` starts from have seen. Label maps from a server (bare items) add to what weights
     for the same targets say of themselves (`goes_on`). `mirror_axes` are those along which training mirrors, and inference may.
 
     Raises:
@@ -136,7 +136,7 @@ def describe_network(
     declared, before = table.to_dict(), network.description
     seen = network.description.pop("familiar", None)
     if list(before.get("targets", ())) != list(table.names) or all("dataset" in item for item in items):
-        before, seen = {"licences": before.get("licences", {})}, None
+        before, seen = {key: before[key] for key in ("licences", "trained_cases") if key in before}, None
     datasets = {table.dataset_of(item) for item in items}
     taught = {name for dataset in datasets if table.knows(dataset) for name in table.annotated(dataset)}
     taught.update(before.get("trained_targets", ()))
