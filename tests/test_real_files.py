@@ -299,7 +299,7 @@ def test_a_multi_frame_file_that_places_no_frame_is_read_with_a_warning(tmp_path
 
 def write_frames(path, distances, slopes=None, explicit=True):
     """An enhanced MR with a frame per distance (mm, along z); a slope for all, or one per frame."""
-    pydicom = pytest.importorskip("pydicom", "3", reason="pip install -r requirements-dicom.txt")
+    pydicom = pytest.importorskip("pydicom", "3")
 
     def dataset(**values):
         made = pydicom.Dataset()

@@ -18,7 +18,7 @@ from .folders import SUFFIXES
 from .grids import SAME_GRID, warn
 from .nifti import Opened, gray
 from .packed import voxel_bytes
-from .series import FRAMES, PHASES, SERIES, Slice, frame_numbers, naming, read_header, series_slices, simpleitk
+from .series import FRAMES, PHASES, SERIES, Slice, frames_of, naming, read_header, series_slices, simpleitk
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -243,14 +243,14 @@ def _check_alone(sitk, path: str, reader) -> None:
 
 def _check_frames(path: str, frames: int, affine: np.ndarray) -> None:
     """CaseError unless the frames of one file are what ITK takes them for: an even stack (`affine`, LPS) of one scale."""
-    places = np.array(frame_numbers(path, "0020|9113", "0020|0032", 3))
-    if len(places) != frames:
+    described = frames_of(path)
+    if len(described) != frames:
         warn(f"{path}: a multi-frame DICOM file; SimpleITK places its frames, even steps are taken for granted")
         return
+    places = np.array([place for place, _ in described])
     apart = np.linalg.norm(places - affine[:3, 3] - np.arange(frames)[:, None] * affine[:3, 2], axis=1)
-    off = np.flatnonzero(apart > max(SAME_GRID * np.linalg.norm(affine[:3, 2]), POSITION_MM))
-    slopes, intercepts = (frame_numbers(path, "0028|9145", tag, 1) for tag in ("0028|1053", "0028|1052"))
-    if off.size or any(one != several[0] for several in (slopes, intercepts) for one in several):
+    off = np.flatnonzero(~(apart <= max(SAME_GRID * np.linalg.norm(affine[:3, 2]), POSITION_MM)))
+    if off.size or len({scale for _, scale in described}) > 1:
         reason = f"frame {off[0] + 1} of {frames} lies {apart[off[0]]:.3g} mm beside its place" if off.size else ""
         raise CaseError(
             f"{path}: a multi-frame DICOM file whose frames are no even stack of one volume: "

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
-import struct
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +17,6 @@ from .grids import warn
 
 SERIES, FRAMES = "0020|000e", "0028|0008"
 """Tags of SeriesInstanceUID and NumberOfFrames."""
-
-FRAME_GROUPS, PIXELS = "5200|9230", "7fe0|0010"
-"""Tags of PerFrameFunctionalGroupsSequence, which has an item for each frame, and of PixelData, which comes after it."""
 
 NO_IMAGES = ("SEG", "RTDOSE")
 """Modalities whose files have voxels, but no image of a body."""
@@ -166,25 +161,33 @@ def read_header(name: str) -> Slice:
     )
 
 
-def frame_numbers(name: str, sequence: str, tag: str, count: int) -> list[list[float]]:
-    """`count` numbers of each frame of a multi-frame file, from a sequence of its own, which SimpleITK does not tell.
+def frames_of(name: str) -> list[tuple[list[float], tuple[float, float]]]:
+    """Place (LPS mm) and rescaling (slope, intercept) of each frame of a multi-frame file, which SimpleITK does not tell.
 
-    None for a file that says no such thing of single frames, or that is not little endian.
+    Empty for a file that does not say where each of its frames lies.
 
     Raises:
-        CaseError: something else where numbers should be.
+        CaseError: no pydicom, or something else where the frames should be described.
     """
-    groups, pixels, beginning, wanted = map(_tag_bytes, (FRAME_GROUPS, PIXELS, sequence, tag))
-    pattern = beginning + rb"(?:SQ\0\0)?.{4}\xfe\xff\0\xe0.{4}.{0,64}?" + wanted + rb".{4}([-+.\deE\\ ]*)"
-    with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        frames = re.search(groups + b".*?" + pixels, content, re.DOTALL)
-        found = re.findall(pattern, frames[0], re.DOTALL) if frames else []
-    return [_numbers(text.decode().strip(), count, name, tag) for text in found]
-
-
-def _tag_bytes(tag: str) -> bytes:
-    """A tag as it stands in a little endian file, for a regular expression."""
-    return re.escape(struct.pack("<HH", *(int(half, 16) for half in tag.split("|"))))
+    try:
+        from pydicom import dcmread
+    except ImportError as error:
+        raise CaseError(f"{name}: reading a multi-frame DICOM file needs pydicom: pip install pydicom") from error
+    found = []
+    try:
+        for group in dcmread(name, stop_before_pixels=True).get("PerFrameFunctionalGroupsSequence", []):
+            place, scale = (group.get(part) for part in ("PlanePositionSequence", "PixelValueTransformationSequence"))
+            if not place:
+                return []
+            position = [float(value) for value in place[0].ImagePositionPatient]
+            found.append(
+                (position, (float(scale[0].RescaleSlope), float(scale[0].RescaleIntercept)) if scale else (1.0, 0.0))
+            )
+    except Exception as error:  # of whatever kind: pydicom has many
+        raise CaseError(
+            f"{name}: what it says of its frames cannot be read ({type(error).__name__}: {error}); copy or download it again"
+        ) from error
+    return found
 
 
 def _numbers(text: str, count: int, name: str, tag: str) -> list[float]:
