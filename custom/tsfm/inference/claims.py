@@ -81,8 +81,9 @@ def ended(failed: bool) -> None:
         return
     from torch.distributed import TCPStore
 
-    store = TCPStore(said["MASTER_ADDR"], int(said["MASTER_PORT"]), is_master=False, wait_for_workers=False)
     key = f"tsfm/ended/{said['TORCHELASTIC_RESTART_COUNT']}"
-    store.add(key, 1)
-    while failed and store.add(key, 0) < int(said["WORLD_SIZE"]):
-        time.sleep(0.5)
+    with suppress(RuntimeError):  # of several machines the first, which holds the store, may be done and gone
+        store = TCPStore(said["MASTER_ADDR"], int(said["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+        store.add(key, 1)
+        while failed and store.add(key, 0) < int(said["WORLD_SIZE"]):
+            time.sleep(0.5)
