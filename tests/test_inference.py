@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +20,13 @@ from ignite.engine import Events
 from monai.data import MetaTensor, ThreadDataLoader
 from monai.transforms import Compose, EnsureTyped, Invertd, LoadImaged, Orientationd, SaveImaged
 from skimage.transform import resize
+from torch.distributed import TCPStore
 from tsfm.cases import folders
 from tsfm.cases.cases import Preparation
 from tsfm.cases.folders import find_images
 from tsfm.cases.raw_ids import from_raw_ids, in_raw_ids, raw_values
 from tsfm.cases.volumes import Reader
-from tsfm.inference.claims import Claims
+from tsfm.inference.claims import Claims, ended
 from tsfm.inference.painting import Painter, Slab
 from tsfm.inference.passes import CPU, amp_type, free_bytes
 from tsfm.inference.prediction import CaseDataset, CaseEvaluator, FailedCases
@@ -717,6 +719,21 @@ class TestSharing:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         assert second.take("c")
+
+    def test_with_a_failed_case_a_process_of_torchrun_waits_for_the_others(self, monkeypatch, tmp_path):
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        said = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "WORLD_SIZE": 2}
+        said |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        for key, value in said.items():
+            monkeypatch.setenv(key, str(value))
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in/a.nii.gz").touch()
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(evaluator(tmp_path / "in", tmp_path / "out").run)
+            assert not wait([running], 2).done, "torchrun would end the others"
+            ended(False)
+            with pytest.raises(FailedCases):
+                running.result(60)
 
     @pytest.mark.parametrize("existing", ["error", "skip"])
     def test_processes_that_begin_together_share_a_folder(self, existing, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,3 +69,21 @@ class Claims:
             return os.path.samestat(os.fstat(file), os.stat(self._path(case)))
         except FileNotFoundError:
             return False
+
+
+def ended(failed: bool) -> None:
+    """Under torchrun: say that this process is done with its cases, and where some `failed` wait until all processes are.
+
+    torchrun ends the others as soon as one ends with an error.
+    """
+    said = os.environ
+    if said.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    from torch.distributed import TCPStore
+
+    key = f"tsfm/ended/{said['TORCHELASTIC_RESTART_COUNT']}"
+    with suppress(RuntimeError):  # of several machines the first, which holds the store, may be done and gone
+        store = TCPStore(said["MASTER_ADDR"], int(said["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+        store.add(key, 1)
+        while failed and store.add(key, 0) < int(said["WORLD_SIZE"]):
+            time.sleep(0.5)

@@ -27,7 +27,7 @@ from ..files import atomic_write
 from ..labels import LabelTable
 from ..preparation.familiar import Familiar
 from ..schema import nearest
-from .claims import Claims
+from .claims import Claims, ended
 from .dicom_seg import source_slices
 from .passes import where_it_fits
 from .source_grids import prepared_grid
@@ -175,6 +175,7 @@ class CaseEvaluator(SupervisedEvaluator):
         if self.results:
             print(table := format_results(self.results))
             logging.getLogger("run").info("%s", table)  # for run.log: see console.py
+        ended(bool(self.failed))
         if failed := self.failed:
             listed = "\n".join(f"  {row['case']}: {row['error']}" for row in failed)
             raise FailedCases(f"{len(failed)} of {len(self.results)} cases failed:\n{listed}")
