@@ -18,7 +18,7 @@ from .folders import SUFFIXES
 from .grids import SAME_GRID, warn
 from .nifti import Opened, gray
 from .packed import voxel_bytes
-from .series import FRAMES, PHASES, SERIES, Slice, frame_numbers, naming, series_slices, simpleitk
+from .series import FRAMES, PHASES, SERIES, Slice, frame_numbers, naming, read_header, series_slices, simpleitk
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -203,6 +203,8 @@ def open_file(path: str) -> Opened:
     direction = np.array(reader.GetDirection()).reshape(len(size), -1)[:3, :3]
     affine[:3, :3] = direction * np.array(reader.GetSpacing()[:3])
     affine[:3, 3] = reader.GetOrigin()[:3]
+    if size[2:] == (1,) and reader.HasMetaDataKey(SERIES) and (thickness := read_header(path).thickness):
+        affine[:3, 2] *= thickness / np.linalg.norm(affine[:3, 2])  # which ITK takes for 1 mm
     if reader.HasMetaDataKey(FRAMES) and float(reader.GetMetaData(FRAMES)) > 1:
         _check_frames(path, size[2], affine)
     kind = reader.GetPixelIDValue()

@@ -101,14 +101,15 @@ def _check_others(folder: str, aside: Sequence[Sequence[str]], in_series: set[st
     """Name the series that are left out, and the DICOM files that are in no series: reports, contours.
 
     Raises:
-        CaseError: one of these says that it is a slice like the others (by its SOP class), but GDCM could not read it.
+        CaseError: one of these says that it is a slice like the others (by its SOP class), or nothing (an empty file), but
+            GDCM could not read it.
     """
     files = {one.name for one in os.scandir(folder) if one.is_file() and not one.name.startswith(".")}
     others = [name for name in sorted(files - in_series) if is_dicom(os.path.join(folder, name))]
-    damaged = [legible(name) for name in others if _declared_class(os.path.join(folder, name)) == sop_class != ""]
+    damaged = [legible(name) for name in others if _declared_class(os.path.join(folder, name)) in (sop_class, "")]
     if damaged:
         raise CaseError(
-            f"{folder}: {len(damaged)} DICOM files of the kind of the series cannot be read: {listed(damaged)}; "
+            f"{folder}: {len(damaged)} DICOM files of the kind of the series or of none cannot be read: {listed(damaged)}; "
             "they are damaged or cut short: copy or download them again"
         )
     if aside or others:
