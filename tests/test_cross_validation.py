@@ -105,6 +105,22 @@ def test_folds_are_trained_scored_and_released_and_nothing_is_done_twice(phantom
         cross_validate(data, str(out), **options, epochs=3)
 
 
+def test_folds_trained_by_an_overlay_that_was_changed_since_are_no_longer_this_cross_validation(phantom_pool, tmp_path):
+    own, record = tmp_path / "own.json", tmp_path / "out/cross_validation.json"
+    arguments = (str(phantom_pool / "Task03_Liver"), str(tmp_path / "out"), BUNDLE, None, [str(own)])
+    own.write_text(json.dumps({"_desc_": "first", "learning_rate": 0.01, "seed": 1}))
+    CrossValidation(*arguments, {"seed": 2})
+    own.write_text(json.dumps({"_desc_": "second", "learning_rate": 0.01, "seed": 3}))
+    CrossValidation(*arguments, {"seed": 2})
+    own.write_text(json.dumps({"learning_rate": 0.02}))
+    with pytest.raises(CheckpointError, match=r"other settings \(learning_rate: was 0\.01, is 0\.02\)"):
+        CrossValidation(*arguments, {"seed": 2})
+    record.write_text(
+        json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "overlays"})
+    )
+    CrossValidation(*arguments, {"seed": 2})  # one of an earlier version goes on
+
+
 def test_equally_named_cases_of_two_data_sets_are_told_apart(tmp_path):
     """Folds in which they changed places are other folds."""
     one = object.__new__(CrossValidation)
@@ -238,7 +254,7 @@ def test_of_two_plans_the_first_is_kept_and_nothing_else(tmp_path):
 
 def test_all_folds_take_one_plan_unless_numbers_are_given(phantom_pool, tmp_path):
     data, plain = str(phantom_pool / "Task03_Liver"), {"device": "cpu", "num_workers": 0, "step_seconds": 0.1}
-    one = CrossValidation(data, str(tmp_path / "planned"), BUNDLE, None, [], plain)
+    one = CrossValidation(data, str(tmp_path / "planned"), BUNDLE, None, ["small.json"], plain)
     assert one.folds == [0, 1, 2], "three cases: no more folds hold one out"
     path = one._plan(1)["plan"]
     written = os.stat(path).st_mtime_ns

@@ -324,7 +324,7 @@ def test_levels_of_a_loss_of_monai_are_weighted_as_those_of_our_own():
 def test_losses_that_would_compute_something_else_are_refused_and_our_own_stay_as_they_are():
     for wrong, word in (
         (DiceCELoss(softmax=True), "softmax"), (DiceLoss(), "sigmoid"), (DiceCELoss(to_onehot_y=True, sigmoid=True), "to_onehot_y"),
-        (DeepSupervisionLoss(DiceCELoss(sigmoid=True)), "weights"),
+        (DeepSupervisionLoss(DiceCELoss(sigmoid=True)), "weights"), (torch.nn.CrossEntropyLoss(), "always 0 of a single channel"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             on_targets(wrong, TABLE)

@@ -199,6 +199,10 @@ def test_another_spelling_of_a_place_is_the_same_run(tmp_path, monkeypatch):
         run_state(tmp_path, TSFM(**SMALL), settings={"pool": spelled, "pretrained": "None"})[0].run()
     with pytest.raises(CheckpointError, match="pool: was data, is other"):
         run_state(tmp_path, TSFM(**SMALL), settings={"pool": "other", "pretrained": "None"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for spelled in (str(tmp_path / "data"), "../data"):
+        run_state(tmp_path, TSFM(**SMALL), settings={"pool": spelled, "pretrained": "None"})[0].run()
 
 
 def test_a_run_whose_label_ids_now_stand_for_other_targets_is_refused(tmp_path):

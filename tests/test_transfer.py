@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from tsfm.network.networks import create_network
 from tsfm.network.tsfm_net import TSFM
 from tsfm.planning.parts import freeze, parameter_groups
 from tsfm.planning.transfer import load_pretrained
@@ -132,6 +133,29 @@ def test_without_names_no_head_is_taken_for_another(pretrained, tmp_path):
     assert torch.equal(other.heads[0].conv.weight, before["heads.0.conv.weight"])
     assert report.targets["new"] == list(PRETRAINED)
     assert "no description" in report.mismatches[0]
+
+
+@pytest.mark.parametrize("residual", [0, 1])
+def test_a_head_whose_outputs_are_no_rows_is_taken_for_the_same_targets_alone(residual, tmp_path):
+    """MONAI's UNet ends in a transposed convolution."""
+
+    def unet(*targets):
+        arguments = {"channels": [4, 8], "strides": [2], "num_res_units": residual}
+        net = create_network("monai", net="UNet", arguments=arguments, out_channels=len(targets), img_size=[8, 8, 8])
+        net.description["targets"] = {name: {} for name in targets}
+        return net
+
+    save_weights(unet("liver", "tumor"), tmp_path / "unet.pt")
+    assert load_pretrained(unet("liver", "tumor"), tmp_path / "unet.pt").totals()["loaded"]["percent"] == 100
+    for targets in (("tumor", "liver"), ("liver", "tumor", "cyst"), ("spleen",)):
+        new = unet(*targets)
+        start = {name: value.clone() for name, value in new.named_parameters()}
+        report = load_pretrained(new, tmp_path / "unet.pt")
+        assert report.targets["new"] == list(targets) and report.targets["taken over"] == []
+        fresh = {entry.name for entry in report.entries if entry.new}
+        assert fresh and all(name.startswith("net.model.2.") for name in fresh)
+        kept = {name for name, value in new.named_parameters() if torch.equal(value, start[name])}
+        assert {name for name in kept if "adn" not in name} == fresh, "slopes of PReLU are alike everywhere"
 
 
 def test_the_position_embedding_goes_to_another_token_grid(checkpoint, pretrained):

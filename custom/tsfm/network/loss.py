@@ -129,6 +129,8 @@ class PerTarget(nn.Module):
         name = type(loss).__name__
         if hasattr(loss, "weight_mode"):
             raise ValueError(f"{name}: give the loss inside it alone; levels are weighted by PerTarget's weights")
+        if isinstance(loss, nn.CrossEntropyLoss):
+            raise ValueError(f"{name} is always 0 of a single channel, and each target has one; give BCEWithLogitsLoss")
         for part in loss.modules():
             wants = ("softmax", "use_softmax", "to_onehot_y")
             if wrong := [key for key in wants if getattr(part, key, False)]:

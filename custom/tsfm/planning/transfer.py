@@ -8,6 +8,7 @@
 | another kernel size                      | from 3 to 1 the sum along the axis, from 1 to 3 in the middle of zeros              |
 | position embedding                       | interpolated to the new token grid                                                  |
 | heads                                    | taken over per target that both sides know by *name*; the others keep their start   |
+| heads of MONAI's UNet, VNet, MedNeXt     | taken over as a whole for the same targets, else they keep their start              |
 | Transformer or coarser heads             | may be missing as a whole on either side: then they start anew, or stay unused      |
 | anything else                            | an error; the network is as it was before                                           |
 
@@ -30,6 +31,7 @@ from ..names import listed
 from ..network.clicks import CLICK_CHANNELS
 from ..network.described import DescribedNetwork, Parts
 from ..network.description import differences
+from ..network.monai_nets import NONE, MONAINet
 from ..network.tsfm_net import interpolate_positions
 from ..training.checkpoint import EXTRA_STATE
 from ..training.weight_files import CheckpointError
@@ -68,11 +70,16 @@ def load_pretrained(
         found = {key: value[1:] - value[:1] if re.match(parts.heads, key) else value for key, value in found.items()}
     ours = {**network.description, **(task or {})}
     own = {name: value for name, value in network.state_dict().items() if not name.endswith(EXTRA_STATE)}
-    heads = _HeadMap(list(theirs.get("targets", ())), list(ours.get("targets", ())))
+    names, absent = [list(side.get("targets", ())) for side in (theirs, ours)], read.absent
+    # a head of which no rows are the targets is taken over as a whole, or not at all
+    if isinstance(network, MONAINet) and parts.heads == NONE and names[0] != names[1]:
+        names[0], absent = [], parts.head
+        found = {key: value for key, value in found.items() if not re.match(parts.head, key)}
+    heads = _HeadMap(*names)
     clicks = tuple(bool(side.get("click_sigma")) for side in (theirs, ours))
 
     entries, values = [], {}
-    missing = _lacking(found, own, parts, read.absent)
+    missing = _lacking(found, own, parts, absent)
     problems = [f"{name} {tuple(own[name].shape)}: not in the checkpoint" for name in missing]
     for name, current in own.items():
         if name not in found:

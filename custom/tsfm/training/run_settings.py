@@ -23,7 +23,7 @@ NO_SETTINGS = {"lr", "fused", "foreach", "capturable", "differentiable"}
 """Options of an optimizer with which it takes the same steps, or that have a setting of their own."""
 
 PLACES = {"pool", "pretrained", "initial_weights"}
-"""Settings that are paths: another spelling of the same place is no difference."""
+"""Settings that are paths: another spelling of the same place, also from another working folder, is no difference."""
 
 ADDED = ("labels", "loss")
 """What earlier versions did not write down, and is not compared with theirs."""
@@ -60,6 +60,7 @@ def run_settings(
         "optimizer": type(optimizer).__name__,
         "optimizer_options": {k: v for k, v in optimizer.defaults.items() if k not in NO_SETTINGS},
         "recipe": recipe(sys.argv),
+        "folder": os.getcwd(),
     }
     if "learning_rate" in settings:  # an overlay may give the optimizer another
         found["learning_rate"] = optimizer.defaults.get("lr", settings["learning_rate"])
@@ -102,8 +103,9 @@ def changed(state: Mapping[str, Any], settings: Mapping[str, Any], network: nn.M
     """What differs between the settings of a run and those in a state, in words; empty where nothing does."""
     before = dict(state["settings"])
     now = {key: value for key, value in settings.items() if key in before or key not in ADDED}
+    there, here = before.pop("folder", now["folder"]), now.pop("folder")
     for key in before.keys() & now.keys() & PLACES:
-        if _place(before[key]) == _place(now[key]):
+        if _place(there, before[key]) == _place(here, now[key]):
             before[key] = now[key]
     recipes = before.pop("recipe", {}), now.pop("recipe", {})
     theirs, ours = (known.get("network", {}) for known in (description_of(state), getattr(network, "description", {})))
@@ -128,8 +130,8 @@ def description_of(state: Mapping[str, Any], path: str = "the run's state") -> d
     return decode_description((state["model"] if "model" in state else state["shares"]["model"]).get(EXTRA_STATE), path)
 
 
-def _place(path: Any) -> str:
-    return os.path.realpath(os.path.expanduser(str(path)))
+def _place(folder: str, path: Any) -> str:
+    return os.path.realpath(os.path.join(folder, os.path.expanduser(str(path))))
 
 
 def _labels(description: Mapping[str, Any], datasets: set[str]) -> str | None:

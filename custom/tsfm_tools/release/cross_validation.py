@@ -260,13 +260,15 @@ class CrossValidation:
     def _remember(self) -> None:
         """Write down what this cross-validation is, or CheckpointError where the folder holds another."""
         cases = sorted([item["dataset"], item["case"], fold] for fold, items in self.held_out.items() for item in items)
-        record = {"dataset_dir": self.dataset_dir, "configs": self.configs, "settings": self.settings}
+        said = {key: value for path in self.configs[1:] for key, value in read_json(path).items() if key[0] != "_"}
+        record = {"dataset_dir": self.dataset_dir, "configs": self.configs, "settings": self.settings, "overlays": said}
         record, path = json.loads(json.dumps({**record, "held_out": cases})), self.folder / "cross_validation.json"
         _write_first(path, record)
-        known = read_json(path)
+        known = {"overlays": said, **read_json(path)}  # earlier versions did not write them down
         before, now = ({tuple(row) for row in one.pop("held_out", ())} for one in (known, record))
         moved = f"; cases and folds {sorted(before ^ now)[:5]}" if before != now else ""
-        if changed := changes(*({**one.pop("settings", {}), **one} for one in (known, record))) + moved:
+        differs = changes(*({**one.pop("overlays"), **one.pop("settings", {}), **one} for one in (known, record)))
+        if changed := differs + moved:
             raise CheckpointError(
                 f"{self.folder} holds a cross-validation with other settings ({changed.lstrip('; ')}); give this one its own --output_dir"
             )
@@ -274,7 +276,7 @@ class CrossValidation:
     def _plan(self, fold: int) -> dict[str, Any]:
         """The option that gives all folds one plan, where the data is planned by and nothing but that decides."""
         chosen = [self.parser.get(key, "auto") for key in PLANNED]
-        if self.parser.get("plan", "absent") is not None or any(value != "auto" for value in chosen):
+        if self.parser.get("plan", "absent") is not None or any(value not in ("auto", "coarse") for value in chosen):
             return {}
         path = self.folder / "plan.json"
         if not path.is_file():
