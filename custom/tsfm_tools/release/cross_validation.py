@@ -260,7 +260,12 @@ class CrossValidation:
     def _remember(self) -> None:
         """Write down what this cross-validation is, or CheckpointError where the folder holds another."""
         cases = sorted([item["dataset"], item["case"], fold] for fold, items in self.held_out.items() for item in items)
-        said = {key: value for path in self.configs[1:] for key, value in read_json(path).items() if key[0] != "_"}
+        said = {
+            key: value
+            for path in self.configs[1:]
+            for key, value in ConfigParser.load_config_file(path).items()
+            if key[0] != "_"
+        }
         record = {"dataset_dir": self.dataset_dir, "configs": self.configs, "settings": self.settings, "overlays": said}
         record, path = json.loads(json.dumps({**record, "held_out": cases})), self.folder / "cross_validation.json"
         _write_first(path, record)
