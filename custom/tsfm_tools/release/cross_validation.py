@@ -252,24 +252,19 @@ class CrossValidation:
 
     def _count(self) -> int:
         """Number of folds: the splits file's, or the pool's."""
-        splits = self.pool.splits
-        if splits is None:
+        if (splits := self.pool.splits) is None:
             return self.pool.folds
         return len(splits) if isinstance(splits, list) else min(map(len, splits.values()))
 
     def _remember(self) -> None:
         """Write down what this cross-validation is, or CheckpointError where the folder holds another."""
         cases = sorted([item["dataset"], item["case"], fold] for fold, items in self.held_out.items() for item in items)
-        said = {
-            key: value
-            for path in self.configs[1:]
-            for key, value in ConfigParser.load_config_file(path).items()
-            if key[0] != "_"
-        }
+        said = [ConfigParser.load_config_file(path) for path in self.configs[1:]]
+        said = {key: value for one in said for key, value in one.items() if key[0] != "_"}
         record = {"dataset_dir": self.dataset_dir, "configs": self.configs, "settings": self.settings, "overlays": said}
         record, path = json.loads(json.dumps({**record, "held_out": cases})), self.folder / "cross_validation.json"
         _write_first(path, record)
-        known = {"overlays": said, **read_json(path)}  # earlier versions did not write them down
+        known = {"overlays": record["overlays"], **read_json(path)}  # earlier versions did not write them down
         before, now = ({tuple(row) for row in one.pop("held_out", ())} for one in (known, record))
         moved = f"; cases and folds {sorted(before ^ now)[:5]}" if before != now else ""
         differs = changes(*({**one.pop("overlays"), **one.pop("settings", {}), **one} for one in (known, record)))
