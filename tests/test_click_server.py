@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from tsfm.cases.cases import Preparation
+from tsfm.inference.postprocessing import apply
 from tsfm.labels import LabelTable
 from tsfm.network.clicks import ClickError
 from tsfm.network.tsfm_net import TSFM
@@ -110,6 +111,19 @@ def test_clicks_of_the_extension_give_the_masks_that_inference_gives(served):
     assert np.array_equal(click(server, (12, 9, 8)), requests(path, label="organ", foreground=[[12, 9, 8]]) > 0)
     box = json.loads(post(f"{server}/add_bbox_interaction", b"{}")[0])
     assert box["status"] == "error" and "takes points only" in box["message"]
+
+
+def test_a_post_processing_plan_counts_as_in_inference(served):
+    _, _, requests, path = served
+    clicks = {"label": "organ", "background": [[4, 15, 10]]}  # a step leaves a target alone inside of which was clicked
+    plain = requests(path, **clicks)
+    plan = {"targets": ["organ", "tumor"], "steps": [{"target": "organ", "values": [2], "fill": 1}]}
+    checkpoint = str(Path(path).with_name("model.pt"))
+    planned = ClickRequests(
+        ROOT / "bundles/tsfm_finetune", checkpoint=checkpoint, device="cpu", postprocessing_plan=plan
+    )
+    expected = apply(plain, plan)
+    assert np.array_equal(planned(path, **clicks), expected) and not np.array_equal(plain, expected)
 
 
 def test_an_image_that_came_after_the_start_is_found(served):

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
-from monai.transforms import Invertd
+from monai.transforms import Compose
 from tsfm.cases.folders import find_images
 from tsfm.cases.volumes import read_grid, read_volume
 from tsfm.errors import first_cause
 from tsfm.inference.prediction import root_cause
+from tsfm.inference.saving import SaveResultsd
 from tsfm.network.clicks import ClickError
 from tsfm.options import check_texts
 from tsfm.training.checkpoint import load_weights
@@ -48,12 +49,11 @@ class ClickRequests:
         parser = ConfigParser()
         parser.read_config(os.path.join(bundle_dir, "configs", "inference.json"))
         parser.config |= {"bundle_root": os.fspath(bundle_dir), "progress": False, **settings}
-        self.prepare, self.inferer, self.network, self.table, self.device = (
-            parser.get_parsed_content(key) for key in ("preprocessing", "inferer", "network", "table", "device")
-        )
+        ids = ("preprocessing", "inferer", "network", "table", "device", "postprocessing")
+        self.prepare, self.inferer, self.network, self.table, self.device, finish = map(parser.get_parsed_content, ids)
         load_weights(self.network, parser.get_parsed_content("checkpoint"))
         self.network.eval()
-        self.finish = next(t for t in parser.get_parsed_content("postprocessing").transforms if isinstance(t, Invertd))
+        self.finish = Compose([step for step in finish.transforms if not isinstance(step, SaveResultsd)])
 
     def __call__(self, image: Any, **clicks: Any) -> np.ndarray:
         """Label map (I, J, K) of an image file; `clicks` in a form that `ReadClicksd` reads.
