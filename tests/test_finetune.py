@@ -489,3 +489,9 @@ def test_the_transfer_grid_resumes_and_writes_the_table(kits, pretrained, tmp_pa
     assert tables.transfer_table(*arguments, **grid, **settings) == table and len(runs) == count
     with pytest.raises(CheckpointError, match="other settings"):
         tables.transfer_table(*arguments, **grid, **settings | {"iterations_per_epoch": 1})
+    overlay = json.loads((BUNDLE / "configs/kits2019.json").read_text())
+    edited = experiments.said_by([str(BUNDLE / "configs/kits2019.json")]) | {"clip": 3}
+    assert edited.keys() - overlay.keys() == {"clip"} and "_desc_" not in edited
+    monkeypatch.setattr(experiments, "said_by", lambda configs: edited)
+    with pytest.raises(CheckpointError, match=r"other settings \(clip: was None, is 3\)"):
+        tables.transfer_table(*arguments, **grid, **settings)

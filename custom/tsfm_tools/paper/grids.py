@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import monai
+from monai.bundle import ConfigParser
 from tsfm.cases.pool import DatasetPool
 from tsfm.errors import changes, first_cause
 from tsfm.files import write_json
@@ -67,6 +68,12 @@ def run_bundle(bundle_dir: str | os.PathLike, configs: Sequence[str], **override
 def _config_paths(bundle_dir: str | os.PathLike, configs: Sequence[str]) -> list[str]:
     folder = Path(bundle_dir) / "configs"
     return [str(folder / name) if (folder / name).is_file() else str(name) for name in configs]
+
+
+def said_by(configs: Sequence[str]) -> dict[str, Any]:
+    """Ids and values of config files, those of the later over those of the earlier; descriptions left out."""
+    loaded = [ConfigParser.load_config_file(path) for path in configs]
+    return {key: value for config in loaded for key, value in config.items() if key[0] != "_"}
 
 
 class GridRunner:
@@ -271,6 +278,7 @@ class GridRunner:
         asked, weights = dict(options), str(options.get("pretrained"))
         asked.pop("pretrained", None)
         settings = {"run": asked, "dataset_dir": str(self.folder_of(run.dataset)), "configs": list(configs)}
+        settings["overlays"] = said_by(_config_paths(self.grid.bundles_dir / run.row.get("bundle", ""), configs)[1:])
         if os.path.isfile(weights):  # a pretraining that ran again left others under this name
             settings["pretrained"] = [os.path.getsize(weights), os.stat(weights).st_mtime_ns]
         return json.loads(json.dumps(settings))
@@ -283,10 +291,12 @@ class GridRunner:
     def _kept(self, run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
         """`record`; CheckpointError where it is that of other settings."""
         record = self.record(run)
-        if record and record["settings"] != settings:
-            changed = changes(*({**one, **one["run"], "run": None} for one in (record["settings"], settings)))
+        # earlier versions did not write the overlays down
+        before = {"overlays": settings["overlays"]} | record.get("settings", settings)
+        if before != settings:
+            flat = [{**one, **one["overlays"], **one["run"], "overlays": 0, "run": 0} for one in (before, settings)]
             raise CheckpointError(
-                f"{self.cell(run)} holds a cell with other settings ({changed}); give this grid its own --output_dir"
+                f"{self.cell(run)} holds a cell with other settings ({changes(*flat)}); give this grid its own --output_dir"
             )
         return record
 

@@ -33,7 +33,7 @@ from tsfm.options import OptionError, check_options, check_texts
 from tsfm.schema import FileError, read_json
 from tsfm.training.weight_files import CheckpointError
 
-from ..paper.grids import run_bundle
+from ..paper.grids import run_bundle, said_by
 from .gpus import visible_devices
 from .release import read_licence, release
 from .rules import check_name, named_for_clicks
@@ -259,9 +259,8 @@ class CrossValidation:
     def _remember(self) -> None:
         """Write down what this cross-validation is, or CheckpointError where the folder holds another."""
         cases = sorted([item["dataset"], item["case"], fold] for fold, items in self.held_out.items() for item in items)
-        said = [ConfigParser.load_config_file(path) for path in self.configs[1:]]
-        said = {key: value for one in said for key, value in one.items() if key[0] != "_"}
-        record = {"dataset_dir": self.dataset_dir, "configs": self.configs, "settings": self.settings, "overlays": said}
+        record = {"dataset_dir": self.dataset_dir, "configs": self.configs, "settings": self.settings}
+        record["overlays"] = said_by(self.configs[1:])
         record, path = json.loads(json.dumps({**record, "held_out": cases})), self.folder / "cross_validation.json"
         _write_first(path, record)
         known = {"overlays": record["overlays"], **read_json(path)}  # earlier versions did not write them down
