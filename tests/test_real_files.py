@@ -340,6 +340,9 @@ def test_frames_of_one_file_that_are_no_even_stack_are_refused(tmp_path, explici
             volume = read_volume(write_frames(tmp_path / "even.dcm", np.arange(6) * step, slopes, explicit))
             np.testing.assert_array_equal(volume.array[0], HU[:, :, :6] * 2 + 5)
             np.testing.assert_allclose(ras(volume, 3, 4, 5), (1 + 3 * 0.8, 2 + 4 * 0.7, 5 * step), atol=1e-6)
+        whole = (tmp_path / "even.dcm").read_bytes()
+        (tmp_path / "even.dcm").write_bytes(whole[whole.index(b"\x08\x00\x16\x00") :])  # no preamble, no meta header
+        np.testing.assert_array_equal(read_volume(tmp_path / "even.dcm").array, volume.array)
     os.remove(tmp_path / "even.dcm")
     for name, distances in {"gap": (0, 3, 6, 15, 18), "echoes": (0, 3, 6) * 2, "shuffled": (0, 6, 3, 9)}.items():
         path = write_frames(tmp_path / f"{name}.dcm", distances, None, explicit)

@@ -175,7 +175,8 @@ def frames_of(name: str) -> list[tuple[list[float], tuple[float, float]]]:
         raise CaseError(f"{name}: reading a multi-frame DICOM file needs pydicom: pip install pydicom") from error
     found = []
     try:
-        for group in dcmread(name, stop_before_pixels=True).get("PerFrameFunctionalGroupsSequence", []):
+        described = dcmread(name, stop_before_pixels=True, force=True)  # ITK reads files without a preamble, too
+        for group in described.get("PerFrameFunctionalGroupsSequence", []):
             place, scale = (group.get(part) for part in ("PlanePositionSequence", "PixelValueTransformationSequence"))
             if not place:
                 return []
